@@ -1,0 +1,253 @@
+"""Full fine-tuning speed on one GPU beside transformers' Trainer with Liger kernels, in one run.
+
+python benchmarks/train_speed.py --peer PATH/peer_hf.py [--shapes 0.5b:8,1.5b:4,3b:2] [--profile] [--out results.json]
+
+Random weights in Qwen2.5 shapes, random tokens, S = 4096, one micro batch a step: forward, backward, optimizer. Ours keeps
+fp32 master weights, fp32 moments and fp32 gradients; the peer keeps bf16 only. Each run is a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SHAPES = {
+    "0.5b": dict(hidden_size=896, num_layers=24, num_attention_heads=14, num_query_groups=2, ffn_hidden_size=4864),
+    "1.5b": dict(hidden_size=1536, num_layers=28, num_attention_heads=12, num_query_groups=2, ffn_hidden_size=8960),
+    "3b": dict(hidden_size=2048, num_layers=36, num_attention_heads=16, num_query_groups=2, ffn_hidden_size=11008),
+}
+VOCAB = 151936
+PEAK = 989.4e12
+
+
+def model_flops_a_token(shape: str, seq: int, params: int) -> float:
+    """6 x parameters in matrix products (tied head counted once) + causal attention, forward and backward."""
+    size = SHAPES[shape]
+    return 6 * params + 6 * size["num_layers"] * size["hidden_size"] * seq
+
+
+def join() -> None:
+    """A process group of one."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29777", RANK="0", WORLD_SIZE="1", CUDA_DEVICE_MAX_CONNECTIONS="1")
+    torch.cuda.set_device(0)
+    torch.distributed.init_process_group("nccl", device_id=torch.device("cuda", 0))
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    parallel_state.initialize_model_parallel(1, 1)
+    model_parallel_cuda_manual_seed(1)
+
+
+def build(shape: str, seq: int, recompute_activation: bool) -> tuple[Any, Any, Any]:
+    """(config, wrapped model, optimizer)."""
+    import torch.nn.functional as F
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.transformer.module import Float16Module
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megaswift.engine import backend, compat
+    from megaswift.engine.kernels import megatron_layer as ours
+    from megaswift.engine.kernels.linear_cross_entropy import linear_cross_entropy
+    from megaswift.engine.kernels.megatron_optimizer import fuse_optimizer
+    from megaswift.engine.kernels.parallel_linear import ColumnParallel, RowParallel
+
+    class Provider(backend.PlainProvider):
+        def column_parallel_linear(self) -> type:
+            return ColumnParallel
+
+        def row_parallel_linear(self) -> type:
+            return RowParallel
+
+        def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
+            return ours.RMSNorm
+
+    class Model(GPTModel):
+        def forward(self, tokens: Any, labels: Any, layout: Any) -> Any:
+            hidden = self.embedding(input_ids=tokens, position_ids=None)
+            hidden = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=layout)
+            weight = self.shared_embedding_or_output_weight()
+            flat = hidden.reshape(-1, hidden.shape[-1])
+            return linear_cross_entropy(flat, weight, labels.t(), vocab_size=VOCAB, grad_scale=1.0, shared_with_embedding=True)[0]
+
+    config = TransformerConfig(
+        **SHAPES[shape], bf16=True, params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16, normalization="RMSNorm", gated_linear_unit=True,
+        add_bias_linear=False, add_qkv_bias=True, activation_func=F.silu, hidden_dropout=0.0, attention_dropout=0.0, layernorm_epsilon=1e-6,
+        gradient_accumulation_fusion=False, masked_softmax_fusion=False, apply_rope_fusion=False, calculate_per_token_loss=True,
+        bias_activation_fusion=False, bias_dropout_fusion=False,
+    )  # fmt: skip
+    spec = backend.block_spec(Provider(), config.num_layers, False)
+    for layer in spec.layer_specs[:1]:  # one object, repeated
+        layer.module = ours.FusedTransformerLayer
+        layer.submodules.self_attention.module = ours.FusedSelfAttention
+        layer.submodules.mlp.module = ours.FusedMLP
+    ours.FusedMLP.recompute_activation = recompute_activation
+    model = Model(
+        config, spec, vocab_size=VOCAB, max_sequence_length=seq, position_embedding_type="none", share_embeddings_and_output_weights=True
+    ).cuda()  # fmt: skip
+    model.embedding.word_embeddings.__class__ = ours.FusedEmbedding
+    model.shared_embedding_or_output_weight().zero_out_wgrad = False
+    ddp = DistributedDataParallel(
+        config,
+        DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False),
+        Float16Module(config, model),
+    )
+    compat.use_our_adamw()
+    options = OptimizerConfig(
+        optimizer="adam", lr=1e-5, bf16=True, params_dtype=torch.bfloat16, use_distributed_optimizer=True, clip_grad=1.0, weight_decay=0.0
+    )
+    optimizer = get_megatron_optimizer(options, [ddp])
+    for inner in optimizer.chained_optimizers:
+        inner.optimizer.allocate()
+    return config, ddp, fuse_optimizer(optimizer)
+
+
+def tables(seq: int, dim: int) -> tuple[Any, Any]:
+    """cos and sin, [seq, 1, dim]."""
+    inverse = 1e6 ** (-torch.arange(0, dim, 2, device="cuda").float() / dim)
+    angles = torch.arange(seq, device="cuda").float()[:, None] * inverse
+    angles = torch.cat((angles, angles), -1)[:, None]
+    return angles.cos().bfloat16(), angles.sin().bfloat16()
+
+
+def make_step(shape: str, seq: int, micro: int, recompute: bool) -> tuple[Any, int]:
+    """A function that does step k, and the number of parameters."""
+    from megatron.core.distributed import finalize_model_grads
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from megaswift.engine.backend import SequenceLayout
+    from megaswift.engine.kernels.main_grad import settle_main_grads, zero_main_grads
+
+    config, ddp, optimizer = build(shape, seq, recompute)
+    cos, sin = tables(seq, config.kv_channels)
+    layout = SequenceLayout(cos=cos, sin=sin)
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randint(0, VOCAB, (micro, seq + 1), generator=generator) for _ in range(4)]
+    batches = [(rows[:, :-1].contiguous().cuda(), rows[:, 1:].contiguous()) for rows in batches]
+    count = torch.tensor(micro * seq, dtype=torch.int32, device="cuda")
+
+    def finalize(model: Any, tokens: Any, **kwargs: Any) -> None:
+        settle_main_grads(ddp)
+        finalize_model_grads(model, None, **kwargs)
+        optimizer.tokens = tokens
+
+    def forward_step(iterator: Any, model: Any) -> Any:
+        tokens, labels = next(iterator)
+        return model(tokens, labels, layout), lambda loss: (loss, count, {"loss": loss.detach()})
+
+    config.finalize_model_grads_func = finalize
+    config.grad_scale_func = optimizer.scale_loss
+    schedule = get_forward_backward_func()
+    sizes = dict(num_microbatches=1, seq_length=seq, micro_batch_size=micro, decoder_seq_length=seq, forward_only=False)
+
+    def step(k: int) -> Any:
+        zero_main_grads(ddp)
+        optimizer.zero_grad()
+        report = schedule(forward_step_func=forward_step, data_iterator=iter([batches[k % 4]]), model=[ddp], **sizes)
+        _, norm, _ = optimizer.step()
+        return report[0]["loss"], norm
+
+    return step, sum(p.numel() for p in ddp.parameters())
+
+
+def profile(step: Any, first: int) -> list[tuple[str, float, int]]:
+    """(kernel, ms a step, calls a step) over two steps, longest first."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    with record(activities=[ProfilerActivity.CUDA]) as recorded:
+        for k in range(2):
+            step(first + k)
+        torch.cuda.synchronize()
+    rows = [(row.key, row.self_device_time_total / 2e3, row.count // 2) for row in recorded.key_averages()]
+    return sorted(rows, key=lambda row: -row[1])
+
+
+def child(shape: str, seq: int, micro: int, steps: int, recompute: bool, with_profile: bool) -> None:
+    """Measure ours and print one JSON line."""
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    import gc
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    join()
+    result: dict[str, Any] = dict(run="ours", shape=shape, seq=seq, micro=micro, recompute_activation=recompute)
+    try:
+        step, params = make_step(shape, seq, micro, recompute)
+        gc.disable()
+        times, losses = [], []
+        for k in range(steps):
+            loss, norm = step(k)
+            torch.cuda.synchronize()
+            times.append(time.perf_counter())
+            losses.append(float(loss) / (micro * seq))
+        waits = sorted(b - a for a, b in zip(times[4:], times[5:]))
+        median = waits[len(waits) // 2]
+        begin = time.perf_counter()
+        for k in range(6):  # without waiting for each step, as training runs
+            step(k)
+        torch.cuda.synchronize()
+        free_running = (time.perf_counter() - begin) / 6
+        per_second = micro * seq / median
+        rate = per_second * model_flops_a_token(shape, seq, params)
+        result |= dict(
+            params=params, step_s=round(median, 4), free_step_s=round(free_running, 4), tok_s=round(per_second), tflops=round(rate / 1e12, 1),
+            mfu=round(rate / PEAK, 3), mem_gb=round(torch.cuda.max_memory_allocated() / 2**30, 1), loss=[round(x, 4) for x in (losses[0], losses[-1])],
+            grad_norm=round(float(norm), 4),
+        )  # fmt: skip
+        if with_profile:
+            result["profile"] = [(name[:90], round(ms, 3), calls) for name, ms, calls in profile(step, steps)[:45]]
+    except torch.OutOfMemoryError:
+        result["oom"] = True
+    print(json.dumps(result), flush=True)
+
+
+def run(command: list[str]) -> dict[str, Any]:
+    """The last JSON line that a command prints."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    return json.loads(lines[-1]) if lines else dict(command=command, failed=done.stderr[-3000:])
+
+
+def main() -> None:
+    """Parse the command line and run ours and the peer for each shape."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default="0.5b:8,1.5b:4,3b:2", help="SHAPE:MICRO_BATCH[:k to keep SwiGLU's result], comma separated")
+    parser.add_argument("--seq", type=int, default=4096)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--peer", type=Path, help="the peer's script; without it only ours runs")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        shape, micro, keep = options.child
+        child(shape, options.seq, int(micro), options.steps, keep != "k", options.profile)
+        return
+    results = []
+    for entry in options.shapes.split(","):
+        shape, micro, keep = (entry + ":").split(":")[:3]
+        command = [sys.executable, __file__, "--seq", str(options.seq), "--steps", str(options.steps), "--child", shape, micro, keep or "r"]
+        results.append(run(command + (["--profile"] if options.profile else [])))
+        if options.peer and keep != "k":
+            results.append(run([sys.executable, str(options.peer), shape, str(options.seq), micro, "1", "0", str(options.steps)]))
+        for result in results[-2:]:
+            print({k: v for k, v in result.items() if k != "profile"}, flush=True)
+    if options.out:
+        options.out.write_text(json.dumps(results, indent=1))
+    for result in results:
+        for name, ms, calls in result.get("profile", []):
+            print(f"{result['shape']:5} {ms:9.3f} ms {calls:5d} x  {name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Where megaswift keeps what it can make again, and how a directory appears there all at once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megaswift.errors import UserError
+
+
+def cache_root() -> Path:
+    """The cache directory: $MEGASWIFT_CACHE, else ~/.cache/megaswift. It is not created here."""
+    chosen = os.environ.get("MEGASWIFT_CACHE")
+    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "megaswift"
+
+
+@contextmanager
+def published(target: Path) -> Iterator[Path]:
+    """A new directory to fill, which becomes `target` when the block ends without an error.
+
+    Readers never see a half-written `target`. When another process published the same one meanwhile, theirs is kept.
+    """
+    temporary = target.with_name(f"{target.name}.tmp-{uuid.uuid4().hex[:8]}")
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot write to the cache: {error.strerror}.",
+            where=str(target.parent),
+            fix="set MEGASWIFT_CACHE to a directory that can be written",
+        ) from error
+    try:
+        yield temporary
+        try:
+            temporary.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,62 @@
+"""Load a checkpoint into a training state of any layout, by Megatron-Core's own resharding load with guarded reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megaswift.checkpoint.manifest import read_manifest
+from megaswift.checkpoint.save import TrainingState, state_dict
+from megaswift.errors import DataError
+
+
+def load_weights(model: Any, directory: Path) -> None:
+    """Fill a model (of this rank's layout) from a torch_dist directory. Raises DataError where they do not fit."""
+    loaded = _load({"model": model.sharded_state_dict(prefix="", metadata=None)}, directory)
+    missing, unexpected = model.load_state_dict(loaded["model"], strict=False)
+    missing = [name for name in missing if not name.endswith("_extra_state")]
+    if missing or unexpected:
+        raise DataError(f"the checkpoint does not fit the model. Missing: {missing[:5]}. Not expected: {list(unexpected)[:5]}.", where=str(directory))
+
+
+def load_training_state(state: TrainingState, directory: Path, *, layout: dict[str, int]) -> dict[str, Any]:
+    """Restore model, optimizer, schedule and, at the same layout, random states; returns the `extra` values of the save.
+
+    Args:
+        layout: tp, pp and dp of this run.
+    """
+    manifest = read_manifest(directory)
+    if not manifest.get("optimizer"):
+        raise DataError("the checkpoint has no optimizer state.", where=str(directory), fix="it was saved with --save_only_model true: give it as --resume_from_checkpoint of a new run")
+    wanted = state_dict(state, only_model=False, is_loading=True)
+    same_layout = manifest.get("layout") == layout
+    if not same_layout:
+        wanted.pop("rng_state")  # there is one for each old rank; no random number is drawn while training
+    loaded = _load(wanted, directory)
+    state.model.load_state_dict(loaded["model"], strict=False)
+    state.optimizer.load_state_dict(loaded["optimizer"])
+    state.scheduler.load_state_dict(loaded["opt_param_scheduler"])
+    if same_layout:
+        _restore_random_state(loaded["rng_state"])
+    return loaded["megaswift"]
+
+
+def _load(wanted: dict[str, Any], directory: Path) -> dict[str, Any]:
+    from megatron.core import dist_checkpointing
+
+    try:
+        return dist_checkpointing.load(wanted, str(directory))
+    except DataError:
+        raise
+    except Exception as error:  # Megatron-Core and torch raise many kinds for a checkpoint that does not fit
+        raise DataError(f"the checkpoint cannot be loaded: {error}", where=str(directory), fix="check it with its model's config.json") from error
+
+
+def _restore_random_state(states: dict[str, Any]) -> None:
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    torch.set_rng_state(states["torch"])
+    torch.cuda.set_rng_state(states["device"])
+    get_cuda_rng_tracker().set_states(states["tracker"])

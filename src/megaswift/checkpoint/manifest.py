@@ -1,0 +1,93 @@
+"""manifest.json: what a checkpoint or an exported model consists of, written last, so that its presence means complete."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from megaswift.checkpoint.layout import MANIFEST
+from megaswift.errors import DataError
+
+FORMAT_VERSION = 1
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_files(directory: Path, known: dict[str, Any] | None = None, threads: int = 2) -> dict[str, dict[str, Any]]:
+    """Name -> size and SHA-256 of every file directly in `directory`; `known` ones were hashed while written."""
+    known = known or {}
+    names = sorted(path.name for path in directory.iterdir() if path.is_file() and path.name != MANIFEST)
+    with ThreadPoolExecutor(threads) as pool:
+        hashes = pool.map(lambda name: known[name] if name in known else sha256_of(directory / name), names)
+        return {name: {"size": (directory / name).stat().st_size, "sha256": value} for name, value in zip(names, hashes)}
+
+
+def write_manifest(directory: Path, content: dict[str, Any]) -> None:
+    """Write manifest.json by temporary file and rename, fsynced, and fsync the directory."""
+    path = directory / MANIFEST
+    temporary = directory / f".{MANIFEST}.tmp"
+    text = json.dumps({"format_version": FORMAT_VERSION, **content}, indent=1, ensure_ascii=False)
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_directory(directory)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make renames and new files in a directory durable."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a directory. Raises DataError where it is missing or not JSON."""
+    path = directory / MANIFEST
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError("manifest.json is missing: the directory was not finished.", where=str(directory)) from error
+    except ValueError as error:
+        raise DataError("manifest.json is not JSON.", where=str(path)) from error
+    if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
+        raise DataError("manifest.json lists no files.", where=str(path))
+    return content
+
+
+def quick_check(directory: Path) -> str | None:
+    """None if the manifest is there and every file has its size, else what is wrong."""
+    try:
+        files = read_manifest(directory)["files"]
+    except DataError as error:
+        return error.what.rstrip(".")
+    for name, entry in files.items():
+        path = directory / Path(name).name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry.get("size"):
+            return f"{name} has {path.stat().st_size} bytes, {entry.get('size')} expected"
+    return None
+
+
+def check_hashes(directory: Path) -> None:
+    """Raise DataError unless every file is byte for byte the one that was written."""
+    problem = quick_check(directory)
+    if problem:
+        raise DataError(f"the checkpoint is incomplete: {problem}.", where=str(directory), fix="use another checkpoint (--iteration N)")
+    files = read_manifest(directory)["files"]
+    with ThreadPoolExecutor(2) as pool:
+        for name, found in zip(files, pool.map(lambda name: sha256_of(directory / Path(name).name), files)):
+            if found != files[name].get("sha256"):
+                raise DataError(f"{name} is not the file that was written: its SHA-256 differs.", where=str(directory / name), fix="use another checkpoint")

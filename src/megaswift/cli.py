@@ -1,0 +1,98 @@
+"""The `swift` command: verb -> function. Nothing heavy is imported before a verb runs.
+
+    swift export | sft | infer [--options]
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+
+from megaswift.errors import ExitCode, MegaswiftError, UserError, nearest
+
+# verb -> (module, function, argument class, one line of help)
+VERBS = {
+    "export": ("megaswift.export", "export_main", "ExportArguments", "convert between a Hugging Face folder and Megatron weights"),
+    "sft": ("megaswift.sft", "sft_main", "SftArguments", "fine-tune Megatron weights"),
+    "infer": ("megaswift.infer", "infer_main", "InferArguments", "talk to a model, or answer a file of questions"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command line and return its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if not words or words[0] in ("-h", "--help"):
+            print(overview())
+            return ExitCode.DONE
+        if words[0] in ("-V", "--version"):
+            from megaswift import __version__
+
+            print(f"megaswift {__version__}")
+            return ExitCode.DONE
+        return run_verb(words[0], words[1:])
+    except MegaswiftError as error:
+        report_error(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+def run_verb(verb: str, words: list[str]) -> int:
+    """Parse the options of a verb and call its function."""
+    if verb not in VERBS:
+        raise UserError(f"there is no command {verb!r}.", where="command line", fix=f"did you mean: {nearest(verb, list(VERBS))}? (swift --help)")
+    module, function, arguments, _ = VERBS[verb]
+    from megaswift import arguments as all_arguments
+
+    cls = getattr(all_arguments, arguments)
+    if "-h" in words or "--help" in words:
+        print(help_text(verb, cls))
+        return ExitCode.DONE
+    args = all_arguments.parse(cls, words)
+    try:
+        getattr(importlib.import_module(module), function)(args)
+    except (MegaswiftError, KeyboardInterrupt):
+        raise
+    except Exception:
+        traceback.print_exc()
+        print("\nThis is a defect of megaswift, not of your input. Please report the lines above.", file=sys.stderr)
+        return 1
+    return ExitCode.DONE
+
+
+def report_error(error: MegaswiftError) -> None:
+    """Print an error on standard error, in red where that is a terminal."""
+    color = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    label = "\033[31merror:\033[0m" if color else "error:"
+    print(f"{label} {error.text()}", file=sys.stderr, flush=True)
+
+
+def overview() -> str:
+    """Help without a verb."""
+    lines = ["usage: swift COMMAND [--option value ...]", "", "commands:"]
+    lines += [f"  {verb:8}{text}" for verb, (_, _, _, text) in VERBS.items()]
+    return "\n".join([*lines, "", "swift COMMAND --help lists the options of a command."])
+
+
+def help_text(verb: str, cls: type) -> str:
+    """All options of a command with their defaults."""
+    import dataclasses
+    import textwrap
+
+    from megaswift.arguments import default_of
+
+    lines = [f"usage: swift {verb} [options.json | options.yaml] [--option value ...]", "", VERBS[verb][3] + ".", "", "options:"]
+    for item in dataclasses.fields(cls):
+        default, choices = default_of(item), item.metadata["choices"]
+        note = f" One of: {', '.join(choices)}." if choices else ""
+        shown = "" if default in (None, [], "") else f" [{str(default).lower() if isinstance(default, bool) else default}]"
+        lines.append(f"  --{item.name}")
+        lines += textwrap.wrap(item.metadata["help"] + note + shown, 100, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""From files and hubs to token ids with a loss mask, packed and batched."""

@@ -1,0 +1,277 @@
+"""Which rows a step sees, and their tensors: a pure function of (seed, step), the same for every data-parallel layout.
+
+batches = Batches(rows, micro_batch_size=1, global_batch_size=16, dp_rank=0, dp_size=2, seed=42, pad_id=0)
+for step, micros in prefetch(batches, first_step, last_step, threads=1): ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megaswift.data.store import IGNORED, TokenRows
+from megaswift.data.tokens import Encoded
+from megaswift.errors import DataError, UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LENGTH_WINDOW = 50  # global batches among which group_by_length sorts
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward pass reads.
+
+    Attributes:
+        tokens: int64 [b, s].
+        labels: int64 [b, s], shifted left by one inside each sample; -100 where there is no loss.
+        position_ids: int64 [b, s]; they restart at 0 in each sample.
+        cu_seqlens: int32 [n + 1], borders of the samples that share the one row (b == 1); None for plain causal rows.
+        sample_ids: rows of the data in it.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor | None
+    sample_ids: tuple[int, ...]
+
+
+class Batches:
+    """Training batches of one data-parallel rank.
+
+    Epoch e is a permutation from (seed, e) alone; step k takes places k * global_batch_size and on of the endless
+    stream of epochs. Within a global batch, rows of similar length share a micro batch (padded rows), or micro batches
+    get about equal numbers of tokens (padding-free); ranks work at the same time on micro batches of similar size.
+
+    Args:
+        rows: the tokenized rows.
+        micro_batch_size: rows in one micro batch.
+        global_batch_size: rows in one step, all ranks together; a multiple of micro_batch_size * dp_size.
+        dp_rank, dp_size: which data-parallel rank this is, and of how many.
+        seed: seed of the order.
+        pad_id: token id of padding.
+        shuffle: False keeps the order of the rows.
+        group_by_length: draw rows of similar length into one global batch.
+        padding_free: lay the rows of a micro batch end to end; False pads them to the longest.
+        pad_multiple: micro batches are padded to a multiple of this many tokens (sequence parallelism needs tp).
+
+    Raises:
+        UserError: global_batch_size does not divide.
+        DataError: fewer rows than one global batch.
+    """
+
+    def __init__(
+        self,
+        rows: TokenRows,
+        *,
+        micro_batch_size: int,
+        global_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        seed: int,
+        pad_id: int,
+        shuffle: bool = True,
+        group_by_length: bool = False,
+        padding_free: bool = True,
+        pad_multiple: int = 1,
+    ) -> None:
+        _check_sizes(micro_batch_size, global_batch_size, dp_size)
+        require_rows(len(rows), global_batch_size)
+        self.rows, self.micro, self.size = rows, micro_batch_size, global_batch_size
+        self.dp_rank, self.dp_size = dp_rank, dp_size
+        self.seed, self.shuffle, self.group_by_length = seed, shuffle, group_by_length
+        self.padding_free, self.pad_multiple, self.pad_id = padding_free, pad_multiple, pad_id
+        self._epoch = lru_cache(maxsize=2)(self._make_epoch)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the rows, their order or the way they are drawn do; a resumed run compares it."""
+        return f"{self.rows.fingerprint}-{self.seed}-{int(self.shuffle)}{int(self.group_by_length)}"
+
+    def sample_ids(self, step: int) -> np.ndarray:
+        """The rows of a step, all ranks together, in the order of the stream."""
+        count = len(self.rows)
+        first, last = step * self.size, (step + 1) * self.size
+        parts = []
+        while first < last:
+            epoch, place = divmod(first, count)
+            part = self._epoch(epoch)[place : min(count, place + last - first)]
+            parts.append(part)
+            first += len(part)
+        return np.concatenate(parts)
+
+    def step(self, step: int) -> list[MicroBatch]:
+        """The micro batches of this rank for one step: global_batch_size / (micro_batch_size * dp_size) of them."""
+        ids = self.sample_ids(step)
+        groups = self._groups(ids, self.rows.lengths[ids])
+        return [self._micro(groups[k]) for k in range(self.dp_rank, len(groups), self.dp_size)]
+
+    def _make_epoch(self, epoch: int) -> np.ndarray:
+        count = len(self.rows)
+        random = np.random.default_rng([self.seed, epoch])
+        order = random.permutation(count) if self.shuffle else np.arange(count)
+        if not self.group_by_length:
+            return order
+        lengths = self.rows.lengths
+        window = LENGTH_WINDOW * self.size
+        blocks = []
+        for first in range(0, count, window):
+            part = order[first : first + window]
+            part = part[np.argsort(-lengths[part], kind="stable")]
+            blocks += [part[k : k + self.size] for k in range(0, len(part), self.size)]
+        whole = [block for block in blocks if len(block) == self.size]
+        rest = [block for block in blocks if len(block) < self.size]
+        shuffled = [whole[k] for k in (random.permutation(len(whole)) if self.shuffle else range(len(whole)))]
+        return np.concatenate(shuffled + rest)
+
+    def _groups(self, ids: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+        """Row numbers of every micro batch of a step, similar ones next to each other; rank r works on r, r + dp, ..."""
+        by_length = ids[np.lexsort((ids, -lengths))]
+        count = len(ids) // self.micro
+        if not self.padding_free or self.micro == 1:
+            return list(by_length.reshape(count, self.micro))
+        # Deal like cards, turning around at each end, so that every micro batch gets long and short rows.
+        deal = by_length.reshape(self.micro, count)
+        deal[1::2] = deal[1::2, ::-1].copy()
+        groups = list(deal.T)
+        return sorted(groups, key=lambda group: (-int(self.rows.lengths[group].sum()), int(group[0])))
+
+    def _micro(self, group: np.ndarray) -> MicroBatch:
+        return make_micro_batch(self.rows, group.tolist(), self.padding_free, self.pad_multiple, self.pad_id)
+
+
+class EvalBatches:
+    """Validation batches of one data-parallel rank: every row exactly once, and as many micro batches on each rank.
+
+    Arguments are those of Batches. What is missing in the last step is filled with micro batches without loss.
+    """
+
+    def __init__(
+        self,
+        rows: TokenRows,
+        *,
+        micro_batch_size: int,
+        global_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        pad_id: int,
+        padding_free: bool = True,
+        pad_multiple: int = 1,
+    ) -> None:
+        _check_sizes(micro_batch_size, global_batch_size, dp_size)
+        self.rows, self.micro, self.size = rows, micro_batch_size, global_batch_size
+        self.dp_rank, self.dp_size = dp_rank, dp_size
+        self.padding_free, self.pad_multiple, self.pad_id = padding_free, pad_multiple, pad_id
+        self._order = np.argsort(-rows.lengths, kind="stable")
+
+    def __len__(self) -> int:
+        """Steps of one evaluation: ceil(rows / global_batch_size)."""
+        return -(-len(self.rows) // self.size)
+
+    def step(self, step: int) -> list[MicroBatch]:
+        """The micro batches of this rank for one step; an empty one has sample_ids () and no label."""
+        ids = self._order[step * self.size : (step + 1) * self.size]
+        result = []
+        for k in range(self.dp_rank, self.size // self.micro, self.dp_size):
+            group = ids[k * self.micro : (k + 1) * self.micro]
+            result.append(make_micro_batch(self.rows, group.tolist(), self.padding_free, self.pad_multiple, self.pad_id))
+        return result
+
+
+def make_micro_batch(rows: TokenRows, group: list[int], padding_free: bool, pad_multiple: int, pad_id: int) -> MicroBatch:
+    """The tensors of some rows. Packed rows share one row of tokens even when padding_free is False."""
+    samples = [sample for row in group for sample in rows.samples(row)]
+    if not samples:
+        samples = [Encoded(np.full(1, pad_id, np.int32), np.zeros(1, bool))]
+    if padding_free or len(samples) > len(group):
+        return _end_to_end(samples, tuple(group), pad_multiple, pad_id)
+    return _padded(samples, tuple(group), pad_multiple, pad_id)
+
+
+def prefetch(
+    batches: Batches | EvalBatches, first_step: int, last_step: int, threads: int
+) -> Iterator[tuple[int, list[MicroBatch]]]:
+    """(step, micro batches) of steps first_step to last_step, without the last; `threads` prepare ahead, 0: none do."""
+    if threads <= 0:
+        for step in range(first_step, last_step):
+            yield step, batches.step(step)
+        return
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(threads, "batches") as pool:
+        pending = [
+            (step, pool.submit(batches.step, step)) for step in range(first_step, min(last_step, first_step + threads + 1))
+        ]
+        try:
+            while pending:
+                step, future = pending.pop(0)
+                following = step + threads + 1
+                if following < last_step:
+                    pending.append((following, pool.submit(batches.step, following)))
+                yield step, future.result()
+        finally:
+            for _, future in pending:
+                future.cancel()
+
+
+def require_rows(rows: int, global_batch_size: int) -> None:
+    """Raise DataError when the data is smaller than one global batch."""
+    if rows < global_batch_size:
+        raise DataError(
+            f"{rows} training rows are fewer than one global batch of {global_batch_size}.",
+            where="--dataset",
+            fix="ask for more rows (name#N repeats them), or lower --gradient_accumulation_steps or --batch_size",
+        )
+
+
+def _check_sizes(micro: int, size: int, dp_size: int) -> None:
+    if size % (micro * dp_size):
+        unit = micro * dp_size
+        raise UserError(
+            f"a global batch of {size} rows does not divide into micro batches of {micro} on {dp_size} data-parallel ranks.",
+            where="--batch_size",
+            fix=f"use a global batch of {max(size // unit, 1) * unit} or {(size // unit + 1) * unit}",
+        )
+
+
+def _labels(sample: Encoded) -> np.ndarray:
+    """What each place must predict: the next token where it carries loss; the last place predicts nothing."""
+    labels = np.full(len(sample.ids), IGNORED, np.int64)
+    labels[:-1] = np.where(sample.kept[1:], sample.ids[1:], IGNORED)
+    return labels
+
+
+def _end_to_end(samples: list[Encoded], group: tuple[int, ...], pad_multiple: int, pad_id: int) -> MicroBatch:
+    import torch
+
+    sizes = [len(sample.ids) for sample in samples]
+    tail = -sum(sizes) % pad_multiple
+    tokens = np.concatenate([*(sample.ids for sample in samples), np.full(tail, pad_id)]).astype(np.int64)
+    labels = np.concatenate([*map(_labels, samples), np.full(tail, IGNORED, np.int64)])
+    parts = sizes + ([tail] if tail else [])
+    positions = np.concatenate([np.arange(size) for size in parts])
+    borders = None
+    if len(samples) > 1:  # one sample with a padded tail is a plain causal row
+        borders = torch.from_numpy(np.concatenate([[0], np.cumsum(parts)]).astype(np.int32))
+    row = [torch.from_numpy(array[None]) for array in (tokens, labels, positions)]
+    return MicroBatch(row[0], row[1], row[2], borders, group)
+
+
+def _padded(samples: list[Encoded], group: tuple[int, ...], pad_multiple: int, pad_id: int) -> MicroBatch:
+    import torch
+
+    width = max(len(sample.ids) for sample in samples)
+    width += -width % pad_multiple
+    tokens = np.full((len(samples), width), pad_id, np.int64)
+    labels = np.full((len(samples), width), IGNORED, np.int64)
+    for k, sample in enumerate(samples):
+        tokens[k, : len(sample.ids)] = sample.ids
+        labels[k, : len(sample.ids)] = _labels(sample)
+    positions = np.broadcast_to(np.arange(width), tokens.shape).copy()
+    return MicroBatch(torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(positions), None, group)

@@ -1,0 +1,319 @@
+"""A tokenizer's chat template as something that turns conversations into token ids with a loss mask.
+
+template = ChatTemplate(tokenizer)        # the tokenizer's own template
+template.encode([conversation])[0]        # ids and loss mask: the assistant's text and its end token, nothing else
+template.prompt(conversation)             # generation: ids up to and with the assistant's header
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from megaswift.data.conversation import BadRow, Conversation, Message
+from megaswift.data.structure import NO_SYSTEM, Structure, align, as_dict, build
+from megaswift.data.templates import TEMPLATES, TemplateRaised, compile_template
+from megaswift.data.tokens import Encoded, Kind, Piece, PieceEncoder, tokenizer_json
+from megaswift.data.tools import tools_as_text
+from megaswift.errors import UserError, nearest
+
+THOUGHTS = re.compile(r"\s*<think>(.*?)</think>\s*(.*)\Z", re.DOTALL)
+SHIELD = 0xE100  # control token number k inside tool texts is written as this character + k
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer, or a named one.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer with a fast backend.
+        template_type: AUTO for the tokenizer's own template, or a name of `templates.TEMPLATES`.
+        default_system: system prompt of conversations that bring none; "" for none at all; None for the template's.
+        fallback: name to use when AUTO finds no template in the tokenizer.
+    """
+
+    def __init__(
+        self, tokenizer: Any, template_type: str = "AUTO", default_system: str | None = None, *, fallback: str | None = None
+    ) -> None:
+        source, name, system = _choose(tokenizer, template_type, fallback)
+        special = {key: value for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+        if tokenizer.eos_token_id is None:
+            raise UserError("the tokenizer has no end token (eos_token).", where=str(getattr(tokenizer, "name_or_path", "")))
+        state = {
+            "name": name,
+            "source": source,
+            "special": special,
+            "default_system": system if default_system is None else default_system,
+            "tokenizer": tokenizer_json(tokenizer),
+            "eos_id": tokenizer.eos_token_id,
+            "pad_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            "bos_id": _own_bos(tokenizer),
+        }
+        self._setup(state)
+        for token in TEMPLATES[name].needs if name in TEMPLATES else ():
+            if token not in self.encoder.control:
+                raise UserError(
+                    f"template {name} needs the token {token}, which this tokenizer does not know.",
+                    where="--template_type",
+                    fix="use --template_type default, or a tokenizer that knows it",
+                )
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> ChatTemplate:
+        """A template from `state` of another one: the same, without the tokenizer object."""
+        template = cls.__new__(cls)
+        template._setup(state)
+        return template
+
+    def _setup(self, state: dict[str, Any]) -> None:
+        self.state = state
+        self.name: str = state["name"]
+        self.default_system: str | None = state["default_system"]
+        self.eos_id: int = state["eos_id"]
+        self.pad_id: int = state["pad_id"]
+        self.encoder = PieceEncoder(state["tokenizer"])
+        self._jinja = compile_template(state["source"])
+        self.thinks = "</think>" in state["source"]
+        self._tools = "tools" in state["source"] and "tool_calls" in state["source"]
+        self._structures: dict[Any, Structure] = {}
+        self._shields = {token: chr(SHIELD + k) for k, token in enumerate(sorted(self.encoder.control))}
+        self._shielded_tokens = {shield: token for token, shield in self._shields.items()}
+        self.eos: str = state["special"].get("eos_token", "")
+        self._decoder: Any = None
+        self._system_block: tuple[str, str] | None = None
+        self.header, self.ends = self._look()
+        self._system_block = self._find_system_block()
+
+    # What the template looks like
+
+    def _look(self) -> tuple[str, tuple[str, ...]]:
+        """(assistant header, tokens that end an assistant turn), from two small renderings."""
+        user = {"role": "user", "content": "\ue0e0"}
+        try:
+            plain, prompt = self.render([user], [], False), self.render([user], [], True)
+            full = self.render([user, {"role": "assistant", "content": "\ue0e1"}], [], False)
+        except BadRow as error:
+            raise UserError(
+                f"the chat template fails on a plain question: {error}.",
+                where="chat_template",
+                fix="choose a template by name with --template_type",
+            ) from error
+        if "\ue0e1" not in full:
+            raise UserError(
+                "the chat template does not write the assistant's text.",
+                where="chat_template",
+                fix="choose a template by name with --template_type",
+            )
+        tail = full.partition("\ue0e1")[2]
+        cut = re.compile("|".join(re.escape(token) for token in sorted(self.encoder.special, key=len, reverse=True)) or r"(?!)")
+        end = cut.search(tail)
+        known = {end.group(), self.eos, "<|eom_id|>"} if end else set()
+        header = prompt[len(plain) :] if prompt.startswith(plain) else ""
+        return header, tuple(sorted(token for token in known if token and token in self.encoder.control))
+
+    def _find_system_block(self) -> tuple[str, str] | None:
+        """(before, after) of a system message's block, where a second one is written just like the first."""
+        first, second = "\ue0e0", "\ue0e1"
+        try:
+            text = self.render(
+                [{"role": "system", "content": first}, {"role": "system", "content": second}, {"role": "user", "content": "x"}],
+                [],
+                False,
+            )
+        except BadRow:
+            return None
+        before, _, rest = text.partition(first)
+        between = rest.partition(second)[0]
+        bos = self.state["special"].get("bos_token", "")
+        opening = (
+            before.removeprefix(bos) if between.endswith(before.removeprefix(bos)) and not between.endswith(before) else before
+        )
+        if second not in rest or not opening or not between.endswith(opening):
+            return None
+        return opening, between[: -len(opening)]
+
+    def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], prompt: bool) -> str:
+        """The template's text. Raises BadRow when the template refuses the conversation."""
+        import jinja2
+
+        try:
+            text = self._jinja.render(
+                messages=messages, tools=tools or None, add_generation_prompt=prompt, **self.state["special"]
+            )
+        except TemplateRaised as error:
+            raise BadRow("refused by the chat template", str(error)) from None
+        except (jinja2.TemplateError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+            raise BadRow("the chat template fails", f"{type(error).__name__}: {error}") from None
+        if self._system_block and NO_SYSTEM in text:
+            text = text.replace(self._system_block[0] + NO_SYSTEM + self._system_block[1], "", 1)
+        return text
+
+    # From conversations to ids
+
+    def encode(self, conversations: list[Conversation]) -> list[Encoded | BadRow]:
+        """Ids and loss mask of each conversation, or why it cannot be had. One call of the tokenizer for all."""
+        result: list[Encoded | BadRow | None] = []
+        pieces = []
+        for conversation in conversations:
+            try:
+                pieces.append(self.pieces(conversation))
+                result.append(None)
+            except BadRow as error:
+                result.append(error)
+        encoded = iter(self.encoder.encode(pieces))
+        done = [item if item is not None else next(encoded) for item in result]
+        return [
+            self._with_ends(item) if isinstance(item, Encoded) and conversation.text is not None else item
+            for item, conversation in zip(done, conversations, strict=True)
+        ]
+
+    def _with_ends(self, item: Encoded) -> Encoded:
+        """Pre-training text: the tokenizer's own first token, when it has one, and the end token around it."""
+        bos = self.state["bos_id"]
+        first = [] if bos is None else [bos]
+        ids = np.concatenate([np.array(first, np.int32), item.ids, np.array([self.eos_id], np.int32)])
+        kept = np.ones(len(ids), bool)
+        kept[: len(first)] = False
+        return Encoded(ids, kept)
+
+    def prompt(self, conversation: Conversation) -> np.ndarray:
+        """Token ids (int32) from which the assistant's next turn is generated. Raises BadRow."""
+        return self.encoder.encode([self.pieces(conversation, prompt=True)])[0].ids
+
+    def pieces(self, conversation: Conversation, prompt: bool = False) -> list[Piece]:
+        """The conversation as text pieces, each with who wrote it and whether it carries loss. Raises BadRow."""
+        if conversation.text is not None:
+            return [Piece(conversation.text, Kind.CONTENT, True)]
+        conversation = self._prepared(conversation)
+        messages = conversation.messages
+        structure = self._structure(conversation, prompt)
+        real = self.render([as_dict(message) for message in messages], conversation.tools, prompt)
+        texts = align(structure, messages, real)
+        pieces = []
+        for segment in structure.segments:
+            if segment.slot is None:
+                pieces.extend(self._unshield(segment.text, segment.kept))
+                continue
+            kind, number = segment.slot
+            message = messages[number]
+            text = texts.get(segment.slot, (message.reasoning or "").strip("\n") if kind == "r" else message.content)
+            pieces.append(Piece(text, Kind.ANSWER if message.role == "assistant" else Kind.CONTENT, segment.kept))
+        if not prompt and not any(piece.kept and piece.text for piece in pieces):
+            raise BadRow("no supervised turn", "the chat template leaves out the thoughts of every supervised turn")
+        return pieces
+
+    def decode(self, ids: np.ndarray) -> str:
+        """The text of some token ids, control tokens included."""
+        if self._decoder is None:
+            from tokenizers import Tokenizer
+
+            self._decoder = Tokenizer.from_str(self.state["tokenizer"])
+        return self._decoder.decode(ids.tolist(), skip_special_tokens=False)
+
+    def unsupervised_turns(self, conversation: Conversation) -> int:
+        """How many assistant turns get no loss because the template leaves out their thoughts. Raises BadRow."""
+        if not self.thinks or not any(message.reasoning or "</think>" in message.content for message in conversation.messages):
+            return 0
+        return len(self._structure(self._prepared(conversation), False).unsupervised)
+
+    def _structure(self, conversation: Conversation, prompt: bool) -> Structure:
+        if conversation.tools or any(message.tool_calls for message in conversation.messages):
+            return build(self, conversation, prompt)
+        key = (
+            prompt,
+            *(
+                (m.role, m.loss, m.reasoning is None, bool(m.reasoning), bool(m.content), m.content == NO_SYSTEM)
+                for m in conversation.messages
+            ),
+        )
+        structure = self._structures.get(key)
+        if structure is None:
+            structure = build(self, conversation, prompt)
+            if len(self._structures) < 2048:
+                self._structures[key] = structure
+        return structure
+
+    # What happens to a conversation before the template sees it
+
+    def _prepared(self, conversation: Conversation) -> Conversation:
+        """With its system prompt settled, thoughts apart from answers, and tools as this template can write them."""
+        messages = self._with_system(conversation.messages)
+        if self.thinks:
+            messages = [_split_thoughts(message) for message in messages]
+        tools = conversation.tools
+        if tools or any(message.tool_calls or message.role == "tool" for message in messages):
+            if self._tools:
+                messages, tools = self._shielded(messages, tools)
+            else:
+                messages, tools = tools_as_text(messages, tools, self.default_system), []
+        return Conversation(messages, tools, shape=conversation.shape)
+
+    def _with_system(self, messages: list[Message]) -> list[Message]:
+        has_own = bool(messages) and messages[0].role == "system"
+        own = messages[0].content if has_own else self.default_system
+        rest = messages[1:] if has_own else messages
+        if own is None:
+            return messages
+        if own.strip():
+            return [Message("system", own), *rest]
+        return [Message("system", NO_SYSTEM), *rest] if self._system_block else rest
+
+    def _shielded(self, messages: list[Message], tools: list[dict[str, Any]]) -> tuple[list[Message], list[dict[str, Any]]]:
+        """Tools and calls with control tokens inside them written as private-use characters."""
+        return [replace(message, tool_calls=self._shield(message.tool_calls)) for message in messages], self._shield(tools)
+
+    def _shield(self, value: Any) -> Any:
+        text = json.dumps(value, ensure_ascii=False)
+        if any("\ue0f0" <= character <= "\uf8ff" for character in text):
+            raise BadRow("private-use characters in tools", "U+E0F0 to U+F8FF")
+        inside = [token for token in self._shields if token in text]
+        for token in sorted(inside, key=len, reverse=True):
+            text = text.replace(token, self._shields[token])
+        return json.loads(text) if inside else value
+
+    def _unshield(self, text: str, kept: bool) -> list[Piece]:
+        if text.isascii():
+            return [Piece(text, Kind.TEMPLATE, kept)]
+        names = self._shielded_tokens
+        parts = re.split(r"([\ue100-\uf8ff])", text)
+        return [
+            Piece(names[part], Kind.CONTENT, kept) if part in names else Piece(part, Kind.TEMPLATE, kept)
+            for part in parts
+            if part
+        ]
+
+
+def _split_thoughts(message: Message) -> Message:
+    """`<think>R</think>C` typed as one text becomes reasoning R and content C; an empty block becomes reasoning ''."""
+    if message.role != "assistant" or message.reasoning is not None or "</think>" not in message.content:
+        return message
+    match = THOUGHTS.match(message.content)
+    return replace(message, reasoning=match.group(1).strip("\n").strip(), content=match.group(2)) if match else message
+
+
+def _choose(tokenizer: Any, template_type: str, fallback: str | None) -> tuple[str, str, str | None]:
+    """(Jinja source, name, default system prompt)."""
+    own = getattr(tokenizer, "chat_template", None)
+    if template_type == "AUTO" and isinstance(own, str) and own.strip():
+        return own, "AUTO", None
+    name = fallback if template_type == "AUTO" else template_type
+    if name is None:
+        raise UserError(
+            "the tokenizer brings no chat template.", where="--template_type", fix=f"choose one: {', '.join(TEMPLATES)}"
+        )
+    if name not in TEMPLATES:
+        raise UserError(
+            f"template {name!r} is not known.", where="--template_type", fix=f"did you mean: {nearest(name, list(TEMPLATES))}?"
+        )
+    return TEMPLATES[name].source, name, TEMPLATES[name].default_system
+
+
+def _own_bos(tokenizer: Any) -> int | None:
+    """The first token that the tokenizer itself puts before a text, or None."""
+    if tokenizer.bos_token_id is None:
+        return None
+    ids = tokenizer("a")["input_ids"]
+    return tokenizer.bos_token_id if ids and ids[0] == tokenizer.bos_token_id else None

@@ -1,0 +1,51 @@
+"""What every data row becomes: messages, or plain text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class BadRow(Exception):
+    """A row that cannot be used.
+
+    Args:
+        reason: one of few short texts, for counting.
+        detail: what exactly was found.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+    def __str__(self) -> str:
+        return f"{self.reason} ({self.detail})" if self.detail else self.reason
+
+
+@dataclass(slots=True)
+class Message:
+    """One turn.
+
+    Attributes:
+        role: system, user, assistant or tool.
+        content: its text.
+        reasoning: thinking text of an assistant turn, without its tags; None when there is none.
+        tool_calls: {"name": str, "arguments": dict or text} of an assistant turn.
+        loss: whether an assistant turn is supervised.
+    """
+
+    role: str
+    content: str
+    reasoning: str | None = None
+    tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    loss: bool = True
+
+
+@dataclass(slots=True)
+class Conversation:
+    """Messages with the tools that they may call; or `text` alone, every token of which is supervised."""
+
+    messages: list[Message] = field(default_factory=list)
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    text: str | None = None
+    shape: str = ""

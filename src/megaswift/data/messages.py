@@ -1,0 +1,160 @@
+"""A list of role/content objects, under any of the usual names, as messages: ShareGPT, OpenAI, Anthropic."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from megaswift.data.conversation import BadRow, Message
+
+ALIASES = {
+    "system": "system developer",
+    "user": "user human",
+    "assistant": "assistant gpt bot model chatgpt bing",
+    "tool": "tool observation tool_response tool_result function ipython",
+    "call": "tool_call function_call",
+}
+ROLES = {alias: role for role, aliases in ALIASES.items() for alias in aliases.split()}
+
+
+def read_messages(items: list[Any]) -> list[Message]:
+    """Normalise the roles, contents, tool calls and `loss` of a conversation. Raises BadRow."""
+    messages: list[Message] = []
+    for number, item in enumerate(items, 1):
+        if not isinstance(item, dict):
+            raise BadRow("wrong type", f"message {number} is no object")
+        role_name, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
+        role = ROLES.get(role_name.lower()) if isinstance(role_name, str) else None
+        if role is None:
+            raise BadRow("unknown role", f"message {number}: {role_name!r}")
+        where = f"message {number}, {role_name}"
+        if isinstance(content, list):
+            messages.extend(_blocks(content, role, _loss(item, role, where), where))
+        elif role == "call":
+            _append_call(messages, content, _loss(item, "assistant", where), where)
+        else:
+            messages.append(_message(item, role, content, where))
+    return messages
+
+
+def tools_of(value: Any) -> list[dict[str, Any]]:
+    """The `tools` column: a list or its JSON text, bare functions or OpenAI's wrapping. Raises BadRow."""
+    if isinstance(value, str):
+        if not value.strip():
+            return []
+        value = _json(value, "tools")
+    if not value:
+        return []
+    tools = []
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, str):
+            item = _json(item, "tools")
+        function = item.get("function", item) if isinstance(item, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise BadRow("wrong type", "an entry of tools has no name")
+        if "input_schema" in function:  # Anthropic's name for it
+            function = {("parameters" if key == "input_schema" else key): part for key, part in function.items()}
+        tools.append({"type": "function", "function": function})
+    return tools
+
+
+def _message(item: dict[str, Any], role: str, content: Any, where: str) -> Message:
+    calls = [_call(call, where) for call in _json_list(item.get("tool_calls"), where)] if role == "assistant" else []
+    if content is None and calls:
+        content = ""
+    if isinstance(content, dict) and role == "tool":
+        content = json.dumps(content, ensure_ascii=False)
+    if not isinstance(content, str):
+        raise BadRow("wrong type", f"{where}: content is {type(content).__name__}, expected text")
+    reasoning = item.get("reasoning_content") or item.get("reasoning") if role == "assistant" else None
+    if reasoning is not None and not isinstance(reasoning, str):
+        raise BadRow("wrong type", f"{where}: reasoning_content is {type(reasoning).__name__}, expected text")
+    return Message(role, content, reasoning, calls, _loss(item, role, where))
+
+
+def _append_call(messages: list[Message], content: Any, loss: bool, where: str) -> None:
+    """A message that is a tool call belongs to the assistant turn before it, or is one of its own."""
+    parsed = _json(content, where) if isinstance(content, str) else content
+    calls = [_call(call, where) for call in (parsed if isinstance(parsed, list) else [parsed])]
+    if messages and messages[-1].role == "assistant" and messages[-1].loss == loss:
+        messages[-1].tool_calls.extend(calls)
+    else:
+        messages.append(Message("assistant", "", None, calls, loss))
+
+
+def _call(call: Any, where: str) -> dict[str, Any]:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise BadRow("wrong type", f"{where}: a tool call has no name")
+    arguments = function.get("arguments", function.get("parameters", function.get("input", {})))
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError:
+            raise BadRow("wrong type", f"{where}: arguments of {function['name']} are no JSON") from None
+    return {"name": function["name"], "arguments": {} if arguments is None else arguments}
+
+
+def _blocks(blocks: list[Any], role: str, loss: bool, where: str) -> list[Message]:
+    """Content blocks: text, and Anthropic's tool_use, tool_result and thinking."""
+    texts: list[str] = []
+    thoughts: list[str] = []
+    calls: list[dict[str, Any]] = []
+    results: list[Message] = []
+    for block in blocks:
+        kind = block.get("type") if isinstance(block, dict) else None
+        if kind == "text" and isinstance(block.get("text"), str):
+            texts.append(block["text"])
+        elif kind == "thinking" and isinstance(block.get("thinking"), str):
+            thoughts.append(block["thinking"])
+        elif kind == "tool_use":
+            calls.append(_call(block, where))
+        elif kind == "tool_result":
+            results.append(Message("tool", _result_text(block.get("content"), where)))
+        elif kind in ("image", "image_url", "video", "audio", "input_audio"):
+            raise BadRow("images, video or audio", "only text can be trained")
+        else:
+            raise BadRow("wrong type", f"{where}: content block of type {kind!r}")
+    if results and not texts:
+        return results
+    role = "assistant" if role == "call" else role
+    return results + [Message(role, "".join(texts), "\n".join(thoughts) or None, calls, loss)]
+
+
+def _result_text(content: Any, where: str) -> str:
+    if isinstance(content, list):
+        return "".join(block.get("text", "") for block in content if isinstance(block, dict))
+    if content is None or isinstance(content, str):
+        return content or ""
+    raise BadRow("wrong type", f"{where}: a tool result is {type(content).__name__}, expected text")
+
+
+def _loss(item: dict[str, Any], role: str, where: str) -> bool:
+    """`loss` (ours, ms-swift's), `weight` (OpenAI's) or `train` (Axolotl's): 0 or 1."""
+    for name in ("loss", "weight", "train"):
+        value = item.get(name)
+        if value is None:
+            continue
+        if value not in (0, 1):
+            raise BadRow("wrong type", f"{where}: {name} is {value!r}, expected 0 or 1")
+        if value and role not in ("assistant", "call"):
+            raise BadRow("loss on a turn that is not the assistant's", where)
+        return bool(value)
+    return True
+
+
+def _json_list(value: Any, where: str) -> list[Any]:
+    if isinstance(value, str):
+        value = _json(value, where)
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise BadRow("wrong type", f"{where}: tool_calls is {type(value).__name__}, expected a list")
+    return value
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadRow("not JSON", f"{where}: {error}") from None

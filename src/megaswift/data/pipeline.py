@@ -1,0 +1,152 @@
+"""What happens to one raw row: decode, rename, convert, fill in names, recognise, render, tokenize, cut to length.
+
+It needs neither transformers nor torch, so that worker processes start at once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from megaswift.data.chat import ChatTemplate
+from megaswift.data.conversation import BadRow, Conversation
+from megaswift.data.read import Raw, decode
+from megaswift.data.registry import CONVERTERS
+from megaswift.data.rows import to_conversation
+from megaswift.data.tokens import Encoded
+
+NO_LOSS_LEFT = "no supervised token left within max_length"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the rows of one dataset are read.
+
+    Attributes:
+        columns: column -> name under which it is read; "-" drops it.
+        converter: name of a row function, or None.
+        names: {{NAME}} and {{AUTHOR}} as (Chinese, English) pairs; None for data that is not self-cognition.
+    """
+
+    columns: dict[str, str] = field(default_factory=dict)
+    converter: str | None = None
+    names: tuple[tuple[str, str], tuple[str, str]] | None = None
+
+
+@dataclass
+class Encoding:
+    """What became of some rows: samples end to end, and the fate of each row.
+
+    Attributes:
+        ids, kept: int32 and bool arrays of all samples.
+        sizes: tokens of each sample.
+        counts: samples that each row gave; 0 for a dropped one.
+        bad: row number (within the call) -> reason, for rows that cannot be used.
+        long: row number -> tokens it had, for rows above max_length.
+        unsupervised: assistant turns without loss because the template leaves out their thoughts.
+    """
+
+    ids: np.ndarray
+    kept: np.ndarray
+    sizes: list[int]
+    counts: list[int]
+    bad: dict[int, BadRow]
+    long: dict[int, int]
+    unsupervised: int = 0
+
+
+class Pipeline:
+    """All that is needed to turn raw rows into samples."""
+
+    def __init__(self, template: ChatTemplate, max_length: int, truncation: str) -> None:
+        self.template, self.max_length, self.truncation = template, max_length, truncation
+
+    def conversation(self, raw: Raw, recipe: Recipe, *, answered: bool = True) -> Conversation:
+        """One row as a conversation. Raises BadRow."""
+        row = decode(raw)
+        for source, target in recipe.columns.items():
+            if source in row:
+                row = {key: value for key, value in row.items() if key not in (source, target)} | (
+                    {} if target == "-" else {target: row[source]}
+                )
+        if recipe.converter:
+            row = CONVERTERS[recipe.converter](row)
+        if recipe.names:
+            row = _fill_in(row, recipe.names)
+        return to_conversation(row, answered=answered)
+
+    def check(self, raws: list[Raw], recipe: Recipe) -> tuple[dict[int, BadRow], Counter[str]]:
+        """Rows that cannot be used, by number; and how many rows had each shape."""
+        bad, shapes = {}, Counter[str]()
+        for number, raw in enumerate(raws):
+            try:
+                shapes[self.conversation(raw, recipe).shape] += 1
+            except BadRow as error:
+                bad[number] = error
+        return bad, shapes
+
+    def encode(self, raws: list[Raw], recipe: Recipe) -> Encoding:
+        """Samples of these rows."""
+        conversations: list[Conversation] = []
+        numbers, bad, long, unsupervised = [], {}, {}, 0
+        for number, raw in enumerate(raws):
+            try:
+                conversation = self.conversation(raw, recipe)
+                if self._surely_long(conversation):
+                    long[number] = -1
+                    continue
+                conversations.append(conversation)
+                numbers.append(number)
+            except BadRow as error:
+                bad[number] = error
+        counts = [0] * len(raws)
+        parts: list[Encoded] = []
+        for number, conversation, item in zip(numbers, conversations, self.template.encode(conversations), strict=True):
+            if isinstance(item, BadRow):
+                bad[number] = item
+                continue
+            unsupervised += self.template.unsupervised_turns(conversation)
+            if 0 < self.max_length < len(item.ids):
+                long[number] = len(item.ids)
+            pieces = [piece for piece in self._cut(item) if piece.kept[1:].any()]
+            if not pieces and number not in long:
+                bad[number] = BadRow("no supervised token")
+            elif not pieces and self.truncation != "delete":
+                bad[number] = BadRow(NO_LOSS_LEFT)
+            counts[number] = len(pieces)
+            parts.extend(pieces)
+        ids = np.concatenate([part.ids for part in parts]) if parts else np.zeros(0, np.int32)
+        kept = np.concatenate([part.kept for part in parts]) if parts else np.zeros(0, bool)
+        return Encoding(ids, kept, [len(part.ids) for part in parts], counts, bad, long, unsupervised)
+
+    def _cut(self, item: Encoded) -> list[Encoded]:
+        size = self.max_length
+        if size <= 0 or len(item.ids) <= size:
+            return [item]
+        if self.truncation == "delete":
+            return []
+        if self.truncation == "truncation_left":
+            return [Encoded(item.ids[-size:], item.kept[-size:])]
+        return [
+            Encoded(item.ids[first : first + size], item.kept[first : first + size]) for first in range(0, len(item.ids), size)
+        ]
+
+    def _surely_long(self, conversation: Conversation) -> bool:
+        """Whether a row is too long by its bytes alone, so that a huge one need not be tokenized to be dropped."""
+        if self.truncation != "delete" or self.max_length <= 0:
+            return False
+        characters = len(conversation.text or "") + sum(len(message.content) for message in conversation.messages)
+        return characters > self.max_length * self.template.encoder.longest_token
+
+
+def _fill_in(row: dict[str, Any], names: tuple[tuple[str, str], tuple[str, str]]) -> dict[str, Any]:
+    """{{NAME}} and {{AUTHOR}} in query and response; the tag chooses the language."""
+    language = 0 if row.get("tag") == "zh" else 1
+    filled = {key: value for key, value in row.items() if key != "tag"}
+    for key in ("query", "response"):
+        if isinstance(filled.get(key), str):
+            filled[key] = filled[key].replace("{{NAME}}", names[0][language]).replace("{{AUTHOR}}", names[1][language])
+    return filled

@@ -1,0 +1,191 @@
+"""What became of every row: counts for plan.json and a page for the terminal."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SHOWN = 5  # places named for each reason
+
+
+@dataclass
+class Dropped:
+    """Rows dropped for one reason: how many, and the first places as `file:line (detail)`."""
+
+    count: int = 0
+    places: list[str] = field(default_factory=list)
+
+    def add(self, place: str) -> None:
+        """Count one more row."""
+        self.count += 1
+        if len(self.places) < SHOWN:
+            self.places.append(place)
+
+
+@dataclass
+class DatasetReport:
+    """One item of --dataset or --val_dataset.
+
+    Attributes:
+        item: as the user wrote it. place: where its rows come from.
+        rows: rows found. usable: those of a recognised, complete shape. asked: N of #N.
+        train, val: rows used, repeats included, before the cut to max_length.
+        repeated: how many of `train` are repeats. shapes: shape -> rows.
+        dropped: reason -> rows that could not be used. too_long: rows above max_length.
+        samples: samples that training and validation got, repeats included.
+        tokens, supervised: their tokens, and those with loss.
+        unsupervised_turns: assistant turns without loss because the chat template leaves out their thoughts.
+    """
+
+    item: str
+    place: str
+    rows: int = 0
+    usable: int = 0
+    asked: int | None = None
+    train: int = 0
+    val: int = 0
+    repeated: int = 0
+    shapes: dict[str, int] = field(default_factory=dict)
+    dropped: dict[str, Dropped] = field(default_factory=dict)
+    too_long: Dropped = field(default_factory=Dropped)
+    samples: int = 0
+    tokens: int = 0
+    supervised: int = 0
+    unsupervised_turns: int = 0
+
+    def drop(self, reason: str, place: str, detail: str = "") -> None:
+        """Count a row that cannot be used."""
+        self.dropped.setdefault(reason, Dropped()).add(f"{place} ({detail})" if detail else place)
+
+
+@dataclass
+class DataReport:
+    """All datasets of a run.
+
+    Attributes:
+        train_rows, val_rows: rows of the two TokenRows (packs when packed); these are what a run's steps count.
+        train_samples: samples in the training rows.
+        fill: share of max_length that packs use; None when not packed.
+        example: the first training sample as (text, has loss) stretches.
+    """
+
+    template: str
+    max_length: int
+    truncation: str
+    packing: bool
+    datasets: list[DatasetReport] = field(default_factory=list)
+    train_rows: int = 0
+    val_rows: int = 0
+    train_samples: int = 0
+    longest: int = 0
+    fill: float | None = None
+    example: list[tuple[str, bool]] = field(default_factory=list)
+    seconds: float = 0.0
+    from_cache: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form, for plan.json."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> DataReport:
+        """The report of `to_dict`."""
+        data = dict(data)
+        data["datasets"] = [
+            DatasetReport(
+                **{
+                    **item,
+                    "too_long": Dropped(**item["too_long"]),
+                    "dropped": {key: Dropped(**value) for key, value in item["dropped"].items()},
+                }
+            )
+            for item in data["datasets"]
+        ]
+        data["example"] = [(text, kept) for text, kept in data["example"]]
+        return cls(**data)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all samples, repeats included."""
+        return sum(item.tokens for item in self.datasets)
+
+    @property
+    def supervised(self) -> int:
+        """Tokens with loss."""
+        return sum(item.supervised for item in self.datasets)
+
+
+def print_report(report: DataReport, console: Console) -> None:
+    """Show the counts, what was dropped and why, and one example with its supervised text marked."""
+    from rich import box
+    from rich.table import Table
+
+    title = "Data" + (" (from the cache)" if report.from_cache else "")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for name in ("dataset", "rows", "usable", "train", "val", "bad", "long", "tokens", "loss on"):
+        table.add_column(name, justify="left" if name == "dataset" else "right", no_wrap=True)
+    for item in report.datasets:
+        bad = sum(entry.count for entry in item.dropped.values())
+        share = f"{item.supervised / item.tokens:.0%}" if item.tokens else "-"
+        counts = (item.rows, item.usable, item.train, item.val, bad, item.too_long.count, item.tokens)
+        label = Path(item.item).name if item.item.startswith(item.place) else item.item
+        table.add_row(label, *(f"{count:,}" for count in counts), share)
+    console.print(table)
+    for item in report.datasets:
+        _print_details(item, report, console)
+    packs = ""
+    if report.fill is not None:
+        packs = f" ({report.train_samples:,} samples in packs that are {report.fill:.1%} full)"
+    line = f"{report.train_rows:,} training rows{packs}, {report.val_rows:,} validation rows; longest: {report.longest:,} tokens"
+    console.print(line, highlight=False)
+    print_example(report.example, console)
+
+
+def _print_details(item: DatasetReport, report: DataReport, console: Console) -> None:
+    def line(text: str, style: str = "") -> None:
+        console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    shapes = ", ".join(f"{shape} ({count:,})" for shape, count in sorted(item.shapes.items(), key=lambda pair: -pair[1]))
+    line(
+        f"{item.item}: {item.place}; read as {shapes}"
+        + (f"; {item.repeated:,} of {item.train:,} rows are repeats" if item.repeated else "")
+    )
+    for reason, entry in item.dropped.items():
+        line(f"  dropped {entry.count:,}: {reason}", "yellow")
+        for place in entry.places:
+            line(f"    {place}")
+    if item.too_long.count:
+        what = {"delete": "left out", "truncation_left": "cut to their last", "split": "split into pieces of"}[
+            report.truncation
+        ]
+        size = "" if report.truncation == "delete" else f" {report.max_length:,} tokens"
+        line(f"  {item.too_long.count:,} rows longer than {report.max_length:,} tokens, {what}{size}", "yellow")
+        for place in item.too_long.places:
+            line(f"    {place}")
+    if item.unsupervised_turns:
+        line(
+            f"  {item.unsupervised_turns:,} earlier answers carry no loss: the chat template leaves out their thoughts",
+            "yellow",
+        )
+
+
+def print_example(example: list[tuple[str, bool]], console: Console) -> None:
+    """One sample with its supervised text marked."""
+    from rich.text import Text
+
+    if not example:
+        return
+    coloured = console.is_terminal and not console.no_color
+    console.print(
+        "One training sample; loss is on the " + ("green" if coloured else "[[marked]]") + " text:",
+        markup=False,
+        highlight=False,
+    )
+    text = Text()
+    for part, kept in example:
+        text.append(part if coloured or not kept else f"[[{part}]]", style="bold green" if kept and coloured else "")
+    console.print(text, soft_wrap=True)

@@ -1,0 +1,124 @@
+"""Tokenized rows on disk: written once by the launcher, memory-mapped by every rank.
+
+A directory holds ids.bin (int32), kept.bin (uint8), offsets.npy (where each sample starts), order.npy (the sample at
+each place, repeats included), bounds.npy (which places form one row; more than one when packed) and index.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megaswift.data.tokens import Encoded
+from megaswift.errors import DataError
+
+IGNORED = -100  # label of a token without loss
+
+
+class RowWriter:
+    """Appends samples to a new directory."""
+
+    def __init__(self, path: Path) -> None:
+        path.mkdir(parents=True)
+        self.path = path
+        self._files = [open(path / name, "wb") for name in ("ids.bin", "kept.bin")]  # noqa: SIM115 (closed by finish)
+        self._sizes = array("i")
+        self._supervised = array("i")
+        self._hash = hashlib.sha256()
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Tokens of each sample so far."""
+        return np.array(self._sizes, np.int32)
+
+    @property
+    def supervised(self) -> np.ndarray:
+        """Tokens with loss of each sample so far."""
+        return np.array(self._supervised, np.int32)
+
+    def add(self, ids: np.ndarray, kept: np.ndarray, sizes: list[int]) -> None:
+        """Append samples given end to end: int32 ids, bool kept, and the size of each."""
+        for handle, data in zip(self._files, (ids.astype("<i4").tobytes(), kept.astype(np.uint8).tobytes()), strict=True):
+            handle.write(data)
+            self._hash.update(data)
+        self._sizes.extend(sizes)
+        starts = np.cumsum([0, *sizes[:-1]])
+        self._supervised.extend(np.add.reduceat(kept, starts, dtype=np.int32).tolist() if sizes else ())
+
+    def finish(self, order: np.ndarray, bounds: np.ndarray | None) -> str:
+        """Write the tables and the index; returns the fingerprint. Row r holds the places bounds[r] to bounds[r + 1]."""
+        for handle in self._files:
+            handle.close()
+        if bounds is None:
+            bounds = np.arange(len(order) + 1)
+        offsets = np.concatenate([[0], np.cumsum(self.sizes, dtype=np.int64)]).astype(np.int64)
+        for name, table in (("offsets", offsets), ("order", order.astype(np.int64)), ("bounds", bounds.astype(np.int64))):
+            np.save(self.path / f"{name}.npy", table)
+            self._hash.update(table.tobytes())
+        index = {"format": 1, "samples": len(self._sizes), "rows": len(bounds) - 1, "fingerprint": self._hash.hexdigest()[:32]}
+        (self.path / "index.json").write_text(json.dumps(index), encoding="utf-8")
+        return str(index["fingerprint"])
+
+
+class TokenRows:
+    """Rows of token ids and labels, read through a memory map; made by `open`.
+
+    Attributes:
+        lengths: int32 array, tokens of each row.
+        fingerprint: text that is the same exactly when the rows, their order and their packing are the same.
+    """
+
+    def __init__(self, path: Path, index: dict[str, Any]) -> None:
+        self.path, self.fingerprint = path, str(index["fingerprint"])
+        self._offsets = np.load(path / "offsets.npy", mmap_mode="r")
+        self._order = np.load(path / "order.npy", mmap_mode="r")
+        self._bounds = np.load(path / "bounds.npy", mmap_mode="r")
+        self._ids = _map(path / "ids.bin", "<i4", int(self._offsets[-1]))
+        self._kept = _map(path / "kept.bin", "u1", int(self._offsets[-1]))
+        sizes = np.diff(self._offsets)[self._order]
+        ends = np.concatenate([[0], np.cumsum(sizes)])
+        self.lengths: np.ndarray = np.diff(ends[self._bounds]).astype(np.int32)
+        self.packed = len(self._order) != len(self.lengths)
+
+    @classmethod
+    def open(cls, path: Path | str) -> TokenRows:
+        """Open a directory written by RowWriter. Raises DataError when it is not whole."""
+        path = Path(path)
+        try:
+            return cls(path, json.loads((path / "index.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(
+                f"the tokenized data cannot be read: {error}.", where=str(path), fix="delete this directory; it is made again"
+            ) from error
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def samples(self, row: int) -> list[Encoded]:
+        """The samples of a row: one, or several when packed."""
+        result = []
+        for sample in self._order[self._bounds[row] : self._bounds[row + 1]].tolist():
+            first, last = int(self._offsets[sample]), int(self._offsets[sample + 1])
+            result.append(Encoded(np.asarray(self._ids[first:last]), np.asarray(self._kept[first:last]).view(bool)))
+        return result
+
+    def __getitem__(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, labels) of a row, both int32 [length]; labels are the ids where they carry loss, else -100; not shifted."""
+        samples = self.samples(row)
+        ids = np.concatenate([sample.ids for sample in samples])
+        kept = np.concatenate([sample.kept for sample in samples])
+        return ids, np.where(kept, ids, np.int32(IGNORED))
+
+
+def _map(path: Path, kind: str, size: int) -> np.ndarray:
+    if path.stat().st_size != size * np.dtype(kind).itemsize:
+        raise ValueError(f"{path.name} has {path.stat().st_size} bytes, expected {size * np.dtype(kind).itemsize}")
+    return np.memmap(path, kind, "r", shape=(size,)) if size else np.zeros(0, kind)

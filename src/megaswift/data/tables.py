@@ -1,0 +1,166 @@
+"""Numbered raw rows, and those of tables: CSV, Parquet and Arrow."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from megaswift.errors import DataError
+
+Raw = bytes | str | dict[str, Any]
+
+
+class Source(Protocol):
+    """Numbered raw rows."""
+
+    def __len__(self) -> int: ...
+
+    def raw(self, index: int) -> Raw:
+        """The row, undecoded."""
+
+    def where(self, index: int) -> str:
+        """Where the row stands, for messages: `file:line`."""
+
+
+class DictRows:
+    """Rows that are in memory already."""
+
+    def __init__(self, path: Path, rows: list[Any]) -> None:
+        self.path, self.rows = path, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def raw(self, index: int) -> Raw:
+        row = self.rows[index]
+        return row if isinstance(row, dict) else json.dumps(row)
+
+    def where(self, index: int) -> str:
+        return f"{self.path.name}: row {index + 1}"
+
+
+class Joined:
+    """Several sources one after the other."""
+
+    def __init__(self, sources: list[Source]) -> None:
+        self.sources = sources
+        self.bounds = np.cumsum([0, *(len(source) for source in sources)])
+
+    def __len__(self) -> int:
+        return int(self.bounds[-1])
+
+    def _locate(self, index: int) -> tuple[Source, int]:
+        part = int(np.searchsorted(self.bounds, index, side="right")) - 1
+        return self.sources[part], index - int(self.bounds[part])
+
+    def raw(self, index: int) -> Raw:
+        source, local = self._locate(index)
+        return source.raw(local)
+
+    def where(self, index: int) -> str:
+        source, local = self._locate(index)
+        return source.where(local)
+
+
+class TableRows:
+    """Rows of an Arrow table, turned into dicts a block at a time (rows are read in rising order)."""
+
+    BLOCK = 1024
+
+    def __init__(self, name: str, table: Any) -> None:
+        self.name, self.table = name, table
+        self.first = -1
+        self.block: list[dict[str, Any]] = []
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def raw(self, index: int) -> dict[str, Any]:
+        first = index - index % self.BLOCK
+        if first != self.first:
+            self.first, self.block = first, self.table.slice(first, self.BLOCK).to_pylist()
+        return self.block[index - first]
+
+    def where(self, index: int) -> str:
+        return f"{self.name}: row {index + 1}"
+
+
+def arrow_rows(path: Path) -> TableRows:
+    """An Arrow file as `datasets` writes it (stream form) or the file form; memory-mapped."""
+    import pyarrow as pa
+
+    try:
+        try:
+            table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+        except pa.ArrowInvalid:
+            table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"not a readable Arrow file: {error}.", where=str(path)) from error
+    return TableRows(path.name, table)
+
+
+class ParquetRows:
+    """A Parquet file; one row group is in memory at a time."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self.path = path
+        try:
+            self.file = pq.ParquetFile(path, memory_map=True)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(f"not a readable Parquet file: {error}.", where=str(path)) from error
+        meta = self.file.metadata
+        self.bounds = np.cumsum([0] + [meta.row_group(k).num_rows for k in range(meta.num_row_groups)])
+        self.group, self.rows = -1, TableRows("", None)
+
+    def __len__(self) -> int:
+        return int(self.bounds[-1])
+
+    def raw(self, index: int) -> dict[str, Any]:
+        group = int(np.searchsorted(self.bounds, index, side="right")) - 1
+        if group != self.group:
+            try:
+                self.group, self.rows = group, TableRows(self.path.name, self.file.read_row_group(group))
+            except (OSError, ValueError) as error:
+                raise DataError(f"the Parquet file is damaged: {error}.", where=f"{self.path}: row group {group}") from error
+        return self.rows.raw(index - int(self.bounds[group]))
+
+    def where(self, index: int) -> str:
+        return f"{self.path.name}: row {index + 1}"
+
+
+def csv_rows(path: Path, data: Any, delimiter: str) -> Source:
+    """A CSV file with a header; every value is text, also `NA` and the empty one. Short or long lines are bad rows."""
+    import pyarrow as pa
+    from pyarrow import csv
+
+    if not data:
+        return DictRows(path, [])
+    wrong: list[Any] = []
+    header = bytes(data[: data.find(b"\n") if data.find(b"\n") > 0 else len(data)])
+
+    def remember(row: Any) -> str:
+        wrong.append(row.text)
+        return "skip"
+
+    parse = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=remember)
+    try:
+        names = csv.read_csv(pa.BufferReader(header + b"\n"), parse_options=csv.ParseOptions(delimiter=delimiter)).column_names
+        convert = csv.ConvertOptions(column_types={name: pa.string() for name in names}, strings_can_be_null=False)
+        table = csv.read_csv(
+            pa.BufferReader(pa.py_buffer(data)),
+            parse_options=parse,
+            convert_options=convert,
+            read_options=csv.ReadOptions(use_threads=False),
+        )
+    except pa.ArrowInvalid as error:
+        raise DataError(
+            f"not a readable CSV file: {error}.", where=str(path), fix="save it as UTF-8 with one header line"
+        ) from error
+    rows = TableRows(path.name, table)
+    return Joined([rows, DictRows(path, wrong)]) if wrong else rows

@@ -1,0 +1,145 @@
+"""Megatron-Core's norm, embedding, attention, MLP and layer with this folder's operations in them.
+
+Every class keeps its parent's parameters, names and checkpoints, and hands over to the parent wherever a setting asks for
+something that the fused path does not do (dropout, selective recompute, inference, cross attention, activation offload).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.layers import RowParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel.mappings import (
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from megaswift.engine.kernels.attention import dense_causal, packed_causal
+from megaswift.engine.kernels.embedding import embedding
+from megaswift.engine.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_keep
+from megaswift.engine.kernels.rope import rotate, split_rotate_qkv
+from megaswift.engine.kernels.swiglu import swiglu
+from megaswift.engine.kernels.swiglu_linear import swiglu_linear
+
+
+class RMSNorm(torch.nn.Module):
+    """Root mean square norm over the last axis; its weight is marked for Megatron-Core's sum under sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__()
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
+        self.weight.sequence_parallel = config.sequence_parallel
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., hidden] to its norm."""
+        return rms_norm(x, self.weight, self.eps)
+
+
+class FusedEmbedding(VocabParallelEmbedding):
+    """Token embedding whose gradient is added to `main_grad` row by row. Set it as the class of an existing module."""
+
+    def forward(self, input_: Tensor) -> Tensor:
+        """ids [b, s] to [b, s, h], or to [s / tp, b, h] where the parent scatters the sequence."""
+        world = self.tp_group.size()
+        if self.reduce_scatter_embeddings:
+            input_ = input_.t()
+        output = embedding(input_, self.weight, first_row=self.vocab_start_index, partial=world > 1)
+        if self.reduce_scatter_embeddings:
+            return reduce_scatter_to_sequence_parallel_region(output, group=self.tp_group)
+        return reduce_from_tensor_model_parallel_region(output, group=self.tp_group)
+
+
+class FusedSelfAttention(SelfAttention):
+    """Self attention with split, rotation and core attention fused. The layout travels as `packed_seq_params`:
+
+    `cos` and `sin` [s, b or 1, (1,) d]; for packed rows also `cu_seqlens_q`, `max_seqlen_q` and, on the CPU, `segments`.
+    """
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """hidden_states [s, b, h] to ([s, b, h], bias)."""
+        layout = kwargs.get("packed_seq_params")
+        if not self._takes(layout, kwargs):
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        mixed, _ = self.linear_qkv(hidden_states)
+        heads, groups = self.num_attention_heads_per_partition, self.num_query_groups_per_partition
+        if self.q_layernorm is None or isinstance(self.q_layernorm, IdentityOp):
+            query, key, value = split_rotate_qkv(mixed, layout.cos, layout.sin, heads=heads, groups=groups)
+        else:
+            s, b, _ = mixed.shape
+            view = mixed.view(s, b, groups, -1, self.hidden_size_per_attention_head)
+            query = view[..., :-2, :].reshape(s, b, heads, -1)
+            query = rotate(self.q_layernorm(query), layout.cos, layout.sin)
+            key, value = rotate(self.k_layernorm(view[..., -2, :]), layout.cos, layout.sin), view[..., -1, :]
+        scale = getattr(self.core_attention, "softmax_scale", None)
+        if getattr(layout, "segments", None) is None and layout.cu_seqlens_q is None:
+            context = dense_causal(query, key, value, scale)
+        else:
+            context = packed_causal(
+                query, key, value, layout.cu_seqlens_q, layout.max_seqlen_q, scale, lengths=getattr(layout, "segments", None)
+            )
+        return self.linear_proj(context)
+
+    def _takes(self, layout: Any, arguments: dict[str, Any]) -> bool:
+        wanted = getattr(layout, "cos", None) is not None and layout.qkv_format == "sbhd"
+        asks = any(arguments.get(name) is not None for name in ("inference_context", "inference_params", "key_value_states", "attention_bias"))
+        off = self.checkpoint_core_attention or self.offload_qkv_linear or self.offload_core_attention or self.offload_attn_proj
+        shared = self.config.num_query_groups < self.world_size  # key-value heads repeated over ranks
+        return wanted and not (asks or off or shared or self.config.attention_output_gate)
+
+
+class FusedMLP(MLP):
+    """An MLP whose SwiGLU is fused with the second product; only the first product's result is kept for backward."""
+
+    recompute_activation = True
+
+    def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """hidden_states [s, b, h] to ([s, b, h], bias)."""
+        config = self.config
+        plain = config.gated_linear_unit and self.activation_func is F.silu and config.activation_func_clamp_value is None
+        if not plain or config.add_bias_linear or config.glu_linear_offset or per_token_scale is not None:
+            return super().forward(hidden_states, per_token_scale, **kwargs)
+        both, _ = self.linear_fc1(hidden_states)
+        second = self.linear_fc2
+        if not isinstance(second, RowParallelLinear) or second.explicit_expert_comm or not second.weight.requires_grad:
+            return second(swiglu(both))
+        output = swiglu_linear(both, second.weight, recompute=self.recompute_activation)
+        if second.sequence_parallel:
+            return reduce_scatter_to_sequence_parallel_region(output, group=second.tp_group), None
+        return reduce_from_tensor_model_parallel_region(output, group=second.tp_group), None
+
+
+class FusedTransformerLayer(TransformerLayer):
+    """A pre-norm layer whose residual additions happen inside the norms, forward and backward."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """hidden_states [s, b, h] to ([s, b, h], context)."""
+        if not self._takes(kwargs) or args:
+            return super().forward(hidden_states, *args, **kwargs)
+        first, second = self.input_layernorm, self.pre_mlp_layernorm
+        residual, x = rms_norm_keep(hidden_states, first.weight, first.eps)
+        names = ("attention_mask", "rotary_pos_emb", "packed_seq_params")
+        delta, bias = self.self_attention(x, **{name: kwargs.get(name) for name in names})
+        if bias is not None:
+            delta = delta + bias
+        residual, x = add_rms_norm(residual, delta, second.weight, second.eps)
+        delta, bias = self.mlp(x)
+        if bias is not None:
+            delta = delta + bias
+        return residual + delta, kwargs.get("context")
+
+    def _takes(self, arguments: dict[str, Any]) -> bool:
+        norms = isinstance(self.input_layernorm, RMSNorm) and isinstance(self.pre_mlp_layernorm, RMSNorm)
+        asks = any(arguments.get(name) is not None for name in ("inference_context", "inference_params", "context_mask", "attention_bias"))
+        off = self.recompute_input_layernorm or self.recompute_pre_mlp_layernorm or self.recompute_mlp or self.offload_attn_norm or self.offload_mlp_norm
+        dropout = self.training and self.hidden_dropout > 0.0
+        return norms and isinstance(self.cross_attention, IdentityOp) and not (asks or off or dropout or self.is_moe_layer)

@@ -1,0 +1,93 @@
+"""Megatron-Core's distributed optimizer with its step in two passes: one for the gradient's norm, one for everything else.
+
+Megatron-Core's own step without apex scales the gradients in place, updates each tensor by itself, copies it to bf16
+afterwards, and waits for the norm on the host. Here clipping and the division by the number of tokens are a device scalar
+that the update multiplies by. Parameters, state and checkpoints stay what they were.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+from torch import Tensor
+
+from megaswift.engine.kernels.fused_adamw import AddressTable, FusedAdamW, sum_of_squares
+
+
+class _Sharded(DistributedOptimizer):
+    """A DistributedOptimizer whose inner step already wrote the low-precision weights."""
+
+    def _copy_main_params_to_model_params(self) -> None:
+        """Nothing left to copy: FusedAdamW writes the model's weights in its pass."""
+
+    def squared_norm(self) -> Tensor:
+        """Sum of squares of this rank's part of the gradient, summed over the ranks that share it."""
+        grads = self.get_main_grads_for_grad_norm()
+        table = self.__dict__.setdefault("_norm_table", AddressTable())
+        total = sum_of_squares(grads, table) if grads else torch.zeros((), device=torch.cuda.current_device())
+        group = self.get_grad_stats_parallel_group()
+        if dist.get_world_size(group) > 1:
+            dist.all_reduce(total, group=group)
+        return total
+
+
+class FusedOptimizer(ChainedOptimizer):
+    """The chain of optimizers that `get_megatron_optimizer` returns, after `fuse_optimizer`.
+
+    `tokens` is the number of tokens that the summed loss stands for, a device scalar; gradients are divided by it. It is
+    used by one step and then forgotten.
+    """
+
+    tokens: Tensor | None = None
+
+    @torch.no_grad()
+    def step(self) -> tuple[bool, Tensor | None, None]:
+        """(whether parameters were updated, gradient norm as a device scalar, None)."""
+        if self.prepare_grads():
+            return False, None, None
+        total = torch.stack([inner.squared_norm() for inner in self.chained_optimizers]).sum()
+        share = torch.ones_like(total) if self.tokens is None else self.tokens.to(total).clamp_min(1.0).reciprocal()
+        norm = total.sqrt() * share
+        factor = share
+        if self.config.clip_grad > 0.0:
+            factor = share * (self.config.clip_grad / (norm + 1e-6)).clamp_max(1.0)
+        for inner in self.chained_optimizers:
+            inner.optimizer.gradient_factor = factor
+        self.tokens = None
+        return self.step_with_ready_grads(), norm, None
+
+
+def _link_weights(inner: DistributedOptimizer) -> None:
+    """Tell each fp32 shard where its bf16 weight lies in the buffers."""
+    for mains, models in zip(inner.shard_fp32_from_float16_groups, inner.model_float16_groups):
+        for main, model in zip(mains, models):
+            place = inner._get_model_param_range_map(model)["gbuf_world_in_bucket"]
+            buffer, _, bucket = inner.model_param_gbuf_map[model]
+            data = inner.buffers[buffer].buckets[bucket].param_data.view(-1)
+            main.low_precision_weight = data[place.start : place.end]
+
+
+def fuse_optimizer(optimizer: Any) -> Any:
+    """Give a freshly built Megatron-Core optimizer the fused step.
+
+    It stays as it is unless it is AdamW, in apex's form, under the distributed optimizer with fp32 state, in bf16 or fp32.
+    """
+    chain = getattr(optimizer, "chained_optimizers", [])
+    if type(optimizer) is not ChainedOptimizer or not chain:
+        return optimizer
+    for inner in chain:
+        if type(inner) is not DistributedOptimizer or any("step" not in group for group in inner.optimizer.param_groups):
+            return optimizer
+        config = inner.config
+        if config.optimizer != "adam" or not config.decoupled_weight_decay or config.fp16 or config.use_precision_aware_optimizer:
+            return optimizer
+    for inner in chain:
+        _link_weights(inner)
+        inner.__class__ = _Sharded
+        inner.optimizer.__class__ = FusedAdamW
+    optimizer.__class__ = FusedOptimizer
+    return optimizer

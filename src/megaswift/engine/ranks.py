@@ -1,0 +1,105 @@
+"""The processes of a run: who this one is, its device, and the process groups of Megatron-Core."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megaswift.engine import compat
+
+
+@dataclass(frozen=True)
+class Rank:
+    """This process's place in the run."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    tp: int
+    pp: int
+    dp: int
+    tp_rank: int
+    pp_rank: int
+    dp_rank: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Rank 0: it prints and writes logs."""
+        return self.rank == 0
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def joined(tp: int, pp: int, seed: int, sequence_parallel: bool = False, start_timeout_s: float = 1800.0) -> Iterator[Rank]:
+    """Join the run's process groups (nccl on GPUs, gloo on CPUs), seed the random states, and leave at the end.
+
+    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT come from torchrun; without them this is a run of one
+    process. All ranks of a model-parallel group get the same seed.
+    """
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron-Core overlaps communication by launch order
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    compat.quiet()
+    compat.guard_checkpoint_reads()
+    timeout = datetime.timedelta(seconds=start_timeout_s)
+    with contextlib.ExitStack() as stack:
+        if not on_gpu:
+            stack.enter_context(compat.cpu_engine())
+        if world == 1 and "MASTER_ADDR" not in os.environ:
+            store = dist.HashStore()
+            dist.init_process_group("nccl" if on_gpu else "gloo", rank=0, world_size=1, store=store, timeout=timeout)
+        else:
+            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, device_id=device if on_gpu else None)
+        stack.callback(_leave)
+        yield _model_parallel(tp, pp, seed, rank, world, local_rank, device)
+
+
+def _model_parallel(tp: int, pp: int, seed: int, rank: int, world: int, local_rank: int, device: torch.device) -> Rank:
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+    model_parallel_cuda_manual_seed(seed)
+    torch.manual_seed(seed)
+    return Rank(
+        rank=rank,
+        world_size=world,
+        local_rank=local_rank,
+        tp=tp,
+        pp=pp,
+        dp=parallel_state.get_data_parallel_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        device=device,
+    )
+
+
+def _leave() -> None:
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,160 @@
+"""One training step: forward and backward over the micro batches by Megatron-Core's pipeline schedule, then the update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor
+
+from megaswift.engine import compat
+from megaswift.engine.model import TORCH_DTYPES, ChatModel, run_micro_batch
+
+if TYPE_CHECKING:
+    from megaswift.data.batches import MicroBatch
+    from megaswift.plan import Plan
+
+
+@dataclass
+class StepResult:
+    """What one step gave; equal on all ranks."""
+
+    loss: float  # mean over the supervised tokens of the global batch
+    grad_norm: float | None  # before clipping; None if the step was skipped
+    learning_rate: float
+    supervised: int  # tokens with loss in the global batch
+    tokens: int = 0  # all its tokens, padding left out
+    skipped: bool = False  # fp16 only: gradients overflowed, the loss scale was lowered, no update
+    nonfinite: bool = False  # loss or gradient norm is NaN or infinite; no update
+
+
+class Trainer:
+    """The model of this process with its gradients' buffers, optimizer and schedule."""
+
+    def __init__(self, model: ChatModel, plan: Plan) -> None:
+        self.plan = plan
+        compat.use_our_adamw()
+        config = model.config
+        wrapped = Float16Module(config, model) if config.bf16 or config.fp16 else model
+        self.model = DistributedDataParallel(
+            config,
+            DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True, check_for_nan_in_grad=False),
+            wrapped,
+        )
+        options = optimizer_config(plan)
+        self.optimizer = get_megatron_optimizer(options, [self.model], get_standard_config_overrides(options))
+        for chained in self.optimizer.chained_optimizers:
+            chained.optimizer.allocate()
+        self.scheduler = schedule(self.optimizer, plan)
+        config.grad_scale_func = self.optimizer.scale_loss
+        config.finalize_model_grads_func = finalize_model_grads
+        self.run_schedule = get_forward_backward_func()
+
+    def step(self, batches: list[MicroBatch]) -> StepResult:
+        """Update the weights once from this rank's micro batches of one global batch."""
+        self.model.train()
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        loss, supervised = self._forward_backward(batches, forward_only=False)
+        self.scheduler.step(increment=1)  # before the update: step k of n uses the rate of step k, so the last one uses min_lr
+        rate = max(group["lr"] for group in self.optimizer.param_groups)
+        result = StepResult(loss, None, rate, supervised)
+        if self.optimizer.prepare_grads():  # fp16: gradients overflowed; the loss scaler has lowered the scale
+            result.skipped = True
+            return result
+        result.grad_norm = float(self.optimizer.get_grad_norm())
+        if not (math.isfinite(loss) and math.isfinite(result.grad_norm)):
+            result.nonfinite = True
+            return result
+        self._clip(result.grad_norm)
+        self.optimizer.step_with_ready_grads()
+        return result
+
+    def _clip(self, grad_norm: float) -> None:
+        """Scale the gradients down to --max_grad_norm; 0 leaves them."""
+        for part in self.optimizer.chained_optimizers:
+            parameters = part.get_parameters()
+            if part.config.clip_grad > 0 and parameters:
+                clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=grad_norm)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterator[list[MicroBatch]]) -> float:
+        """Mean loss over all supervised tokens of the batches."""
+        self.model.eval()
+        total, count = 0.0, 0
+        for group in batches:
+            loss, supervised = self._forward_backward(group, forward_only=True)
+            total, count = total + loss * supervised, count + supervised
+        return total / max(count, 1)
+
+    def _forward_backward(self, batches: list[MicroBatch], forward_only: bool) -> tuple[float, int]:
+        """Run Megatron-Core's schedule; the mean loss and the supervised tokens of the whole global batch."""
+        reports = self.run_schedule(
+            forward_step_func=forward_step,
+            data_iterator=iter(batches),
+            model=[self.model],
+            num_microbatches=len(batches),
+            seq_length=batches[0].tokens.shape[1],
+            micro_batch_size=batches[0].tokens.shape[0],
+            forward_only=forward_only,
+        )
+        sums = torch.zeros(2, dtype=torch.float64, device=batches[0].tokens.device)
+        for report in reports:  # empty before the last pipeline stage
+            sums += report["sums"].to(torch.float64)
+        dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+            dist.broadcast(sums, parallel_state.get_pipeline_model_parallel_last_rank(), group=parallel_state.get_pipeline_model_parallel_group())
+        loss, supervised = sums.tolist()
+        return loss / max(supervised, 1.0), int(supervised)
+
+
+def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
+    """Megatron-Core's forward_step_func: the output of one micro batch and the function that makes its loss."""
+    batch = next(batches)
+    output = run_micro_batch(model, batch)
+    supervised = (batch.labels != -100).sum().to(torch.int32)
+
+    def loss_function(summed: Tensor, *_: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        # Three values ask Megatron-Core for per-token normalisation: gradients of sums, divided once by the number of
+        # supervised tokens in the whole global batch.
+        return summed, supervised, {"sums": torch.stack((summed.detach().float(), supervised.float()))}
+
+    return output, loss_function
+
+
+def optimizer_config(plan: Plan) -> OptimizerConfig:
+    """Megatron-Core's optimizer options from the filled table."""
+    table = plan.megatron
+    names = ("optimizer", "lr", "min_lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad", "bf16", "fp16")
+    return OptimizerConfig(**{name: table[name] for name in names}, params_dtype=TORCH_DTYPES[plan.dtype], use_distributed_optimizer=True, initial_loss_scale=2**16)
+
+
+def schedule(optimizer: Any, plan: Plan) -> OptimizerParamScheduler:
+    """The learning rate schedule, counted in steps: warm-up, then decay that reaches min_lr at the last step."""
+    table = plan.megatron
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=table["lr"],
+        min_lr=table["min_lr"],
+        lr_warmup_steps=table["lr_warmup_iters"],
+        lr_decay_steps=plan.decay_steps,
+        lr_decay_style=table["lr_decay_style"],
+        start_wd=table["weight_decay"],
+        end_wd=table["weight_decay"],
+        wd_incr_steps=plan.train_iters,
+        wd_incr_style="constant",
+        wsd_decay_steps=plan.wsd_decay_steps,
+        lr_wsd_decay_style="cosine" if table["lr_decay_style"] == "WSD" else None,
+    )

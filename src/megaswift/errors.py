@@ -1,0 +1,90 @@
+"""Every error that a user can cause, and the exit code of each kind.
+
+An error says what is wrong, where (file, row, tensor, flag) and what to do about it. The command line prints these
+three parts and nothing else; a traceback is for our own defects only.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit codes of every `swift` command."""
+
+    DONE = 0
+    USER = 2  # a flag, a configuration, a layout or an environment that cannot work
+    DATA = 3  # a dataset, a model folder or a checkpoint that is damaged or incomplete
+    NONFINITE = 4  # loss or gradients became NaN or infinite
+    RANK_LOST = 5  # a process of the run died or hung
+    STOPPED = 75  # stopped by a signal at a step boundary; the same command goes on
+
+
+class MegaswiftError(Exception):
+    """What went wrong, where, and how to mend it.
+
+    Args:
+        what: one sentence, naming the found and the expected value.
+        where: file, file:line, tensor name or flag; empty where `what` already says it.
+        fix: what to do now; empty only if nothing can be done.
+    """
+
+    exit_code: ExitCode = ExitCode.USER
+
+    def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
+        self.what, self.where, self.fix = what, where, fix
+        super().__init__(self.text())
+
+    def text(self) -> str:
+        """The message as printed: up to three lines."""
+        lines = [self.what]
+        if self.where:
+            lines.append(f"  where: {self.where}")
+        if self.fix:
+            lines.append(f"  fix:   {self.fix}")
+        return "\n".join(lines)
+
+    def __reduce__(self):  # multiprocessing sends exceptions by pickle; keyword-only arguments need help
+        return (_rebuild, (type(self), self.what, self.where, self.fix))
+
+
+def _rebuild(cls: type[MegaswiftError], what: str, where: str, fix: str) -> MegaswiftError:
+    return cls(what, where=where, fix=fix)
+
+
+class UserError(MegaswiftError):
+    """A flag, a layout or an environment that cannot work (exit 2)."""
+
+    exit_code = ExitCode.USER
+
+
+class DataError(MegaswiftError):
+    """A dataset, a model folder or a checkpoint that is damaged or incomplete (exit 3)."""
+
+    exit_code = ExitCode.DATA
+
+
+class NonFiniteError(MegaswiftError):
+    """Loss, gradients or weights are NaN or infinite (exit 4)."""
+
+    exit_code = ExitCode.NONFINITE
+
+
+class RankLostError(MegaswiftError):
+    """A process of the run died or hung (exit 5)."""
+
+    exit_code = ExitCode.RANK_LOST
+
+
+class Stopped(MegaswiftError):
+    """Stopped by a signal at a step boundary; the run can be resumed (exit 75)."""
+
+    exit_code = ExitCode.STOPPED
+
+
+def nearest(word: str, known: list[str] | tuple[str, ...], count: int = 3) -> str:
+    """The known names closest to a mistyped one, as text for an error message."""
+    import difflib
+
+    close = difflib.get_close_matches(word, known, n=count, cutoff=0.5)
+    return ", ".join(close) if close else ", ".join(sorted(known)[:12])

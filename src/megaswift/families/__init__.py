@@ -1,0 +1,35 @@
+"""All model families: every module of this package that defines a Family is found by itself."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from functools import cache
+
+from megaswift.errors import UserError, nearest
+from megaswift.families.base import Family
+
+
+@cache
+def families() -> dict[str, Family]:
+    """Hugging Face type name -> family, from every module of this package."""
+    found: dict[str, Family] = {}
+    for module in pkgutil.iter_modules(__path__):
+        if module.name in ("base", "rules", "model_types"):
+            continue
+        for value in vars(importlib.import_module(f"{__name__}.{module.name}")).values():
+            if isinstance(value, Family):
+                found.update(dict.fromkeys(value.hf_types, value))
+    return found
+
+
+def family_of(hf_type: str, where: str = "config.json") -> Family:
+    """The family of a Hugging Face model type. Raises UserError for one that is not known."""
+    known = families()
+    if hf_type not in known:
+        raise UserError(
+            f"model_type {hf_type!r} is not supported.",
+            where=f"{where}: model_type",
+            fix=f"known families: {', '.join(sorted(known))}; nearest: {nearest(hf_type, sorted(known))}",
+        )
+    return known[hf_type]

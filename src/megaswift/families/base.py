@@ -1,0 +1,166 @@
+"""A model family: its Hugging Face type names, its tensor rules, and what its config means to Megatron-Core.
+
+A config field that changes the computation is honoured (it reaches the settings) or refused; none is ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from megaswift.errors import UserError
+from megaswift.families.rules import Rule, Sizes, Vocab
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+OUTPUT_LAYER = "output_layer.weight"
+
+# Fields of decoder configs that say nothing about the computation of a training step.
+NEUTRAL_FIELDS = frozenset(
+    "transformers_version architectures output_hidden_states return_dict dtype torch_dtype chunk_size_feed_forward "
+    "is_encoder_decoder id2label label2id problem_type initializer_range use_cache pad_token_id bos_token_id eos_token_id "
+    "_name_or_path name_or_path output_attentions max_window_layers auto_map attn_implementation _attn_implementation "
+    "unsloth_fixed unsloth_version transformers.js_config is_llama_config rope_interleaved use_mrope "
+    "tokenizer_class language task_specific_params finetuning_task".split()
+)
+# Fields whose meaning every family honours through `decoder_settings`, `Sizes` or the rope code.
+HONOURED_FIELDS = frozenset(
+    "model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+    "hidden_act max_position_embeddings rms_norm_eps tie_word_embeddings rope_parameters rope_scaling rope_theta "
+    "attention_bias attention_dropout mlp_bias sliding_window use_sliding_window layer_types pretraining_tp "
+    "partial_rotary_factor".split()
+)
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family.
+
+    Args:
+        name: short name, for messages.
+        hf_types: values of `model_type` in config.json.
+        rules: tensor rules, output layer included (it is left out for tied models).
+        settings: Hugging Face config -> settings of Megatron-Core's TransformerConfig.
+        tiny: config values of a tiny model of this family, on which the parity tests run.
+        attention_bias: what `attention_bias` in the config may say (None: any value is honoured by `settings`).
+    """
+
+    name: str
+    hf_types: tuple[str, ...]
+    rules: tuple[Rule, ...]
+    settings: Callable[[Any], dict[str, Any]]
+    tiny: dict[str, Any]
+    attention_bias: bool | None = False
+    extra_fields: frozenset[str] = field(default_factory=frozenset)
+
+    def rules_for(self, tied: bool) -> tuple[Rule, ...]:
+        """The rules of a model with tied or separate output weights."""
+        return tuple(rule for rule in self.rules if not (tied and rule.megatron == OUTPUT_LAYER))
+
+    def expected(self, sizes: Sizes, tied: bool) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor that a Hugging Face folder of this family holds."""
+        names: dict[str, tuple[int, ...]] = {}
+        for rule, layer in self.each(sizes, tied):
+            for name, shape in zip(rule.hf, rule.hf_shapes(sizes)):
+                names[name.format(i=layer)] = shape
+        return names
+
+    def each(self, sizes: Sizes, tied: bool) -> Iterator[tuple[Rule, int]]:
+        """Every rule with every layer it holds for (0 for tensors outside the layers)."""
+        for rule in self.rules_for(tied):
+            for layer in range(sizes.layers if "{i}" in rule.megatron else 1):
+                yield rule, layer
+
+    def audit(self, config: PreTrainedConfig, where: str = "config.json") -> None:
+        """Raise UserError for a config field that this family neither honours nor knows as neutral."""
+        values = config.to_dict()
+        unknown = [
+            name
+            for name, value in values.items()
+            if name not in NEUTRAL_FIELDS | HONOURED_FIELDS | self.extra_fields and value is not None and value is not False
+        ]
+        if unknown:
+            raise UserError(
+                f"config fields that the {self.name} family does not know and that may change the computation: {', '.join(sorted(unknown))}.",
+                where=where,
+                fix="remove them from config.json if they mean nothing to the model",
+            )
+        _require(values, "hidden_act", ("silu", "swish"), where)
+        _require(values, "attention_dropout", (0, 0.0, None), where)
+        _require(values, "mlp_bias", (False, None), where)
+        _require(values, "pretraining_tp", (1, None), where)
+        _require(values, "partial_rotary_factor", (1, 1.0, None), where)
+        if self.attention_bias is not None:
+            _require(values, "attention_bias", (self.attention_bias, None), where)
+        rope = values.get("rope_parameters") or {}
+        if rope.get("rope_type", "default") not in ROPE_TYPES:
+            raise UserError(
+                f"RoPE type {rope.get('rope_type')!r} is not supported.", where=f"{where}: rope_parameters", fix=f"known types: {', '.join(ROPE_TYPES)}"
+            )
+
+
+def _require(values: dict[str, Any], name: str, allowed: tuple[Any, ...], where: str) -> None:
+    if values.get(name) not in allowed:
+        raise UserError(
+            f"{name} = {values.get(name)!r} is not supported (only {allowed[0]!r}).", where=f"{where}: {name}", fix="train this model elsewhere; nothing was converted"
+        )
+
+
+def sizes_of(config: PreTrainedConfig) -> Sizes:
+    """Sizes of a decoder from its Hugging Face config."""
+    heads = config.num_attention_heads
+    return Sizes(
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        ffn=config.intermediate_size,
+        vocab=config.vocab_size,
+    )
+
+
+def decoder_settings(config: PreTrainedConfig) -> dict[str, Any]:
+    """Settings that all pre-norm RMSNorm SwiGLU decoders share."""
+    sizes = sizes_of(config)
+    return {
+        "num_layers": sizes.layers,
+        "hidden_size": sizes.hidden,
+        "num_attention_heads": sizes.heads,
+        "num_query_groups": sizes.kv_heads,
+        "kv_channels": sizes.head_dim,
+        "ffn_hidden_size": sizes.ffn,
+        "layernorm_epsilon": config.rms_norm_eps,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "add_bias_linear": False,
+        "add_qkv_bias": False,
+        "qk_layernorm": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
+
+
+def attention_window(config: PreTrainedConfig) -> int | None:
+    """Sliding window in tokens where some layer uses one, else None.
+
+    Training attends to everything before a token, so samples may not be longer than the window.
+    """
+    window = getattr(config, "sliding_window", None)
+    if not window or getattr(config, "use_sliding_window", True) is False:
+        return None
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and "sliding_attention" not in kinds:
+        return None
+    return int(window)
+
+
+def is_tied(config: PreTrainedConfig) -> bool:
+    """Whether input embedding and output layer are one matrix."""
+    return bool(getattr(config, "tie_word_embeddings", False))
+
+
+__all__ = ["Family", "Vocab", "attention_window", "decoder_settings", "is_tied", "sizes_of", "OUTPUT_LAYER"]

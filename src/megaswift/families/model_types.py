@@ -1,0 +1,294 @@
+"""Registered models: the name a user types, both hub ids, the chat template and the family, one model a line.
+
+Names and ModelScope ids are those of ms-swift 2.x; models that came later follow the same pattern. This file is data:
+it imports nothing heavy, so that the command line can look up names at once.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from megaswift.errors import UserError, nearest
+
+# System message that a template adds when the user gives none; a template that is not here adds none.
+TEMPLATE_SYSTEMS = {
+    "qwen": "You are a helpful assistant.",
+    "qwen2_5": "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
+    "qwen2_5_math": "Please reason step by step, and put your final answer within \\boxed{}.",
+    "smollm2": "You are a helpful AI assistant named SmolLM, trained by Hugging Face",
+}
+BASE_TEMPLATE = "default-generation"  # what models without instruction tuning have
+
+
+@dataclass(frozen=True)
+class ModelType:
+    """One registered model.
+
+    Args:
+        name: what `--model_type` takes.
+        ms_id: id on ModelScope.
+        hf_id: id on the Hugging Face hub.
+        template: name of the chat template.
+        family: `model_type` in the config.json of this model.
+    """
+
+    name: str
+    ms_id: str
+    hf_id: str
+    template: str
+    family: str
+
+    @property
+    def default_system(self) -> str | None:
+        """The system message that the template adds by itself, or None."""
+        return TEMPLATE_SYSTEMS.get(self.template)
+
+
+_LLM = "LLM-Research/"
+_AIM = "AI-ModelScope/"
+_META = "meta-llama/"
+_MISTRAL = "mistralai/"
+_SMOL = "HuggingFaceTB/"
+
+
+def _llama(name: str, ms_id: str, hf_id: str, template: str = BASE_TEMPLATE) -> ModelType:
+    return ModelType(name, ms_id, hf_id, template, "llama")
+
+
+def _mistral(name: str, ms_id: str, hf_id: str, template: str = BASE_TEMPLATE) -> ModelType:
+    return ModelType(name, ms_id, hf_id, template, "mistral")
+
+
+def _qwen2(name: str, repo: str, template: str = BASE_TEMPLATE) -> ModelType:
+    return ModelType(name, f"qwen/{repo}", f"Qwen/{repo}", template, "qwen2")
+
+
+def _qwen3(name: str, repo: str, template: str = "qwen3") -> ModelType:
+    return ModelType(name, f"Qwen/{repo}", f"Qwen/{repo}", template, "qwen3")
+
+
+_REGISTERED = (
+    # Qwen1.5
+    _qwen2("qwen1half-0_5b", "Qwen1.5-0.5B"),
+    _qwen2("qwen1half-1_8b", "Qwen1.5-1.8B"),
+    _qwen2("qwen1half-4b", "Qwen1.5-4B"),
+    _qwen2("qwen1half-7b", "Qwen1.5-7B"),
+    _qwen2("qwen1half-14b", "Qwen1.5-14B"),
+    _qwen2("qwen1half-32b", "Qwen1.5-32B"),
+    _qwen2("qwen1half-72b", "Qwen1.5-72B"),
+    _qwen2("qwen1half-110b", "Qwen1.5-110B"),
+    _qwen2("qwen1half-0_5b-chat", "Qwen1.5-0.5B-Chat", "qwen"),
+    _qwen2("qwen1half-1_8b-chat", "Qwen1.5-1.8B-Chat", "qwen"),
+    _qwen2("qwen1half-4b-chat", "Qwen1.5-4B-Chat", "qwen"),
+    _qwen2("qwen1half-7b-chat", "Qwen1.5-7B-Chat", "qwen"),
+    _qwen2("qwen1half-14b-chat", "Qwen1.5-14B-Chat", "qwen"),
+    _qwen2("qwen1half-32b-chat", "Qwen1.5-32B-Chat", "qwen"),
+    _qwen2("qwen1half-72b-chat", "Qwen1.5-72B-Chat", "qwen"),
+    _qwen2("qwen1half-110b-chat", "Qwen1.5-110B-Chat", "qwen"),
+    _qwen2("codeqwen1half-7b", "CodeQwen1.5-7B"),
+    _qwen2("codeqwen1half-7b-chat", "CodeQwen1.5-7B-Chat", "qwen"),
+    # Qwen2
+    _qwen2("qwen2-0_5b", "Qwen2-0.5B"),
+    _qwen2("qwen2-0_5b-instruct", "Qwen2-0.5B-Instruct", "qwen"),
+    _qwen2("qwen2-1_5b", "Qwen2-1.5B"),
+    _qwen2("qwen2-1_5b-instruct", "Qwen2-1.5B-Instruct", "qwen"),
+    _qwen2("qwen2-7b", "Qwen2-7B"),
+    _qwen2("qwen2-7b-instruct", "Qwen2-7B-Instruct", "qwen"),
+    _qwen2("qwen2-72b", "Qwen2-72B"),
+    _qwen2("qwen2-72b-instruct", "Qwen2-72B-Instruct", "qwen"),
+    _qwen2("qwen2-math-1_5b", "Qwen2-Math-1.5B", "qwen"),
+    _qwen2("qwen2-math-1_5b-instruct", "Qwen2-Math-1.5B-Instruct", "qwen"),
+    _qwen2("qwen2-math-7b", "Qwen2-Math-7B", "qwen"),
+    _qwen2("qwen2-math-7b-instruct", "Qwen2-Math-7B-Instruct", "qwen"),
+    _qwen2("qwen2-math-72b", "Qwen2-Math-72B", "qwen"),
+    _qwen2("qwen2-math-72b-instruct", "Qwen2-Math-72B-Instruct", "qwen"),
+    # Qwen2.5
+    _qwen2("qwen2_5-0_5b", "Qwen2.5-0.5B"),
+    _qwen2("qwen2_5-1_5b", "Qwen2.5-1.5B"),
+    _qwen2("qwen2_5-3b", "Qwen2.5-3B"),
+    _qwen2("qwen2_5-7b", "Qwen2.5-7B"),
+    _qwen2("qwen2_5-14b", "Qwen2.5-14B"),
+    _qwen2("qwen2_5-32b", "Qwen2.5-32B"),
+    _qwen2("qwen2_5-72b", "Qwen2.5-72B"),
+    _qwen2("qwen2_5-0_5b-instruct", "Qwen2.5-0.5B-Instruct", "qwen2_5"),
+    _qwen2("qwen2_5-1_5b-instruct", "Qwen2.5-1.5B-Instruct", "qwen2_5"),
+    _qwen2("qwen2_5-3b-instruct", "Qwen2.5-3B-Instruct", "qwen2_5"),
+    _qwen2("qwen2_5-7b-instruct", "Qwen2.5-7B-Instruct", "qwen2_5"),
+    _qwen2("qwen2_5-14b-instruct", "Qwen2.5-14B-Instruct", "qwen2_5"),
+    _qwen2("qwen2_5-32b-instruct", "Qwen2.5-32B-Instruct", "qwen2_5"),
+    _qwen2("qwen2_5-72b-instruct", "Qwen2.5-72B-Instruct", "qwen2_5"),
+    # Qwen2.5-Math; its own template asks for the steps, so ours does too (ms-swift 2.x gave it the text of qwen2_5)
+    _qwen2("qwen2_5-math-1_5b", "Qwen2.5-Math-1.5B"),
+    _qwen2("qwen2_5-math-7b", "Qwen2.5-Math-7B"),
+    _qwen2("qwen2_5-math-72b", "Qwen2.5-Math-72B"),
+    _qwen2("qwen2_5-math-1_5b-instruct", "Qwen2.5-Math-1.5B-Instruct", "qwen2_5_math"),
+    _qwen2("qwen2_5-math-7b-instruct", "Qwen2.5-Math-7B-Instruct", "qwen2_5_math"),
+    _qwen2("qwen2_5-math-72b-instruct", "Qwen2.5-Math-72B-Instruct", "qwen2_5_math"),
+    # Qwen2.5-Coder
+    _qwen2("qwen2_5-coder-0_5b", "Qwen2.5-Coder-0.5B"),
+    _qwen2("qwen2_5-coder-0_5b-instruct", "Qwen2.5-Coder-0.5B-Instruct", "qwen2_5"),
+    _qwen2("qwen2_5-coder-1_5b", "Qwen2.5-Coder-1.5B"),
+    _qwen2("qwen2_5-coder-1_5b-instruct", "Qwen2.5-Coder-1.5B-Instruct", "qwen2_5"),
+    _qwen2("qwen2_5-coder-3b", "Qwen2.5-Coder-3B"),
+    _qwen2("qwen2_5-coder-3b-instruct", "Qwen2.5-Coder-3B-Instruct", "qwen2_5"),
+    _qwen2("qwen2_5-coder-7b", "Qwen2.5-Coder-7B"),
+    _qwen2("qwen2_5-coder-7b-instruct", "Qwen2.5-Coder-7B-Instruct", "qwen2_5"),
+    _qwen2("qwen2_5-coder-14b", "Qwen2.5-Coder-14B"),
+    _qwen2("qwen2_5-coder-14b-instruct", "Qwen2.5-Coder-14B-Instruct", "qwen2_5"),
+    _qwen2("qwen2_5-coder-32b", "Qwen2.5-Coder-32B"),
+    _qwen2("qwen2_5-coder-32b-instruct", "Qwen2.5-Coder-32B-Instruct", "qwen2_5"),
+    # Qwen3
+    _qwen3("qwen3-0_6b", "Qwen3-0.6B"),
+    _qwen3("qwen3-1_7b", "Qwen3-1.7B"),
+    _qwen3("qwen3-4b", "Qwen3-4B"),
+    _qwen3("qwen3-8b", "Qwen3-8B"),
+    _qwen3("qwen3-14b", "Qwen3-14B"),
+    _qwen3("qwen3-32b", "Qwen3-32B"),
+    _qwen3("qwen3-0_6b-base", "Qwen3-0.6B-Base", BASE_TEMPLATE),
+    _qwen3("qwen3-1_7b-base", "Qwen3-1.7B-Base", BASE_TEMPLATE),
+    _qwen3("qwen3-4b-base", "Qwen3-4B-Base", BASE_TEMPLATE),
+    _qwen3("qwen3-8b-base", "Qwen3-8B-Base", BASE_TEMPLATE),
+    _qwen3("qwen3-14b-base", "Qwen3-14B-Base", BASE_TEMPLATE),
+    _qwen3("qwen3-4b-instruct-2507", "Qwen3-4B-Instruct-2507", "qwen3_nothinking"),
+    _qwen3("qwen3-4b-thinking-2507", "Qwen3-4B-Thinking-2507", "qwen3_thinking"),
+    # Llama
+    _llama("llama2-7b", "modelscope/Llama-2-7b-ms", _META + "Llama-2-7b-hf"),
+    _llama("llama2-7b-chat", "modelscope/Llama-2-7b-chat-ms", _META + "Llama-2-7b-chat-hf", "llama"),
+    _llama("llama2-13b", "modelscope/Llama-2-13b-ms", _META + "Llama-2-13b-hf"),
+    _llama("llama2-13b-chat", "modelscope/Llama-2-13b-chat-ms", _META + "Llama-2-13b-chat-hf", "llama"),
+    _llama("llama2-70b", "modelscope/Llama-2-70b-ms", _META + "Llama-2-70b-hf"),
+    _llama("llama2-70b-chat", "modelscope/Llama-2-70b-chat-ms", _META + "Llama-2-70b-chat-hf", "llama"),
+    _llama("llama3-8b", _LLM + "Meta-Llama-3-8B", _META + "Meta-Llama-3-8B"),
+    _llama("llama3-8b-instruct", _LLM + "Meta-Llama-3-8B-Instruct", _META + "Meta-Llama-3-8B-Instruct", "llama3"),
+    _llama("llama3-70b", _LLM + "Meta-Llama-3-70B", _META + "Meta-Llama-3-70B"),
+    _llama("llama3-70b-instruct", _LLM + "Meta-Llama-3-70B-Instruct", _META + "Meta-Llama-3-70B-Instruct", "llama3"),
+    _llama("llama3_1-8b", _LLM + "Meta-Llama-3.1-8B", _META + "Meta-Llama-3.1-8B"),
+    _llama("llama3_1-8b-instruct", _LLM + "Meta-Llama-3.1-8B-Instruct", _META + "Meta-Llama-3.1-8B-Instruct", "llama3"),
+    _llama("llama3_1-70b", _LLM + "Meta-Llama-3.1-70B", _META + "Meta-Llama-3.1-70B"),
+    _llama("llama3_1-70b-instruct", _LLM + "Meta-Llama-3.1-70B-Instruct", _META + "Meta-Llama-3.1-70B-Instruct", "llama3"),
+    _llama("llama3_1-405b", _LLM + "Meta-Llama-3.1-405B", _META + "Meta-Llama-3.1-405B"),
+    _llama("llama3_1-405b-instruct", _LLM + "Meta-Llama-3.1-405B-Instruct", _META + "Meta-Llama-3.1-405B-Instruct", "llama3"),
+    _llama("llama3_2-1b", _LLM + "Llama-3.2-1B", _META + "Llama-3.2-1B"),
+    _llama("llama3_2-1b-instruct", _LLM + "Llama-3.2-1B-Instruct", _META + "Llama-3.2-1B-Instruct", "llama3_2"),
+    _llama("llama3_2-3b", _LLM + "Llama-3.2-3B", _META + "Llama-3.2-3B"),
+    _llama("llama3_2-3b-instruct", _LLM + "Llama-3.2-3B-Instruct", _META + "Llama-3.2-3B-Instruct", "llama3_2"),
+    _llama("llama3_3-70b-instruct", _LLM + "Llama-3.3-70B-Instruct", _META + "Llama-3.3-70B-Instruct", "llama3_2"),
+    # SmolLM2 (llama architecture)
+    _llama("smollm2-135m", _SMOL + "SmolLM2-135M", _SMOL + "SmolLM2-135M"),
+    _llama("smollm2-135m-instruct", _SMOL + "SmolLM2-135M-Instruct", _SMOL + "SmolLM2-135M-Instruct", "smollm2"),
+    _llama("smollm2-360m", _SMOL + "SmolLM2-360M", _SMOL + "SmolLM2-360M"),
+    _llama("smollm2-360m-instruct", _SMOL + "SmolLM2-360M-Instruct", _SMOL + "SmolLM2-360M-Instruct", "smollm2"),
+    _llama("smollm2-1_7b", _SMOL + "SmolLM2-1.7B", _SMOL + "SmolLM2-1.7B"),
+    _llama("smollm2-1_7b-instruct", _SMOL + "SmolLM2-1.7B-Instruct", _SMOL + "SmolLM2-1.7B-Instruct", "smollm2"),
+    # Mistral
+    _mistral("mistral-7b", _AIM + "Mistral-7B-v0.1", _MISTRAL + "Mistral-7B-v0.1"),
+    _mistral("mistral-7b-v2", _AIM + "Mistral-7B-v0.2-hf", "alpindale/Mistral-7B-v0.2-hf"),
+    _mistral("mistral-7b-instruct", _AIM + "Mistral-7B-Instruct-v0.1", _MISTRAL + "Mistral-7B-Instruct-v0.1", "llama"),
+    _mistral("mistral-7b-instruct-v2", _AIM + "Mistral-7B-Instruct-v0.2", _MISTRAL + "Mistral-7B-Instruct-v0.2", "llama"),
+    _mistral("mistral-7b-instruct-v3", _LLM + "Mistral-7B-Instruct-v0.3", _MISTRAL + "Mistral-7B-Instruct-v0.3", "llama"),
+    _mistral("mistral-nemo-base-2407", _AIM + "Mistral-Nemo-Base-2407", _MISTRAL + "Mistral-Nemo-Base-2407"),
+    _mistral(
+        "mistral-nemo-instruct-2407",
+        _AIM + "Mistral-Nemo-Instruct-2407",
+        _MISTRAL + "Mistral-Nemo-Instruct-2407",
+        "mistral-nemo",
+    ),
+    _mistral(
+        "mistral-large-instruct-2407",
+        _LLM + "Mistral-Large-Instruct-2407",
+        _MISTRAL + "Mistral-Large-Instruct-2407",
+        "mistral-nemo",
+    ),
+    _mistral(
+        "mistral-small-instruct-2409",
+        _AIM + "Mistral-Small-Instruct-2409",
+        _MISTRAL + "Mistral-Small-Instruct-2409",
+        "mistral-nemo",
+    ),
+)
+
+MODEL_TYPES: dict[str, ModelType] = {entry.name: entry for entry in _REGISTERED}
+
+# Second spellings, after the name on the hub. The name that a user typed is the name that directories get.
+_ALIASES = {
+    "mistral-7b-v0.1": "mistral-7b",
+    "mistral-7b-v0.2": "mistral-7b-v2",
+    "mistral-7b-instruct-v0.1": "mistral-7b-instruct",
+    "mistral-7b-instruct-v0.2": "mistral-7b-instruct-v2",
+    "mistral-7b-instruct-v0.3": "mistral-7b-instruct-v3",
+}
+for _alias, _name in _ALIASES.items():
+    _entry = MODEL_TYPES[_name]
+    MODEL_TYPES[_alias] = ModelType(_alias, _entry.ms_id, _entry.hf_id, _entry.template, _entry.family)
+
+
+def model_type(name: str) -> ModelType:
+    """The registered model of that name. Raises UserError naming the nearest ones."""
+    if name not in MODEL_TYPES:
+        raise UserError(
+            f"model_type {name!r} is not registered.",
+            where="--model_type",
+            fix=f"nearest: {nearest(name, list(MODEL_TYPES))}; for any other model give --model_id_or_path DIR",
+        )
+    return MODEL_TYPES[name]
+
+
+def by_hub_id(hub_id: str) -> ModelType | None:
+    """The registered model with that ModelScope or Hugging Face id (case does not matter), or None."""
+    wanted = hub_id.lower()
+    return next((entry for entry in _REGISTERED if wanted in (entry.ms_id.lower(), entry.hf_id.lower())), None)
+
+
+def type_for_directory(path: Path | str) -> str | None:
+    """The model_type that a model directory tells by itself, or None.
+
+    Asked in this order: sft_args.json and export_args.json (then any name is taken), `_name_or_path` in config.json, the
+    name of the directory: a registered name (also with "-hf" behind it), the name of a hub repository, or its place in a
+    hub cache. The last three count only where config.json has the family of the registered model.
+    """
+    directory = Path(path)
+    for file in ("sft_args.json", "export_args.json"):
+        told = _read_json(directory / file).get("model_type")
+        if isinstance(told, str) and told:
+            return told
+    config = _read_json(directory / "config.json")
+    for guess in _guesses(directory, config):
+        if guess is not None and guess.family == config.get("model_type"):
+            return guess.name
+    return None
+
+
+def _guesses(directory: Path, config: dict) -> list[ModelType | None]:
+    """Registered models that the config or the name of a directory points to, best first."""
+    guesses: list[ModelType | None] = []
+    told = config.get("_name_or_path")
+    if isinstance(told, str):
+        guesses.append(by_hub_id(told))
+    name = repository_name(directory)
+    guesses += [MODEL_TYPES.get(name.lower()), MODEL_TYPES.get(name.lower().removesuffix("-hf"))]
+    repositories = {
+        part.lower(): entry for entry in _REGISTERED for part in (entry.ms_id.split("/")[1], entry.hf_id.split("/")[1])
+    }
+    return [*guesses, repositories.get(name.lower())]
+
+
+def repository_name(directory: Path | str) -> str:
+    """The name of a model directory; inside a hub cache, that of the repository.
+
+    `.../models--Qwen--Qwen2.5-7B/snapshots/<sha>` and `.../Qwen2___5-7B` both give "Qwen2.5-7B".
+    """
+    place = Path(directory).absolute()
+    cached = place.parent.name == "snapshots"
+    name = place.parent.parent.name if cached else place.name
+    return (name.split("--")[-1] if cached or name.startswith("models--") else name).replace("___", ".")
+
+
+def _read_json(path: Path) -> dict:
+    """The object in a JSON file, or an empty one: a guess must not fail where the reader will report the file anyway."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,45 @@
+"""A model folder's config.json as transformers' config object, checked: no code from the folder ever runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megaswift.errors import DataError, UserError
+from megaswift.families import family_of
+from megaswift.families.base import sizes_of
+from megaswift.hf.folder import read_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+_LARGEST = {"num_hidden_layers": 10_000, "hidden_size": 1_000_000, "intermediate_size": 10_000_000, "vocab_size": 10_000_000, "num_attention_heads": 10_000}
+
+
+def load_config(directory: Path) -> PreTrainedConfig:
+    """The config of a model folder, its family known and every field honoured or neutral.
+
+    Raises:
+        DataError: config.json is missing, not JSON, or names sizes that no model has.
+        UserError: the family or a field is not supported.
+    """
+    path = directory / "config.json"
+    values = read_config(directory)
+    family = family_of(str(values.get("model_type")), str(path))
+    for name, largest in _LARGEST.items():
+        value = values.get(name, 1)
+        if not isinstance(value, int) or not 0 < value <= largest:
+            raise DataError(f"{name} = {value!r} is no size that a model has.", where=f"{path}: {name}")
+    if "quantization_config" in values:
+        raise UserError("the weights are quantized.", where=f"{path}: quantization_config", fix="give the model in bf16, fp16 or fp32")
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
+    except Exception as error:  # transformers validates with several error classes
+        raise DataError(f"config.json is not valid: {error}", where=str(path)) from error
+    family.audit(config, str(path))
+    sizes = sizes_of(config)
+    if sizes.heads % sizes.kv_heads:
+        raise DataError(f"{sizes.heads} attention heads are no multiple of {sizes.kv_heads} key/value heads.", where=str(path))
+    return config

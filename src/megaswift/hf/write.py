@@ -1,0 +1,298 @@
+"""Write a Hugging Face model directory whole or not at all: hidden temporary directory, fsync, audit, rename.
+
+Tensors stream one at a time a thread, whatever the size of the model, and SHA-256 sums are taken on the way.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megaswift.errors import DataError, UserError
+from megaswift.hf.folder import CONFIG, INDEX, read_config
+from megaswift.hf.read import tensor_table, torch_dtype
+from megaswift.hf.shards import Cancelled, FileRecord, PlannedTensor, Shard, ShardResult, plan_shards, write_shard
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["FileRecord", "PlannedTensor", "WriteResult", "dtype_override", "remove_leftovers", "write_checkpoint"]
+
+DEFAULT_SHARD_SIZE = 5 * 10**9  # bytes
+_LEFTOVER_AGE = 10.0  # seconds; a younger temporary directory may not have its lock yet
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass
+class WriteResult:
+    """What was written.
+
+    Args:
+        path: the directory (the temporary one while `before_publish` runs).
+        files: name -> size and SHA-256 of every file.
+        tensors: name -> SHA-256 of the tensor's raw little-endian bytes.
+        bytes: size of all files.
+        seconds: time taken.
+    """
+
+    path: Path
+    files: dict[str, FileRecord]
+    tensors: dict[str, str]
+    bytes: int
+    seconds: float
+
+
+def dtype_override(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, str]:
+    """The `config_overrides` that name a new dtype, under the key that this config uses."""
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    return {key: str(dtype).removeprefix("torch.")}
+
+
+def write_checkpoint(
+    out: Path | str,
+    tensors: Iterable[PlannedTensor],
+    side_files: Sequence[Path] = (),
+    config_overrides: Mapping[str, Any] | None = None,
+    max_shard_size: int = DEFAULT_SHARD_SIZE,
+    threads: int = 2,
+    *,
+    extra_files: Mapping[str, bytes] | None = None,
+    before_publish: Callable[[WriteResult], None] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> WriteResult:
+    """Write a model directory; it appears under its name only when it is complete, audited and on the disk.
+
+    Args:
+        out: the directory to make; must not exist.
+        tensors: what to write, in file order. Memory: the largest tensor times `threads`.
+        side_files: copied byte for byte.
+        config_overrides: fields of config.json to replace; without any it is copied byte for byte.
+        max_shard_size: bytes of tensor data in one file.
+        threads: shards written at the same time.
+        extra_files: name -> content of more files, which win over side files of the same name.
+        before_publish: may add files (a manifest) to `result.path` before the rename.
+        progress: called with the number of bytes after each chunk of tensor data, from any thread.
+
+    Raises UserError where `out` exists or the disk is too small, DataError where the audit finds a difference. After any
+    exception nothing is left behind.
+    """
+    begin = time.perf_counter()
+    target = Path(out).absolute()
+    _refuse_existing(target)
+    shards = plan_shards(tensors, max_shard_size)
+    contents = _small_files(shards, side_files, config_overrides, extra_files or {})
+    with _temporary(target, sum(shard.nbytes for shard in shards) + _small_size(contents)) as temporary:
+        results = _write_shards(shards, temporary, threads, progress)
+        files = {shard.file: result.record for shard, result in zip(shards, results)}
+        files |= {name: _write_small(temporary / name, content) for name, content in contents.items()}
+        _audit(temporary, shards, len(contents))
+        hashes = {name: value for result in results for name, value in result.tensors.items()}
+        size = sum(record.size for record in files.values())
+        result = WriteResult(temporary, files, hashes, size, time.perf_counter() - begin)
+        if before_publish is not None:
+            before_publish(result)
+        _publish(temporary, target)
+    result.path, result.seconds = target, time.perf_counter() - begin
+    return result
+
+
+def _refuse_existing(target: Path) -> None:
+    if target.exists() or target.is_symlink():
+        raise UserError(
+            f"output directory {str(target)!r} exists already.",
+            fix="give another directory, or --overwrite true to replace this one",
+        )
+
+
+def _small_files(
+    shards: Sequence[Shard], side_files: Sequence[Path], overrides: Mapping[str, Any] | None, extra: Mapping[str, bytes]
+) -> dict[str, bytes | Path]:
+    """Every file but the shards: name -> content, or the file to copy."""
+    contents: dict[str, bytes | Path] = {item.name: item for item in side_files}
+    contents |= extra
+    if overrides:
+        if CONFIG not in contents:
+            raise ValueError(f"config_overrides without a {CONFIG}")
+        source = contents[CONFIG]
+        config = json.loads(source.read_bytes() if isinstance(source, Path) else source) | dict(overrides)
+        contents[CONFIG] = (json.dumps(config, ensure_ascii=False, indent=2) + "\n").encode("utf-8")
+    if len(shards) > 1:
+        places = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
+        total = sum(tensor.nbytes for shard in shards for tensor in shard.tensors)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        contents[INDEX] = (json.dumps(index, ensure_ascii=False, indent=2) + "\n").encode("utf-8")
+    for name in contents:
+        if Path(name).name != name or name.endswith(".safetensors"):
+            raise ValueError(f"{name!r} cannot be the name of a side file")
+    return contents
+
+
+def _small_size(contents: Mapping[str, bytes | Path]) -> int:
+    return sum(item.stat().st_size if isinstance(item, Path) else len(item) for item in contents.values())
+
+
+def _write_small(path: Path, content: bytes | Path) -> FileRecord:
+    """Write and fsync one side file."""
+    data = content.read_bytes() if isinstance(content, Path) else content
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileRecord(len(data), hashlib.sha256(data).hexdigest())
+
+
+def _write_shards(
+    shards: Sequence[Shard], directory: Path, threads: int, progress: Callable[[int], None] | None
+) -> list[ShardResult]:
+    """Write all shards, `threads` at a time. The first failure stops the others and is raised."""
+    cancel = threading.Event()
+
+    def one(shard: Shard) -> ShardResult:
+        if cancel.is_set():
+            raise Cancelled
+        try:
+            return write_shard(shard, directory / shard.file, cancel=cancel, progress=progress)
+        except BaseException:
+            cancel.set()
+            raise
+
+    with ThreadPoolExecutor(max_workers=max(1, threads), thread_name_prefix="shard") as pool:
+        futures = [pool.submit(one, shard) for shard in shards]
+        try:
+            failures = [error for future in futures if (error := future.exception()) is not None]
+        except BaseException:  # interrupted while waiting: the pool waits for its threads, so they must hear of it
+            cancel.set()
+            raise
+    for error in failures:
+        if not isinstance(error, Cancelled):
+            raise error
+    return [future.result() for future in futures]
+
+
+def _audit(directory: Path, shards: Sequence[Shard], small: int) -> None:
+    """Open what was written as a reader would, and compare it with the plan."""
+    found = {name: (entry.shape, torch_dtype(entry.dtype)) for name, entry in tensor_table(directory).items()}
+    planned = {tensor.name: (tuple(tensor.shape), tensor.dtype) for shard in shards for tensor in shard.tensors}
+    wrong = sorted(name for name in found.keys() | planned.keys() if found.get(name) != planned.get(name))
+    if wrong:
+        raise DataError(f"{len(wrong)} written tensors are not as planned, for example {wrong[0]!r}.", where=str(directory))
+    if len(list(directory.iterdir())) != len(shards) + small:
+        raise DataError("the number of written files is not as planned.", where=str(directory))
+    if (directory / CONFIG).exists():
+        read_config(directory)
+
+
+@contextmanager
+def _temporary(target: Path, needed: int) -> Iterator[Path]:
+    """A locked hidden directory beside `target`; removed on any exception, with the parents that were made for it."""
+    made = [place for place in (target.parent, *target.parent.parents) if not place.exists()]
+    temporary = target.parent / f".{target.name}.tmp-{secrets.token_hex(4)}"
+    lock = -1
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(target)
+        _check_space(target.parent, needed)
+        temporary.mkdir()
+        lock = _lock(temporary)
+        yield temporary
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for place in made:
+            try:
+                place.rmdir()
+            except OSError:  # not empty: somebody else uses it by now
+                break
+        if isinstance(error, OSError):
+            raise _disk_error(error, target, needed) from error
+        raise
+    finally:
+        if lock >= 0:
+            os.close(lock)
+
+
+def _check_space(place: Path, needed: int) -> None:
+    free = shutil.disk_usage(place).free
+    if free < needed + 2**20:
+        raise UserError(
+            f"not enough disk space: {needed:,} bytes needed, {free:,} free.",
+            where=str(place),
+            fix="free space or write to another disk",
+        )
+
+
+def _disk_error(error: OSError, target: Path, needed: int) -> UserError:
+    """A failed system call as an error of ours; only the disk itself can fail here."""
+    if error.errno in _FULL:
+        what = f"the disk is full: {needed:,} bytes are needed in all. Nothing was left behind."
+        return UserError(what, where=str(target), fix="free space or write to another disk")
+    return UserError(f"cannot write {str(target)!r}: {error.strerror or error}.", where=str(error.filename or target))
+
+
+def _lock(directory: Path) -> int:
+    """Hold a lock on a directory for as long as this process lives; -1 where the file system has no locks."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return -1
+    return handle
+
+
+def remove_leftovers(target: Path) -> list[Path]:
+    """Delete the temporary directories that killed processes left beside `target`; those of living ones are locked."""
+    removed = []
+    for item in target.parent.glob(f".{glob_escape(target.name)}.tmp-*"):
+        try:
+            old = time.time() - item.stat().st_mtime > _LEFTOVER_AGE
+            handle = _lock(item) if old and item.is_dir() else -1
+        except OSError:
+            continue
+        if handle >= 0:
+            shutil.rmtree(item, ignore_errors=True)
+            os.close(handle)
+            removed.append(item)
+    return removed
+
+
+def glob_escape(name: str) -> str:
+    """A file name as a glob pattern that matches only itself."""
+    import glob
+
+    return glob.escape(name)
+
+
+def _publish(temporary: Path, target: Path) -> None:
+    """Make everything durable, then give it its name."""
+    for item in temporary.iterdir():
+        _fsync(item)
+    _fsync(temporary)
+    _refuse_existing(target)
+    try:
+        os.rename(temporary, target)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
+            _refuse_existing(target)
+        raise
+    _fsync(target.parent)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

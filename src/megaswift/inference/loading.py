@@ -1,0 +1,110 @@
+"""Loads a Hugging Face folder into transformers: strict, local, quiet, and without running code from the folder."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megaswift.errors import DataError, UserError
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Errors only, and no progress bars, while a folder is read: what matters is checked and said by us."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def pick_dtype(name: str) -> torch.dtype:
+    """The torch dtype of --dtype; AUTO is bf16 on a GPU that has it (fp16 on older ones) and fp32 on a CPU."""
+    if name != "AUTO":
+        return _DTYPES[name]
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a folder, padding on the left. Raises DataError."""
+    from transformers import AutoTokenizer
+
+    with quiet_transformers():
+        try:
+            return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False, padding_side="left")
+        except Exception as error:  # transformers raises OSError, ValueError, KeyError, TypeError and the parser's own
+            fix = "the folder needs tokenizer.json (or the vocabulary files of its tokenizer) and tokenizer_config.json"
+            raise DataError(f"the tokenizer cannot be read: {_first_line(error)}", where=str(path), fix=fix) from error
+
+
+def load_model(path: Path, dtype: str = "AUTO") -> Any:
+    """The model of a folder in evaluation mode, on the GPU if there is one.
+
+    Raises DataError where a weight is missing, left over or of another shape, UserError where memory is too small.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from megaswift.hf.read import HFCheckpoint
+
+    weight_bytes = HFCheckpoint.open(path).total_bytes  # names the damaged file; transformers' errors do not
+    with quiet_transformers():
+        try:
+            pair: Any = AutoModelForCausalLM.from_pretrained(
+                path,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                dtype=pick_dtype(dtype),
+                device_map=_device_map(weight_bytes),
+                output_loading_info=True,
+            )
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                "the GPU's memory is too small for the model.", where=str(path), fix="use --dtype bf16, or a larger GPU"
+            ) from error
+        except Exception as error:
+            fix = "the folder must hold a text model that this version of transformers knows, as safetensors"
+            raise DataError(f"the model cannot be read: {_first_line(error)}", where=str(path), fix=fix) from error
+    model, report = pair
+    _require_complete(report, path)
+    return model.eval()
+
+
+def _device_map(weight_bytes: int) -> str | None:
+    """Where weights go: CPU, one GPU, or several GPUs when one has too little free memory."""
+    if not torch.cuda.is_available():
+        return None
+    free, _ = torch.cuda.mem_get_info()
+    return "auto" if torch.cuda.device_count() > 1 and weight_bytes * 1.3 > free else "cuda"
+
+
+def _require_complete(loaded: dict[str, Any], path: Path) -> None:
+    """transformers fills missing weights with random numbers and goes on; we do not."""
+    for key, what in (
+        ("missing_keys", "are missing"),
+        ("mismatched_keys", "have another shape"),
+        ("unexpected_keys", "are not part of the model"),
+    ):
+        names = sorted(name if isinstance(name, str) else name[0] for name in loaded.get(key) or ())
+        if names:
+            shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+            raise DataError(f"{len(names)} tensors {what}: {shown}", where=str(path), fix="convert or download the model again")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

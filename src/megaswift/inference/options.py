@@ -1,0 +1,109 @@
+"""How an answer is drawn, and what an answer is: shared by all inference backends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megaswift.arguments import InferArguments
+from megaswift.errors import UserError
+
+Message = dict[str, Any]  # role and content, and what else the chat template reads
+FinishReason = Literal["stop", "length", "interrupted"]
+
+
+class PromptError(UserError):
+    """A conversation that cannot become a prompt (exit 2)."""
+
+
+class PromptTooLongError(PromptError):
+    """A prompt has more tokens than the model, or --max_length, allows (exit 2)."""
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """Decoding options; the defaults are those of `swift infer`.
+
+    Attributes:
+        max_new_tokens: longest answer, in tokens.
+        do_sample, temperature: greedy when do_sample is false or temperature is 0.
+        top_k: 0 for all tokens.
+        stop_words: texts at which an answer ends; they are no part of it.
+        max_length: longest prompt, in tokens; -1 for what the model allows.
+        truncation: "delete" refuses a longer prompt, "truncation_left" drops its oldest tokens.
+        seed: random state before generation; None leaves it alone.
+    """
+
+    max_new_tokens: int = 2048
+    do_sample: bool = True
+    temperature: float = 0.3
+    top_k: int = 20
+    top_p: float = 0.7
+    repetition_penalty: float = 1.0
+    num_beams: int = 1
+    stop_words: tuple[str, ...] = ()
+    max_length: int = -1
+    truncation: str = "delete"
+    seed: int | None = 42
+
+    def __post_init__(self) -> None:
+        checks: tuple[tuple[str, bool, str], ...] = (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", self.temperature >= 0, "0 (greedy) or more"),
+            ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("repetition_penalty", self.repetition_penalty > 0, "above 0; 1 changes nothing"),
+            ("num_beams", self.num_beams >= 1, "at least 1"),
+            ("max_length", self.max_length == -1 or self.max_length >= 1, "-1 (what the model allows) or at least 1"),
+        )
+        for name, good, legal in checks:
+            if not good:
+                raise UserError(
+                    f"--{name} {getattr(self, name)} is not possible.", where=f"--{name}", fix=f"legal values: {legal}"
+                )
+        if any(not word for word in self.stop_words):
+            raise UserError("an empty stop word would end every answer at once.", where="--stop_words")
+        if self.truncation == "split":
+            raise UserError(
+                "a prompt cannot be split into several.",
+                where="--truncation_strategy",
+                fix="use delete (refuse prompts that are too long) or truncation_left (drop their oldest tokens)",
+            )
+
+    @classmethod
+    def from_args(cls, args: InferArguments) -> GenerationOptions:
+        """The decoding options among those of `swift infer`; raises UserError for values that cannot be."""
+        return cls(
+            max_new_tokens=args.max_new_tokens,
+            do_sample=args.do_sample,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            repetition_penalty=args.repetition_penalty,
+            num_beams=args.num_beams,
+            stop_words=tuple(args.stop_words),
+            max_length=args.max_length,
+            truncation=args.truncation_strategy,
+            seed=args.seed,
+        )
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn at random."""
+        return self.do_sample and self.temperature > 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A generated text.
+
+    Attributes:
+        text: the answer, without end tokens and stop words.
+        prompt_tokens, tokens: lengths of the prompt and of what was generated (end token included).
+        finish: "stop" (end token or stop word), "length" (max_new_tokens or the model's context) or "interrupted".
+    """
+
+    text: str
+    prompt_tokens: int
+    tokens: int
+    finish: FinishReason

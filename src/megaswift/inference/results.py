@@ -1,0 +1,68 @@
+"""infer_result/{time}.jsonl: each question and answer, written as soon as the answer is there."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from megaswift.errors import UserError
+
+
+class ResultWriter:
+    """Appends rows to a new file; the file appears with the first row.
+
+    Args:
+        directory: made when needed. Files are named by the time, `{YYYYmmdd-HHMMSS}.jsonl`.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._file: IO[str] | None = None
+        self.path: Path | None = None
+        self.rows = 0
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row and hand it to the operating system at once; raises UserError where that cannot be."""
+        try:
+            if self._file is None:
+                self._file = self._open()
+            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            where = str(self.path or self._directory)
+            fix = "name a directory that you can write to with --result_dir, or use --save_result false"
+            raise UserError(f"cannot write results: {error}", where=where, fix=fix) from error
+        self.rows += 1
+
+    def close(self) -> None:
+        """Close the file; harmless when there is none."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _open(self) -> IO[str]:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        stem = time.strftime("%Y%m%d-%H%M%S")
+        for count in range(1000):  # two programs may start within one second
+            self.path = self._directory / (f"{stem}.jsonl" if count == 0 else f"{stem}-{count}.jsonl")
+            try:
+                return self.path.open("x", encoding="utf-8")
+            except FileExistsError:
+                continue
+        raise OSError(f"no free name for {stem}.jsonl")
+
+
+def check_writable(directory: Path) -> None:
+    """Raise UserError now, before a model is loaded, where results could not be written later."""
+    import os
+
+    place = directory
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        fix = "name a directory that you can write to with --result_dir, or use --save_result false"
+        raise UserError(
+            f"results cannot be written: {place} is no directory that you can write to.", where=str(directory), fix=fix
+        )

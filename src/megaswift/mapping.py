@@ -1,0 +1,114 @@
+"""The table between MegatronArguments and SftArguments, one row a line: what `swift sft` prints, saves and obeys.
+
+The engine reads its values from the filled table, so a row that is wrong here trains wrong: there is no second copy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megaswift.arguments import SftArguments
+
+OPTIMIZERS = {"adamw_torch": "adam", "adamw_torch_fused": "adam"}
+DECAY_STYLES = {
+    "cosine": "cosine",
+    "linear": "linear",
+    "constant": "constant",
+    "constant_with_warmup": "constant",
+    "inverse_sqrt": "inverse-square-root",
+    "warmup_stable_decay": "WSD",
+}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a row needs beyond the options."""
+
+    world_size: int
+    train_rows: int
+    val_rows: int
+    dtype: str  # fp32, bf16 or fp16: --dtype with AUTO resolved
+    load: str  # directory whose weights training starts from
+    save: str  # directory of this run
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: Megatron's names, the expression on our side, and that expression as code."""
+
+    megatron: tuple[str, ...]
+    sft: str
+    value: Callable[[SftArguments, Facts], Any]
+
+
+def accumulation(args: SftArguments, world_size: int) -> int:
+    """gradient_accumulation_steps, by default ceil(16 / batch_size / world_size)."""
+    return args.gradient_accumulation_steps or math.ceil(16 / args.batch_size / world_size)
+
+
+def global_batch_size(args: SftArguments, facts: Facts) -> int:
+    """Rows in one step. The world size counts all processes, so tp and pp multiply it as well."""
+    return args.batch_size * accumulation(args, facts.world_size) * facts.world_size
+
+
+def train_iters(args: SftArguments, facts: Facts) -> int:
+    """Steps of the run."""
+    if args.max_steps > 0:
+        return args.max_steps
+    return math.ceil(facts.train_rows * args.num_train_epochs / global_batch_size(args, facts))
+
+
+def warmup_iters(args: SftArguments, facts: Facts) -> int:
+    """Steps in which the learning rate rises; never more than the run has."""
+    steps = train_iters(args, facts)
+    return min(args.warmup_steps if args.warmup_steps > 0 else math.ceil(steps * args.warmup_ratio), steps)
+
+
+TABLE = (
+    Row(("optimizer",), "optim", lambda a, f: OPTIMIZERS[a.optim]),
+    Row(("lr_decay_style",), "lr_scheduler_type", lambda a, f: DECAY_STYLES[a.lr_scheduler_type]),
+    Row(("weight_decay",), "weight_decay", lambda a, f: a.weight_decay),
+    Row(("clip_grad",), "max_grad_norm", lambda a, f: a.max_grad_norm),
+    Row(("adam_beta1",), "adam_beta1", lambda a, f: a.adam_beta1),
+    Row(("adam_beta2",), "adam_beta2", lambda a, f: a.adam_beta2),
+    Row(("adam_eps",), "adam_epsilon", lambda a, f: a.adam_epsilon),
+    Row(("lr",), "learning_rate", lambda a, f: a.learning_rate),
+    Row(("min_lr",), "min_lr", lambda a, f: a.min_lr),
+    Row(("fp16", "apply_query_key_layer_scaling"), "fp16", lambda a, f: f.dtype == "fp16"),
+    Row(("bf16",), "bf16", lambda a, f: f.dtype == "bf16"),
+    Row(("tensor_model_parallel_size",), "tp", lambda a, f: a.tp),
+    Row(("pipeline_model_parallel_size",), "pp", lambda a, f: a.pp),
+    Row(("seed",), "seed", lambda a, f: a.seed),
+    Row(("load",), "resume_from_checkpoint", lambda a, f: f.load),
+    Row(("save",), "output_dir", lambda a, f: f.save),
+    Row(("tensorboard_dir",), "logging_dir", lambda a, f: a.logging_dir or f"{f.save}/runs"),
+    Row(("log_interval",), "logging_steps", lambda a, f: a.logging_steps),
+    Row(("eval_interval",), "eval_steps", lambda a, f: a.eval_steps),
+    Row(("save_interval",), "save_steps", lambda a, f: a.save_steps),
+    Row(("micro_batch_size",), "batch_size", lambda a, f: a.batch_size),
+    Row(("global_batch_size",), "batch_size * gradient_accumulation_steps * world_size", global_batch_size),
+    Row(("sequence_parallel",), "sequence_parallel", lambda a, f: a.sequence_parallel),
+    Row(("num_workers",), "dataloader_num_workers", lambda a, f: a.dataloader_num_workers),
+    Row(("use_flash_attn",), "use_flash_attn", lambda a, f: a.use_flash_attn),
+    Row(("train_iters",), "int(math.ceil(len(train_dataset) * num_train_epochs / global_batch_size))", train_iters),
+    Row(("eval_iters",), "int(math.ceil(len(val_dataset) / global_batch_size))", lambda a, f: math.ceil(f.val_rows / global_batch_size(a, f))),
+    Row(("lr_warmup_iters",), "warmup_steps if warmup_steps > 0 else math.ceil(train_iters * warmup_ratio)", warmup_iters),
+    Row(("no_save_optim", "no_save_rng"), "save_only_model", lambda a, f: a.save_only_model),
+)
+
+
+def megatron_arguments(args: SftArguments, facts: Facts) -> dict[str, Any]:
+    """The filled table: Megatron's name -> value."""
+    return {name: row.value(args, facts) for row in TABLE for name in row.megatron}
+
+
+def filled_rows(args: SftArguments, facts: Facts) -> list[tuple[str, str, str]]:
+    """The table as text for people: Megatron's names, our expression, the value."""
+    return [(", ".join(row.megatron), row.sft, _text(row.value(args, facts))) for row in TABLE]
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

