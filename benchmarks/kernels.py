@@ -64,12 +64,12 @@ def norm(table: Table, shape: str, tune: bool) -> None:
     x, d, w, g, gt = rand(tokens, hidden), rand(tokens, hidden), rand(hidden), rand(tokens, hidden), rand(tokens, hidden)
     size = 2.0 * x.numel()
     total, _, rstd = rms_norm.forward(x, d, w, 1e-6)
-    tile = rms_norm._tile
-    for elements in (1024, 2048, 4096, 8192) if tune else (2048,):
-        rms_norm._tile = lambda cols, _, elements=elements: tile(cols, elements)
-        table.memory(f"{shape} add+norm forward tile {elements}", lambda: rms_norm.forward(x, d, w, 1e-6), 4 * size)
-        table.memory(f"{shape} norm+add backward tile {elements}", lambda: rms_norm.backward(g, gt, total, w, rstd), 4 * size)
-    rms_norm._tile = tile
+    table.memory(f"{shape} add+norm forward", lambda: rms_norm.forward(x, d, w, 1e-6), 4 * size)
+    best, fit = rms_norm._BACKWARD, rms_norm._WARPS_ON_PROCESSOR
+    for tile, warps in (((1024, 8), 40), ((1024, 8), 48), ((1024, 8), 80), ((2048, 8), 40), ((2048, 16), 24)) if tune else ((best, fit),):
+        rms_norm._BACKWARD, rms_norm._WARPS_ON_PROCESSOR = tile, warps
+        table.memory(f"{shape} norm+add backward tile {tile} warps {warps}", lambda: rms_norm.backward(g, gt, total, w, rstd), 4 * size)
+    rms_norm._BACKWARD, rms_norm._WARPS_ON_PROCESSOR = best, fit
     table.memory(f"{shape} torch rms_norm forward", lambda: F.rms_norm(x, (hidden,), w, 1e-6), 2 * size)
 
 
@@ -91,9 +91,9 @@ def rope_part(table: Table, shape: str, tune: bool) -> None:
     mixed = rand(SEQ, batch, (heads + 2 * groups) * dim)
     cos, sin = rand(SEQ, 1, dim), rand(SEQ, 1, dim)
     parts = tuple(rand(SEQ, batch, n, dim) for n in (heads, groups, groups))
-    moved = 4.0 * mixed.numel()
-    table.memory(f"{shape} split+rotate forward", lambda: rope._launch_split(mixed, parts, cos, sin, backward=False), moved)
-    table.memory(f"{shape} split+rotate backward", lambda: rope._launch_split(mixed, parts, cos, sin, backward=True), moved)
+    moved, bias = 4.0 * mixed.numel(), rand(mixed.shape[2])
+    table.memory(f"{shape} split+rotate forward", lambda: rope._launch_split(mixed, bias, parts, cos, sin, backward=False), moved)
+    table.memory(f"{shape} split+rotate backward", lambda: rope._launch_split(mixed, bias, parts, cos, sin, backward=True), moved)
 
 
 def attention_part(table: Table, shape: str, tune: bool) -> None:
@@ -183,11 +183,11 @@ def loss(table: Table, shape: str, tune: bool) -> None:
     rows = 4096
     logits = torch.mm(h[:rows].detach(), w.detach().t())
     stats, one, mine = torch.empty(3, rows, device="cuda"), torch.ones((), device="cuda"), labels[:rows].cuda()
-    for block, warps in ((1024, 8), (2048, 8), (2048, 16), (4096, 16), (4096, 32)) if tune else ((2048, 8),):
-        launch = lambda block=block, warps=warps: linear_cross_entropy._row_kernel[(rows,)](  # noqa: E731
+    for block, warps, many in ((8192, 32, 1), (8192, 16, 1), (4096, 16, 2), (4096, 16, 1), (2048, 8, 2), (8192, 32, 2)) if tune else ((8192, 32, 1),):
+        launch = lambda block=block, warps=warps, many=many: linear_cross_entropy._row_kernel[(132 * many,)](  # noqa: E731
             logits, mine, stats, one, VOCAB, 0, VOCAB, rows, block, True, num_warps=warps
         )
-        table.memory(f"{shape} softmax and gradient of {rows} rows, block {block} warps {warps}", launch, 4.0 * logits.numel())
+        table.memory(f"{shape} softmax and gradient of {rows} rows, block {block} warps {warps} programs {many}", launch, 4.0 * logits.numel())
 
 
 def matrices(table: Table, shape: str, tune: bool) -> None:
@@ -201,8 +201,9 @@ def matrices(table: Table, shape: str, tune: bool) -> None:
         table.matrix(f"{shape} {name} input gradient", lambda: torch.matmul(g, w), flops)  # noqa: B023
         table.matrix(f"{shape} {name} weight gradient, added to fp32", lambda: main_grad.add_product(target, g, x), flops)  # noqa: B023
         table.matrix(f"{shape} {name} weight gradient, overwriting fp32", lambda: main_grad.add_product(target, g, x, overwrite=True), flops)  # noqa: B023
-        if tune:
-            table.matrix(f"{shape} {name} weight gradient in bf16", lambda: torch.mm(g.t(), x), flops)  # noqa: B023
+    a, w, residual = rand(tokens, ffn), rand(hidden, ffn), rand(tokens, hidden)
+    table.matrix(f"{shape} fc2 then residual add", lambda: torch.matmul(a, w.t()).add_(residual), 2.0 * tokens * hidden * ffn)
+    table.matrix(f"{shape} fc2 with residual as addmm", lambda: torch.addmm(residual, a, w.t()), 2.0 * tokens * hidden * ffn)
 
 
 def optimizer(table: Table, shape: str, tune: bool) -> None:

@@ -25,6 +25,7 @@ SHAPES = {
     "3b": dict(hidden_size=2048, num_layers=36, num_attention_heads=16, num_query_groups=2, ffn_hidden_size=11008),
 }
 VOCAB = 151936
+CHUNK_MIB = {"0.5b": 2560, "1.5b": 2560, "3b": 1280}  # logits at a time; the 3B shape nearly fills the card
 PEAK = 989.4e12
 
 
@@ -77,7 +78,7 @@ def build(shape: str, seq: int, recompute_activation: bool) -> tuple[Any, Any, A
             hidden = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=layout)
             weight = self.shared_embedding_or_output_weight()
             flat = hidden.reshape(-1, hidden.shape[-1])
-            return linear_cross_entropy(flat, weight, labels.t(), vocab_size=VOCAB, grad_scale=1.0, shared_with_embedding=True)[0]
+            return linear_cross_entropy(flat, weight, labels.t(), vocab_size=VOCAB, grad_scale=1.0, shared_with_embedding=True, chunk_bytes=CHUNK_MIB[shape] << 20)[0]
 
     config = TransformerConfig(
         **SHAPES[shape], bf16=True, params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16, normalization="RMSNorm", gated_linear_unit=True,
@@ -159,22 +160,41 @@ def make_step(shape: str, seq: int, micro: int, recompute: bool) -> tuple[Any, i
     return step, sum(p.numel() for p in ddp.parameters())
 
 
-def profile(step: Any, first: int) -> list[tuple[str, float, int]]:
-    """(kernel, ms a step, calls a step) over two steps, longest first."""
+def profile(step: Any, first: int) -> tuple[list[tuple[str, float, int]], dict[str, float]]:
+    """Kernels as (name, ms a step, calls a step), longest first, and how much of the time the GPU had nothing to do.
+
+    Four steps run under the profiler before the two that count, so that the card is as warm as in training.
+    """
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
     with record(activities=[ProfilerActivity.CUDA]) as recorded:
-        for k in range(2):
+        for k in range(6):
             step(first + k)
         torch.cuda.synchronize()
-    rows = [(row.key, row.self_device_time_total / 2e3, row.count // 2) for row in recorded.key_averages()]
-    return sorted(rows, key=lambda row: -row[1])
+    events = [e for e in recorded.events() if str(e.device_type).endswith("CUDA")]
+    events.sort(key=lambda e: e.time_range.start)
+    updates = [index for index, event in enumerate(events) if "_adamw_kernel" in event.name]  # the last kernels of a step
+    events = events[updates[len(updates) * 4 // 6 - 1] + 1 :]
+    totals: dict[str, list[float]] = {}
+    busy, end, gaps = 0.0, events[0].time_range.start, []
+    for e in events:
+        row = totals.setdefault(e.name, [0.0, 0])
+        row[0] += e.time_range.elapsed_us() / 2e3
+        row[1] += 1
+        gaps.append((e.time_range.start - end, e.name))
+        busy += max(0.0, e.time_range.end - max(end, e.time_range.start))
+        end = max(end, e.time_range.end)
+    span = (end - events[0].time_range.start) / 2e3
+    waits = [g for g, _ in gaps if g > 0]
+    state = dict(span_ms=round(span, 2), busy_ms=round(busy / 2e3, 2), waits=len(waits) // 2, waits_ms=round(sum(waits) / 2e3, 2),
+                 waits_over_20us_ms=round(sum(g for g in waits if g > 20) / 2e3, 2))  # fmt: skip
+    state["longest"] = [(round(g), n[:60]) for g, n in sorted(gaps, reverse=True)[:12]]  # type: ignore[assignment]
+    return sorted(((n, t, int(c) // 2) for n, (t, c) in totals.items()), key=lambda row: -row[1]), state
 
 
 def child(shape: str, seq: int, micro: int, steps: int, recompute: bool, with_profile: bool) -> None:
     """Measure ours and print one JSON line."""
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     import gc
     import warnings
 
@@ -205,15 +225,18 @@ def child(shape: str, seq: int, micro: int, steps: int, recompute: bool, with_pr
             grad_norm=round(float(norm), 4),
         )  # fmt: skip
         if with_profile:
-            result["profile"] = [(name[:90], round(ms, 3), calls) for name, ms, calls in profile(step, steps)[:45]]
-    except torch.OutOfMemoryError:
-        result["oom"] = True
+            rows, result["timeline"] = profile(step, steps)
+            result["profile"] = [(name[:90], round(ms, 3), calls) for name, ms, calls in rows[:40]]
+    except torch.OutOfMemoryError as error:
+        result["oom"] = str(error)[:600]
+        print(torch.cuda.memory_summary(abbreviated=True), file=sys.stderr)
     print(json.dumps(result), flush=True)
 
 
 def run(command: list[str]) -> dict[str, Any]:
     """The last JSON line that a command prints."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    environment = os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     return json.loads(lines[-1]) if lines else dict(command=command, failed=done.stderr[-3000:])
 

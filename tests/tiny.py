@@ -40,3 +40,33 @@ def save_tiny(directory: Path, name: str, seed: int = 0, **changes: Any) -> Any:
     model = tiny_model(name, seed, **changes)
     model.save_pretrained(directory)
     return model
+
+
+def to_megatron(hf: Path, target: Path) -> Path:
+    """Convert a Hugging Face folder into a bare torch_dist directory."""
+    from megaswift.convert import hf_to_megatron
+    from megaswift.hf.config import load_config
+    from megaswift.hf.read import HFCheckpoint
+
+    target.mkdir(parents=True)
+    hf_to_megatron(HFCheckpoint.open(hf), load_config(hf), target, "fp32")
+    return target
+
+
+def write_tokenizer(directory: Path, vocab_size: int = 300) -> None:
+    """A byte-level tokenizer with a ChatML template, for whole-command tests on tiny models."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(["who are you", "I am an assistant"], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast.chat_template = (
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    fast.save_pretrained(directory)

@@ -232,6 +232,7 @@ def parse(cls: type[T], argv: list[str]) -> T:
     known = {item.name: item for item in fields(cls)}
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
+    argv = [word for word in argv if word == "" or word.strip()]  # "\\ " at the end of a pasted command gives a blank word
     if argv and argv[0].endswith((".json", ".yaml", ".yml")):
         values.update(_read_option_file(cls, argv[0], known))
         argv = argv[1:]
@@ -239,19 +240,15 @@ def parse(cls: type[T], argv: list[str]) -> T:
     while position < len(argv):
         word = argv[position]
         if not word.startswith("--"):
-            if not word.strip():  # a trailing backslash in a pasted command
-                position += 1
-                continue
             raise UserError(f"{word!r} is no option.", where="command line", fix="options start with --, for example --model_type NAME")
-        name, _, inline = word[2:].partition("=")
+        name, equals, inline = word[2:].partition("=")
         name = name.replace("-", "_")
         _require_known(cls, name, known)
         position += 1
-        words = [inline] if inline else []
-        if not inline:
-            while position < len(argv) and not _is_flag(argv[position]):
-                words.append(argv[position])
-                position += 1
+        words = [inline] if equals else []
+        while not equals and position < len(argv) and not _is_flag(argv[position]):
+            words.append(argv[position])
+            position += 1
         values[name] = _convert(name, hints[name], words)
     result = cls(**values)
     result._given = frozenset(values)  # type: ignore[attr-defined]

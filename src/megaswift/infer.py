@@ -176,13 +176,25 @@ def _load(request: Request) -> Any:
     from megaswift.inference.transformers_backend import TransformersBackend
 
     args, located = request.args, request.located
+    dtype = args.dtype
+    if not _has_gpu() and dtype in ("bf16", "fp16"):
+        if "dtype" in args.explicit():
+            _note(f"{dtype} on a CPU is slower than fp32; leave --dtype out for fp32")
+        else:  # the precision in which a GPU trained it: fp32 holds the same values and is faster here
+            dtype = "AUTO"
     backend = TransformersBackend.load(
-        located.path, dtype=args.dtype, template_type=args.template_type, model_type=located.model_type
+        located.path, dtype=dtype, template_type=args.template_type, model_type=located.model_type
     )
     _note(f"{located.model_type} from {located.path} ({backend.description})")
     if args.num_beams > 1 and args.stream:
         _note(f"beam search cannot stream: with --num_beams {args.num_beams} each answer appears when it is complete")
     return backend
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _talk(request: Request, results: Any) -> list[dict[str, Any]]:

@@ -49,7 +49,7 @@ TAGS = (
         "tokens_per_second",
         "Speed",
         "tokens per second",
-        ("tokens_per_second", "tokens_per_s", "tokens/s"),
+        ("tokens_per_second", "train/tokens_per_second"),
         smooth=True,
         number=",.0f",
     ),

@@ -55,10 +55,11 @@ def test_files_and_settings(model: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert [item.name for item in model.parent.iterdir() if not item.name.startswith(".")] == [model.name]
     assert hashlib.sha256((model / "tokenizer.json").read_bytes()).hexdigest() == PUBLISHED_TOKENIZER
     checkpoint = HFCheckpoint.open(model)
-    published = dict(
-        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, vocab_size=49152,
-        max_position_embeddings=8192, rope_theta=100000, rms_norm_eps=1e-5, tie_word_embeddings=True, hidden_act="silu",
-        bos_token_id=1, eos_token_id=2, pad_token_id=2, model_type="llama", initializer_range=1 / 24, rope_scaling=None,
+    published = dict(  # config.json of the published repository
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+        vocab_size=49152, max_position_embeddings=8192, rope_theta=100000, rms_norm_eps=1e-5, tie_word_embeddings=True,
+        hidden_act="silu", bos_token_id=1, eos_token_id=2, pad_token_id=2, model_type="llama", initializer_range=1 / 24,
+        rope_scaling=None,
     )  # fmt: skip
     assert published.items() <= checkpoint.config.items()
     assert json.loads((model / "generation_config.json").read_text())["eos_token_id"] == 2

@@ -14,9 +14,11 @@ def test_defaults_are_those_of_the_command() -> None:
 
 
 def test_flags_arrive() -> None:
-    words = "--max_new_tokens 7 --do_sample false --temperature 0.5 --top_k 3 --top_p 0.9 --repetition_penalty 1.2 --num_beams 2 --seed 1"
+    words = "--max_new_tokens 7 --do_sample false --temperature 0.5 --top_k 3 --top_p 0.9 --repetition_penalty 1.2"
     options = GenerationOptions.from_args(
-        parse(InferArguments, words.split() + ["--stop_words", "a b", "c", "--max_length", "9"])
+        parse(
+            InferArguments, [*words.split(), "--num_beams", "2", "--seed", "1", "--max_length", "9", "--stop_words", "a b", "c"]
+        )
     )
     assert options == GenerationOptions(7, False, 0.5, 3, 0.9, 1.2, 2, ("a b", "c"), 9, "delete", 1)
 

@@ -248,10 +248,8 @@ def test_a_tokenizer_without_template_takes_that_of_the_model_type(make_model, t
         TransformersBackend.load(path)
     named = TransformersBackend.load(path, model_type="qwen2-7b-instruct")
     text = named.tokenizer.decode(named.prompt_ids(CONVERSATIONS[0], GREEDY))
-    assert (
-        text
-        == "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nwho are you<|im_end|>\n<|im_start|>assistant\n"
-    )
+    system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    assert text == system + "<|im_start|>user\nwho are you<|im_end|>\n<|im_start|>assistant\n"
     assert 2 in named._ends
     chosen = TransformersBackend.load(path, template_type="chatml")
     assert chosen.tokenizer.decode(chosen.prompt_ids(CONVERSATIONS[0], GREEDY)).startswith("<|im_start|>user\n")

@@ -23,17 +23,20 @@ def plain(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor
 
 
 @pytest.mark.parametrize(("s", "b", "heads", "groups", "dim", "shared"), [(7, 2, 6, 2, 16, False), (9, 1, 3, 3, 8, True), (70, 3, 4, 1, 80, True)])
-def test_split_rotate(case, s, b, heads, groups, dim, shared):
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_split_rotate(case, s, b, heads, groups, dim, shared, with_bias):
     positions = torch.randint(0, 500, (s, 1 if shared else b))
     cos, sin = tables(positions, dim, case[0])
     mixed = leaf(s, b, (heads + 2 * groups) * dim, like=case)
-    parts = split_rotate_qkv(mixed, cos.unsqueeze(2), sin.unsqueeze(2), heads=heads, groups=groups)
+    bias = leaf((heads + 2 * groups) * dim, like=case) if with_bias else None
+    parts = split_rotate_qkv(mixed, cos.unsqueeze(2), sin.unsqueeze(2), heads=heads, groups=groups, bias=bias)
     grads = [torch.randn_like(part) for part in parts]
     # one gradient comes in another memory order, as attention kernels hand it over
     given = [grads[0].permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3), *grads[1:]]
     torch.autograd.backward(parts, given)
     a = double(mixed)
-    view = a.view(s, b, groups, -1, dim)
+    add = double(bias) if with_bias else torch.zeros((), dtype=torch.float64, device=case[0])
+    view = (a + add).view(s, b, groups, -1, dim)
     want = (
         plain(view[..., :-2, :].reshape(s, b, heads, dim), cos, sin),
         plain(view[..., -2, :], cos, sin),
@@ -44,6 +47,8 @@ def test_split_rotate(case, s, b, heads, groups, dim, shared):
         assert got.is_contiguous()
         check(got, expected, case[1])
     check(mixed.grad, a.grad, case[1])
+    if with_bias:
+        check(bias.grad, add.grad, case[1])
 
 
 def test_rotate_a_slice(case):

@@ -35,7 +35,7 @@ def load_training_state(state: TrainingState, directory: Path, *, layout: dict[s
     if not same_layout:
         wanted.pop("rng_state")  # there is one for each old rank; no random number is drawn while training
     loaded = _load(wanted, directory)
-    state.model.load_state_dict(loaded["model"], strict=False)
+    state.bare_model.load_state_dict(loaded["model"], strict=False)
     state.optimizer.load_state_dict(loaded["optimizer"])
     state.scheduler.load_state_dict(loaded["opt_param_scheduler"])
     if same_layout:

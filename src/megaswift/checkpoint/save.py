@@ -29,7 +29,7 @@ SPARE_BYTES = 64 << 20  # room left on the disk for logs and manifests
 class TrainingState(Protocol):
     """What a checkpoint is made of (engine.step.Trainer has it)."""
 
-    model: Any
+    bare_model: Any  # without the wrappers of data parallelism and mixed precision, whose names would get into the keys
     optimizer: Any
     scheduler: Any
 
@@ -60,7 +60,7 @@ def save(root: Path, iteration: int, state: TrainingState, *, only_model: bool, 
 
 def state_dict(state: TrainingState, only_model: bool, is_loading: bool = False) -> dict[str, Any]:
     """Megatron-Core's sharded state dict of a training state, under the names that a checkpoint has."""
-    model = state.model.sharded_state_dict(prefix="", metadata=dict(CONTENT))
+    model = state.bare_model.sharded_state_dict(prefix="", metadata=dict(CONTENT))
     if only_model:
         return {"model": model}
     return {

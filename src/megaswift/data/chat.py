@@ -194,13 +194,14 @@ class ChatTemplate:
         texts = align(structure, messages, real)
         pieces = []
         for segment in structure.segments:
+            kept = segment.kept and not prompt  # a prompt is not cut where loss begins, so it is tokenized as one text
             if segment.slot is None:
-                pieces.extend(self._unshield(segment.text, segment.kept))
+                pieces.extend(self._unshield(segment.text, kept))
                 continue
             kind, number = segment.slot
             message = messages[number]
             text = texts.get(segment.slot, (message.reasoning or "").strip("\n") if kind == "r" else message.content)
-            pieces.append(Piece(text, Kind.ANSWER if message.role == "assistant" else Kind.CONTENT, segment.kept))
+            pieces.append(Piece(text, Kind.ANSWER if message.role == "assistant" else Kind.CONTENT, kept))
         if not prompt and not any(piece.kept and piece.text for piece in pieces):
             raise BadRow("no supervised turn", "the chat template leaves out the thoughts of every supervised turn")
         return pieces

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import urllib.error
-import urllib.request
 from typing import Any
 
 from megaswift.data.tables import Joined, Source, TableRows
 from megaswift.errors import DataError
+from megaswift.hf.hubs import offline, probe, read_text_error
 
-PROBE_SECONDS = 3.0
 HUB_NAMES = {"hf": "Hugging Face", "ms": "ModelScope"}
 
 
@@ -27,17 +25,18 @@ def load(places: list[tuple[str, str]], subsets: tuple[str, ...], splits: tuple[
         DataError: none could be loaded; says what was tried and what happened.
     """
     tried = []
+    answers = dict(zip(dict(places), _ask([hub for hub, _ in places]), strict=True))
     for hub, dataset_id in places:
-        reachable = _reachable(hub)
         try:
             loader = _load_hf if hub == "hf" else _load_ms
-            tables = [loader(dataset_id, subset, split, reachable) for subset in (subsets or (None,)) for split in splits]
+            tables = [
+                loader(dataset_id, subset, split, not answers[hub]) for subset in (subsets or (None,)) for split in splits
+            ]
         except ImportError as error:
             tried.append(f"{HUB_NAMES[hub]} {dataset_id}: {error.name} is not installed (pip install {error.name})")
         except Exception as error:  # the hub libraries raise many classes of their own
-            where = "" if reachable else " (no connection; its cache was searched)"
-            first_line = (str(error).splitlines() or [""])[0][:200]
-            tried.append(f"{HUB_NAMES[hub]} {dataset_id}{where}: {type(error).__name__}: {first_line}")
+            why = f" ({answers[hub]}; its cache was searched)" if answers[hub] else ""
+            tried.append(f"{HUB_NAMES[hub]} {dataset_id}{why}: {read_text_error(error)}")
         else:
             sources: list[Source] = [TableRows(dataset_id, table) for table, _ in tables]
             joined = Joined(sources) if len(sources) > 1 else sources[0]
@@ -49,22 +48,15 @@ def load(places: list[tuple[str, str]], subsets: tuple[str, ...], splits: tuple[
     )
 
 
-def _reachable(hub: str) -> bool:
-    """Whether the hub answers at all; a refused or missing connection shows in seconds, not after minutes of retries."""
-    if os.environ.get("HF_HUB_OFFLINE") or os.environ.get("HF_DATASETS_OFFLINE"):
-        return False
-    address = (
-        os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-        if hub == "hf"
-        else "https://" + os.environ.get("MODELSCOPE_DOMAIN", "www.modelscope.cn")
-    )
-    try:
-        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=PROBE_SECONDS).close()
-    except urllib.error.HTTPError:
-        return True
-    except (OSError, ValueError):
-        return False
-    return True
+def _ask(hubs: list[str]) -> list[str]:
+    """For each hub "" if it answers, else why not: a missing connection shows in seconds, not after minutes of retries."""
+    if offline() or os.environ.get("HF_DATASETS_OFFLINE"):
+        return ["offline by HF_HUB_OFFLINE"] * len(hubs)
+    addresses = {
+        "hf": os.environ.get("HF_ENDPOINT", "https://huggingface.co"),
+        "ms": f"https://{os.environ.get('MODELSCOPE_DOMAIN', 'www.modelscope.cn')}",
+    }
+    return probe([addresses[hub] for hub in hubs])
 
 
 def _load_hf(dataset_id: str, subset: str | None, split: str, reachable: bool) -> tuple[Any, str]:

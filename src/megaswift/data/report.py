@@ -140,7 +140,9 @@ def print_report(report: DataReport, console: Console) -> None:
     packs = ""
     if report.fill is not None:
         packs = f" ({report.train_samples:,} samples in packs that are {report.fill:.1%} full)"
-    line = f"{report.train_rows:,} training rows{packs}, {report.val_rows:,} validation rows; longest: {report.longest:,} tokens"
+    line = (
+        f"{report.train_rows:,} training rows{packs}, {report.val_rows:,} validation rows; longest: {report.longest:,} tokens"
+    )
     console.print(line, highlight=False)
     print_example(report.example, console)
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from megaswift.data import hubs
 from megaswift.data.read import Source, files_of, open_path
 from megaswift.data.registry import Entry, entries
-from megaswift.data.spec import DatasetSpec, default_hub
+from megaswift.data.spec import DatasetSpec
 from megaswift.errors import DataError, UserError, nearest
+from megaswift.hf.hubs import hubs as preferred
 
 SELF_COGNITION = "self-cognition"
 SELF_COGNITION_CONVERTERS = {"default": None, "qwen3": "no_think", "empty_think": "empty_think"}
@@ -103,12 +104,11 @@ def _local(spec: DatasetSpec, path: Path, entry: Entry | None) -> Dataset:
 
 
 def _from_hub(spec: DatasetSpec, entry: Entry) -> Dataset:
-    first = spec.hub or default_hub()
-    order = [first] if spec.hub else [first, "ms" if first == "hf" else "hf"]
+    order = [spec.hub] if spec.hub else [hub.key for hub in preferred()]
     places = [(hub, dataset_id) for hub in order if (dataset_id := entry.hf if hub == "hf" else entry.ms)]
     if not places:
         raise UserError(
-            f"{entry.name} is not on {hubs.HUB_NAMES[first]}.", where=f"--dataset {spec.text}", fix="leave the prefix out"
+            f"{entry.name} is not on {hubs.HUB_NAMES[order[0]]}.", where=f"--dataset {spec.text}", fix="leave the prefix out"
         )
     source, mark = hubs.load(places, spec.subsets or entry.default, entry.split, spec.text)
     hub, dataset_id, *_ = mark.split("|")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,11 +58,6 @@ def parse_specs(items: list[str]) -> list[DatasetSpec]:
         parts = [item] if _exists(item) else item.split(",")
         specs.extend(parse_spec(part.strip()) for part in parts if part.strip())
     return specs
-
-
-def default_hub() -> str:
-    """The hub of names without a prefix: ModelScope, or Hugging Face when USE_HF=1 is set."""
-    return "hf" if os.environ.get("USE_HF", "").lower() in ("1", "true", "yes") else "ms"
 
 
 def _exists(path: str) -> bool:

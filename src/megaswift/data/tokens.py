@@ -63,7 +63,9 @@ class PieceEncoder:
         self._plain = Tokenizer.from_str(json.dumps(data))
         self._renumber = {self._plain.token_to_id(token["content"]): token["id"] for token in spaces}
         self._renumber = {local: real for local, real in self._renumber.items() if local != real}
-        self._control_ids = np.array(sorted(self.control.values()), np.int32)
+        vocabulary = max([*self.control.values(), self._plain.get_vocab_size(with_added_tokens=True)]) + 1
+        self._is_control = np.zeros(vocabulary, bool)  # by token id
+        self._is_control[list(self.control.values())] = True
         self._known: dict[str, np.ndarray] = {}
         self.longest_token = max(
             map(len, self._plain.get_vocab(with_added_tokens=False)), default=1
@@ -100,22 +102,18 @@ class PieceEncoder:
             ids = np.array(encoding.ids, np.int32)
             if self._renumber:
                 ids = np.array([self._renumber.get(token, token) for token in ids.tolist()], np.int32)
-            if len(self._control_ids) and self._has_control(ids):
+            if self._is_control[ids].any():
                 ids = self._without_control(text)
             fresh[text] = ids
             if len(text) <= 64 and len(known) < 4096:
                 known[text] = ids
         return [fresh[text] if text in fresh else known[text] for text in texts]
 
-    def _has_control(self, ids: np.ndarray) -> bool:
-        return bool(np.isin(ids, self._control_ids).any())
-
     def _without_control(self, text: str) -> np.ndarray:
         """A Unigram model may spell a control token as one piece; cutting inside it prevents that."""
-        cut = self._cut[Kind.TEMPLATE]
-        assert cut is not None
         parts, last = [], 0
-        for match in cut.finditer(text):
+        cut = self._cut[Kind.TEMPLATE]
+        for match in cut.finditer(text) if cut else ():
             parts.append(text[last : match.start() + 1])
             last = match.start() + 1
         parts.append(text[last:])

@@ -43,7 +43,7 @@ class Trainer:
     """The model of this process with its gradients' buffers, optimizer and schedule."""
 
     def __init__(self, model: ChatModel, plan: Plan) -> None:
-        self.plan = plan
+        self.bare_model = model
         compat.use_our_adamw()
         config = model.config
         wrapped = Float16Module(config, model) if config.bf16 or config.fp16 else model
@@ -137,7 +137,13 @@ def optimizer_config(plan: Plan) -> OptimizerConfig:
     """Megatron-Core's optimizer options from the filled table."""
     table = plan.megatron
     names = ("optimizer", "lr", "min_lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad", "bf16", "fp16")
-    return OptimizerConfig(**{name: table[name] for name in names}, params_dtype=TORCH_DTYPES[plan.dtype], use_distributed_optimizer=True, initial_loss_scale=2**16)
+    return OptimizerConfig(
+        **{name: table[name] for name in names},
+        params_dtype=TORCH_DTYPES[plan.dtype],
+        use_distributed_optimizer=True,
+        # fp16: losses are sums over tokens, so the usual 2^16 for means over some 256 tokens is 2^8 here.
+        initial_loss_scale=2.0**8,
+    )
 
 
 def schedule(optimizer: Any, plan: Plan) -> OptimizerParamScheduler:

@@ -26,7 +26,7 @@ NOT_SIDE_FILES = (
     "*.msgpack", "*.onnx", "*.onnx_data", "*.gguf", "*.ot", "*.tar", "*.zip", "*.py", "*.pyc", "*.ipynb", "*.sh",
     "readme*", "*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "*.pdf", "*.log", "*.lock", "*.tmp", "events.out.*",
     "sft_args.json", "export_args.json", "args.json", "manifest.json", "conversion.html", "trainer_state.json",
-    "latest_checkpointed_iteration.txt", "training_args.json", "all_results.json", "train_results.json", "eval_results.json", "logging.jsonl", "plan.json",
+    "training_args.json", "*_results.json", "logging.jsonl", "plan.json", "latest_checkpointed_iteration.txt",
 )  # fmt: skip
 
 # Fields whose value would be used as a size: the largest that is believed.

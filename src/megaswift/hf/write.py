@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -84,7 +85,7 @@ def write_checkpoint(
         threads: shards written at the same time.
         extra_files: name -> content of more files, which win over side files of the same name.
         before_publish: may add files (a manifest) to `result.path` before the rename.
-        progress: called with the number of bytes after each chunk of tensor data, from any thread.
+        progress: called with the number of bytes of each chunk that is written to a weight file, from any thread.
 
     Raises UserError where `out` exists or the disk is too small, DataError where the audit finds a difference. After any
     exception nothing is left behind.
@@ -255,7 +256,7 @@ def _lock(directory: Path) -> int:
 def remove_leftovers(target: Path) -> list[Path]:
     """Delete the temporary directories that killed processes left beside `target`; those of living ones are locked."""
     removed = []
-    for item in target.parent.glob(f".{glob_escape(target.name)}.tmp-*"):
+    for item in target.parent.glob(f".{glob.escape(target.name)}.tmp-*"):
         try:
             old = time.time() - item.stat().st_mtime > _LEFTOVER_AGE
             handle = _lock(item) if old and item.is_dir() else -1
@@ -266,13 +267,6 @@ def remove_leftovers(target: Path) -> list[Path]:
             os.close(handle)
             removed.append(item)
     return removed
-
-
-def glob_escape(name: str) -> str:
-    """A file name as a glob pattern that matches only itself."""
-    import glob
-
-    return glob.escape(name)
 
 
 def _publish(temporary: Path, target: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -76,13 +77,16 @@ def _enable_line_editing() -> None:
     """Backspace and cursor keys that know how wide a character is."""
     import locale
 
-    if "utf" not in locale.nl_langinfo(locale.CODESET).lower():  # readline would edit single bytes
+    if "utf" not in locale.nl_langinfo(locale.CODESET).lower():  # the line editor would cut characters into bytes
+        variable = "LC_ALL" if os.environ.get("LC_ALL") else "LC_CTYPE"
+        before = os.environ.get(variable, "C")
         for name in ("C.UTF-8", "en_US.UTF-8"):
-            try:
-                locale.setlocale(locale.LC_CTYPE, name)
+            os.environ[variable] = name  # it asks the environment, at each line again
+            with contextlib.suppress(locale.Error):
+                locale.setlocale(locale.LC_CTYPE, "")
                 break
-            except locale.Error:
-                continue
+        else:
+            os.environ[variable] = before
     with contextlib.suppress(ImportError):  # not on every platform; plain input() then
         import readline  # noqa: F401  input() uses it once it is imported
 

@@ -146,10 +146,7 @@ class _BadRows:
     def tell(self) -> None:
         """Name the first bad rows on stderr."""
         if self.lines:
-            _note(
-                f"{len(self.lines)} rows are no questions and are left out:"
-                + "".join(f"\n  {line}" for line in self.lines[:_SHOWN])
-            )
+            _note(f"left out, no question in them: {len(self.lines)}" + "".join(f"\n  {line}" for line in self.lines[:_SHOWN]))
 
 
 def _drawn(args: InferArguments) -> Iterator[tuple[Dataset, Sequence[int]]]:
@@ -267,7 +264,8 @@ def answer_questions(
 ) -> list[dict[str, Any]]:
     """Answer questions, show them (fewer than 100) or their progress, and return the rows of the results file.
 
-    Questions that are too long, or that the chat template refuses, are left out and counted. Ctrl-C keeps what is done and is raised again.
+    Questions that are too long, or that the chat template refuses, are left out and counted. Ctrl-C keeps what is done
+    and is raised again.
     """
     prompts, kept = _fitting(backend, questions, options)
     quiet = len(kept) >= QUIET_FROM
@@ -298,7 +296,7 @@ def _fitting(
             refused.append((question.where, error))
     if refused:
         _note(
-            f"{len(refused)} questions cannot be asked and are left out:"
+            f"left out, they cannot be asked: {len(refused)}"
             + "".join(f"\n  {where}: {error.what}" for where, error in refused[:_SHOWN])
         )
     if not kept:

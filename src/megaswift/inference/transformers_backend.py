@@ -77,8 +77,8 @@ class TransformersBackend:
             return ids[len(ids) - limit :]
         raise PromptTooLongError(
             f"the prompt has {len(ids)} tokens, but at most {limit} are possible.",
-            where="--max_length" if options.max_length > 0 else "max_position_embeddings of the model",
-            fix="shorten the conversation (in the terminal: clear), or drop its oldest tokens with --truncation_strategy truncation_left",
+            where="--max_length" if limit == options.max_length else "max_position_embeddings of the model",
+            fix="shorten it (in the terminal: clear), or drop its oldest tokens with --truncation_strategy truncation_left",
         )
 
     def generate(

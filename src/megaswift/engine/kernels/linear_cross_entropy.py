@@ -15,49 +15,50 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaswift.engine.kernels.main_grad import add_product, has_main_grad, placeholder, take_stale
-from megaswift.engine.kernels.triton_support import jit, tl, use_triton
+from megaswift.engine.kernels.triton_support import jit, processors, tl, use_triton
 
 IGNORED = -100
+_ROW_BLOCK, _ROW_WARPS, _ROW_PROGRAMS = 8192, 32, 1  # a row's tile, its warps, and rows under way a multiprocessor
 
 
 @jit
 def _row_kernel(logits, labels, stats, scale, valid, first, stride, rows, BLOCK: tl.constexpr, GRAD: tl.constexpr):
-    # One program a row. Running maximum and sum are kept for each lane, so the first pass has no reduction across threads
-    # until its end; four blocks share one rescaling. With GRAD (the whole vocabulary is here) the second pass finds the
-    # row in the L2 cache and turns it into (softmax - one hot) * scale.
-    row = tl.program_id(0)
-    base = logits + row.to(tl.int64) * stride
+    # A persistent grid, one row at a time on each multiprocessor: few enough rows are under way that the second pass finds
+    # its row in the L2 cache, from the end backwards, the part that was read last. Running maximum and sum are kept for
+    # each lane, so the first pass has no reduction across threads until its end. With GRAD (the whole vocabulary is here)
+    # the second pass turns the row into (softmax - one hot) * scale.
     lane = tl.arange(0, BLOCK)
     low = float("-inf")
-    top = tl.full([BLOCK], low, dtype=tl.float32)
-    total = tl.zeros([BLOCK], dtype=tl.float32)
-    for start in range(0, valid, 4 * BLOCK):
-        at = start + lane
-        a = tl.load(base + at, mask=at < valid, other=low, eviction_policy="evict_last").to(tl.float32)
-        b = tl.load(base + at + BLOCK, mask=at + BLOCK < valid, other=low, eviction_policy="evict_last").to(tl.float32)
-        c = tl.load(base + at + 2 * BLOCK, mask=at + 2 * BLOCK < valid, other=low, eviction_policy="evict_last").to(tl.float32)
-        d = tl.load(base + at + 3 * BLOCK, mask=at + 3 * BLOCK < valid, other=low, eviction_policy="evict_last").to(tl.float32)
-        peak = tl.maximum(tl.maximum(tl.maximum(a, b), tl.maximum(c, d)), top)
-        safe = tl.where(peak == low, 0.0, peak)
-        total = total * tl.exp(top - safe) + (tl.exp(a - safe) + tl.exp(b - safe) + tl.exp(c - safe) + tl.exp(d - safe))
-        top = peak
-    peak = tl.max(top, axis=0)
-    safe = tl.where(peak == low, 0.0, peak)
-    denominator = tl.sum(total * tl.exp(top - safe), axis=0)
-    label = tl.load(labels + row) - first
-    here = (label >= 0) & (label < valid)
-    target = tl.load(base + label, mask=here, other=0.0).to(tl.float32)
-    tl.store(stats + row, peak)
-    tl.store(stats + rows + row, denominator)
-    tl.store(stats + 2 * rows + row, target)
-    if GRAD:
-        factor = tl.load(scale)
-        share = factor / denominator
-        for start in range(0, stride, BLOCK):
+    wide = stride.to(tl.int64)
+    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+        base = logits + row * wide
+        top = tl.full([BLOCK], low, dtype=tl.float32)
+        total = tl.zeros([BLOCK], dtype=tl.float32)
+        for start in range(0, valid, 2 * BLOCK):
             at = start + lane
-            x = tl.load(base + at, mask=at < valid, other=low, eviction_policy="evict_first").to(tl.float32)
-            grad = tl.exp(x - peak) * share - tl.where(at == label, factor, 0.0)
-            tl.store(base + at, grad.to(logits.dtype.element_ty), mask=at < stride)
+            a = tl.load(base + at, mask=at < valid, other=low, eviction_policy="evict_last").to(tl.float32)
+            b = tl.load(base + at + BLOCK, mask=at + BLOCK < valid, other=low, eviction_policy="evict_last").to(tl.float32)
+            peaks = tl.maximum(tl.maximum(a, b), top)
+            safe = tl.where(peaks == low, 0.0, peaks)
+            total = total * tl.exp(top - safe) + (tl.exp(a - safe) + tl.exp(b - safe))
+            top = peaks
+        peak = tl.max(top, axis=0)
+        denominator = tl.sum(total * tl.exp(top - tl.where(peak == low, 0.0, peak)), axis=0)
+        label = tl.load(labels + row) - first
+        here = (label >= 0) & (label < valid)
+        target = tl.load(base + label, mask=here, other=0.0).to(tl.float32)
+        tl.store(stats + row, peak)
+        tl.store(stats + rows + row, denominator)
+        tl.store(stats + 2 * rows + row, target)
+        if GRAD:
+            factor = tl.load(scale)
+            share = factor / denominator
+            blocks = (stride + BLOCK - 1) // BLOCK
+            for done in range(0, blocks):
+                at = (blocks - 1 - done) * BLOCK + lane
+                x = tl.load(base + at, mask=at < valid, other=low, eviction_policy="evict_first").to(tl.float32)
+                grad = tl.exp(x - peak) * share - tl.where(at == label, factor, 0.0)
+                tl.store(base + at, grad.to(logits.dtype.element_ty), mask=at < stride, eviction_policy="evict_first")
 
 
 @jit
@@ -103,7 +104,8 @@ def _chunk_on_gpu(logits: Tensor, labels: Tensor, scale: Tensor | None, shard: _
     stats = torch.empty((3, rows), dtype=torch.float32, device=logits.device)
     fused = scale is not None and shard.alone
     dummy = stats if scale is None else scale
-    _row_kernel[(rows,)](logits, labels, stats, dummy, shard.valid, shard.first, width, rows, 2048, fused, num_warps=8)
+    grid = (min(rows, _ROW_PROGRAMS * processors(logits.device)),)
+    _row_kernel[grid](logits, labels, stats, dummy, shard.valid, shard.first, width, rows, _ROW_BLOCK, fused, num_warps=_ROW_WARPS)
     lse, losses = _combine(stats, shard)
     if scale is not None and not fused:
         _grad_kernel[(rows, (width + 4095) // 4096)](logits, labels, lse, scale, shard.valid, shard.first, width, 4096, num_warps=8)
@@ -280,7 +282,7 @@ def linear_cross_entropy(
             backward pass is a reduce-scatter.
         shared_with_embedding: the weight is also the input embedding of this rank, whose operation answers autograd for it.
         reduction: "sum", or "none" for each token's loss (no gradient; 0 where there is no label).
-        chunk_bytes: size of the largest piece of logits; default 1.25 GiB on a GPU, 128 MiB on the CPU.
+        chunk_bytes: size of the largest piece of logits; default 2.5 GiB on a GPU, 128 MiB on the CPU.
     Returns:
         loss (fp32; a scalar, or [T] for "none"), and the number of labelled tokens (int64 scalar).
     """
@@ -288,7 +290,7 @@ def linear_cross_entropy(
     rows, chosen = labelled_rows(labels, device)
     count = torch.full((), chosen.numel(), dtype=torch.int64, device=device)
     real = weight.shape[0] if vocab_size is None else max(0, min(weight.shape[0], vocab_size - vocab_start))
-    plan = _Plan(_Shard(vocab_start, real, tp_group), chunk_bytes or (5 << 28 if hidden.is_cuda else 1 << 27))
+    plan = _Plan(_Shard(vocab_start, real, tp_group), chunk_bytes or (5 << 29 if hidden.is_cuda else 1 << 27))
     hidden = hidden.contiguous()
     if reduction == "none" or not torch.is_grad_enabled() or not (hidden.requires_grad or weight.requires_grad):
         with torch.no_grad():

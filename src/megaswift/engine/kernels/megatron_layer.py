@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel.layers import RowParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron.core.tensor_parallel.mappings import (
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
@@ -70,11 +70,12 @@ class FusedSelfAttention(SelfAttention):
         layout = kwargs.get("packed_seq_params")
         if not self._takes(layout, kwargs):
             return super().forward(hidden_states, attention_mask, **kwargs)
-        mixed, _ = self.linear_qkv(hidden_states)
         heads, groups = self.num_attention_heads_per_partition, self.num_query_groups_per_partition
         if self.q_layernorm is None or isinstance(self.q_layernorm, IdentityOp):
-            query, key, value = split_rotate_qkv(mixed, layout.cos, layout.sin, heads=heads, groups=groups)
+            mixed, bias = self._product_and_bias(hidden_states)
+            query, key, value = split_rotate_qkv(mixed, layout.cos, layout.sin, heads=heads, groups=groups, bias=bias)
         else:
+            mixed, _ = self.linear_qkv(hidden_states)
             s, b, _ = mixed.shape
             view = mixed.view(s, b, groups, -1, self.hidden_size_per_attention_head)
             query = view[..., :-2, :].reshape(s, b, heads, -1)
@@ -88,6 +89,17 @@ class FusedSelfAttention(SelfAttention):
                 query, key, value, layout.cu_seqlens_q, layout.max_seqlen_q, scale, lengths=getattr(layout, "segments", None)
             )
         return self.linear_proj(context)
+
+    def _product_and_bias(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The query-key-value product without its bias, and the bias, which the split adds."""
+        layer = self.linear_qkv
+        if not isinstance(layer, ColumnParallelLinear):  # a wrapper, an adapter for example, adds the bias itself
+            return layer(hidden_states)[0], None
+        before, layer.skip_bias_add = layer.skip_bias_add, True
+        try:
+            return layer(hidden_states)
+        finally:
+            layer.skip_bias_add = before
 
     def _takes(self, layout: Any, arguments: dict[str, Any]) -> bool:
         wanted = getattr(layout, "cos", None) is not None and layout.qkv_format == "sbhd"

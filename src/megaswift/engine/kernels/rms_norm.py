@@ -59,11 +59,15 @@ def _backward_kernel(dy, dtotal, x, weight, rstd, dx, partial, rows, COLS: tl.co
     tl.store(partial + tl.program_id(0) * COLS + col, tl.sum(share, axis=0), mask=inside)
 
 
-def _tile(cols: int, elements: int) -> tuple[int, int, int]:
-    """Rows and padded columns of a program's tile, and its warps."""
+def _tile(cols: int, elements: int, share: int) -> tuple[int, int, int]:
+    """Rows and padded columns of a program's tile of about `elements`, and its warps, for `share` elements a thread."""
     block = next_power_of_2(cols)
     rows = max(1, elements // block)
-    return rows, block, max(1, min(16, rows * block // 512))
+    return rows, block, max(1, min(32, rows * block // (32 * share)))
+
+
+# 8 elements a thread keep the backward kernel at 48 registers, so that 40 warps fit on a multiprocessor.
+_FORWARD, _BACKWARD, _WARPS_ON_PROCESSOR = (2048, 16), (1024, 8), 40
 
 
 def forward(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,7 +81,7 @@ def forward(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tupl
         return total, weight * (full * rstd).to(x.dtype), rstd.view(rows)
     total, y = (x if delta is None else torch.empty_like(x)), torch.empty_like(x)
     rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
-    tile, block, warps = _tile(cols, 2048)
+    tile, block, warps = _tile(cols, *_FORWARD)
     grid = ((rows + tile - 1) // tile,)
     _forward_kernel[grid](
         x, x if delta is None else delta, weight, total, y, rstd, rows, eps, cols, block, tile, delta is not None, num_warps=warps
@@ -96,8 +100,8 @@ def backward(dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, rstd:
         grad = (grad - normal * (grad * normal).mean(-1, keepdim=True)) * rstd.view(*x.shape[:-1], 1)
         return (grad if dtotal is None else grad.add_(dtotal)).to(x.dtype), dweight
     dx = torch.empty_like(x)
-    tile, block, warps = _tile(cols, 2048)
-    programs = min((rows + tile - 1) // tile, processors(x.device) * 8)
+    tile, block, warps = _tile(cols, *_BACKWARD)
+    programs = min((rows + tile - 1) // tile, processors(x.device) * max(1, _WARPS_ON_PROCESSOR // warps))
     partial = torch.empty((programs, cols), dtype=torch.float32, device=x.device)
     _backward_kernel[(programs,)](
         dy, dy if dtotal is None else dtotal, x, weight, rstd, dx, partial, rows, cols, block, tile, dtotal is not None, num_warps=warps

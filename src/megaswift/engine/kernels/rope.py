@@ -2,7 +2,8 @@
 
 Halves convention (https://arxiv.org/abs/2104.09864): x * cos + (-x2, x1) * sin. The tables are those of transformers:
 [s, b or 1, head_dim] with two equal halves, already scaled by the RoPE type's attention factor. A rotation's gradient is
-the opposite rotation, so nothing but the tables is kept.
+the opposite rotation, so nothing but the tables is kept. The product's bias is added here, where its gradient costs no
+pass of its own.
 """
 
 from __future__ import annotations
@@ -12,19 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megaswift.engine.kernels.main_grad import accumulate, has_main_grad
 from megaswift.engine.kernels.triton_support import jit, next_power_of_2, tl, use_triton
 
 
 @jit
-def _split_kernel(mixed, q, k, v, cos, sin, tokens, batch, q_s, q_b, q_h, k_s, k_b, k_h, v_s, v_b, v_h, table_s, table_b,
+def _split_kernel(mixed, bias, partial, q, k, v, cos, sin, tokens, batch, q_s, q_b, q_h, k_s, k_b, k_h, v_s, v_b, v_h, table_s, table_b,
                   GROUPS: tl.constexpr, REP: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
-                  BACKWARD: tl.constexpr):  # fmt: skip
+                  BACKWARD: tl.constexpr, HAS_BIAS: tl.constexpr):  # fmt: skip
     # One program: TOKENS tokens, every head of them; the tables are read once. `mixed` holds, for each group, its REP
-    # query heads, its key head and its value head. Backward reads q, k, v and writes mixed.
+    # query heads, its key head and its value head. Backward reads q, k, v and writes mixed, and the sums over this
+    # program's tokens as its part of the bias' gradient.
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     at_s, at_b = (token // batch).to(tl.int64), (token % batch).to(tl.int64)
     col = tl.arange(0, BLOCK)
-    mask = (token < tokens)[:, None] & (col < HALF)[None, :]
+    inside = col < HALF
+    mask = (token < tokens)[:, None] & inside[None, :]
     table = (at_s * table_s + at_b * table_b)[:, None] + col[None, :]
     c = tl.load(cos + table, mask=mask, other=0.0).to(tl.float32)
     s = tl.load(sin + table, mask=mask, other=0.0).to(tl.float32)
@@ -44,13 +48,19 @@ def _split_kernel(mixed, q, k, v, cos, sin, tokens, batch, q_s, q_b, q_h, k_s, k
             source, target = single, packed
         else:
             source, target = packed, single
-        first = tl.load(source, mask=mask, other=0.0)
-        second = tl.load(source + HALF, mask=mask, other=0.0)
+        first = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+        second = tl.load(source + HALF, mask=mask, other=0.0).to(tl.float32)
+        if HAS_BIAS and not BACKWARD:
+            first += tl.load(bias + head * HALF * 2 + col, mask=inside, other=0.0).to(tl.float32)[None, :]
+            second += tl.load(bias + head * HALF * 2 + HALF + col, mask=inside, other=0.0).to(tl.float32)[None, :]
         if part <= REP:
-            a, b = first.to(tl.float32), second.to(tl.float32)
-            first, second = (a * c - b * s).to(first.dtype), (b * c + a * s).to(first.dtype)
-        tl.store(target, first, mask=mask)
-        tl.store(target + HALF, second, mask=mask)
+            first, second = first * c - second * s, second * c + first * s
+        if HAS_BIAS and BACKWARD:
+            sums = partial + tl.program_id(0) * width + head * HALF * 2 + col
+            tl.store(sums, tl.sum(first, axis=0), mask=inside)
+            tl.store(sums + HALF, tl.sum(second, axis=0), mask=inside)
+        tl.store(target, first.to(target.dtype.element_ty), mask=mask)
+        tl.store(target + HALF, second.to(target.dtype.element_ty), mask=mask)
 
 
 @jit
@@ -98,50 +108,63 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return result.add_(torch.cat((-second, first), dim=-1) * sin.unsqueeze(2).to(x.dtype))
 
 
-def _launch_split(mixed: Tensor, parts: tuple[Tensor, Tensor, Tensor], cos: Tensor, sin: Tensor, *, backward: bool) -> None:
+def _launch_split(
+    mixed: Tensor, bias: Tensor | None, parts: tuple[Tensor, Tensor, Tensor], cos: Tensor, sin: Tensor, *, backward: bool
+) -> Tensor | None:  # fmt: skip
+    """Run the kernel; backward returns the bias' gradient in fp32."""
     q, k, v = parts
     half, groups = q.shape[3] // 2, k.shape[2]
     block = next_power_of_2(half)
     per_program = max(1, 1024 // block)
     tokens, batch = q.shape[0] * q.shape[1], q.shape[1]
     strides = (stride for part in parts for stride in part.stride()[:3])
-    grid = ((tokens + per_program - 1) // per_program,)
-    _split_kernel[grid](
-        mixed, q, k, v, cos, sin, tokens, batch, *strides, *_table_strides(cos),
-        groups, q.shape[2] // groups, half, block, per_program, backward, num_warps=4,
+    programs = (tokens + per_program - 1) // per_program
+    sums = backward and bias is not None
+    partial = torch.empty((programs, bias.numel()), dtype=torch.float32, device=q.device) if sums else q  # type: ignore[union-attr]
+    _split_kernel[(programs,)](
+        mixed, q if bias is None else bias, partial, q, k, v, cos, sin, tokens, batch, *strides, *_table_strides(cos),
+        groups, q.shape[2] // groups, half, block, per_program, backward, bias is not None, num_warps=4,
     )  # fmt: skip
+    return partial.sum(0) if sums else None
 
 
 class _SplitRotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, mixed: Tensor, cos: Tensor, sin: Tensor, heads: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, mixed: Tensor, bias: Tensor | None, cos: Tensor, sin: Tensor, heads: int, groups: int
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         s, b, width = mixed.shape
         dim = width // (heads + 2 * groups)
         ctx.save_for_backward(cos, sin)
+        ctx.bias = bias
         if _fits(mixed, cos, dim):
             mixed = mixed.contiguous()
             parts = tuple(torch.empty((s, b, n, dim), dtype=mixed.dtype, device=mixed.device) for n in (heads, groups, groups))
-            _launch_split(mixed, parts, cos, sin, backward=False)
+            _launch_split(mixed, bias, parts, cos, sin, backward=False)
             return parts
-        view = mixed.view(s, b, groups, -1, dim)
+        view = (mixed if bias is None else mixed + bias).view(s, b, groups, -1, dim)
         q, k, v = view[..., :-2, :].reshape(s, b, heads, dim), view[..., -2, :], view[..., -1, :]
         return _turn(q, cos, sin), _turn(k, cos, sin), v.contiguous()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
+        bias = ctx.bias
         q, k, v = grads
         s, b, heads, dim = q.shape
         groups = k.shape[2]
         mixed = torch.empty((s, b, groups, heads // groups + 2, dim), dtype=q.dtype, device=q.device)
         if _fits(q, cos, dim):
             parts = tuple(part if part.stride(-1) == 1 else part.contiguous() for part in grads)
-            _launch_split(mixed, parts, cos, sin, backward=True)
+            dbias = _launch_split(mixed, bias, parts, cos, sin, backward=True)
         else:
             mixed[..., :-2, :] = _turn(q, cos, -sin).view(s, b, groups, heads // groups, dim)
             mixed[..., -2, :] = _turn(k, cos, -sin)
             mixed[..., -1, :] = v
-        return mixed.view(s, b, -1), None, None, None, None
+            dbias = None if bias is None else mixed.view(s * b, -1).sum(0, dtype=torch.float32)
+        if dbias is not None:
+            dbias = (accumulate(bias, dbias) if has_main_grad(bias) else dbias.to(bias.dtype)) if ctx.needs_input_grad[1] else None
+        return mixed.view(s, b, -1), dbias, None, None, None, None
 
 
 class _Rotate(torch.autograd.Function):
@@ -171,17 +194,20 @@ def _apply(x: Tensor, cos: Tensor, sin: Tensor, *, backward: bool) -> Tensor:
     return y
 
 
-def split_rotate_qkv(mixed: Tensor, cos: Tensor, sin: Tensor, *, heads: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Split a query-key-value product and rotate query and key.
+def split_rotate_qkv(
+    mixed: Tensor, cos: Tensor, sin: Tensor, *, heads: int, groups: int, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Add the bias to a query-key-value product, split it, and rotate query and key.
 
     Args:
         mixed: [s, b, groups * (heads / groups + 2) * d] in Megatron-Core's order: for each group its query heads, key, value.
         cos, sin: [s, b or 1, d] or [s, b or 1, 1, d], any floating type.
         heads, groups: query heads and key-value heads of this rank.
+        bias: [groups * (heads / groups + 2) * d] that the product left out, or None.
     Returns:
         query [s, b, heads, d], key and value [s, b, groups, d], contiguous.
     """
-    return _SplitRotate.apply(mixed, _table(cos), _table(sin), heads, groups)
+    return _SplitRotate.apply(mixed, bias, _table(cos), _table(sin), heads, groups)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

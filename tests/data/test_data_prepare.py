@@ -1,0 +1,242 @@
+"""From --dataset to tokenized rows: counts, cuts, packing, the cache, and every kind of bad input."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from data_chats import tokenizer_of
+from rich.console import Console
+
+from megaswift.arguments import SftArguments
+from megaswift.data.chat import ChatTemplate
+from megaswift.data.encode import PreparedData, prepare
+from megaswift.data.report import DataReport, print_report
+from megaswift.data.store import TokenRows
+from megaswift.errors import DataError, UserError
+
+NAMES = {"model_name": ["小黄", "Xiao Huang"], "model_author": ["魔搭", "ModelScope"]}
+Jsonl = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def template() -> ChatTemplate:
+    return ChatTemplate(tokenizer_of("smollm2"))
+
+
+@pytest.fixture
+def run(tmp_path: Path, template: ChatTemplate) -> Callable[..., PreparedData]:
+    def prepared(*dataset: str, packing: bool = False, processes: int | None = None, **options: Any) -> PreparedData:
+        args = SftArguments(dataset=list(dataset), **options)
+        return prepare(args, template, cache_dir=tmp_path / "cache", packing=packing, processes=processes)
+
+    return prepared
+
+
+def rows(count: int, words: int = 3) -> list[dict]:
+    return [{"query": f"question {k}", "response": " ".join([f"answer{k}"] * (1 + k % words))} for k in range(count)]
+
+
+def text(template: ChatTemplate, data: TokenRows, row: int) -> str:
+    return template.decode(data[row][0])
+
+
+def test_rows_and_labels(run: Callable[..., PreparedData], template: ChatTemplate, jsonl: Jsonl) -> None:
+    data = run(jsonl(rows(3)), dataset_test_ratio=0.0)
+    assert len(data.train) == 3 and data.val is None
+    ids, labels = data.train[1]
+    assert ids.dtype == labels.dtype == np.int32 and data.train.lengths[1] == len(ids)
+    assert template.decode(ids).endswith("question 1<|im_end|>\n<|im_start|>assistant\nanswer1 answer1<|im_end|>")
+    assert template.decode(labels[labels >= 0]) == "answer1 answer1<|im_end|>"
+    assert (labels[labels >= 0] == ids[labels >= 0]).all()
+
+
+def test_self_cognition(run: Callable[..., PreparedData], template: ChatTemplate) -> None:
+    data = run("self-cognition#160", **NAMES)
+    assert (len(data.train), len(data.val or [])) == (159, 1)
+    texts = [text(template, data.train, row) for row in range(len(data.train))]
+    assert not any("{{" in item for item in texts)
+    chinese = [item for item in texts if "你" in item or "我" in item]
+    assert all("Xiao Huang" not in item and "小黄" in item and "魔搭" in item for item in chinese)
+    english = [item for item in texts if item not in chinese and "小黄" not in item]
+    assert all("Xiao Huang" in item and "ModelScope" in item for item in english) and len(english) > 60
+
+
+def test_self_cognition_options(run: Callable[..., PreparedData], template: ChatTemplate) -> None:
+    data = run("self-cognition", model_name=["Bo"], model_author=["Ann"])
+    assert all("Bo" in text(template, data.train, row) for row in range(len(data.train)))
+    thinking = run("self-cognition:qwen3", **NAMES)
+    assert "/no_think<|im_end|>" in text(template, thinking.train, 0) and "<think>\n\n</think>\n\n" in text(template, thinking.train, 0)
+    assert "/no_think" not in text(template, run("self-cognition:empty_think", **NAMES).train, 0)
+    with pytest.raises(UserError, match="name and author"):
+        run("self-cognition", model_name=["Bo"])
+    with pytest.raises(UserError, match="expected one, or two"):
+        run("self-cognition", model_name=["Xiao", "Huang", "x"], model_author=["a"])
+    with pytest.raises(UserError, match="more than once"):
+        run("self-cognition#5", "self-cognition:qwen3", **NAMES)
+
+
+def test_the_written_rows() -> None:
+    path = Path(__import__("megaswift.data").data.__file__).parent / "self_cognition.jsonl"
+    items = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for tag in ("zh", "en"):
+        mine = [item for item in items if item["tag"] == tag]
+        assert len(mine) >= 60 and len({item["query"] for item in mine}) == len(mine)
+        assert all("{{NAME}}" in item["response"] and "{{AUTHOR}}" in item["response"] for item in mine)
+        assert all(set(item) == {"query", "response", "tag"} for item in mine)
+
+
+def test_sampling_and_validation(run: Callable[..., PreparedData], jsonl: Jsonl) -> None:
+    path = jsonl(rows(100))
+    data = run(f"{path}#250", dataset_test_ratio=0.05)
+    entry = data.report.datasets[0]
+    assert (entry.rows, entry.usable, entry.train, entry.val, entry.repeated) == (100, 100, 245, 5, 150)
+    assert len(data.train) == 245 and len(data.val or []) == 5
+    assert (data.train.path / "ids.bin").stat().st_size < 4 * 2 * entry.tokens / 2.4  # repeats are stored once
+    val = jsonl(rows(10), "val.jsonl")
+    data = run(path, val_dataset=[f"{val}#4"])
+    assert (len(data.train), len(data.val or [])) == (100, 4)
+
+
+def test_what_changes_the_sampling(run: Callable[..., PreparedData], jsonl: Jsonl) -> None:
+    path = jsonl(rows(50))
+    base = run(f"{path}#20").train.fingerprint
+    assert run(f"{path}#20", dataset_seed=42).train.fingerprint == base
+    assert run(f"{path}#20", dataset_seed=7).train.fingerprint != base
+    assert run(f"{path}#20", seed=7).train.fingerprint != base
+
+
+@pytest.mark.parametrize(("strategy", "kept"), [("delete", 2), ("truncation_left", 3), ("split", 5)])
+def test_long_rows(run: Callable[..., PreparedData], template: ChatTemplate, jsonl: Jsonl, strategy: str, kept: int) -> None:
+    items = [*rows(2), {"query": "q", "response": "y" * 230}]
+    data = run(jsonl(items), dataset_test_ratio=0.0, max_length=100, truncation_strategy=strategy)
+    assert len(data.train) == kept and data.train.lengths.max() <= 100
+    assert data.report.datasets[0].too_long.count == 1 and "rows.jsonl:3" in data.report.datasets[0].too_long.places[0]
+    whole = run(jsonl(items), dataset_test_ratio=0.0, max_length=-1)
+    if strategy == "truncation_left":
+        assert data.train[2][0].tolist() == whole.train[2][0][-100:].tolist()
+    if strategy == "split":
+        assert np.concatenate([data.train[row][1] for row in range(2, 5)]).tolist() == whole.train[2][1].tolist()
+
+
+def test_a_cut_that_leaves_nothing_to_learn_is_counted(run: Callable[..., PreparedData], jsonl: Jsonl) -> None:
+    items = [*rows(2), {"query": "q" * 500, "response": "a"}, {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}, {"role": "user", "content": "q" * 200}, {"role": "assistant", "content": "b", "loss": 0}]}]
+    data = run(jsonl(items), dataset_test_ratio=0.0, max_length=100, truncation_strategy="truncation_left")
+    assert len(data.train) == 3
+    assert data.report.datasets[0].dropped["no supervised token left within max_length"].places == ["rows.jsonl:4"]
+
+
+def test_packing(run: Callable[..., PreparedData], jsonl: Jsonl) -> None:
+    path = jsonl(rows(200, 9))
+    plain, packed = run(path), run(path, packing=True, max_length=512)
+    assert packed.train.lengths.max() <= 512 and packed.train.packed and not plain.train.packed
+    assert packed.report.train_samples == len(plain.train) and packed.report.fill == pytest.approx(packed.train.lengths.mean() / 512)
+    assert sorted(tuple(sample.ids) for row in range(len(packed.train)) for sample in packed.train.samples(row)) == sorted(
+        tuple(plain.train[row][0]) for row in range(len(plain.train))
+    )
+
+
+def test_the_cache(run: Callable[..., PreparedData], jsonl: Jsonl, tmp_path: Path) -> None:
+    path = jsonl(rows(20))
+    first, second = run(path), run(path)
+    assert not first.report.from_cache and second.report.from_cache
+    assert first.train.fingerprint == second.train.fingerprint and second.train.path == first.train.path
+    assert {**second.report.to_dict(), "from_cache": False} == first.report.to_dict()
+    assert DataReport.from_dict(json.loads(json.dumps(first.report.to_dict()))) == first.report
+    for change in ({"max_length": 100}, {"dataset_test_ratio": 0.2}, {"columns": '{"a": "b"}'}, {"packing": True}):
+        assert not run(path, **change).report.from_cache
+    jsonl(rows(21))
+    assert not run(path).report.from_cache
+    fresh = run(path, data_cache=False)
+    assert not fresh.report.from_cache and fresh.train.fingerprint == run(path).train.fingerprint
+    assert not list((tmp_path / "cache" / "data").glob("*.tmp-*"))
+    assert not [item for item in (tmp_path / "cache").rglob("*") if item.suffix in (".pkl", ".pt", ".pickle")]
+
+
+def test_a_damaged_cache_is_an_error_with_its_place(run: Callable[..., PreparedData], jsonl: Jsonl) -> None:
+    path = jsonl(rows(20))
+    where = run(path).train.path
+    (where / "ids.bin").write_bytes(b"1234")
+    with pytest.raises(DataError, match="delete this directory") as caught:
+        run(path)
+    assert str(where) in caught.value.where
+
+
+def test_several_processes_give_the_same(run: Callable[..., PreparedData], jsonl: Jsonl) -> None:
+    items: list[Any] = rows(1500)
+    items[700] = "not json"
+    path = jsonl(items)
+    one, two = run(path), run(path, data_cache=False, processes=2)
+    assert one.train.fingerprint == two.train.fingerprint
+    assert one.report.datasets == two.report.datasets
+
+
+def test_columns(run: Callable[..., PreparedData], template: ChatTemplate, jsonl: Jsonl) -> None:
+    path = jsonl([{"ask": f"q{k}", "reply": "a", "text": "no"} for k in range(3)])
+    data = run(path, columns='{"ask": "query", "reply": "response", "text": "-"}')
+    assert list(data.report.datasets[0].shapes) == ["query, response"] and "q" in text(template, data.train, 0)
+    for wrong in ("{", "[1]", '{"a": 1}'):
+        with pytest.raises(UserError, match="--columns"):
+            run(path, columns=wrong)
+
+
+BAD = [b"not json", b"[1]", b'{"a": 1}', b'{"messages": [{"role": "user", "content": "q"}]}', b'{"query": "\xff", "response": "a"}', b'{"query": "\\ud800", "response": "a"}']
+
+
+def test_bad_rows_are_skipped_counted_and_shown(run: Callable[..., PreparedData], jsonl: Jsonl) -> None:
+    path = jsonl([*rows(2), *BAD, *[b"again"] * 7])
+    data = run(path, dataset_test_ratio=0.0)
+    entry = data.report.datasets[0]
+    assert (entry.rows, entry.usable, len(data.train)) == (15, 2, 2)
+    assert {reason: item.count for reason, item in entry.dropped.items()} == {
+        "not JSON": 8,
+        "not a JSON object": 1,
+        "columns not recognised": 1,
+        "no assistant turn": 1,
+        "not UTF-8": 1,
+        "lone surrogate": 1,
+    }
+    assert len(entry.dropped["not JSON"].places) == 5 and entry.dropped["not JSON"].places[0].startswith("rows.jsonl:3 (")
+    out = io.StringIO()
+    print_report(data.report, Console(file=out, width=80))
+    shown = out.getvalue()
+    assert "dropped 8: not JSON" in shown and "rows.jsonl:3" in shown and "[[answer0<|im_end|>]]" in shown
+    with pytest.raises(DataError, match="not JSON") as caught:
+        run(path, strict=True)
+    assert caught.value.where == "rows.jsonl:3"
+
+
+def test_nothing_usable(run: Callable[..., PreparedData], jsonl: Jsonl, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no usable row: 2 x not JSON, first at rows.jsonl:1"):
+        run(jsonl([b"x", b"y"]))
+    with pytest.raises(DataError, match="it is empty"):
+        run(jsonl([], "empty.jsonl"))
+    with pytest.raises(DataError, match="5 x longer than --max_length 10"):
+        run(jsonl(rows(5)), max_length=10, dataset_test_ratio=0.0)
+    assert not list((tmp_path / "cache" / "data").iterdir())
+
+
+def test_a_huge_row_is_dropped_without_tokenizing_it(run: Callable[..., PreparedData], jsonl: Jsonl) -> None:
+    data = run(jsonl([*rows(3), {"query": "q", "response": "word " * 10_000_000}]), dataset_test_ratio=0.0)
+    assert len(data.train) == 3 and data.report.datasets[0].too_long.places == ["rows.jsonl:4"]
+
+
+def test_options_that_cannot_work(run: Callable[..., PreparedData], jsonl: Jsonl) -> None:
+    path = jsonl(rows(3))
+    for options in ({"dataset_test_ratio": 1.0}, {"dataset_test_ratio": -0.1}, {"max_length": 0}, {"max_length": -1, "packing": True}):
+        with pytest.raises(UserError):
+            run(path, **options)
+    with pytest.raises(UserError, match="no training data"):
+        run()
+
+
+def test_pretraining_rows(run: Callable[..., PreparedData], template: ChatTemplate, jsonl: Jsonl) -> None:
+    data = run(jsonl([{"text": f"some text {k}"} for k in range(3)]), dataset_test_ratio=0.0)
+    ids, labels = data.train[0]
+    assert template.decode(ids) == "some text 0<|im_end|>" and (ids == labels).all()
+    assert list(data.report.datasets[0].shapes) == ["text alone (pre-training)"]

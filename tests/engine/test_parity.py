@@ -1,0 +1,158 @@
+"""Every family against transformers: round trip, strict names, logits, loss and gradients, at every layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megaswift.checkpoint.torch_dist import Reader
+from megaswift.convert import Model, hf_to_megatron, planned_hf_tensors, verify_round_trip
+from megaswift.hf.config import load_config
+from megaswift.hf.read import HFCheckpoint
+from megaswift.plan import padded_vocab
+from tests import tiny
+from tests.ranks import RankPool
+
+LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2)]
+LENGTHS = (19, 7, 14)
+
+
+def cases() -> list[Any]:
+    return [pytest.param(name, tied, id=f"{name}-{'tied' if tied else 'untied'}") for name in tiny.FAMILIES for tied in (False, True)]
+
+
+def sample(vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """One row of 40 tokens, and labels of which some carry no loss."""
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(0, vocab, (1, sum(LENGTHS)), generator=generator)
+    labels = tokens.roll(-1, dims=1)
+    labels[:, ::5] = -100
+    labels[:, -1] = -100
+    return tokens, labels
+
+
+def reference(folder: Path, grads: Path) -> tuple[torch.Tensor, float]:
+    """Logits and summed loss of transformers; its gradients are written as a Hugging Face folder."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    tokens, labels = sample(model.config.vocab_size)
+    logits = model(tokens).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=-100)
+    loss.backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.grad)
+    model.save_pretrained(grads)
+    return logits.detach(), float(loss.detach())
+
+
+def run_layout(folder: str, release: str, gradients: str, tp: int, pp: int) -> dict[str, Any]:
+    """On one rank: logits, loss, and the largest relative error of its gradients against the reference's."""
+    from megaswift.engine import ranks
+
+    config = load_config(Path(folder))
+    tokens, labels = sample(config.vocab_size)
+    with ranks.joined(tp, pp, seed=0):
+        from megatron.core import parallel_state
+        from megatron.core.distributed import finalize_model_grads
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        from megaswift.checkpoint.load import load_weights
+        from megaswift.data.batches import MicroBatch
+        from megaswift.engine.model import ModelOptions, build
+        from megaswift.engine.step import forward_step
+
+        options = ModelOptions(tp, pp, "fp32", padded_vocab(config.vocab_size, tp), sequence_parallel=tp > 1, variable_lengths=pp > 1)
+        model, expected = build(config, options), build(config, options)
+        load_weights(model, Path(release))
+        load_weights(expected, Path(gradients))
+        for parameter in model.parameters():
+            parameter.main_grad = None
+        positions = torch.arange(tokens.shape[1])[None]
+        batch = MicroBatch(tokens, labels, positions, None, (0,))
+        logits = None
+        if pp == 1:
+            with torch.no_grad():
+                logits = model(tokens, positions)
+        wrapped = _wrapped(model)
+        model.config.finalize_model_grads_func = lambda chunks, total=None, **kwargs: finalize_model_grads(chunks, None, **kwargs)
+        reports = get_forward_backward_func()(
+            forward_step_func=forward_step, data_iterator=iter([batch]), model=[wrapped], num_microbatches=1,
+            seq_length=tokens.shape[1], micro_batch_size=1, forward_only=False,
+        )  # fmt: skip
+        errors = {
+            name: float((parameter.main_grad - wanted).abs().max() / wanted.abs().max().clamp_min(1e-3))
+            for (name, parameter), wanted in zip(model.named_parameters(), expected.parameters())
+        }
+        worst = max(errors, key=lambda name: errors[name])
+        return {
+            "logits": logits,
+            "tp_rank": parallel_state.get_tensor_model_parallel_rank(),
+            "loss": float(reports[0]["sums"][0]) if reports else None,
+            "worst": (errors[worst], worst),
+        }
+
+
+def _wrapped(model: Any) -> Any:
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True), model)
+    wrapped.zero_grad_buffer()
+    return wrapped
+
+
+@pytest.mark.parametrize(("name", "tied"), cases())
+def test_family(name: str, tied: bool, tiny_folders: Any, pool: RankPool, tmp_path: Path) -> None:
+    folder, release = tiny_folders(name, tie_word_embeddings=tied)
+    config = load_config(folder)
+    source, reader = HFCheckpoint.open(folder), Reader(release)
+
+    # Round trip, bit for bit, and exactly the names that transformers wrote.
+    back = {planned.name: planned.produce() for planned in planned_hf_tensors(reader, config, torch.float32)}
+    assert set(back) == set(source.names)
+    assert all(torch.equal(back[key], source.tensor(key)) for key in back)
+
+    logits, loss = reference(folder, tmp_path / "grads")
+    gradients = tiny.to_megatron(tmp_path / "grads", tmp_path / "grads_megatron")
+    for tp, pp in LAYOUTS:
+        results = pool.run(tp * pp, run_layout, str(folder), str(release), str(gradients), tp, pp)
+        if pp == 1:
+            whole = torch.cat([result["logits"] for result in results], dim=-1)[..., : config.vocab_size]
+            assert (whole - logits).abs().max() < 5e-6, f"tp {tp}"
+        losses = [result["loss"] for result in results if result["loss"] is not None]
+        assert losses and all(abs(value - loss) / loss < 1e-6 for value in losses), f"tp {tp} pp {pp}: {losses} {loss}"
+        error, parameter = max(result["worst"] for result in results)
+        assert error < 2e-5, f"tp {tp} pp {pp}: gradient of {parameter} is off by {error}"
+
+
+@pytest.mark.parametrize("name", tiny.FAMILIES)
+def test_tensor_parallel_cut_and_merge(name: str) -> None:
+    """A rule's shards put together are the tensor, and each shard is what a rank of that size holds."""
+    model = tiny.tiny_model(name, tie_word_embeddings=False, vocab_size=128)
+    view = Model(model.config)
+    tensors = model.state_dict()
+    for rule, layer in view.family.each(view.sizes, view.tied):
+        whole = rule.pack([tensors[part.format(i=layer)] for part in rule.hf], view.sizes)
+        assert tuple(whole.shape) == rule.megatron_shape(view.sizes)
+        for tp in (1, 2, 4):
+            assert torch.equal(rule.merge(rule.shard(whole, tp)), whole)
+        for part, value in zip(rule.hf, rule.unpack(whole, view.sizes)):
+            assert torch.equal(value, tensors[part.format(i=layer)])
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_conversion_casts(dtype: str, tiny_folders: Any, tmp_path: Path) -> None:
+    """A cast on the way is the cast that torch makes, and the digests are those of the cast values."""
+    folder, _ = tiny_folders("qwen2", tie_word_embeddings=True)
+    config = load_config(folder)
+    (tmp_path / "out").mkdir()
+    done = hf_to_megatron(HFCheckpoint.open(folder), config, tmp_path / "out", dtype)
+    reader = Reader(tmp_path / "out")
+    assert verify_round_trip(reader, config, done.tensors) == len(done.tensors)
+    wanted = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    for planned in planned_hf_tensors(reader, config, wanted):
+        assert torch.equal(planned.produce(), HFCheckpoint.open(folder).tensor(planned.name).to(wanted))

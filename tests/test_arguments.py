@@ -1,0 +1,78 @@
+"""Parsing: types, files, unknown and refused options; and the list of all options, frozen."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from megaswift.arguments import REFUSED, ExportArguments, InferArguments, SftArguments, parse
+from megaswift.errors import UserError
+
+GOLDEN = Path(__file__).parent / "golden" / "options.json"
+
+
+def test_words_become_values() -> None:
+    words = ["--dataset", "a#1", "b,c", "--model_name", "小黄", "Xiao Huang", "--learning_rate", "2e-4", "--pp=2", "--packing"]
+    args = parse(SftArguments, [*words, "--padding_free", "false", "--use_flash_attn", "true", " "])
+    assert args.dataset == ["a#1", "b", "c"]
+    assert args.model_name == ["小黄", "Xiao Huang"]
+    assert (args.learning_rate, args.pp, args.packing, args.padding_free, args.use_flash_attn) == (2e-4, 2, True, False, True)
+    assert args.min_lr == pytest.approx(2e-5)
+    assert args.save_steps == args.eval_steps
+    assert {"dataset", "pp", "packing"} <= args.explicit()
+    assert "min_lr" not in args.explicit()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--lerning_rate", "1"], "did you mean: learning_rate"),
+        (["--tp", "two"], "is not a whole number"),
+        (["--packing", "maybe"], "is not true or false"),
+        (["--tp"], "needs a value"),
+        (["--tp", "1", "2"], "takes one value"),
+        (["dataset", "x"], "is no option"),
+        (["--lr_scheduler_type", "step"], "use one of: cosine"),
+        (["--deepspeed", "zero3"], "distributed optimizer"),
+    ],
+)
+def test_bad_words(words: list[str], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse(SftArguments, words)
+    assert message in caught.value.text()
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_refused_options_say_what_to_use(name: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse(SftArguments, [f"--{name}", "1"])
+    assert name in caught.value.what
+    assert caught.value.fix
+
+
+def test_option_files(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"tp": 2, "dataset": ["x"]}), encoding="utf-8")
+    (tmp_path / "run.yaml").write_text("tp: 2\ndataset: [x]\n", encoding="utf-8")
+    for file in ("run.json", "run.yaml"):
+        args = parse(SftArguments, [str(tmp_path / file), "--tp", "4"])
+        assert (args.tp, args.dataset) == (4, ["x"])
+    (tmp_path / "bad.json").write_text('{"tpp": 2}', encoding="utf-8")
+    with pytest.raises(UserError, match="unknown option"):
+        parse(SftArguments, [str(tmp_path / "bad.json")])
+    with pytest.raises(UserError, match="cannot read"):
+        parse(SftArguments, [str(tmp_path / "absent.json")])
+
+
+def test_the_list_of_options_is_frozen() -> None:
+    """A new option changes tests/golden/options.json in the same commit, and the docs."""
+    found = {cls.__name__: sorted(item.name for item in dataclasses.fields(cls)) for cls in (ExportArguments, SftArguments, InferArguments)}
+    assert found == json.loads(GOLDEN.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("cls", [ExportArguments, SftArguments, InferArguments])
+def test_every_option_has_a_help_sentence(cls: type) -> None:
+    for item in dataclasses.fields(cls):
+        assert item.metadata["help"].endswith("."), item.name
