@@ -130,7 +130,6 @@ def fill_from_file(args: A, values: Mapping[str, Any], names: Iterable[str]) -> 
         result.check_choices()
     except UserError as error:
         raise DataError(f"the options file holds a value that is not known: {error.what}", fix=error.fix) from error
-    result._given = explicit  # type: ignore[attr-defined]
     return result
 
 

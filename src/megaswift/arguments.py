@@ -6,13 +6,14 @@ is what the command line calls; a script builds the same classes directly.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import types
 import typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 from megaswift.errors import UserError, nearest
 
@@ -31,7 +32,14 @@ def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> A
 class BaseArguments:
     """What all commands share."""
 
+    _given: ClassVar[frozenset[str]]
+
     seed: int = option(42, "Seed of sampling, shuffling and generation; the same on all ranks.")
+
+    def __new__(cls, **values: Any) -> Self:
+        self = super().__new__(cls)
+        self._given = frozenset(values)  # type: ignore[misc]
+        return self
 
     def __post_init__(self) -> None:
         self.check_choices()
@@ -48,11 +56,15 @@ class BaseArguments:
                 )
 
     def explicit(self) -> frozenset[str]:
-        """Names of the options that the user gave: as flags, or in a script as values that differ from the default."""
-        given = getattr(self, "_given", None)
-        if given is not None:
-            return given
-        return frozenset(item.name for item in fields(self) if getattr(self, item.name) != default_of(item))
+        """Names of the options that the user gave, as flags or as arguments; the others have their defaults."""
+        return self._given
+
+    def changed(self, **values: Any) -> Self:
+        """A copy with other values for some options, which does not make them given."""
+        result = copy.copy(self)
+        for name, value in values.items():
+            setattr(result, name, value)
+        return result
 
     def to_dict(self) -> dict[str, Any]:
         """All options as JSON-ready values, for sft_args.json and export_args.json."""
@@ -250,9 +262,7 @@ def parse(cls: type[T], argv: list[str]) -> T:
             words.append(argv[position])
             position += 1
         values[name] = _convert(name, hints[name], words)
-    result = cls(**values)
-    result._given = frozenset(values)  # type: ignore[attr-defined]
-    return result
+    return cls(**values)
 
 
 def _is_flag(word: str) -> bool:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megaswift.errors import UserError
+
+DAY = 24 * 3600.0
 
 
 def cache_root() -> Path:
@@ -27,6 +30,7 @@ def published(target: Path) -> Iterator[Path]:
     temporary = target.with_name(f"{target.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
         temporary.mkdir(parents=True)
+        _remove_debris(target.parent)
     except OSError as error:
         raise UserError(
             f"cannot write to the cache: {error.strerror}.",
@@ -42,3 +46,11 @@ def published(target: Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_debris(parent: Path) -> None:
+    """Delete what killed processes left half-written more than a day ago."""
+    for path in parent.glob("*.tmp-*"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > DAY:
+                shutil.rmtree(path, ignore_errors=True)

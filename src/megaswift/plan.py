@@ -92,10 +92,13 @@ def padded_vocab(vocab: int, tp: int) -> int:
     return math.ceil(vocab / tp) * tp
 
 
-def usable_length(config: PreTrainedConfig, max_length: int) -> int:
-    """The longest sample in tokens. Raises UserError where the model's positions do not reach that far."""
+def usable_length(config: PreTrainedConfig, max_length: int, given: bool = True) -> int:
+    """The longest sample in tokens; a default (`given` False) beyond the model's limit becomes that limit.
+
+    Raises UserError where the user asks for more than the model's positions or its sliding window reach.
+    """
     limit = min(config.max_position_embeddings, attention_window(config) or config.max_position_embeddings)
-    if max_length == -1:
+    if max_length == -1 or (max_length > limit and not given):
         return limit
     if max_length < 2:
         raise UserError(f"--max_length {max_length} leaves no token to predict.", where="--max_length", fix="use at least 2, or -1 for the model's limit")
@@ -145,7 +148,7 @@ def make_plan(
         pp=args.pp,
         dp=world_size // (args.tp * args.pp),
         padded_vocab=padded_vocab(config.vocab_size, args.tp),
-        max_length=usable_length(config, args.max_length),
+        max_length=args.max_length,
         pad_multiple=args.tp if args.sequence_parallel else 1,
         micro_batches=accumulation * args.tp * args.pp,
         gradient_accumulation_steps=accumulation,

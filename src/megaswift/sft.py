@@ -12,7 +12,7 @@ import datetime
 import re
 import shutil
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +25,6 @@ from megaswift.plan import Plan, check_layout, check_numbers, make_plan, usable_
 from megaswift.terminal import console, say
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
     from megaswift.data.chat import ChatTemplate
     from megaswift.data.encode import PreparedData
     from megaswift.engine.launch import Cluster
@@ -112,7 +110,7 @@ def find_start(args: SftArguments) -> Start:
     manifest = read_manifest(checkpoint)
     goes_on = bool(manifest.get("optimizer")) and layout.iteration_of(checkpoint) > 0
     return Start(
-        args=replace_length(args, config),
+        args=args.changed(max_length=usable_length(config, args.max_length, given="max_length" in args.explicit())),
         root=root,
         checkpoint=checkpoint,
         config=config,
@@ -126,14 +124,6 @@ def _default_start(args: SftArguments) -> str:
     if not args.model_type:
         raise UserError("nothing says which weights to train.", where="swift sft", fix="give --resume_from_checkpoint DIR or --model_type NAME")
     return f"{args.model_type}-tp{args.tp}-pp{args.pp}"
-
-
-def replace_length(args: SftArguments, config: PreTrainedConfig) -> SftArguments:
-    """The options with --max_length -1 turned into the model's limit."""
-    given = args.explicit()
-    args = replace(args, max_length=usable_length(config, args.max_length))
-    args._given = given  # type: ignore[attr-defined]
-    return args
 
 
 def _dtype(args: SftArguments, stored: str) -> str:

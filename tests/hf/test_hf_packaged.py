@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,7 +29,7 @@ needs_package = pytest.mark.skipif(packaged.gguf_file() is None, reason=f"needs 
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The directory, made by two processes that start at the same time."""
     home = tmp_path_factory.mktemp("packaged")
     environment = os.environ | {"HOME": str(home), "MEGASWIFT_CACHE": str(home / "m"), "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -46,7 +48,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert said[0][0] == said[1][0] and "kind='packaged'" in said[0][0]
     lines = [line for _, errors in said for line in errors.splitlines()]
     assert len(lines) == 1 and lines[0].startswith("packaged model smollm2-135m-instruct unpacked to "), lines
-    return home / "m" / "models" / "smollm2-135m-instruct"
+    yield home / "m" / "models" / "smollm2-135m-instruct"
+    shutil.rmtree(home)  # half a gigabyte, which pytest would keep
 
 
 @needs_package

@@ -12,17 +12,20 @@ import json
 import shutil
 import time
 import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from megaswift.arguments import DataArguments
 from megaswift.cache import published
 from megaswift.data.chat import ChatTemplate
-from megaswift.data.conversation import BadRow, Conversation
+from megaswift.data.conversation import BadRow
 from megaswift.data.packing import pack
 from megaswift.data.pipeline import Pipeline, Recipe
 from megaswift.data.report import DataReport, DatasetReport
@@ -32,8 +35,12 @@ from megaswift.data.spec import parse_specs
 from megaswift.data.store import RowWriter, TokenRows
 from megaswift.data.workers import Workers
 from megaswift.errors import DataError, UserError
+from megaswift.terminal import LiveLine
+
+T = TypeVar("T")
 
 CHUNK = 512  # rows of one unit of work
+SHOW_PROGRESS = 20_000  # rows from which on progress is shown
 
 
 @dataclass
@@ -107,37 +114,6 @@ def recipe_of(dataset: Dataset, args: DataArguments) -> Recipe:
     return Recipe(columns, dataset.converter, names)
 
 
-def read_conversations(items: list[str], args: DataArguments, *, answered: bool, limit: int = -1) -> list[Conversation]:
-    """The conversations of some datasets, for inference: the first `limit` usable rows of each, #N drawn as for validation.
-
-    Raises:
-        DataError: no usable row, or a bad one with --strict true.
-    """
-    result: list[Conversation] = []
-    for spec in parse_specs(items):
-        dataset = resolve(spec, args.custom_dataset_info)
-        pipeline, recipe = Pipeline.__new__(Pipeline), recipe_of(dataset, args)
-        found: list[Conversation] = []
-        for index in range(len(dataset.source)):
-            try:
-                found.append(pipeline.conversation(dataset.source.raw(index), recipe, answered=answered))
-            except BadRow as error:
-                if args.strict:
-                    raise DataError(
-                        f"bad row: {error}.",
-                        where=dataset.source.where(index),
-                        fix="mend it, or leave --strict out to skip such rows",
-                    ) from None
-            if spec.count is None and 0 <= limit <= len(found):
-                break
-        if not found:
-            raise DataError(f"dataset {spec.text} has no usable row.", where=dataset.place)
-        seed = args.seed if args.dataset_seed is None else args.dataset_seed
-        chosen = sample_validation(len(found), spec.count, seed, spec.text)
-        result += [found[index] for index in (chosen if limit < 0 else chosen[:limit])]
-    return result
-
-
 class _Build:
     """One pass over all datasets into a new cache directory."""
 
@@ -172,10 +148,11 @@ class _Build:
         """Indices of the rows of a recognised, complete shape. Raises DataError when there are none."""
         source, recipe = dataset.source, self.recipes[id(dataset)]
         good = np.ones(len(source), bool)
-        for first, (bad, shapes) in self.workers.check(source, recipe, CHUNK):
+        checked = self.workers.check(source, recipe, CHUNK)
+        for first, (bad, shapes) in self._watch(checked, f"reading {entry.item}", len(source)):
             for number, error in bad.items():
                 good[first + number] = False
-                self._drop(entry, source.where(first + number), error)
+                self._drop(entry, partial(source.where, first + number), error)
             for shape, count in shapes.items():
                 entry.shapes[shape] = entry.shapes.get(shape, 0) + count
         entry.usable = int(good.sum())
@@ -190,22 +167,31 @@ class _Build:
         needed = np.unique(chosen)
         first_sample = np.zeros(len(needed) + 1, np.int64)
         first_sample[0] = done = len(writer)
-        for first, encoding in self.workers.encode(source, usable[needed], recipe, CHUNK):
+        encoded = self.workers.encode(source, usable[needed], recipe, CHUNK)
+        for first, encoding in self._watch(encoded, f"tokenizing {entry.item}", len(needed)):
             writer.add(encoding.ids, encoding.kept, encoding.sizes)
             for number, count in enumerate(encoding.counts):
                 done += count
                 first_sample[first + number + 1] = done
             entry.unsupervised_turns += encoding.unsupervised
             for number, error in encoding.bad.items():
-                self._drop(entry, source.where(int(usable[needed[first + number]])), error)
+                self._drop(entry, partial(source.where, int(usable[needed[first + number]])), error)
             for number, size in encoding.long.items():
-                entry.too_long.add(
-                    source.where(int(usable[needed[first + number]])) + (f" ({size:,} tokens)" if size > 0 else "")
-                )
-        place = np.searchsorted(needed, chosen)
-        counts = (first_sample[place + 1] - first_sample[place]).astype(np.int64)
+                place = partial(source.where, int(usable[needed[first + number]]))
+                entry.too_long.add(place, f"{size:,} tokens" if size > 0 else "")
+        at = np.searchsorted(needed, chosen)
+        counts = (first_sample[at + 1] - first_sample[at]).astype(np.int64)
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        return np.repeat(first_sample[place], counts) + within
+        return np.repeat(first_sample[at], counts) + within
+
+    def _watch(self, chunks: Iterator[tuple[int, T]], what: str, total: int) -> Iterator[tuple[int, T]]:
+        """Show how far a long pass over rows has come."""
+        line = LiveLine()
+        for first, chunk in chunks:
+            if total >= SHOW_PROGRESS:
+                line.show(f"{what}: {first:,} of {total:,} rows")
+            yield first, chunk
+        line.close()
 
     def _count(self, entry: DatasetReport, writer: RowWriter, order: np.ndarray) -> None:
         entry.samples += len(order)
@@ -234,9 +220,9 @@ class _Build:
             for entry in report.datasets:
                 self._require_some(entry, entry.samples)
 
-    def _drop(self, entry: DatasetReport, place: str, error: BadRow) -> None:
+    def _drop(self, entry: DatasetReport, place: Callable[[], str], error: BadRow) -> None:
         if self.args.strict:
-            raise DataError(f"bad row: {error}.", where=place, fix="mend it, or leave --strict out to skip such rows")
+            raise DataError(f"bad row: {error}.", where=place(), fix="mend it, or leave --strict out to skip such rows")
         entry.drop(error.reason, place, error.detail)
 
     def _require_some(self, entry: DatasetReport, count: int) -> None:

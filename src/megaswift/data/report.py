@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +20,11 @@ class Dropped:
     count: int = 0
     places: list[str] = field(default_factory=list)
 
-    def add(self, place: str) -> None:
-        """Count one more row."""
+    def add(self, place: Callable[[], str], detail: str = "") -> None:
+        """Count one more row; `place` is only asked for when it is shown."""
         self.count += 1
         if len(self.places) < SHOWN:
-            self.places.append(place)
+            self.places.append(f"{place()} ({detail})" if detail else place())
 
 
 @dataclass
@@ -57,9 +58,9 @@ class DatasetReport:
     supervised: int = 0
     unsupervised_turns: int = 0
 
-    def drop(self, reason: str, place: str, detail: str = "") -> None:
+    def drop(self, reason: str, place: Callable[[], str], detail: str = "") -> None:
         """Count a row that cannot be used."""
-        self.dropped.setdefault(reason, Dropped()).add(f"{place} ({detail})" if detail else place)
+        self.dropped.setdefault(reason, Dropped()).add(place, detail)
 
 
 @dataclass

@@ -1,0 +1,48 @@
+"""Directories of the cache appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from megaswift.cache import cache_root, published
+from megaswift.errors import UserError
+
+
+def test_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MEGASWIFT_CACHE", str(tmp_path / "x"))
+    assert cache_root() == tmp_path / "x" and not cache_root().exists()
+    monkeypatch.delenv("MEGASWIFT_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_root() == tmp_path / ".cache" / "megaswift"
+
+
+def test_published(tmp_path: Path) -> None:
+    target = tmp_path / "a" / "b"
+    with published(target) as directory:
+        (directory / "file").write_text("1")
+        assert not target.exists()
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"] and (target / "file").read_text() == "1"
+    with published(target) as directory:  # somebody else was first: theirs stays
+        (directory / "file").write_text("2")
+    assert (target / "file").read_text() == "1"
+    with pytest.raises(ZeroDivisionError), published(tmp_path / "a" / "c"):
+        raise ZeroDivisionError
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
+
+
+def test_debris_of_killed_processes_goes(tmp_path: Path) -> None:
+    for name in ("x.tmp-1", "y.tmp-2"):
+        (tmp_path / name).mkdir()
+    os.utime(tmp_path / "x.tmp-1", (0, 0))
+    with published(tmp_path / "z"):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["y.tmp-2", "z"]
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="MEGASWIFT_CACHE"), published(tmp_path / "file" / "data" / "x"):
+        pass
