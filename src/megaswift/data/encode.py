@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,7 +27,7 @@ from megaswift.data.chat import ChatTemplate
 from megaswift.data.conversation import BadRow
 from megaswift.data.packing import pack
 from megaswift.data.pipeline import Pipeline, Recipe
-from megaswift.data.report import DataReport, DatasetReport
+from megaswift.data.report import DataReport, DatasetReport, stretches
 from megaswift.data.resolve import Dataset, resolve
 from megaswift.data.sampling import sample_validation, split_and_sample
 from megaswift.data.spec import parse_specs
@@ -90,7 +89,7 @@ def prepare(
         build = _Build(args, recipes, report, workers)
         build.run(directory, train, val, packing)
         report.seconds = round(time.monotonic() - started, 3)
-        report.example = _example(template, TokenRows.open(directory / "train"))
+        report.example = stretches(template, TokenRows.open(directory / "train").samples(0)[0])
         (directory / "report.json").write_text(json.dumps(report.to_dict(), ensure_ascii=False), encoding="utf-8")
     return _open(target, from_cache=False)
 
@@ -314,9 +313,3 @@ def _open(target: Path, from_cache: bool) -> PreparedData:
     report.from_cache = from_cache
     val = TokenRows.open(target / "val")
     return PreparedData(TokenRows.open(target / "train"), val if len(val) else None, report)
-
-
-def _example(template: ChatTemplate, rows: TokenRows) -> list[tuple[str, bool]]:
-    sample = rows.samples(0)[0]
-    borders = [0, *(np.flatnonzero(np.diff(sample.kept)) + 1).tolist(), len(sample.ids)]
-    return [(template.decode(sample.ids[first:last]), bool(sample.kept[first])) for first, last in pairwise(borders)]

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from megaswift.data.chat import ChatTemplate
+    from megaswift.data.tokens import Encoded
 
 SHOWN = 5  # places named for each reason
 
@@ -120,7 +126,7 @@ class DataReport:
         return sum(item.supervised for item in self.datasets)
 
 
-def print_report(report: DataReport, console: Console) -> None:
+def print_report(report: DataReport, console: Console, *, example: bool = True) -> None:
     """Show the counts, what was dropped and why, and one example with its supervised text marked."""
     from rich import box
     from rich.table import Table
@@ -145,7 +151,14 @@ def print_report(report: DataReport, console: Console) -> None:
         f"{report.train_rows:,} training rows{packs}, {report.val_rows:,} validation rows; longest: {report.longest:,} tokens"
     )
     console.print(line, highlight=False)
-    print_example(report.example, console)
+    if example:
+        print_example(report.example, console)
+
+
+def stretches(template: ChatTemplate, sample: Encoded) -> list[tuple[str, bool]]:
+    """A sample as (text, has loss) stretches."""
+    borders = [0, *(np.flatnonzero(np.diff(sample.kept)) + 1).tolist(), len(sample.ids)]
+    return [(template.decode(sample.ids[first:last]), bool(sample.kept[first])) for first, last in pairwise(borders)]
 
 
 def _print_details(item: DatasetReport, report: DataReport, console: Console) -> None:

@@ -83,8 +83,7 @@ class TokenRows:
         self._bounds = np.load(path / "bounds.npy", mmap_mode="r")
         self._ids = _map(path / "ids.bin", "<i4", int(self._offsets[-1]))
         self._kept = _map(path / "kept.bin", "u1", int(self._offsets[-1]))
-        sizes = np.diff(self._offsets)[self._order]
-        ends = np.concatenate([[0], np.cumsum(sizes)])
+        ends = np.concatenate([[0], np.cumsum(self.sizes)])
         self.lengths: np.ndarray = np.diff(ends[self._bounds]).astype(np.int32)
         self.packed = len(self._order) != len(self.lengths)
 
@@ -104,11 +103,22 @@ class TokenRows:
 
     def samples(self, row: int) -> list[Encoded]:
         """The samples of a row: one, or several when packed."""
-        result = []
-        for sample in self._order[self._bounds[row] : self._bounds[row + 1]].tolist():
-            first, last = int(self._offsets[sample]), int(self._offsets[sample + 1])
-            result.append(Encoded(np.asarray(self._ids[first:last]), np.asarray(self._kept[first:last]).view(bool)))
-        return result
+        return [self.stored(sample) for sample in self._order[self._bounds[row] : self._bounds[row + 1]].tolist()]
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Tokens of each sample as it is used, repeats included (int64)."""
+        return np.diff(self._offsets)[self._order]
+
+    @property
+    def count_stored(self) -> int:
+        """Samples on disk, where repeats are stored once."""
+        return len(self._offsets) - 1
+
+    def stored(self, sample: int) -> Encoded:
+        """One sample by its number on disk."""
+        first, last = int(self._offsets[sample]), int(self._offsets[sample + 1])
+        return Encoded(np.asarray(self._ids[first:last]), np.asarray(self._kept[first:last]).view(bool))
 
     def __getitem__(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids, labels) of a row, both int32 [length]; labels are the ids where they carry loss, else -100; not shifted."""
