@@ -39,7 +39,7 @@ def join() -> None:
     """A process group of one."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29777", RANK="0", WORLD_SIZE="1", CUDA_DEVICE_MAX_CONNECTIONS="1")
     torch.cuda.set_device(0)
-    torch.distributed.init_process_group("nccl", device_id=torch.device("cuda", 0))
+    torch.distributed.init_process_group("nccl")  # without device_id: it would make every group's communicator now, 7 GiB in all
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 

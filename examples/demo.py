@@ -23,7 +23,10 @@ SWIFT = [sys.executable, "-m", "megaswift"]
 
 def run(*words: str, **environment: str) -> None:
     """Print a command and run it in demo/; a failure ends the demo with its exit code."""
-    shown = [f"{name}={value}" for name, value in environment.items()] + ["swift", *(word if " " not in word else f"'{word}'" for word in words)]
+    shown = [f"{name}={value}" for name, value in environment.items()] + [
+        "swift",
+        *(word if " " not in word else f"'{word}'" for word in words),
+    ]
     print(f"\n$ {' '.join(shown)}", flush=True)
     code = subprocess.call([*SWIFT, *words], cwd=DEMO, env={**os.environ, **environment})
     if code:
@@ -33,9 +36,22 @@ def run(*words: str, **environment: str) -> None:
 def ask(title: str, *model: str) -> list[str]:
     """Greedy answers of a model to the questions."""
     questions = DEMO / "questions.jsonl"
-    questions.write_text("".join(json.dumps({"query": text}, ensure_ascii=False) + "\n" for text in QUESTIONS), encoding="utf-8")
+    questions.write_text(
+        "".join(json.dumps({"query": text}, ensure_ascii=False) + "\n" for text in QUESTIONS), encoding="utf-8"
+    )
     results = DEMO / f"answers_{title}"
-    run("infer", *model, "--val_dataset", "questions.jsonl", "--temperature", "0", "--max_new_tokens", "48", "--result_dir", results.name)
+    run(
+        "infer",
+        *model,
+        "--val_dataset",
+        "questions.jsonl",
+        "--temperature",
+        "0",
+        "--max_new_tokens",
+        "48",
+        "--result_dir",
+        results.name,
+    )
     file = max(results.glob("*.jsonl"))
     return [json.loads(line)["response"] for line in file.read_text(encoding="utf-8").splitlines()]
 

@@ -12,8 +12,8 @@ import pytest
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never reach for a network
 
-from tests import tiny  # noqa: E402
-from tests.ranks import RankPool  # noqa: E402
+from tests import tiny
+from tests.ranks import RankPool
 
 
 @pytest.fixture(scope="session")

@@ -66,7 +66,7 @@ class RankPool:
             self._ranks[rank][1].send((environment, function, arguments))
         results, failures = [], []
         for rank in range(world_size):
-            if failures and not self._ranks[rank][1].poll(5) or not self._ranks[rank][1].poll(TIMEOUT_S):
+            if (failures and not self._ranks[rank][1].poll(5)) or not self._ranks[rank][1].poll(TIMEOUT_S):
                 failures.append(f"rank {rank} gave no answer")
                 continue
             good, value = self._ranks[rank][1].recv()

@@ -68,7 +68,10 @@ def test_option_files(tmp_path: Path) -> None:
 
 def test_the_list_of_options_is_frozen() -> None:
     """A new option changes tests/golden/options.json in the same commit, and the docs."""
-    found = {cls.__name__: sorted(item.name for item in dataclasses.fields(cls)) for cls in (ExportArguments, SftArguments, InferArguments)}
+    found = {
+        cls.__name__: sorted(item.name for item in dataclasses.fields(cls))
+        for cls in (ExportArguments, SftArguments, InferArguments)
+    }
     assert found == json.loads(GOLDEN.read_text(encoding="utf-8"))
 
 

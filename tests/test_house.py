@@ -11,7 +11,27 @@ from pathlib import Path
 SOURCE = Path(__file__).parent.parent / "src" / "megaswift"
 
 # Later ones may import earlier ones. `errors`, `families`, `cache` and `terminal` may be imported by all.
-ORDER = ["errors", "terminal", "cache", "arguments", "args_file", "families", "mapping", "hf", "plan", "checkpoint", "convert", "data", "engine", "inference", "report", "export", "sft", "infer", "cli"]
+ORDER = [
+    "errors",
+    "terminal",
+    "cache",
+    "arguments",
+    "args_file",
+    "families",
+    "mapping",
+    "hf",
+    "plan",
+    "checkpoint",
+    "convert",
+    "data",
+    "engine",
+    "inference",
+    "report",
+    "export",
+    "sft",
+    "infer",
+    "cli",
+]
 ENTRY = "megaswift.sft"
 
 
@@ -59,7 +79,9 @@ def test_four_files_from_the_command_to_the_step() -> None:
     """cli -> sft -> engine/loop -> engine/step: each names the next."""
     chain = ["cli", "sft", "engine/loop", "engine/step"]
     for here, there in zip(chain, chain[1:]):
-        assert f"megaswift.{there.replace('/', '.')}" in (SOURCE / f"{here}.py").read_text(encoding="utf-8"), f"{here} does not lead to {there}"
+        assert f"megaswift.{there.replace('/', '.')}" in (SOURCE / f"{here}.py").read_text(encoding="utf-8"), (
+            f"{here} does not lead to {there}"
+        )
 
 
 def test_files_and_functions_are_short() -> None:

@@ -37,7 +37,11 @@ def tiny_start(root: Path, name: str = "llama", **changes: Any) -> Path:
     config = {"vocab_size": 300, "eos_token_id": 1, "pad_token_id": 2, **changes}
     tiny.save_tiny(root / "hf", name, **config)
     tiny.write_tokenizer(root / "hf")
-    return export_main(ExportArguments(model_type="tiny-chat", model_id_or_path=str(root / "hf"), to_megatron=True, megatron_output_dir=str(root / "start")))
+    return export_main(
+        ExportArguments(
+            model_type="tiny-chat", model_id_or_path=str(root / "hf"), to_megatron=True, megatron_output_dir=str(root / "start")
+        )
+    )
 
 
 @dataclass
@@ -67,9 +71,14 @@ def train(pool: RankPool, output: Path, world_size: int, **options: Any) -> Run:
     def start_ranks(place: Any, job: Path) -> None:
         pool.run(place.world_size, run_job, str(job))
 
-    with mock.patch("megaswift.engine.launch.start_ranks", start_ranks), mock.patch.dict(os.environ, {"NPROC_PER_NODE": str(world_size)}):
+    with (
+        mock.patch("megaswift.engine.launch.start_ranks", start_ranks),
+        mock.patch.dict(os.environ, {"NPROC_PER_NODE": str(world_size)}),
+    ):
         if world_size == 1:
-            with mock.patch("megaswift.engine.loop.run", lambda job: pool.run(1, run_job, str(Path(job.plan.megatron["save"]) / "job.json"))):
+            with mock.patch(
+                "megaswift.engine.loop.run", lambda job: pool.run(1, run_job, str(Path(job.plan.megatron["save"]) / "job.json"))
+            ):
                 directory = sft.sft_main(SftArguments(**options))
         else:
             directory = sft.sft_main(SftArguments(**options))

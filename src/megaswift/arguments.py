@@ -75,10 +75,16 @@ class BaseArguments:
 class ModelArguments(BaseArguments):
     """Which model, and in which precision."""
 
-    model_type: str | None = option(None, "Registered name of the model, for example qwen2-7b-instruct or smollm2-135m-instruct.")
+    model_type: str | None = option(
+        None, "Registered name of the model, for example qwen2-7b-instruct or smollm2-135m-instruct."
+    )
     model_id_or_path: str | None = option(None, "Local directory or hub id of the model; then model_type is optional.")
     model_revision: str | None = option(None, "Revision (branch, tag or commit) on the hub.")
-    dtype: str = option("AUTO", "Precision of the weights. AUTO: bf16 on a GPU that has it, fp32 on a CPU; export keeps the source's.", ("AUTO", "bf16", "fp16", "fp32"))
+    dtype: str = option(
+        "AUTO",
+        "Precision of the weights. AUTO: bf16 on a GPU that has it, fp32 on a CPU; export keeps the source's.",
+        ("AUTO", "bf16", "fp16", "fp32"),
+    )
 
 
 @dataclass(kw_only=True)
@@ -94,7 +100,9 @@ class TemplateArguments(BaseArguments):
     """How a conversation becomes tokens."""
 
     template_type: str = option("AUTO", "Chat template by name; AUTO is the tokenizer's own, else the model type's.")
-    system: str | None = option(None, "System prompt for rows that bring none; '' for no system prompt; default: the template's.")
+    system: str | None = option(
+        None, "System prompt for rows that bring none; '' for no system prompt; default: the template's."
+    )
 
 
 @dataclass(kw_only=True)
@@ -106,7 +114,9 @@ class DataArguments(TemplateArguments):
     dataset_test_ratio: float = option(0.01, "Share of each training dataset that becomes validation data; 0 for none.")
     dataset_seed: int | None = option(None, "Seed of sampling and of the validation split; default: --seed.")
     max_length: int = option(2048, "Longest sample in tokens; -1 for no limit.")
-    truncation_strategy: str = option("delete", "What happens to longer rows; each is counted.", ("delete", "truncation_left", "split"))
+    truncation_strategy: str = option(
+        "delete", "What happens to longer rows; each is counted.", ("delete", "truncation_left", "split")
+    )
     columns: str | None = option(None, 'Column names to read under other names, as JSON: \'{"prompt_text": "query"}\'.')
     strict: bool = option(False, "Stop at the first bad row; otherwise bad rows are skipped, counted and shown.")
     model_name: list[str] = option([], "Name that self-cognition rows teach: Chinese and English, or one for both.")
@@ -136,19 +146,29 @@ class SftArguments(ModelArguments, LayoutArguments, DataArguments):
 
     train_backend: str = option("megatron", "Training engine.", ("megatron",))
     sft_type: str = option("full", "What is trained: all weights.", ("full",))
-    resume_from_checkpoint: str | None = option(None, "Megatron directory to start from, or a run directory to go on with; default: {model_type}-tp{tp}-pp{pp}.")
+    resume_from_checkpoint: str | None = option(
+        None, "Megatron directory to start from, or a run directory to go on with; default: {model_type}-tp{tp}-pp{pp}."
+    )
     sequence_parallel: bool = option(False, "Also split norms and residuals along the sequence; needs tp > 1.")
     output_dir: str = option("output", "Directory of all runs.")
-    add_output_dir_suffix: bool = option(True, "Put each run in {output_dir}/{model_type}-tp{tp}-pp{pp}/vN-time; false: straight in output_dir.")
+    add_output_dir_suffix: bool = option(
+        True, "Put each run in {output_dir}/{model_type}-tp{tp}-pp{pp}/vN-time; false: straight in output_dir."
+    )
     overwrite: bool = option(False, "Replace an output directory that holds a run (with --add_output_dir_suffix false).")
     logging_dir: str | None = option(None, "TensorBoard directory; default: runs/ in the run's directory.")
     batch_size: int = option(1, "Rows in one micro batch.")
-    gradient_accumulation_steps: int | None = option(None, "Global batch = batch_size x this x processes; default: ceil(16 / batch_size / processes).")
+    gradient_accumulation_steps: int | None = option(
+        None, "Global batch = batch_size x this x processes; default: ceil(16 / batch_size / processes)."
+    )
     num_train_epochs: float = option(1, "How often each row is seen.")
     max_steps: int = option(-1, "Stop after this many steps; -1: as many as the epochs take.")
     learning_rate: float = option(1e-5, "Largest learning rate.")
     min_lr: float | None = option(None, "Learning rate at the last step; default: a tenth of learning_rate.")
-    lr_scheduler_type: str = option("cosine", "Decay of the learning rate.", ("cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt", "warmup_stable_decay"))
+    lr_scheduler_type: str = option(
+        "cosine",
+        "Decay of the learning rate.",
+        ("cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt", "warmup_stable_decay"),
+    )
     warmup_ratio: float = option(0.05, "Share of the steps in which the learning rate rises.")
     warmup_steps: int = option(0, "Steps in which the learning rate rises; above 0 it replaces warmup_ratio.")
     optim: str = option("adamw_torch", "Optimizer.", ("adamw_torch", "adamw_torch_fused"))
@@ -159,15 +179,21 @@ class SftArguments(ModelArguments, LayoutArguments, DataArguments):
     adam_epsilon: float = option(1e-8, "Adam's addend in the denominator.")
     eval_steps: int = option(200, "Steps between two evaluations on the validation rows; one more comes at the end.")
     save_steps: int | None = option(None, "Steps between two checkpoints; one more comes at the end; default: eval_steps.")
-    save_only_model: bool = option(False, "Leave optimizer and random states out of checkpoints; the run cannot be resumed then.")
+    save_only_model: bool = option(
+        False, "Leave optimizer and random states out of checkpoints; the run cannot be resumed then."
+    )
     save_total_limit: int | None = option(None, "Checkpoints to keep, the newest ones; default: all.")
     logging_steps: int = option(5, "Steps between two lines of logging.jsonl.")
     dataloader_num_workers: int = option(1, "Threads that prepare micro batches ahead; 0: prepared when needed.")
-    use_flash_attn: bool | None = option(None, "true: only the flash kernel; false: never; default: the fastest kernel for the device.")
+    use_flash_attn: bool | None = option(
+        None, "true: only the flash kernel; false: never; default: the fastest kernel for the device."
+    )
     packing: bool = option(False, "Join whole rows up to max_length; attention stays within each row.")
     padding_free: bool = option(True, "Lay the rows of a micro batch end to end; false: pad them to the longest.")
     group_by_length: bool = option(False, "Draw rows of similar length into one global batch.")
-    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, about a third more work.")
+    gradient_checkpointing: bool = option(
+        False, "Recompute activations in the backward pass: less memory, about a third more work."
+    )
     deterministic: bool = option(False, "Only kernels that give the same bits in each run.")
 
     def __post_init__(self) -> None:
@@ -252,7 +278,9 @@ def parse(cls: type[T], argv: list[str]) -> T:
     while position < len(argv):
         word = argv[position]
         if not word.startswith("--"):
-            raise UserError(f"{word!r} is no option.", where="command line", fix="options start with --, for example --model_type NAME")
+            raise UserError(
+                f"{word!r} is no option.", where="command line", fix="options start with --, for example --model_type NAME"
+            )
         name, equals, inline = word[2:].partition("=")
         name = name.replace("-", "_")
         _require_known(cls, name, known)
@@ -307,7 +335,11 @@ def _convert(name: str, hint: Any, words: list[str]) -> Any:
             return True
         raise UserError(f"--{name} needs a value.", where=f"--{name}")
     if len(words) > 1:
-        raise UserError(f"--{name} takes one value, but got {len(words)}: {' '.join(words)}", where=f"--{name}", fix="put a value with spaces in quotes")
+        raise UserError(
+            f"--{name} takes one value, but got {len(words)}: {' '.join(words)}",
+            where=f"--{name}",
+            fix="put a value with spaces in quotes",
+        )
     try:
         return _scalar(base, words[0])
     except ValueError as error:

@@ -1,6 +1,6 @@
 """The `swift` command: verb -> function. Nothing heavy is imported before a verb runs.
 
-    swift export | sft | infer [--options]
+swift export | sft | infer [--options]
 """
 
 from __future__ import annotations
@@ -14,7 +14,12 @@ from megaswift.errors import ExitCode, MegaswiftError, UserError, nearest
 
 # verb -> (module, function, argument class, one line of help)
 VERBS = {
-    "export": ("megaswift.export", "export_main", "ExportArguments", "convert between a Hugging Face folder and Megatron weights"),
+    "export": (
+        "megaswift.export",
+        "export_main",
+        "ExportArguments",
+        "convert between a Hugging Face folder and Megatron weights",
+    ),
     "sft": ("megaswift.sft", "sft_main", "SftArguments", "fine-tune Megatron weights"),
     "infer": ("megaswift.infer", "infer_main", "InferArguments", "talk to a model, or answer a file of questions"),
 }
@@ -43,7 +48,11 @@ def main(argv: list[str] | None = None) -> int:
 def run_verb(verb: str, words: list[str]) -> int:
     """Parse the options of a verb and call its function."""
     if verb not in VERBS:
-        raise UserError(f"there is no command {verb!r}.", where="command line", fix=f"did you mean: {nearest(verb, list(VERBS))}? (swift --help)")
+        raise UserError(
+            f"there is no command {verb!r}.",
+            where="command line",
+            fix=f"did you mean: {nearest(verb, list(VERBS))}? (swift --help)",
+        )
     module, function, arguments, _ = VERBS[verb]
     from megaswift import arguments as all_arguments
 
@@ -84,7 +93,13 @@ def help_text(verb: str, cls: type) -> str:
 
     from megaswift.arguments import default_of
 
-    lines = [f"usage: swift {verb} [options.json | options.yaml] [--option value ...]", "", VERBS[verb][3] + ".", "", "options:"]
+    lines = [
+        f"usage: swift {verb} [options.json | options.yaml] [--option value ...]",
+        "",
+        VERBS[verb][3] + ".",
+        "",
+        "options:",
+    ]
     for item in dataclasses.fields(cls):
         default, choices = default_of(item), item.metadata["choices"]
         note = f" One of: {', '.join(choices)}." if choices else ""

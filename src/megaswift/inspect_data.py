@@ -1,6 +1,6 @@
 """`swift data`: what training would read, shown without a model in memory.
 
-    swift data --model_type smollm2-135m-instruct --dataset rows.jsonl#500 --output page/
+swift data --model_type smollm2-135m-instruct --dataset rows.jsonl#500 --output page/
 """
 
 from __future__ import annotations
@@ -105,7 +105,9 @@ def _template(args: InspectArguments) -> ChatTemplate:
     from megaswift.inference.loading import load_tokenizer
 
     entry = MODEL_TYPES.get(args.model_type or "")
-    return ChatTemplate(load_tokenizer(_directory(args)), args.template_type, args.system, fallback=entry.template if entry else None)
+    return ChatTemplate(
+        load_tokenizer(_directory(args)), args.template_type, args.system, fallback=entry.template if entry else None
+    )
 
 
 def _directory(args: InspectArguments) -> Path:
@@ -117,7 +119,11 @@ def _directory(args: InspectArguments) -> Path:
     if is_megatron_directory(start):
         return start
     if args.resume_from_checkpoint:
-        raise UserError(f"{start} is not a directory of Megatron weights.", where="--resume_from_checkpoint", fix="give --model_type or --model_id_or_path instead")
+        raise UserError(
+            f"{start} is not a directory of Megatron weights.",
+            where="--resume_from_checkpoint",
+            fix="give --model_type or --model_id_or_path instead",
+        )
     return locate(args.model_type, args.model_id_or_path, args.model_revision).path
 
 

@@ -94,7 +94,11 @@ TABLE = (
     Row(("num_workers",), "dataloader_num_workers", lambda a, f: a.dataloader_num_workers),
     Row(("use_flash_attn",), "use_flash_attn", lambda a, f: a.use_flash_attn),
     Row(("train_iters",), "int(math.ceil(len(train_dataset) * num_train_epochs / global_batch_size))", train_iters),
-    Row(("eval_iters",), "int(math.ceil(len(val_dataset) / global_batch_size))", lambda a, f: math.ceil(f.val_rows / global_batch_size(a, f))),
+    Row(
+        ("eval_iters",),
+        "int(math.ceil(len(val_dataset) / global_batch_size))",
+        lambda a, f: math.ceil(f.val_rows / global_batch_size(a, f)),
+    ),
     Row(("lr_warmup_iters",), "warmup_steps if warmup_steps > 0 else math.ceil(train_iters * warmup_ratio)", warmup_iters),
     Row(("no_save_optim", "no_save_rng"), "save_only_model", lambda a, f: a.save_only_model),
 )

@@ -66,7 +66,9 @@ class Plan:
         return cls(**values)
 
 
-def check_layout(config: PreTrainedConfig, tp: int, pp: int, world_size: int | None = None, sequence_parallel: bool = False) -> None:
+def check_layout(
+    config: PreTrainedConfig, tp: int, pp: int, world_size: int | None = None, sequence_parallel: bool = False
+) -> None:
     """Raise UserError unless the model can be split this way; `world_size` None leaves the processes out."""
     sizes = sizes_of(config)
     if tp < 1 or pp < 1:
@@ -74,11 +76,21 @@ def check_layout(config: PreTrainedConfig, tp: int, pp: int, world_size: int | N
     for name, size in (("attention heads", sizes.heads), ("key/value heads", sizes.kv_heads), ("feed-forward size", sizes.ffn)):
         if size % tp:
             legal = _divisors(math.gcd(math.gcd(sizes.heads, sizes.kv_heads), sizes.ffn))
-            raise UserError(f"--tp {tp} does not divide the model's {size} {name}.", where="--tp", fix=f"nearest legal values: {_nearest(tp, legal)}")
+            raise UserError(
+                f"--tp {tp} does not divide the model's {size} {name}.",
+                where="--tp",
+                fix=f"nearest legal values: {_nearest(tp, legal)}",
+            )
     if sizes.layers % pp:
-        raise UserError(f"--pp {pp} does not divide the model's {sizes.layers} layers.", where="--pp", fix=f"nearest legal values: {_nearest(pp, _divisors(sizes.layers))}")
+        raise UserError(
+            f"--pp {pp} does not divide the model's {sizes.layers} layers.",
+            where="--pp",
+            fix=f"nearest legal values: {_nearest(pp, _divisors(sizes.layers))}",
+        )
     if sequence_parallel and tp == 1:
-        raise UserError("--sequence_parallel true needs --tp above 1.", where="--sequence_parallel", fix="leave it out, or raise --tp")
+        raise UserError(
+            "--sequence_parallel true needs --tp above 1.", where="--sequence_parallel", fix="leave it out, or raise --tp"
+        )
     if world_size is not None and world_size % (tp * pp):
         raise UserError(
             f"{world_size} processes cannot hold tp {tp} x pp {pp}: {tp * pp} are needed, or a multiple.",
@@ -101,37 +113,78 @@ def usable_length(config: PreTrainedConfig, max_length: int, given: bool = True)
     if max_length == -1 or (max_length > limit and not given):
         return limit
     if max_length < 2:
-        raise UserError(f"--max_length {max_length} leaves no token to predict.", where="--max_length", fix="use at least 2, or -1 for the model's limit")
+        raise UserError(
+            f"--max_length {max_length} leaves no token to predict.",
+            where="--max_length",
+            fix="use at least 2, or -1 for the model's limit",
+        )
     if max_length > limit:
         reason = "its sliding window" if attention_window(config) == limit else "max_position_embeddings"
-        raise UserError(f"--max_length {max_length} is beyond the model's {limit} tokens ({reason}).", where="--max_length", fix=f"use at most {limit}")
+        raise UserError(
+            f"--max_length {max_length} is beyond the model's {limit} tokens ({reason}).",
+            where="--max_length",
+            fix=f"use at most {limit}",
+        )
     return max_length
 
 
 def check_numbers(args: SftArguments) -> None:
     """Raise UserError for options out of range."""
-    for name, low in (("batch_size", 1), ("learning_rate", 0.0), ("logging_steps", 1), ("eval_steps", 1), ("save_steps", 1), ("num_train_epochs", 0.0), ("weight_decay", 0.0), ("max_grad_norm", 0.0), ("warmup_steps", 0), ("dataloader_num_workers", 0)):
+    for name, low in (
+        ("batch_size", 1),
+        ("learning_rate", 0.0),
+        ("logging_steps", 1),
+        ("eval_steps", 1),
+        ("save_steps", 1),
+        ("num_train_epochs", 0.0),
+        ("weight_decay", 0.0),
+        ("max_grad_norm", 0.0),
+        ("warmup_steps", 0),
+        ("dataloader_num_workers", 0),
+    ):
         if getattr(args, name) < low:
             raise UserError(f"--{name} {getattr(args, name)} is below {low}.", where=f"--{name}")
     if args.gradient_accumulation_steps is not None and args.gradient_accumulation_steps < 1:
-        raise UserError(f"--gradient_accumulation_steps {args.gradient_accumulation_steps} is below 1.", where="--gradient_accumulation_steps")
+        raise UserError(
+            f"--gradient_accumulation_steps {args.gradient_accumulation_steps} is below 1.",
+            where="--gradient_accumulation_steps",
+        )
     if args.save_total_limit is not None and args.save_total_limit < 1:
-        raise UserError(f"--save_total_limit {args.save_total_limit} would keep no checkpoint.", where="--save_total_limit", fix="use 1 or more")
+        raise UserError(
+            f"--save_total_limit {args.save_total_limit} would keep no checkpoint.",
+            where="--save_total_limit",
+            fix="use 1 or more",
+        )
     for name in ("adam_beta1", "adam_beta2", "warmup_ratio", "dataset_test_ratio"):
         if not 0 <= getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)} is not in [0, 1).", where=f"--{name}")
     if args.min_lr is not None and not 0 <= args.min_lr <= args.learning_rate:
-        raise UserError(f"--min_lr {args.min_lr:g} is not between 0 and --learning_rate {args.learning_rate:g}.", where="--min_lr")
+        raise UserError(
+            f"--min_lr {args.min_lr:g} is not between 0 and --learning_rate {args.learning_rate:g}.", where="--min_lr"
+        )
 
 
 def make_plan(
-    args: SftArguments, config: PreTrainedConfig, *, model_type: str, dtype: str, world_size: int, train_rows: int, val_rows: int, load: str, save: str
+    args: SftArguments,
+    config: PreTrainedConfig,
+    *,
+    model_type: str,
+    dtype: str,
+    world_size: int,
+    train_rows: int,
+    val_rows: int,
+    load: str,
+    save: str,
 ) -> Plan:
     """The plan of a run. Raises UserError or DataError for what cannot work."""
     check_numbers(args)
     check_layout(config, args.tp, args.pp, world_size, args.sequence_parallel)
     if train_rows == 0:
-        raise DataError("no row is left to train on.", where="--dataset", fix="see the counts above; give more data, or a larger --max_length")
+        raise DataError(
+            "no row is left to train on.",
+            where="--dataset",
+            fix="see the counts above; give more data, or a larger --max_length",
+        )
     facts = mapping.Facts(world_size, train_rows, val_rows, dtype, load, save)
     values = mapping.megatron_arguments(args, facts)
     steps, warmup = values["train_iters"], values["lr_warmup_iters"]

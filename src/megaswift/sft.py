@@ -122,7 +122,11 @@ def find_start(args: SftArguments) -> Start:
 
 def _default_start(args: SftArguments) -> str:
     if not args.model_type:
-        raise UserError("nothing says which weights to train.", where="swift sft", fix="give --resume_from_checkpoint DIR or --model_type NAME")
+        raise UserError(
+            "nothing says which weights to train.",
+            where="swift sft",
+            fix="give --resume_from_checkpoint DIR or --model_type NAME",
+        )
     return f"{args.model_type}-tp{args.tp}-pp{args.pp}"
 
 
@@ -145,7 +149,9 @@ def _dtype(args: SftArguments, stored: str) -> str:
 def _template(args: SftArguments, start: Start) -> ChatTemplate:
     """The chat template of the run."""
     if not args.dataset:
-        raise UserError("no training data is named.", where="--dataset", fix="for example: --dataset self-cognition#500 my_rows.jsonl")
+        raise UserError(
+            "no training data is named.", where="--dataset", fix="for example: --dataset self-cognition#500 my_rows.jsonl"
+        )
     from transformers import AutoTokenizer
 
     from megaswift.data.chat import ChatTemplate
@@ -166,10 +172,16 @@ def new_run_dir(args: SftArguments) -> Path:
     root = Path(args.output_dir).absolute()
     if not args.add_output_dir_suffix:
         if root.exists() and any(root.iterdir()) and not args.overwrite:
-            raise UserError("the output directory is not empty.", where=str(root), fix="use --overwrite true, or another --output_dir")
+            raise UserError(
+                "the output directory is not empty.", where=str(root), fix="use --overwrite true, or another --output_dir"
+            )
         return root
     parent = root / f"{args.model_type}-tp{args.tp}-pp{args.pp}"
-    taken = [int(match.group(1)) for path in (parent.iterdir() if parent.is_dir() else ()) if (match := _VERSION.fullmatch(path.name))]
+    taken = [
+        int(match.group(1))
+        for path in (parent.iterdir() if parent.is_dir() else ())
+        if (match := _VERSION.fullmatch(path.name))
+    ]
     return parent / f"v{max(taken, default=-1) + 1}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
 
 
@@ -189,16 +201,14 @@ def _plan(args: SftArguments, start: Start, data: PreparedData, place: Cluster, 
 
 def _print_plan(plan: Plan, data: PreparedData, args: SftArguments) -> None:
     """The data report, the filled mapping table and the arithmetic of the steps, once."""
-    from rich.table import Table
-
     from megaswift.data.report import print_report
 
     out = console()
     print_report(data.report, out)
-    table = Table("MegatronArguments", "SftArguments", "value", title="what Megatron-Core is told", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for megatron, sft, value in plan.table:
-        table.add_row(megatron, sft, value)
-    out.print(table)
+    out.print("\n[bold]What Megatron-Core is told[/bold] (and the option or formula that it comes from)")
+    for megatron, expression, value in plan.table:
+        shown = _shown(Path(value)) if value.startswith("/") else value
+        out.print(f"  {megatron:38} [bold]{shown:12}[/bold]  {expression}")
     out.print()
     out.print(
         f"{plan.world_size} processes = tp {plan.tp} x pp {plan.pp} x dp {plan.dp}, {plan.dtype}\n"
@@ -228,14 +238,20 @@ def _fill_run_dir(run_dir: Path, args: SftArguments, plan: Plan, start: Start) -
         write_args_file(run_dir, args, {"dtype": plan.dtype, "sft_type": "full"})
         plan.save(run_dir / "plan.json")
     except OSError as error:
-        raise UserError(f"the run's directory cannot be written: {error.strerror}.", where=str(run_dir), fix="choose another --output_dir") from error
+        raise UserError(
+            f"the run's directory cannot be written: {error.strerror}.", where=str(run_dir), fix="choose another --output_dir"
+        ) from error
     say(f"run directory: {_shown(run_dir)}\n")
 
 
 def _empty(run_dir: Path) -> None:
     """Remove an earlier run from a directory that is to be used again."""
     if not (run_dir / "plan.json").exists():
-        raise UserError("this directory holds no run, so it is not replaced.", where=str(run_dir), fix="remove it yourself, or choose another --output_dir")
+        raise UserError(
+            "this directory holds no run, so it is not replaced.",
+            where=str(run_dir),
+            fix="remove it yourself, or choose another --output_dir",
+        )
     shutil.rmtree(run_dir)
 
 
@@ -265,6 +281,3 @@ def _shown(path: Path) -> str:
     with suppress(ValueError):
         return str(path.relative_to(Path.cwd()))
     return str(path)
-
-
-

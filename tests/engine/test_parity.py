@@ -21,7 +21,11 @@ LENGTHS = (19, 7, 14)
 
 
 def cases() -> list[Any]:
-    return [pytest.param(name, tied, id=f"{name}-{'tied' if tied else 'untied'}") for name in tiny.FAMILIES for tied in (False, True)]
+    return [
+        pytest.param(name, tied, id=f"{name}-{'tied' if tied else 'untied'}")
+        for name in tiny.FAMILIES
+        for tied in (False, True)
+    ]
 
 
 def sample(vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,7 +70,9 @@ def run_layout(folder: str, release: str, gradients: str, tp: int, pp: int) -> d
         from megaswift.engine.model import ModelOptions, build
         from megaswift.engine.step import forward_step
 
-        options = ModelOptions(tp, pp, "fp32", padded_vocab(config.vocab_size, tp), sequence_parallel=tp > 1, variable_lengths=pp > 1)
+        options = ModelOptions(
+            tp, pp, "fp32", padded_vocab(config.vocab_size, tp), sequence_parallel=tp > 1, variable_lengths=pp > 1
+        )
         model, expected = build(config, options), build(config, options)
         load_weights(model, Path(release))
         load_weights(expected, Path(gradients))
@@ -79,7 +85,9 @@ def run_layout(folder: str, release: str, gradients: str, tp: int, pp: int) -> d
             with torch.no_grad():
                 logits = model(tokens, positions)
         wrapped = _wrapped(model)
-        model.config.finalize_model_grads_func = lambda chunks, total=None, **kwargs: finalize_model_grads(chunks, None, **kwargs)
+        model.config.finalize_model_grads_func = lambda chunks, total=None, **kwargs: finalize_model_grads(
+            chunks, None, **kwargs
+        )
         reports = get_forward_backward_func()(
             forward_step_func=forward_step, data_iterator=iter([batch]), model=[wrapped], num_microbatches=1,
             seq_length=tokens.shape[1], micro_batch_size=1, forward_only=False,
@@ -100,7 +108,9 @@ def run_layout(folder: str, release: str, gradients: str, tp: int, pp: int) -> d
 def _wrapped(model: Any) -> Any:
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
-    wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True), model)
+    wrapped = DistributedDataParallel(
+        model.config, DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True), model
+    )
     wrapped.zero_grad_buffer()
     return wrapped
 

@@ -24,13 +24,28 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def options(start: Path, rows: Path, tp: int = 1, pp: int = 1, sp: bool = False, **more: Any) -> dict[str, Any]:
-    return dict(resume_from_checkpoint=str(start), dataset=[str(rows)], tp=tp, pp=pp, sequence_parallel=sp, max_steps=5, eval_steps=3, dataset_test_ratio=0.1) | more
+    return (
+        dict(
+            resume_from_checkpoint=str(start),
+            dataset=[str(rows)],
+            tp=tp,
+            pp=pp,
+            sequence_parallel=sp,
+            max_steps=5,
+            eval_steps=3,
+            dataset_test_ratio=0.1,
+        )
+        | more
+    )
 
 
 def test_losses_do_not_depend_on_the_layout(family: tuple[str, Path, Path], pool: RankPool, tmp_path: Path) -> None:
     """5 steps at each layout: losses, validation losses and gradient norms equal to 1e-5, and to the golden file."""
     name, start, rows = family
-    runs = {layout: train(pool, tmp_path / str(k), layout[0], **options(start, rows, *layout[1:])) for k, layout in enumerate(LAYOUTS)}
+    runs = {
+        layout: train(pool, tmp_path / str(k), layout[0], **options(start, rows, *layout[1:]))
+        for k, layout in enumerate(LAYOUTS)
+    }
     golden = json.loads((GOLDEN / f"losses_{name}.json").read_text(encoding="utf-8"))
     for layout, run in runs.items():
         assert run.losses == pytest.approx(golden["loss"], abs=1e-5), layout
@@ -61,7 +76,9 @@ def reference(pool: RankPool, tmp_path: Path, llama: tuple[Path, Path], **more: 
     ],
     ids=str,
 )
-def test_losses_do_not_depend_on_how_it_is_computed(changes: dict[str, Any], llama: tuple[Path, Path], pool: RankPool, tmp_path: Path) -> None:
+def test_losses_do_not_depend_on_how_it_is_computed(
+    changes: dict[str, Any], llama: tuple[Path, Path], pool: RankPool, tmp_path: Path
+) -> None:
     plain = reference(pool, tmp_path, llama)
     other = train(pool, tmp_path / "other", 1, **options(*llama, **changes))
     assert other.losses == pytest.approx(plain.losses, abs=1e-5)
@@ -95,7 +112,17 @@ def test_what_a_run_writes(llama: tuple[Path, Path], pool: RankPool, tmp_path: P
     assert (run.directory / "latest_checkpointed_iteration.txt").read_text(encoding="utf-8") == "5"
     assert json.loads((run.directory / "sft_args.json").read_text(encoding="utf-8"))["model_type"] == "tiny-chat"
     row = next(row for row in run.rows if "loss" in row)
-    assert {"loss", "grad_norm", "learning_rate", "consumed_samples", "global_step/max_steps", "tokens_per_second", "memory_gb", "elapsed_s", "remaining_s"} <= set(row)
+    assert {
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "consumed_samples",
+        "global_step/max_steps",
+        "tokens_per_second",
+        "memory_gb",
+        "elapsed_s",
+        "remaining_s",
+    } <= set(row)
     second = train(pool, tmp_path, 1, **options(*llama, 1, 1, model_type="tiny-chat"))
     assert second.directory.name.startswith("v0-")
     assert second.directory.parent.name == "tiny-chat-tp1-pp1"
@@ -104,7 +131,9 @@ def test_what_a_run_writes(llama: tuple[Path, Path], pool: RankPool, tmp_path: P
 
 
 @pytest.mark.parametrize("layout", [(2, 1, 2, False), (1, 1, 1, False), (4, 2, 2, True)])
-def test_a_run_goes_on_where_it_was_saved(layout: tuple[int, int, int, bool], llama: tuple[Path, Path], pool: RankPool, tmp_path: Path) -> None:
+def test_a_run_goes_on_where_it_was_saved(
+    layout: tuple[int, int, int, bool], llama: tuple[Path, Path], pool: RankPool, tmp_path: Path
+) -> None:
     """Five steps equal three and two, at the same and at other layouts."""
     straight = train(pool, tmp_path / "straight", 2, **options(*llama, 1, 2, save_steps=3, save_total_limit=5))
     last = straight.directory / "iter_0000005"

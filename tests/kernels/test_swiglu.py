@@ -33,21 +33,25 @@ def test_swiglu(case, shape):
 
 @pytest.mark.parametrize("recompute", [True, False])
 @pytest.mark.parametrize("main", [True, False])
+@pytest.mark.parametrize("add", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_swiglu_linear(case, shape, recompute, main):
+def test_swiglu_linear(case, shape, recompute, main, add):
     source, weight = leaf(*shape[:2], 2 * shape[2], like=case), leaf(11, shape[2], like=case)
+    residual = leaf(*shape[:2], 11, like=case) if add else None
     if main:
         weight.main_grad = torch.zeros(11, shape[2], device=case[0])
         weight.grad_added_to_main_grad = False
-    y = swiglu_linear(source * 1, weight, recompute=recompute)
+    y = swiglu_linear(source * 1, weight, recompute=recompute, residual=residual)
     grad = torch.randn_like(y)
     a, b = double(source), double(weight)
-    want = reference(a) @ b.t()
+    want = reference(a) @ b.t() + (residual.detach().double() if add else 0.0)
     want.backward(grad.double())
     check(y, want, case[1])
     y.backward(grad)
     check(source.grad, a.grad, case[1], slack=2)
     check(weight.main_grad if main else weight.grad, b.grad, case[1])
+    if add:
+        assert torch.equal(residual.grad, grad)
 
 
 def test_second_backward_is_refused(case):

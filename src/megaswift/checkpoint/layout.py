@@ -1,13 +1,13 @@
 """Where things lie in a Megatron directory, and which checkpoint in it is the newest complete one.
 
-    {name}-tp{tp}-pp{pp}/                 made by `swift export --to_megatron`
-        latest_checkpointed_iteration.txt   release
-        release/                            torch_dist files and manifest.json
-        export_args.json, config.json, tokenizer files
-    output/{name}-tp{tp}-pp{pp}/vN-time/  made by `swift sft`
-        latest_checkpointed_iteration.txt   10
-        iter_0000010/                       torch_dist files and manifest.json
-        sft_args.json, plan.json, logging.jsonl, runs/, images/, config.json, tokenizer files
+{name}-tp{tp}-pp{pp}/                 made by `swift export --to_megatron`
+    latest_checkpointed_iteration.txt   release
+    release/                            torch_dist files and manifest.json
+    export_args.json, config.json, tokenizer files
+output/{name}-tp{tp}-pp{pp}/vN-time/  made by `swift sft`
+    latest_checkpointed_iteration.txt   10
+    iter_0000010/                       torch_dist files and manifest.json
+    sft_args.json, plan.json, logging.jsonl, runs/, images/, config.json, tokenizer files
 """
 
 from __future__ import annotations
@@ -54,21 +54,35 @@ def find_checkpoint(root: Path, iteration: int | None = None) -> Path:
     from megaswift.checkpoint.manifest import quick_check
 
     if not root.is_dir():
-        raise UserError(f"there is no directory {root}.", where=str(root), fix="make it with: swift export --model_type NAME --to_megatron true")
+        raise UserError(
+            f"there is no directory {root}.",
+            where=str(root),
+            fix="make it with: swift export --model_type NAME --to_megatron true",
+        )
     found = candidates(root)
     if iteration is not None:
         found = [path for path in found if iteration_of(path) == iteration]
         if not found:
-            raise UserError(f"there is no checkpoint of iteration {iteration}.", where=str(root), fix=f"found: {', '.join(p.name for p in candidates(root)) or 'none'}")
+            raise UserError(
+                f"there is no checkpoint of iteration {iteration}.",
+                where=str(root),
+                fix=f"found: {', '.join(p.name for p in candidates(root)) or 'none'}",
+            )
     if not found:
-        raise UserError("this directory holds no Megatron checkpoint.", where=str(root), fix="make one with: swift export --model_type NAME --to_megatron true")
+        raise UserError(
+            "this directory holds no Megatron checkpoint.",
+            where=str(root),
+            fix="make one with: swift export --model_type NAME --to_megatron true",
+        )
     problems = []
     for path in found:
         problem = quick_check(path)
         if problem is None:
             return path
         problems.append(f"{path.name}: {problem}")
-    raise DataError("no checkpoint in this directory is complete: " + "; ".join(problems), where=str(root), fix="use another directory")
+    raise DataError(
+        "no checkpoint in this directory is complete: " + "; ".join(problems), where=str(root), fix="use another directory"
+    )
 
 
 def _iterations(root: Path) -> list[Path]:

@@ -12,11 +12,13 @@ import numpy as np
 from megaswift.errors import UserError
 
 if TYPE_CHECKING:
-    from megaswift.data.report import DataReport
+    from megaswift.data.report import DataReport, DatasetReport, Dropped
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff }
-table { border-collapse: collapse } th, td { padding: .2rem .7rem; text-align: right } th:first-child, td:first-child { text-align: left }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+body { color: #222; background: #fff }
+table { border-collapse: collapse } th, td { padding: .2rem .7rem; text-align: right }
+th:first-child, td:first-child { text-align: left }
 tr + tr { border-top: 1px solid #ddd } pre { white-space: pre-wrap; background: #f5f5f5; padding: .8rem; border-radius: 4px }
 mark { background: #bfe8c5 } .bad { color: #9a4d00 } img { max-width: 100% }
 @media (prefers-color-scheme: dark) {
@@ -59,7 +61,9 @@ def draw_lengths(sizes: np.ndarray, max_length: int, path: Path) -> None:
     axes.hist(sizes, bins=60, color="#3b7dd8")
     if 0 < max_length <= 2 * int(sizes.max()):
         axes.axvline(max_length, color="#c0392b", linewidth=1)
-        axes.annotate("max_length", (max_length, 1), xycoords=("data", "axes fraction"), xytext=(4, -12), textcoords="offset points")
+        axes.annotate(
+            "max_length", (max_length, 1), xycoords=("data", "axes fraction"), xytext=(4, -12), textcoords="offset points"
+        )
     axes.set_xlabel("tokens")
     axes.set_ylabel("samples")
     axes.spines[["top", "right"]].set_visible(False)
@@ -69,12 +73,12 @@ def draw_lengths(sizes: np.ndarray, max_length: int, path: Path) -> None:
 def _page(report: DataReport, inspected: Inspected, lines: list[str], picture: bytes) -> str:
     names = ("dataset", "rows", "usable", "train", "validation", "tokens", "with loss")
     head = "".join(f"<th>{name}</th>" for name in names)
-    body = "".join(_dataset_row(item.item, item.rows, item.usable, item.train, item.val, item.tokens, item.supervised) for item in report.datasets)
-    dropped = "".join(
-        f'<p class="bad">{html.escape(item.item)}: {entry.count:,} dropped, {html.escape(reason)}</p><pre>{html.escape(chr(10).join(entry.places))}</pre>'
+    body = "".join(
+        _dataset_row(item.item, item.rows, item.usable, item.train, item.val, item.tokens, item.supervised)
         for item in report.datasets
-        for reason, entry in [*item.dropped.items(), *([("longer than max_length", item.too_long)] if item.too_long.count else [])]
     )
+    dropped = "".join(_dropped(item, reason, entry) for item in report.datasets for reason, entry in item.dropped.items())
+    dropped += "".join(_dropped(item, "too long", item.too_long) for item in report.datasets if item.too_long.count)
     examples = "".join(f"<pre>{''.join(_stretch(text, kept) for text, kept in example)}</pre>" for example in inspected.shown)
     facts = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
     return (
@@ -91,3 +95,8 @@ def _dataset_row(name: str, *numbers: int) -> str:
 
 def _stretch(text: str, kept: bool) -> str:
     return f"<mark>{html.escape(text)}</mark>" if kept else html.escape(text)
+
+
+def _dropped(item: DatasetReport, reason: str, entry: Dropped) -> str:
+    places = html.escape("\n".join(entry.places))
+    return f'<p class="bad">{html.escape(item.item)}: {entry.count:,} rows, {html.escape(reason)}</p><pre>{places}</pre>'

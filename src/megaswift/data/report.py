@@ -132,7 +132,7 @@ def print_report(report: DataReport, console: Console, *, example: bool = True) 
     from rich.table import Table
 
     title = "Data" + (" (from the cache)" if report.from_cache else "")
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name in ("dataset", "rows", "usable", "train", "val", "bad", "long", "tokens", "loss on"):
         table.add_column(name, justify="left" if name == "dataset" else "right", no_wrap=True)
     for item in report.datasets:

@@ -53,7 +53,7 @@ class RMSNorm(torch.nn.Module):
         super().__init__()
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -145,7 +145,9 @@ class PlainProvider(BackendSpecProvider):
     def core_attention(self) -> type:
         return CoreAttention
 
-    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool, moe_use_legacy_grouped_gemm: bool) -> tuple[type, MLPSubmodules | None]:
+    def grouped_mlp_modules(
+        self, moe_use_grouped_gemm: bool, moe_use_legacy_grouped_gemm: bool
+    ) -> tuple[type, MLPSubmodules | None]:
         raise NotImplementedError("experts are not supported")
 
     def activation_func(self) -> type | None:
@@ -177,7 +179,10 @@ def block_spec(provider: BackendSpecProvider, num_layers: int, qk_layernorm: boo
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
             mlp=ModuleSpec(
-                module=MLP, submodules=MLPSubmodules(linear_fc1=provider.column_parallel_linear(), linear_fc2=provider.row_parallel_linear())
+                module=MLP,
+                submodules=MLPSubmodules(
+                    linear_fc1=provider.column_parallel_linear(), linear_fc2=provider.row_parallel_linear()
+                ),
             ),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map={

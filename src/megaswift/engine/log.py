@@ -45,7 +45,14 @@ class RunLog:
         self.line.show(self._text(step, row), keep=due)
         if due:
             self._write(row)
-            for name in ("loss", "grad_norm", "learning_rate", "tokens_per_second", "supervised_tokens_per_second", "memory_gb"):
+            for name in (
+                "loss",
+                "grad_norm",
+                "learning_rate",
+                "tokens_per_second",
+                "supervised_tokens_per_second",
+                "memory_gb",
+            ):
                 if row[name] is not None:
                     self.board.add_scalar(f"train/{name}", row[name], step)
             self.window = []

@@ -146,7 +146,9 @@ class RotaryTable:
 def transformer_config(config: PreTrainedConfig, options: ModelOptions) -> TransformerConfig:
     """Megatron-Core's config of a model in a layout."""
     dtype = TORCH_DTYPES[options.dtype]
-    recompute = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1) if options.recompute else {}
+    recompute = (
+        dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1) if options.recompute else {}
+    )
     built = TransformerConfig(
         **family_of(config.model_type).settings(config),
         **recompute,

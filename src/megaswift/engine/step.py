@@ -49,7 +49,9 @@ class Trainer:
         wrapped = Float16Module(config, model) if config.bf16 or config.fp16 else model
         self.model = DistributedDataParallel(
             config,
-            DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True, check_for_nan_in_grad=False),
+            DistributedDataParallelConfig(
+                use_distributed_optimizer=True, grad_reduce_in_fp32=True, check_for_nan_in_grad=False
+            ),
             wrapped,
         )
         options = optimizer_config(plan)
@@ -114,7 +116,11 @@ class Trainer:
             sums += report["sums"].to(torch.float64)
         dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-            dist.broadcast(sums, parallel_state.get_pipeline_model_parallel_last_rank(), group=parallel_state.get_pipeline_model_parallel_group())
+            dist.broadcast(
+                sums,
+                parallel_state.get_pipeline_model_parallel_last_rank(),
+                group=parallel_state.get_pipeline_model_parallel_group(),
+            )
         loss, supervised = sums.tolist()
         return loss / max(supervised, 1.0), int(supervised)
 

@@ -98,14 +98,18 @@ class Family:
         rope = values.get("rope_parameters") or {}
         if rope.get("rope_type", "default") not in ROPE_TYPES:
             raise UserError(
-                f"RoPE type {rope.get('rope_type')!r} is not supported.", where=f"{where}: rope_parameters", fix=f"known types: {', '.join(ROPE_TYPES)}"
+                f"RoPE type {rope.get('rope_type')!r} is not supported.",
+                where=f"{where}: rope_parameters",
+                fix=f"known types: {', '.join(ROPE_TYPES)}",
             )
 
 
 def _require(values: dict[str, Any], name: str, allowed: tuple[Any, ...], where: str) -> None:
     if values.get(name) not in allowed:
         raise UserError(
-            f"{name} = {values.get(name)!r} is not supported (only {allowed[0]!r}).", where=f"{where}: {name}", fix="train this model elsewhere; nothing was converted"
+            f"{name} = {values.get(name)!r} is not supported (only {allowed[0]!r}).",
+            where=f"{where}: {name}",
+            fix="train this model elsewhere; nothing was converted",
         )
 
 
@@ -163,4 +167,4 @@ def is_tied(config: PreTrainedConfig) -> bool:
     return bool(getattr(config, "tie_word_embeddings", False))
 
 
-__all__ = ["Family", "Vocab", "attention_window", "decoder_settings", "is_tied", "sizes_of", "OUTPUT_LAYER"]
+__all__ = ["OUTPUT_LAYER", "Family", "Vocab", "attention_window", "decoder_settings", "is_tied", "sizes_of"]

@@ -37,8 +37,11 @@ class Sizes:
 class Rule(Protocol):
     """What every rule kind offers; shapes are those of one layer."""
 
-    megatron: str
-    hf: tuple[str, ...]
+    @property
+    def megatron(self) -> str: ...
+
+    @property
+    def hf(self) -> tuple[str, ...]: ...
 
     def hf_shapes(self, sizes: Sizes) -> list[tuple[int, ...]]:
         """Shapes of the Hugging Face tensors, in the order of `hf`."""

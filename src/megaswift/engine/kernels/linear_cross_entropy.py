@@ -22,28 +22,41 @@ _ROW_BLOCK, _ROW_WARPS, _ROW_PROGRAMS = 8192, 32, 1  # a row's tile, its warps, 
 
 
 @jit
+def _two_blocks(base, at, end, top, total, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    # One step of the running maximum and sum of every lane; the sum is of powers of two, `top` is in logits.
+    log2e: tl.constexpr = 1.4426950408889634
+    if MASKED:
+        a = tl.load(base + at, mask=at < end, other=float("-inf")).to(tl.float32)
+        b = tl.load(base + at + BLOCK, mask=at + BLOCK < end, other=float("-inf")).to(tl.float32)
+    else:
+        a = tl.load(base + at, eviction_policy="evict_last").to(tl.float32)
+        b = tl.load(base + at + BLOCK, eviction_policy="evict_last").to(tl.float32)
+    peak = tl.maximum(tl.maximum(a, b), top)
+    shift = peak * log2e
+    return peak, total * tl.exp2(top * log2e - shift) + (tl.exp2(a * log2e - shift) + tl.exp2(b * log2e - shift))
+
+
+@jit
 def _row_kernel(logits, labels, stats, scale, valid, first, stride, rows, BLOCK: tl.constexpr, GRAD: tl.constexpr):
-    # A persistent grid, one row at a time on each multiprocessor: few enough rows are under way that the second pass finds
-    # its row in the L2 cache, from the end backwards, the part that was read last. Running maximum and sum are kept for
-    # each lane, so the first pass has no reduction across threads until its end. With GRAD (the whole vocabulary is here)
-    # the second pass turns the row into (softmax - one hot) * scale.
+    # A persistent grid: few enough rows are under way that the second pass finds its row in the L2 cache, from the end
+    # backwards, the part that was read last. Maximum and sum are kept for each lane, so the first pass has no reduction
+    # across threads until its end. With GRAD (the whole vocabulary is here) the second pass turns the row into
+    # (softmax - one hot) * scale. Instructions, not bytes, are scarce here: whole blocks go without masks, and the label's
+    # element is corrected on its own after the others.
+    log2e: tl.constexpr = 1.4426950408889634
     lane = tl.arange(0, BLOCK)
-    low = float("-inf")
     wide = stride.to(tl.int64)
+    whole = valid // (2 * BLOCK) * (2 * BLOCK)
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         base = logits + row * wide
-        top = tl.full([BLOCK], low, dtype=tl.float32)
+        top = tl.full([BLOCK], -1e30, dtype=tl.float32)  # finite: minus infinity would need a guard in every step
         total = tl.zeros([BLOCK], dtype=tl.float32)
-        for start in range(0, valid, 2 * BLOCK):
-            at = start + lane
-            a = tl.load(base + at, mask=at < valid, other=low, eviction_policy="evict_last").to(tl.float32)
-            b = tl.load(base + at + BLOCK, mask=at + BLOCK < valid, other=low, eviction_policy="evict_last").to(tl.float32)
-            peaks = tl.maximum(tl.maximum(a, b), top)
-            safe = tl.where(peaks == low, 0.0, peaks)
-            total = total * tl.exp(top - safe) + (tl.exp(a - safe) + tl.exp(b - safe))
-            top = peaks
+        for start in range(0, whole, 2 * BLOCK):
+            top, total = _two_blocks(base, start + lane, valid, top, total, BLOCK, False)
+        if whole < valid:
+            top, total = _two_blocks(base, whole + lane, valid, top, total, BLOCK, True)
         peak = tl.max(top, axis=0)
-        denominator = tl.sum(total * tl.exp(top - tl.where(peak == low, 0.0, peak)), axis=0)
+        denominator = tl.sum(total * tl.exp2((top - peak) * log2e), axis=0)
         label = tl.load(labels + row) - first
         here = (label >= 0) & (label < valid)
         target = tl.load(base + label, mask=here, other=0.0).to(tl.float32)
@@ -53,12 +66,18 @@ def _row_kernel(logits, labels, stats, scale, valid, first, stride, rows, BLOCK:
         if GRAD:
             factor = tl.load(scale)
             share = factor / denominator
-            blocks = (stride + BLOCK - 1) // BLOCK
+            shift = peak * log2e
+            blocks = valid // BLOCK
+            for tail in range(blocks * BLOCK, stride, BLOCK):
+                at = tail + lane
+                x = tl.load(base + at, mask=at < valid, other=float("-inf")).to(tl.float32)  # padding gets a zero
+                tl.store(base + at, (tl.exp2(x * log2e - shift) * share).to(logits.dtype.element_ty), mask=at < stride)
             for done in range(0, blocks):
                 at = (blocks - 1 - done) * BLOCK + lane
-                x = tl.load(base + at, mask=at < valid, other=low, eviction_policy="evict_first").to(tl.float32)
-                grad = tl.exp(x - peak) * share - tl.where(at == label, factor, 0.0)
-                tl.store(base + at, grad.to(logits.dtype.element_ty), mask=at < stride, eviction_policy="evict_first")
+                x = tl.load(base + at, eviction_policy="evict_first").to(tl.float32)
+                tl.store(base + at, (tl.exp2(x * log2e - shift) * share).to(logits.dtype.element_ty), eviction_policy="evict_first")
+            tl.debug_barrier()  # the label's element was written by another thread
+            tl.store(base + label, (tl.exp2(target * log2e - shift) * share - factor).to(logits.dtype.element_ty), mask=here)
 
 
 @jit

@@ -116,18 +116,35 @@ class FusedMLP(MLP):
 
     def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """hidden_states [s, b, h] to ([s, b, h], bias)."""
-        config = self.config
-        plain = config.gated_linear_unit and self.activation_func is F.silu and config.activation_func_clamp_value is None
-        if not plain or config.add_bias_linear or config.glu_linear_offset or per_token_scale is not None:
+        if not self._takes() or per_token_scale is not None:
             return super().forward(hidden_states, per_token_scale, **kwargs)
         both, _ = self.linear_fc1(hidden_states)
         second = self.linear_fc2
-        if not isinstance(second, RowParallelLinear) or second.explicit_expert_comm or not second.weight.requires_grad:
+        if not self._fuses_second():
             return second(swiglu(both))
         output = swiglu_linear(both, second.weight, recompute=self.recompute_activation)
         if second.sequence_parallel:
             return reduce_scatter_to_sequence_parallel_region(output, group=second.tp_group), None
         return reduce_from_tensor_model_parallel_region(output, group=second.tp_group), None
+
+    def forward_and_add(self, hidden_states: Tensor, residual: Tensor) -> Tensor:
+        """residual + this MLP of hidden_states; without tensor parallelism the second product adds it itself."""
+        second = self.linear_fc2
+        if self._takes() and self._fuses_second() and second.tp_group.size() == 1:
+            both, _ = self.linear_fc1(hidden_states)
+            return swiglu_linear(both, second.weight, recompute=self.recompute_activation, residual=residual)
+        output, bias = self.forward(hidden_states)
+        return residual + (output if bias is None else output + bias)
+
+    def _takes(self) -> bool:
+        config = self.config
+        silu = config.gated_linear_unit and self.activation_func is F.silu and config.activation_func_clamp_value is None
+        return silu and not config.add_bias_linear and not config.glu_linear_offset
+
+    def _fuses_second(self) -> bool:
+        """Whether the second product is a plain one; an adapter around it, for example, is not."""
+        second = self.linear_fc2
+        return isinstance(second, RowParallelLinear) and not second.explicit_expert_comm and second.weight.requires_grad
 
 
 class FusedTransformerLayer(TransformerLayer):
@@ -144,10 +161,10 @@ class FusedTransformerLayer(TransformerLayer):
         if bias is not None:
             delta = delta + bias
         residual, x = add_rms_norm(residual, delta, second.weight, second.eps)
+        if isinstance(self.mlp, FusedMLP):
+            return self.mlp.forward_and_add(x, residual), kwargs.get("context")
         delta, bias = self.mlp(x)
-        if bias is not None:
-            delta = delta + bias
-        return residual + delta, kwargs.get("context")
+        return residual + (delta if bias is None else delta + bias), kwargs.get("context")
 
     def _takes(self, arguments: dict[str, Any]) -> bool:
         norms = isinstance(self.input_layernorm, RMSNorm) and isinstance(self.pre_mlp_layernorm, RMSNorm)

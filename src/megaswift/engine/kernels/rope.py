@@ -20,23 +20,24 @@ from megaswift.engine.kernels.triton_support import jit, next_power_of_2, tl, us
 @jit
 def _split_kernel(mixed, bias, partial, q, k, v, cos, sin, tokens, batch, q_s, q_b, q_h, k_s, k_b, k_h, v_s, v_b, v_h, table_s, table_b,
                   GROUPS: tl.constexpr, REP: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
-                  BACKWARD: tl.constexpr, HAS_BIAS: tl.constexpr):  # fmt: skip
-    # One program: TOKENS tokens, every head of them; the tables are read once. `mixed` holds, for each group, its REP
-    # query heads, its key head and its value head. Backward reads q, k, v and writes mixed, and the sums over this
-    # program's tokens as its part of the bias' gradient.
-    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    at_s, at_b = (token // batch).to(tl.int64), (token % batch).to(tl.int64)
+                  TILES: tl.constexpr, BACKWARD: tl.constexpr, HAS_BIAS: tl.constexpr):  # fmt: skip
+    # One program: one head of TILES x TOKENS tokens. `mixed` holds, for each group, its REP query heads, its key head and
+    # its value head. Backward reads q, k, v and writes mixed; its sums over the tokens are this program's part of the
+    # bias' gradient, kept in registers until the end.
+    head = tl.program_id(1)
+    group, part = head // (REP + 2), head % (REP + 2)
     col = tl.arange(0, BLOCK)
     inside = col < HALF
-    mask = (token < tokens)[:, None] & inside[None, :]
-    table = (at_s * table_s + at_b * table_b)[:, None] + col[None, :]
-    c = tl.load(cos + table, mask=mask, other=0.0).to(tl.float32)
-    s = tl.load(sin + table, mask=mask, other=0.0).to(tl.float32)
-    if BACKWARD:
-        s = -s
     width = GROUPS * (REP + 2) * HALF * 2
-    for head in range(GROUPS * (REP + 2)):
-        group, part = head // (REP + 2), head % (REP + 2)
+    if HAS_BIAS and not BACKWARD:
+        add_first = tl.load(bias + head * HALF * 2 + col, mask=inside, other=0.0).to(tl.float32)[None, :]
+        add_second = tl.load(bias + head * HALF * 2 + HALF + col, mask=inside, other=0.0).to(tl.float32)[None, :]
+    sum_first = tl.zeros([TOKENS, BLOCK], dtype=tl.float32)
+    sum_second = tl.zeros([TOKENS, BLOCK], dtype=tl.float32)
+    for tile in range(TILES):
+        token = (tl.program_id(0) * TILES + tile) * TOKENS + tl.arange(0, TOKENS)
+        at_s, at_b = (token // batch).to(tl.int64), (token % batch).to(tl.int64)
+        mask = (token < tokens)[:, None] & inside[None, :]
         packed = mixed + token.to(tl.int64)[:, None] * width + head * HALF * 2 + col[None, :]
         if part < REP:
             single = q + (at_s * q_s + at_b * q_b)[:, None] + (group * REP + part) * q_h + col[None, :]
@@ -51,16 +52,24 @@ def _split_kernel(mixed, bias, partial, q, k, v, cos, sin, tokens, batch, q_s, q
         first = tl.load(source, mask=mask, other=0.0).to(tl.float32)
         second = tl.load(source + HALF, mask=mask, other=0.0).to(tl.float32)
         if HAS_BIAS and not BACKWARD:
-            first += tl.load(bias + head * HALF * 2 + col, mask=inside, other=0.0).to(tl.float32)[None, :]
-            second += tl.load(bias + head * HALF * 2 + HALF + col, mask=inside, other=0.0).to(tl.float32)[None, :]
+            first += add_first
+            second += add_second
         if part <= REP:
+            table = (at_s * table_s + at_b * table_b)[:, None] + col[None, :]
+            c = tl.load(cos + table, mask=mask, other=0.0).to(tl.float32)
+            s = tl.load(sin + table, mask=mask, other=0.0).to(tl.float32)
+            if BACKWARD:
+                s = -s
             first, second = first * c - second * s, second * c + first * s
         if HAS_BIAS and BACKWARD:
-            sums = partial + tl.program_id(0) * width + head * HALF * 2 + col
-            tl.store(sums, tl.sum(first, axis=0), mask=inside)
-            tl.store(sums + HALF, tl.sum(second, axis=0), mask=inside)
+            sum_first += first
+            sum_second += second
         tl.store(target, first.to(target.dtype.element_ty), mask=mask)
         tl.store(target + HALF, second.to(target.dtype.element_ty), mask=mask)
+    if HAS_BIAS and BACKWARD:
+        sums = partial + tl.program_id(0) * width + head * HALF * 2 + col
+        tl.store(sums, tl.sum(sum_first, axis=0), mask=inside)
+        tl.store(sums + HALF, tl.sum(sum_second, axis=0), mask=inside)
 
 
 @jit
@@ -83,6 +92,9 @@ def _rotate_kernel(x, y, cos, sin, tokens, batch, x_s, x_b, x_h, table_s, table_
         a, b = first.to(tl.float32), second.to(tl.float32)
         tl.store(target + head * HALF * 2, (a * c - b * s).to(first.dtype), mask=mask)
         tl.store(target + head * HALF * 2 + HALF, (b * c + a * s).to(first.dtype), mask=mask)
+
+
+_TILES = 8  # tiles of tokens a program takes one after the other
 
 
 def _table(table: Tensor) -> Tensor:
@@ -118,12 +130,12 @@ def _launch_split(
     per_program = max(1, 1024 // block)
     tokens, batch = q.shape[0] * q.shape[1], q.shape[1]
     strides = (stride for part in parts for stride in part.stride()[:3])
-    programs = (tokens + per_program - 1) // per_program
+    programs = -(-tokens // (per_program * _TILES))
     sums = backward and bias is not None
     partial = torch.empty((programs, bias.numel()), dtype=torch.float32, device=q.device) if sums else q  # type: ignore[union-attr]
-    _split_kernel[(programs,)](
+    _split_kernel[(programs, mixed.numel() // tokens // (2 * half))](
         mixed, q if bias is None else bias, partial, q, k, v, cos, sin, tokens, batch, *strides, *_table_strides(cos),
-        groups, q.shape[2] // groups, half, block, per_program, backward, bias is not None, num_warps=4,
+        groups, q.shape[2] // groups, half, block, per_program, _TILES, backward, bias is not None, num_warps=4,
     )  # fmt: skip
     return partial.sum(0) if sums else None
 

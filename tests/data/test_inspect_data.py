@@ -1,0 +1,59 @@
+"""`swift data`: figures, histogram, examples and the page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_chats import tokenizer_of
+
+from megaswift import inspect_data
+from megaswift.errors import UserError
+from megaswift.inspect_data import data_main, histogram
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory with nothing but a tokenizer."""
+    tokenizer_of("smollm2").save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(inspect_data, "_directory", lambda args: tmp_path / "model")
+
+
+def test_the_whole_verb(model: None, jsonl: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"query": f"q <b> {k % 40}", "response": "a & b " * (1 + k % 7 % 3)} for k in range(50)]
+    path = jsonl([*rows, "broken <row>"])
+    words = ["--dataset", path, "--dataset_test_ratio", "0", "--output", str(tmp_path / "page"), "--examples", "2", "--batch_size", "4"]
+    inspection = data_main(words)
+    shown = capsys.readouterr().out
+    assert inspection.duplicates == len(rows) - len({(row["query"], row["response"]) for row in rows})
+    assert inspection.fill is not None and 0 < inspection.fill <= 1 and 0 < inspection.padding < 1
+    assert "rows.jsonl:51" in shown and shown.count("[[") == 3 and "packing to 2,048 tokens fills" in shown
+    page = (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
+    assert page.count("<mark>") == 3 and "q &lt;b&gt;" in page and "<b>" not in page and "a &amp; b" in page
+    assert (tmp_path / "page" / "lengths.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_histogram() -> None:
+    sizes = np.array([1, 2, 3, 160, 160])
+    bars = histogram(sizes)
+    assert bars[0] == (1, 10, 3) and bars[-1] == (151, 160, 2) and sum(count for _, _, count in bars) == 5
+    assert histogram(np.array([3])) == [(1, 1, 0), (2, 2, 0), (3, 3, 1)]
+
+
+def test_options_that_cannot_work(model: None, jsonl: Callable[..., str], tmp_path: Path) -> None:
+    path = jsonl([{"query": "q", "response": "a"}])
+    with pytest.raises(UserError, match="below 0"):
+        data_main(["--dataset", path, "--examples", "-1"])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="page cannot be written"):
+        data_main(["--dataset", path, "--output", str(tmp_path / "file" / "page")])
+
+
+def test_where_the_tokenizer_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="not a directory of Megatron weights"):
+        data_main(["--resume_from_checkpoint", "none", "--dataset", "self-cognition"])
+    with pytest.raises(UserError, match="no model is named"):
+        data_main(["--dataset", "self-cognition"])
