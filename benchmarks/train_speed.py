@@ -37,7 +37,7 @@ def model_flops_a_token(shape: str, seq: int, params: int) -> float:
 
 def join() -> None:
     """A process group of one."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29777", RANK="0", WORLD_SIZE="1", CUDA_DEVICE_MAX_CONNECTIONS="1")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29777", RANK="0", WORLD_SIZE="1")
     torch.cuda.set_device(0)
     torch.distributed.init_process_group("nccl")  # without device_id: it would make every group's communicator now, 7 GiB in all
     from megatron.core import parallel_state
@@ -47,7 +47,7 @@ def join() -> None:
     model_parallel_cuda_manual_seed(1)
 
 
-def build(shape: str, seq: int, recompute_activation: bool) -> tuple[Any, Any, Any]:
+def build(shape: str, seq: int, way: str) -> tuple[Any, Any, Any]:
     """(config, wrapped model, optimizer)."""
     import torch.nn.functional as F
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -91,7 +91,7 @@ def build(shape: str, seq: int, recompute_activation: bool) -> tuple[Any, Any, A
         layer.module = ours.FusedTransformerLayer
         layer.submodules.self_attention.module = ours.FusedSelfAttention
         layer.submodules.mlp.module = ours.FusedMLP
-    ours.FusedMLP.recompute_activation = recompute_activation
+    ours.FusedMLP.recompute_activation, ours.FusedMLP.overlap = "k" not in way, "o" in way
     model = Model(
         config, spec, vocab_size=VOCAB, max_sequence_length=seq, position_embedding_type="none", share_embeddings_and_output_weights=True
     ).cuda()  # fmt: skip
@@ -120,7 +120,7 @@ def tables(seq: int, dim: int) -> tuple[Any, Any]:
     return angles.cos().bfloat16(), angles.sin().bfloat16()
 
 
-def make_step(shape: str, seq: int, micro: int, recompute: bool) -> tuple[Any, int]:
+def make_step(shape: str, seq: int, micro: int, way: str) -> tuple[Any, int]:
     """A function that does step k, and the number of parameters."""
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -128,7 +128,7 @@ def make_step(shape: str, seq: int, micro: int, recompute: bool) -> tuple[Any, i
     from megaswift.engine.backend import SequenceLayout
     from megaswift.engine.kernels.main_grad import settle_main_grads, zero_main_grads
 
-    config, ddp, optimizer = build(shape, seq, recompute)
+    config, ddp, optimizer = build(shape, seq, way)
     cos, sin = tables(seq, config.kv_channels)
     layout = SequenceLayout(cos=cos, sin=sin)
     generator = torch.Generator().manual_seed(0)
@@ -193,16 +193,16 @@ def profile(step: Any, first: int) -> tuple[list[tuple[str, float, int]], dict[s
     return sorted(((n, t, int(c) // 2) for n, (t, c) in totals.items()), key=lambda row: -row[1]), state
 
 
-def child(shape: str, seq: int, micro: int, steps: int, recompute: bool, with_profile: bool) -> None:
+def child(shape: str, seq: int, micro: int, steps: int, way: str, with_profile: bool) -> None:
     """Measure ours and print one JSON line."""
     import gc
     import warnings
 
     warnings.filterwarnings("ignore")
     join()
-    result: dict[str, Any] = dict(run="ours", shape=shape, seq=seq, micro=micro, recompute_activation=recompute)
+    result: dict[str, Any] = dict(run="ours", shape=shape, seq=seq, micro=micro, way=way)
     try:
-        step, params = make_step(shape, seq, micro, recompute)
+        step, params = make_step(shape, seq, micro, way)
         gc.disable()
         times, losses = [], []
         for k in range(steps):
@@ -244,27 +244,29 @@ def run(command: list[str]) -> dict[str, Any]:
 def main() -> None:
     """Parse the command line and run ours and the peer for each shape."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default="0.5b:8,1.5b:4,3b:2", help="SHAPE:MICRO_BATCH[:k to keep SwiGLU's result], comma separated")
+    parser.add_argument("--shapes", default="0.5b:8:k,1.5b:4:k,3b:2", help="SHAPE:MICRO_BATCH[:k keeps SwiGLU's result, o overlaps its gradient], comma separated")
     parser.add_argument("--seq", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--peer", type=Path, help="the peer's script; without it only ours runs")
+    parser.add_argument("--without-peer", default="", help="shapes whose peer is not run")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        shape, micro, keep = options.child
-        child(shape, options.seq, int(micro), options.steps, keep != "k", options.profile)
+        shape, micro, way = options.child
+        child(shape, options.seq, int(micro), options.steps, way, options.profile)
         return
-    results = []
+    results: list[dict[str, Any]] = []
     for entry in options.shapes.split(","):
-        shape, micro, keep = (entry + ":").split(":")[:3]
-        command = [sys.executable, __file__, "--seq", str(options.seq), "--steps", str(options.steps), "--child", shape, micro, keep or "r"]
-        results.append(run(command + (["--profile"] if options.profile else [])))
-        if options.peer and keep != "k":
-            results.append(run([sys.executable, str(options.peer), shape, str(options.seq), micro, "1", "0", str(options.steps)]))
-        for result in results[-2:]:
-            print({k: v for k, v in result.items() if k != "profile"}, flush=True)
+        shape, micro, way = (entry + ":").split(":")[:3]
+        command = [sys.executable, __file__, "--seq", str(options.seq), "--steps", str(options.steps), "--child", shape, micro, way or "-"]
+        commands = [command + (["--profile"] if options.profile else [])]
+        if options.peer and shape not in options.without_peer.split(","):
+            commands.append([sys.executable, str(options.peer), shape, str(options.seq), micro, "1", "0", str(options.steps)])
+        for each in commands:
+            results.append(run(each))
+            print({k: v for k, v in results[-1].items() if k != "profile"}, flush=True)
     if options.out:
         options.out.write_text(json.dumps(results, indent=1))
     for result in results:

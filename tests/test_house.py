@@ -15,6 +15,7 @@ ORDER = [
     "errors",
     "terminal",
     "cache",
+    "option_parser",
     "arguments",
     "args_file",
     "families",
@@ -29,7 +30,13 @@ ORDER = [
     "report",
     "export",
     "sft",
+    "inspect_data",
+    "parity",
+    "run_model",
+    "evaluation",
     "infer",
+    "deploy",
+    "eval",
     "cli",
 ]
 ENTRY = "megaswift.sft"

@@ -7,25 +7,13 @@ is what the command line calls; a script builds the same classes directly.
 from __future__ import annotations
 
 import copy
-import dataclasses
-import json
-import types
-import typing
-from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Self
 
-from megaswift.errors import UserError, nearest
+from megaswift.errors import UserError
+from megaswift.option_parser import REFUSED, default_of, option, parse
 
-T = TypeVar("T", bound="BaseArguments")
-
-
-def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A dataclass field with its help text and, where the value is one of a few words, those words."""
-    metadata = {"help": help, "choices": choices}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+__all__ = ["REFUSED", "default_of", "option", "parse"]
 
 
 @dataclass(kw_only=True)
@@ -182,7 +170,31 @@ class SftArguments(ModelArguments, LayoutArguments, DataArguments):
     save_only_model: bool = option(
         False, "Leave optimizer and random states out of checkpoints; the run cannot be resumed then."
     )
-    save_total_limit: int | None = option(None, "Checkpoints to keep, the newest ones; default: all.")
+    save_total_limit: int | None = option(
+        None, "Checkpoints to keep: the newest, and the best by validation loss even where that is one more; default: all."
+    )
+    async_save: bool = option(
+        False, "Write checkpoints while training goes on: a step waits only for the copy to host memory, which must have room."
+    )
+    resume: bool = option(
+        False,
+        "Go on with the newest run of this model type under output_dir; where there is none, start one. For requeued jobs.",
+    )
+    verify: bool = option(True, "Check the SHA-256 of a checkpoint's files before going on from it.")
+    allow_data_change: bool = option(False, "Go on with a run although its data or its seed changed since.")
+    nonfinite: str = option(
+        "stop",
+        "What a NaN or infinite loss or gradient does: stop the run, or skip the step without an update.",
+        ("stop", "skip"),
+    )
+    skip_spikes: float = option(
+        0.0, "Skip steps whose gradient norm is above this many times the median of the steps before; 0: none."
+    )
+    max_skipped_steps: int = option(10, "Skipped steps after which the run stops.")
+    start_timeout: float = option(
+        1800.0, "Seconds that start-up, loading or saving may take before the run is ended as hanging."
+    )
+    step_timeout: float = option(600.0, "Seconds that one step may take before the run is ended as hanging.")
     logging_steps: int = option(5, "Steps between two lines of logging.jsonl.")
     dataloader_num_workers: int = option(1, "Threads that prepare micro batches ahead; 0: prepared when needed.")
     use_flash_attn: bool | None = option(
@@ -207,11 +219,27 @@ class SftArguments(ModelArguments, LayoutArguments, DataArguments):
 
 
 @dataclass(kw_only=True)
-class InferArguments(ModelArguments, DataArguments):
+class BackendArguments(ModelArguments, TemplateArguments):
+    """Which trained model answers, and with what."""
+
+    ckpt_dir: str | None = option(
+        None,
+        "Directory of the model: one made by `swift export --to_hf`, or a Megatron directory (the newest complete checkpoint).",
+    )
+    infer_backend: str = option(
+        "AUTO",
+        "What generates: pt is transformers; AUTO is vllm where a GPU and vLLM are there, else pt.",
+        ("AUTO", "auto", "pt", "vllm"),
+    )
+    max_model_len: int | None = option(None, "Most tokens of a prompt and its answer together; default: what the model allows.")
+    gpu_memory_utilization: float = option(0.9, "Share of the GPU's memory that vLLM takes.")
+    tensor_parallel_size: int = option(1, "GPUs over which vLLM splits the model.")
+
+
+@dataclass(kw_only=True)
+class InferArguments(BackendArguments, DataArguments):
     """`swift infer`: a conversation in the terminal, or answers to a file of questions."""
 
-    ckpt_dir: str | None = option(None, "Hugging Face directory made by `swift export --to_hf`.")
-    infer_backend: str = option("AUTO", "What generates: pt is transformers.", ("AUTO", "pt"))
     max_new_tokens: int = option(2048, "Longest answer in tokens.")
     do_sample: bool = option(True, "Draw tokens at random; false: always the likeliest.")
     temperature: float = option(0.3, "Sharpness of the draw; 0 is greedy.")
@@ -225,149 +253,81 @@ class InferArguments(ModelArguments, DataArguments):
     show_dataset_sample: int = option(10, "Questions taken from val_dataset; -1: all.")
     save_result: bool = option(True, "Write questions and answers to infer_result/.")
     result_dir: str | None = option(None, "Where results go; default: infer_result/ in the model's directory.")
+    resume_result: bool = option(False, "Go on with the newest results file, where it holds the first of these questions.")
     load_dataset_config: bool = option(False, "Answer the validation rows of the run that made the model.")
     eval_human: bool | None = option(None, "Talk in the terminal; default: true when no dataset is given.")
     max_length: int = option(-1, "Longest prompt in tokens; -1: what the model allows.")
 
 
-def default_of(item: dataclasses.Field[Any]) -> Any:
-    """The default value of a dataclass field."""
-    if item.default_factory is not dataclasses.MISSING:
-        return item.default_factory()
-    return item.default
+@dataclass(kw_only=True)
+class DeployArguments(BackendArguments):
+    """`swift deploy`: a model behind the OpenAI API, on this machine only unless --host says otherwise."""
+
+    host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 lets other machines in, so give --api_key with it.")
+    port: int = option(8000, "Port to listen on; 0: any free one.")
+    api_key: str | None = option(None, "Key that requests must bring; default: the environment's MEGASWIFT_API_KEY, else none.")
+    served_model_name: str | None = option(None, "Name of the model in requests; default: its model_type.")
+    max_new_tokens: int = option(2048, "Most tokens of one answer, whatever a request asks for.")
+    max_body_size: str = option("4MB", "Largest request body, for example 500KB or 4MB.")
+    max_concurrency: int = option(64, "Requests that wait or run at once; more get status 429.")
+    infer_batch_size: int = option(8, "Waiting requests that pt answers together.")
+    temperature: float = option(0.3, "Sharpness of the draw where a request gives none; 0 is greedy.")
+    top_k: int = option(20, "Draw among this many likeliest tokens where a request gives no other number; 0: all.")
+    top_p: float = option(0.7, "Draw among the likeliest tokens of this probability where a request gives none.")
+    repetition_penalty: float = option(1.0, "Above 1, tokens that already appeared become less likely.")
 
 
-# Options that ms-swift's users know and that would do nothing here: refused, each with what to use instead.
-REFUSED = {
-    "deepspeed": "Megatron-Core's distributed optimizer already shards the optimizer state over data-parallel ranks",
-    "fsdp": "Megatron-Core's distributed optimizer already shards the optimizer state over data-parallel ranks",
-    "lora_rank": "only full-parameter training exists (--sft_type full)",
-    "lora_alpha": "only full-parameter training exists (--sft_type full)",
-    "lora_target_modules": "only full-parameter training exists (--sft_type full)",
-    "lora_dropout_p": "only full-parameter training exists (--sft_type full)",
-    "quantization_bit": "training runs in fp32, bf16 or fp16 (--dtype)",
-    "neftune_noise_alpha": "noise on embeddings is not part of the Megatron engine",
-    "freeze_parameters": "all weights are trained",
-    "fp16": "use --dtype fp16",
-    "bf16": "use --dtype bf16",
-    "device_map": "use --tp and --pp",
-    "device_map_config_path": "use --tp and --pp",
-    "report_to": "TensorBoard (runs/) and logging.jsonl are always written",
-    "evaluation_strategy": "use --eval_steps",
-    "save_strategy": "use --save_steps",
-    "lr_scheduler_kwargs": "use --min_lr, --warmup_steps and --lr_scheduler_type",
-    "use_loss_scale": "every supervised token counts the same",
-    "eval_batch_size": "evaluation uses --batch_size",
-}
+@dataclass(kw_only=True)
+class EvalArguments(BackendArguments):
+    """`swift eval`: benchmarks for one model, or several models on the same questions."""
+
+    compare: list[str] = option(
+        [], "Two or more models to compare, as [title=]DIR or [title=]model_type; the first is the base."
+    )
+    eval_dataset: list[str] = option([], "Benchmarks: ceval, mmlu, gsm8k, arc, arc_easy, or names of --custom_eval_config.")
+    eval_backend: str = option(
+        "Native",
+        "Who evaluates: Native is EvalScope's scoring, or ours where it is not installed.",
+        ("Native", "lm-eval", "OpenCompass"),
+    )
+    eval_method: str = option(
+        "generate",
+        "generate: read the choice from an answer; loglikelihood: the choice that the model finds likeliest.",
+        ("generate", "loglikelihood"),
+    )
+    eval_data_dir: str | None = option(None, "Directory with the benchmarks' own files or zips; default: they come from a hub.")
+    eval_limit: int | None = option(None, "Questions of each benchmark, spread evenly over its subsets; default: all.")
+    eval_few_shot: int = option(0, "Solved examples before each question.")
+    eval_batch_size: int = option(8, "Questions answered at once.")
+    eval_output_dir: str = option("eval_outputs", "Where results go, in {name}/{time}/.")
+    name: str = option("", "Name of this evaluation in the output directory; default: default.")
+    eval_use_cache: bool = option(
+        False, "Take answers that an earlier evaluation in the output directory has for the same model and prompt."
+    )
+    custom_eval_config: str | None = option(
+        None, "JSON list of own benchmarks: {name, pattern: ceval | general_qa, dataset: DIR, subset_list}."
+    )
+    max_new_tokens: int | None = option(None, "Longest answer in tokens; default: the benchmark's own limit.")
+    temperature: float = option(0.0, "Sharpness of the draw; 0 is greedy.")
+    top_k: int = option(20, "Draw among this many likeliest tokens when temperature is above 0; 0: all.")
+    top_p: float = option(0.7, "Draw among the likeliest tokens of this probability when temperature is above 0.")
+    repetition_penalty: float = option(1.0, "Above 1, tokens that already appeared become less likely.")
 
 
-def parse(cls: type[T], argv: list[str]) -> T:
-    """Build `cls` from command line words.
+@dataclass(kw_only=True)
+class InspectArguments(SftArguments):
+    """`swift data`: counts, lengths, duplicates and examples of the data that `swift sft` would train on."""
 
-    A first word that ends in .json or .yaml is a file of options; flags after it win. Booleans take true or false, a
-    bare flag means true. Raises UserError for an unknown flag, a missing or a misshapen value.
-    """
-    known = {item.name: item for item in fields(cls)}
-    hints = typing.get_type_hints(cls)
-    values: dict[str, Any] = {}
-    argv = [word for word in argv if word == "" or word.strip()]  # "\\ " at the end of a pasted command gives a blank word
-    if argv and argv[0].endswith((".json", ".yaml", ".yml")):
-        values.update(_read_option_file(cls, argv[0], known))
-        argv = argv[1:]
-    position = 0
-    while position < len(argv):
-        word = argv[position]
-        if not word.startswith("--"):
-            raise UserError(
-                f"{word!r} is no option.", where="command line", fix="options start with --, for example --model_type NAME"
-            )
-        name, equals, inline = word[2:].partition("=")
-        name = name.replace("-", "_")
-        _require_known(cls, name, known)
-        position += 1
-        words = [inline] if equals else []
-        while not equals and position < len(argv) and not _is_flag(argv[position]):
-            words.append(argv[position])
-            position += 1
-        values[name] = _convert(name, hints[name], words)
-    return cls(**values)
+    output: str | None = option(None, "Directory for a page (index.html) with all of it; default: the terminal only.")
+    examples: int = option(3, "Samples to show in full, drawn at random.")
 
 
-def _is_flag(word: str) -> bool:
-    return word.startswith("--") and len(word) > 2 and word[2].isalpha()
+@dataclass(kw_only=True)
+class ParityArguments(SftArguments):
+    """`swift parity`: does this run compute what it should?"""
 
-
-def _require_known(cls: type[BaseArguments], name: str, known: dict[str, Any]) -> None:
-    if name in known:
-        return
-    if name in REFUSED:
-        raise UserError(f"--{name} has no effect on this backend, so it is refused.", where=f"--{name}", fix=REFUSED[name])
-    raise UserError(f"unknown option --{name}.", where="command line", fix=f"did you mean: {nearest(name, list(known))}?")
-
-
-def _read_option_file(cls: type[BaseArguments], path: str, known: dict[str, Any]) -> dict[str, Any]:
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        if path.endswith(".json"):
-            values = json.loads(text)
-        else:
-            import yaml
-
-            values = yaml.safe_load(text)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the option file: {error}", where=path) from error
-    except Exception as error:  # yaml's own error classes; yaml is imported only here
-        raise UserError(f"the option file is not valid YAML: {error}", where=path) from error
-    if not isinstance(values, dict):
-        raise UserError("an option file must hold one mapping from option to value.", where=path)
-    for name in values:
-        _require_known(cls, name, known)
-    return values
-
-
-def _convert(name: str, hint: Any, words: list[str]) -> Any:
-    """Words of the command line as a value of the option's type."""
-    base, is_list = _base_type(hint)
-    if is_list:
-        return [part for word in words for part in (_split_commas(word) if name in _COMMA_LISTS else [word])]
-    if not words:
-        if base is bool:
-            return True
-        raise UserError(f"--{name} needs a value.", where=f"--{name}")
-    if len(words) > 1:
-        raise UserError(
-            f"--{name} takes one value, but got {len(words)}: {' '.join(words)}",
-            where=f"--{name}",
-            fix="put a value with spaces in quotes",
-        )
-    try:
-        return _scalar(base, words[0])
-    except ValueError as error:
-        raise UserError(f"--{name} {words[0]!r} is not {_TYPE_NAMES.get(base, 'valid')}.", where=f"--{name}") from error
-
-
-_COMMA_LISTS = ("dataset", "val_dataset")
-_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false"}
-
-
-def _base_type(hint: Any) -> tuple[type, bool]:
-    if typing.get_origin(hint) is list:
-        return str, True
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        return next(part for part in typing.get_args(hint) if part is not type(None)), False
-    return hint, False
-
-
-def _split_commas(word: str) -> list[str]:
-    return [part for part in word.split(",") if part] if "," in word and not word.lstrip().startswith(("{", "[")) else [word]
-
-
-def _scalar(base: type, word: str) -> Any:
-    if base is bool:
-        lowered = word.lower()
-        if lowered in ("true", "1", "yes"):
-            return True
-        if lowered in ("false", "0", "no"):
-            return False
-        raise ValueError(word)
-    return base(word)
+    steps: int = option(5, "Steps to compare.")
+    layouts: str | None = option(
+        None, 'Layouts to compare with the first, for example "tp1 tp2,sp pp2 tp2,pp2,dp2 recompute padded".'
+    )
+    keep_dumps: bool = option(False, "Keep the gradients and weights of every step.")

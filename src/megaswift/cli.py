@@ -21,6 +21,13 @@ VERBS = {
         "convert between a Hugging Face folder and Megatron weights",
     ),
     "sft": ("megaswift.sft", "sft_main", "SftArguments", "fine-tune Megatron weights"),
+    "data": ("megaswift.inspect_data", "data_main", "InspectArguments", "show what training would read, without a model"),
+    "parity": (
+        "megaswift.parity.command",
+        "parity_main",
+        "ParityArguments",
+        "compare a run with transformers, or layouts with each other",
+    ),
     "infer": ("megaswift.infer", "infer_main", "InferArguments", "talk to a model, or answer a file of questions"),
 }
 

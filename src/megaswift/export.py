@@ -3,7 +3,7 @@
     swift export --model_type qwen2-7b-instruct --to_megatron true --tp 2 --dtype bf16
     swift export --ckpt_dir qwen2-7b-instruct-tp2-pp1 --to_hf true
 
-Runs in one process, without a GPU. The result appears under its name only when it is complete and verified.
+Runs in one process, without a GPU. The result appears under its name only when it is complete and proven.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,14 +29,18 @@ from megaswift.args_file import (
     write_args_file,
 )
 from megaswift.arguments import ExportArguments, parse
-from megaswift.checkpoint import layout
+from megaswift.checkpoint import classic, layout
 from megaswift.errors import DataError, UserError
 from megaswift.terminal import say
 
 if TYPE_CHECKING:
+    import torch
+
+    from megaswift.convert.model import MegatronReader
     from megaswift.hf.write import WriteResult
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+THREADS = 2  # files written at the same time
 
 
 def export_main(args: ExportArguments | list[str]) -> Path:
@@ -53,13 +58,21 @@ def export_main(args: ExportArguments | list[str]) -> Path:
             where="swift export",
             fix="--to_megatron true makes Megatron weights, --to_hf true makes a Hugging Face model",
         )
-    return to_megatron(args) if args.to_megatron else to_hf(args)
+    if args.sign:
+        from megaswift.checkpoint.sign import load_private_key
+
+        load_private_key(Path(args.sign))  # a bad key is found before hours of work
+    if args.to_hf:
+        return to_hf(args)
+    if args.ckpt_dir:
+        from megaswift.modernize import modernize
+
+        return modernize(args)
+    return to_megatron(args)
 
 
 def to_megatron(args: ExportArguments) -> Path:
     """Hugging Face folder -> {model_type}-tp{tp}-pp{pp}, with config, tokenizer and export_args.json beside the weights."""
-    if args.ckpt_dir:
-        raise UserError("--ckpt_dir belongs to --to_hf.", where="--ckpt_dir", fix="name the model with --model_type or --model_id_or_path")
     if not args.model_type and not args.model_id_or_path:
         raise UserError("no model is named.", where="swift export", fix="give --model_type NAME or --model_id_or_path DIR")
     begin = time.perf_counter()
@@ -67,57 +80,75 @@ def to_megatron(args: ExportArguments) -> Path:
 
     located = locate(args.model_type, args.model_id_or_path, args.model_revision)
     from megaswift.checkpoint.torch_dist import Reader
-    from megaswift.convert import DTYPE_NAMES, hf_to_megatron, verify_round_trip
+    from megaswift.convert import DTYPES, hf_to_megatron, verify_round_trip
     from megaswift.hf.config import load_config
+    from megaswift.hf.publish import publish, workspace
     from megaswift.hf.read import HFCheckpoint
     from megaswift.plan import check_layout
+    from megaswift.release import finish_release
 
     config = load_config(located.path)
     check_layout(config, args.tp, args.pp)
     source = HFCheckpoint.open(located.path)
     dtype = _main_dtype(source) if args.dtype == "AUTO" else args.dtype
     target = Path(args.megatron_output_dir or f"{located.model_type}-tp{args.tp}-pp{args.pp}").absolute()
-    _require_free_name(target, args.overwrite)
-    with _published(target, source.total_bytes * 4 // 2) as temporary:
-        release = temporary / layout.RELEASE
-        release.mkdir()
+    require_free_name(target, args.overwrite)
+    needed = sum(source.entry(name).nbytes * DTYPES[dtype].itemsize // source.dtype(name).itemsize for name in source.names)
+    plan = json.dumps(["megatron", dtype, located.origin, located.revision, _fingerprint(source)])
+    with replacing(target) as fresh, workspace(fresh, needed + (64 << 20), plan=plan, resume=args.resume) as work:
+        release = work.path / layout.RELEASE
+        release.mkdir(exist_ok=True)
         say(f"{located.model_type} ({located.origin}) -> Megatron weights, {dtype}")
-        done = hf_to_megatron(source, config, release, dtype)
-        checked = verify_round_trip(Reader(release), config, done.tensors) if args.verify else 0
-        for file in source.side_files():
-            shutil.copyfile(file, temporary / file.name)
-        extra = {"model_type": located.model_type, "dtype": dtype, "template_type": _template(located.model_type)}
-        write_args_file(temporary, args, extra, name=EXPORT_ARGS)
-        _write_release_manifest(release, done, located, args, checked)
-        (temporary / layout.TRACKER).write_text(layout.RELEASE, encoding="utf-8")
-    seconds = time.perf_counter() - begin
-    size = sum(digest.size for digest in done.files.values())
-    say(f"  {done.parameters:,} parameters in {len(done.tensors)} tensors, {size / 1e9:.2f} GB, {seconds:.1f} s")
-    if args.verify:
-        say(f"  verified: all {checked} tensors read back from the Megatron files have the SHA-256 of their source")
-    say(f"[bold]{_shown(target)}[/bold] is ready. Next: swift sft --resume_from_checkpoint {_shown(target)} --dataset NAME")
+        done = hf_to_megatron(source, config, release, dtype, THREADS, work)
+        seconds = time.perf_counter() - begin
+        work.drop_records()
+        proof = None
+        if args.verify:
+            from megaswift.proof.prove import prove
+
+            equal = verify_round_trip(Reader(release), config, done.tensors)
+            proof = prove(config, source, Reader(release), DTYPES[dtype], located.path, equal)
+        origin = {"origin": located.origin, "revision": located.revision, "files": {file: size for file, size, _ in _fingerprint(source)}}
+        finish_release(work.path, args, located.model_type, _template(located.model_type), source.side_files(), done, proof, {"source": origin, "made_from": []})
+        publish(work.path, fresh)
+    _report(done.parameters, len(done.tensors), sum(digest.size for digest in done.files.values()), seconds, work.resumed, proof)
+    say(f"[bold]{shown(target)}[/bold] is ready. Next: swift sft --resume_from_checkpoint {shown(target)} --dataset NAME")
     return target
 
 
-def _write_release_manifest(release: Path, done: Any, located: Any, args: ExportArguments, checked: int) -> None:
-    from megaswift.checkpoint.manifest import write_manifest
+def _fingerprint(source: Any) -> list[tuple[str, int, int]]:
+    """Name, size and time of every weight file."""
+    files = sorted({source.file_of(name) for name in source.names})
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
-    write_manifest(
-        release,
-        {
-            "kind": "megatron",
-            "iteration": 0,
-            "optimizer": False,
-            "model_type": located.model_type,
-            "source": {"origin": located.origin, "revision": located.revision},
-            "layout": {"tp": args.tp, "pp": args.pp},
-            "dtype": done.dtype,
-            "versions": versions(),
-            "files": {name: vars(digest) for name, digest in done.files.items()},
-            "hf_tensors": done.tensors,
-            "verified": {"round_trip_tensors": checked},
-        },
-    )
+
+def _report(parameters: int, tensors: int, size: int, seconds: float, resumed: list[str], proof: dict[str, Any] | None) -> None:
+    say(f"  {parameters:,} parameters in {tensors} tensors, {size / 1e9:.2f} GB, {seconds:.1f} s ({size / 1e9 / seconds:.2f} GB/s)")
+    if resumed:
+        say(f"  resumed: {len(resumed)} files of an interrupted conversion were complete and are kept")
+    print_result(proof)
+
+
+def print_result(proof: dict[str, Any] | None) -> None:
+    """The proof's table, or one line that says there is none."""
+    if proof is None:
+        say("  [yellow]not verified (--verify false)[/yellow]")
+        return
+    from megaswift.proof.page import print_proof
+
+    print_proof(proof)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Megatron weights to make a Hugging Face model from."""
+
+    reader: MegatronReader
+    directory: Path
+    config: Any
+    manifest: dict[str, Any]
+    overrides: dict[str, Any]  # of config.json
+    label: str
 
 
 def to_hf(args: ExportArguments) -> Path:
@@ -126,178 +157,74 @@ def to_hf(args: ExportArguments) -> Path:
         raise UserError("--to_hf needs a Megatron directory.", where="--ckpt_dir", fix="give --ckpt_dir DIR: one made by --to_megatron, or a run of swift sft")
     begin = time.perf_counter()
     root = Path(args.ckpt_dir).absolute()
-    checkpoint = layout.find_checkpoint(root, args.iteration)
+    weights = _old_weights(root, args) or _own_weights(root, args)
     args = fill_from_file(args, read_args_file(root), (*MODEL_OPTIONS, *LAYOUT_OPTIONS))
     if not args.model_type:
         raise UserError("the directory does not say its model_type.", where=str(root), fix="give --model_type NAME")
     target = Path(args.hf_output_dir or root / f"{args.model_type}-hf").absolute()
-    _require_free_name(target, args.overwrite)
-    import torch
-
-    from megaswift.checkpoint.manifest import check_hashes, read_manifest
-    from megaswift.checkpoint.torch_dist import Reader
+    require_free_name(target, args.overwrite)
     from megaswift.convert import DTYPE_NAMES, DTYPES, planned_hf_tensors
-    from megaswift.hf.config import load_config
     from megaswift.hf.folder import read_config, side_files
     from megaswift.hf.write import dtype_override, write_checkpoint
 
-    config = load_config(root)
-    if args.verify:
-        check_hashes(checkpoint)
-    reader = Reader(checkpoint)
-    stored = reader.dtype("decoder.final_layernorm.weight")
+    stored = weights.reader.dtype("decoder.final_layernorm.weight")
     dtype: torch.dtype = DTYPES[args.dtype] if "dtype" in args.explicit() and args.dtype != "AUTO" else stored
-    say(f"{_shown(checkpoint)} -> Hugging Face model, {DTYPE_NAMES[dtype]}")
-    values = read_config(root)
+    say(f"{weights.label} -> Hugging Face model, {DTYPE_NAMES[dtype]}")
+    model_dir = Path(weights.config.source_directory)
+    values = read_config(model_dir)
     named = str(values.get("dtype", values.get("torch_dtype"))).removeprefix("torch.")
-    overrides = dtype_override(values, dtype) if named != str(dtype).removeprefix("torch.") else None
-    source_manifest = read_manifest(checkpoint)
-    with _replacing(target) as fresh:
+    overrides = dict(weights.overrides) | (dtype_override(values, dtype) if named != str(dtype).removeprefix("torch.") else {})
+    proofs: list[dict[str, Any]] = []
+    with replacing(target) as fresh:
         result = write_checkpoint(
             fresh,
-            planned_hf_tensors(reader, config, dtype),
-            side_files(root),
-            overrides,
+            planned_hf_tensors(weights.reader, weights.config, dtype),
+            side_files(model_dir),
+            overrides or None,
             parse_size(args.max_shard_size),
+            THREADS,
             extra_files=_args_bytes(root),
-            before_publish=lambda written: _write_hf_manifest(written, checkpoint, source_manifest, args),
+            before_publish=lambda written: proofs.extend(_finish_hf(written, weights, dtype, args)),
+            plan=json.dumps(["huggingface", str(dtype), str(weights.directory), _identity(weights)]),
+            resume=args.resume,
         )
-    equal = _equal_to_source(result.tensors, source_manifest)
     seconds = time.perf_counter() - begin
-    say(f"  {len(result.tensors)} tensors, {result.bytes / 1e9:.2f} GB, {seconds:.1f} s; re-opened and audited: names, shapes, dtypes")
+    parameters = sum(_count(shape) for shape in _shapes(weights.config))
+    say("  re-opened and audited: names, shapes, dtypes, number of files")
+    _report(parameters, len(result.tensors), result.bytes, result.written_seconds or seconds, result.resumed, proofs[0] if proofs else None)
+    equal = _equal_to_source(result.tensors, weights.manifest, dtype)
     if equal is not None:
         say(f"  {equal}")
-    hint = f"--ckpt_dir {_shown(target)}" if (root / SFT_ARGS).exists() else f"--model_type {args.model_type} --model_id_or_path {_shown(target)}"
-    say(f"[bold]{_shown(target)}[/bold] is ready. Next: swift infer {hint}")
+    hint = f"--ckpt_dir {shown(target)}" if (root / SFT_ARGS).exists() else f"--model_type {args.model_type} --model_id_or_path {shown(target)}"
+    say(f"[bold]{shown(target)}[/bold] is ready. Next: swift infer {hint}")
     return target
 
 
-def _write_hf_manifest(written: WriteResult, checkpoint: Path, source: dict[str, Any], args: ExportArguments) -> None:
-    from megaswift.checkpoint.layout import MANIFEST
-    from megaswift.checkpoint.manifest import sha256_of, write_manifest
+def _own_weights(root: Path, args: ExportArguments) -> Weights:
+    """Weights in a directory that export or sft made."""
+    checkpoint = layout.find_checkpoint(root, args.iteration)
+    from megaswift.checkpoint.manifest import check_config, check_hashes, read_manifest
+    from megaswift.checkpoint.torch_dist import Reader
+    from megaswift.hf.config import load_config
 
-    write_manifest(
-        written.path,
-        {
-            "kind": "huggingface",
-            "model_type": args.model_type,
-            "made_from": {"directory": checkpoint.name, "iteration": source.get("iteration"), "manifest_sha256": sha256_of(checkpoint / MANIFEST)},
-            "versions": versions(),
-            "files": {name: {"size": record.size, "sha256": record.sha256} for name, record in written.files.items()},
-            "hf_tensors": written.tensors,
-        },
-    )
+    manifest = read_manifest(checkpoint)
+    config = load_config(root)
+    config.source_directory = str(root)
+    if args.verify:
+        check_config(root, manifest)
+        from megaswift.proof.chain import require_whole
+
+        require_whole(checkpoint, config)
+        check_hashes(checkpoint)
+    return Weights(Reader(checkpoint), checkpoint, config, manifest, {}, shown(checkpoint))
 
 
-def _equal_to_source(tensors: dict[str, str], source_manifest: dict[str, Any]) -> str | None:
-    """For weights that were only converted: whether every tensor came back as it was in the original model."""
-    original = source_manifest.get("hf_tensors")
-    if not original:
+def _old_weights(root: Path, args: ExportArguments) -> Weights | None:
+    """Weights in the classic layout (mp_rank_XX/model_optim_rng.pt), or None where the directory is another kind."""
+    found = classic.find(root, args.iteration)
+    if found is None:
         return None
-    different = sorted(name for name, value in tensors.items() if original.get(name) != value)
-    if not different:
-        return f"verified: all {len(tensors)} tensors have the SHA-256 of the original model's"
-    return f"{len(different)} tensors differ from the original model's, as they must after a change of dtype"
+    from megaswift.modernize import open_classic
 
-
-def _args_bytes(root: Path) -> dict[str, bytes]:
-    """sft_args.json of a run, with sft_type full, so that the model is found by --ckpt_dir alone."""
-    path = args_file_in(root)
-    if path is None or path.name != SFT_ARGS:
-        return {}
-    values = read_args_file(root) | {"sft_type": "full"}
-    return {SFT_ARGS: (json.dumps(values, ensure_ascii=False, indent=2) + "\n").encode()}
-
-
-def _main_dtype(source: Any) -> str:
-    """The precision that most of a folder's bytes have."""
-    from megaswift.convert import DTYPE_NAMES
-
-    totals: dict[Any, int] = {}
-    for name in source.names:
-        totals[source.dtype(name)] = totals.get(source.dtype(name), 0) + source.entry(name).nbytes
-    main = max(totals, key=lambda dtype: totals[dtype])
-    if main not in DTYPE_NAMES:
-        raise UserError(f"the weights are {main}, which is not a training precision.", where=str(source.path), fix="give --dtype bf16, fp16 or fp32")
-    return DTYPE_NAMES[main]
-
-
-def _template(model_type: str) -> str:
-    from megaswift.families.model_types import MODEL_TYPES
-
-    return MODEL_TYPES[model_type].template if model_type in MODEL_TYPES else "AUTO"
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size like 5GB, 500MB or 2GiB."""
-    import re
-
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", text)
-    if not match or match.group(2).upper() not in _UNITS or float(match.group(1)) <= 0:
-        raise UserError(f"--max_shard_size {text!r} is no size.", where="--max_shard_size", fix="use for example 5GB or 500MB")
-    return int(float(match.group(1)) * _UNITS[match.group(2).upper()])
-
-
-def versions() -> dict[str, str]:
-    """Versions of what made a file."""
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("megaswift", "torch", "megatron-core", "transformers", "safetensors")}
-
-
-def _require_free_name(target: Path, overwrite: bool) -> None:
-    """Raise UserError for a name that is taken, unless it may be replaced and is something that this command made."""
-    if not target.exists() and not target.is_symlink():
-        return
-    if not overwrite:
-        raise UserError("the output directory exists already.", where=str(target), fix="use --overwrite true to replace it, or name another one")
-    known = (layout.TRACKER, layout.MANIFEST, EXPORT_ARGS)
-    if not target.is_dir() or (any(target.iterdir()) and not any((target / name).exists() for name in known)):
-        raise UserError("this was not made by swift export, so it is not replaced.", where=str(target), fix="remove it yourself, or name another one")
-
-
-@contextlib.contextmanager
-def _published(target: Path, needed: int) -> Iterator[Path]:
-    """A temporary directory that becomes `target` at the end, and is removed if anything fails."""
-    from megaswift.checkpoint.manifest import sync_directory
-    from megaswift.checkpoint.save import require_space
-
-    with _replacing(target) as fresh:
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"the output directory cannot be made: {error.strerror}.", where=str(target.parent)) from error
-        require_space(target.parent, needed, "the conversion")
-        temporary = fresh.with_name(f".{fresh.name}.tmp-{secrets.token_hex(4)}")
-        temporary.mkdir()
-        try:
-            yield temporary
-            sync_directory(temporary)
-            temporary.rename(fresh)
-            sync_directory(target.parent)
-        except OSError as error:
-            raise DataError(f"the conversion could not be written: {error}", where=str(target), fix="free space or check the disk") from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """The name to write under: `target`, or a fresh one beside it that takes its place only once it is complete."""
-    if not target.exists():
-        yield target
-        return
-    fresh = target.with_name(f"{target.name}.new-{secrets.token_hex(4)}")
-    yield fresh
-    old = target.with_name(f".{target.name}.old-{secrets.token_hex(4)}")
-    target.rename(old)
-    fresh.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _shown(path: Path) -> str:
-    """A path as short as it can be typed here."""
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
+    reader, config, overrides = open_classic(found, root, args)
+    return Weights(reader, found.directory, config, {}, overrides, f"{shown(found.directory)} (classic, tp {found.tp}, pp {found.pp})")

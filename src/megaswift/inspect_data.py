@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megaswift.arguments import SftArguments, option
+from megaswift.arguments import InspectArguments
 from megaswift.cache import cache_root
 from megaswift.errors import UserError
 
@@ -24,14 +24,6 @@ if TYPE_CHECKING:
     from megaswift.data.store import TokenRows
 
 BINS = 16
-
-
-@dataclass(kw_only=True)
-class InspectArguments(SftArguments):
-    """`swift data`: counts, lengths, duplicates and examples of the data that `swift sft` would train on."""
-
-    output: str | None = option(None, "Directory for a page (index.html) with all of it; default: the terminal only.")
-    examples: int = option(3, "Samples to show in full, drawn at random.")
 
 
 @dataclass(frozen=True)
@@ -153,9 +145,9 @@ def _print(inspection: Inspection, lines: list[str], console: Console) -> None:
         console.print(f"{first:>7,} to {last:>6,} {'#' * -(-40 * count // most):40} {count:,}", markup=False, highlight=False)
     for line in lines:
         console.print(line, markup=False, highlight=False)
-    for example in inspection.shown:
+    for number, example in enumerate(inspection.shown, 1):
         console.print()
-        print_example(example, console)
+        print_example(example, console, f"Sample {number}")
 
 
 def facts(inspection: Inspection, max_length: int, batch_size: int) -> list[str]:

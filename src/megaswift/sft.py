@@ -11,7 +11,7 @@ from __future__ import annotations
 import datetime
 import re
 import shutil
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,10 @@ from megaswift.args_file import MODEL_OPTIONS, fill_from_file, read_args_file, w
 from megaswift.arguments import SftArguments, parse
 from megaswift.cache import cache_root
 from megaswift.checkpoint import layout
-from megaswift.errors import UserError
+from megaswift.checkpoint.keep import clean
+from megaswift.checkpoint.lock import LOCK, in_use, locked
+from megaswift.checkpoint.resume import check_same_model, check_unchanged, newest_run, newest_whole, with_saved_batch
+from megaswift.errors import Stopped, UserError
 from megaswift.plan import Plan, check_layout, check_numbers, make_plan, usable_length
 from megaswift.terminal import console, say
 
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from megaswift.data.chat import ChatTemplate
     from megaswift.data.encode import PreparedData
     from megaswift.engine.launch import Cluster
+    from megaswift.engine.signals import StopSignals
 
 _VERSION = re.compile(r"v(\d+)-.*")
 
@@ -41,20 +45,47 @@ def sft_main(args: SftArguments | list[str]) -> Path:
     Raises MegaswiftError; bad input is found before any process group exists, and leaves nothing behind.
     """
     args = parse(SftArguments, args) if isinstance(args, list) else args
+    from megaswift.engine.signals import StopSignals
+
+    with StopSignals() as stop:
+        stop.interrupt = _stopped_early
+        return _train(args, stop)
+
+
+def _stopped_early(name: str) -> None:
+    raise Stopped(f"stopped by {name} before training began.", where="swift sft", fix="the same command with --resume true starts again")
+
+
+def _train(args: SftArguments, stop: StopSignals) -> Path:
     from megaswift.data.encode import prepare
     from megaswift.engine import launch
 
     place = launch.cluster()
     start = find_start(args)
-    args = start.args
+    args = with_saved_batch(start.args, start.manifest, place.world_size, _shown(start.root)) if start.run_dir else start.args
     template = _template(args, start)
     data = prepare(args, template, cache_dir=cache_root(), packing=args.packing)
     run_dir = start.run_dir or new_run_dir(args)
     plan = _plan(args, start, data, place, run_dir)
+    if start.run_dir is not None:
+        _check_run(args, start, data, plan)
+    with locked(run_dir) if place.leads else nullcontext():
+        if place.leads:
+            _print_plan(plan, data, args)
+            _fill_run_dir(run_dir, args, plan, start)
+        if start.first_step >= plan.train_iters:
+            say(f"[bold]{_shown(run_dir)}[/bold] has made all of its {plan.train_iters} steps: there is nothing left to do.")
+        else:
+            _start(run_dir, _job(args, start, data, plan, template.pad_id), place, stop)
     if place.leads:
-        _print_plan(plan, data, args)
-        _fill_run_dir(run_dir, args, plan, start)
-    job = _job(args, start, data, plan, template.pad_id)
+        say(f"[bold]{_shown(run_dir)}[/bold] is ready. Next: swift export --ckpt_dir {_shown(run_dir)} --to_hf true")
+    return run_dir
+
+
+def _start(run_dir: Path, job: Any, place: Cluster, stop: StopSignals) -> None:
+    """Run the ranks of this machine, and draw what they logged, however they ended."""
+    from megaswift.engine import launch
+
     path = run_dir / "job.json" if place.leads else cache_root() / f"job-{run_dir.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     job.write(path)
@@ -64,13 +95,10 @@ def sft_main(args: SftArguments | list[str]) -> Path:
 
             run(job)
         else:
-            launch.start_ranks(place, path)
+            launch.start_ranks(place, path, stop)
     finally:
         if place.leads:
             _draw(run_dir)
-    if place.leads:
-        say(f"[bold]{_shown(run_dir)}[/bold] is ready. Next: swift export --ckpt_dir {_shown(run_dir)} --to_hf true")
-    return run_dir
 
 
 @dataclass(frozen=True)
@@ -82,25 +110,21 @@ class Start:
     checkpoint: Path  # torch_dist directory in it
     config: Any
     dtype: str
+    manifest: dict[str, Any]  # of the checkpoint
     run_dir: Path | None  # the run to go on with, if it is one
     first_step: int
 
 
 def find_start(args: SftArguments) -> Start:
-    """Find and check the Megatron directory of --resume_from_checkpoint, and what it says about itself."""
-    root = Path(args.resume_from_checkpoint or _default_start(args)).absolute()
-    if not layout.is_megatron_directory(root):
-        name = args.model_type or "NAME"
-        raise UserError(
-            f"{_shown(root)} is not a directory of Megatron weights.",
-            where="--resume_from_checkpoint",
-            fix=f"make one with: swift export --model_type {name} --to_megatron true --tp {args.tp} --pp {args.pp}",
-        )
+    """Find and check what training starts from: with --resume true the newest run, else --resume_from_checkpoint."""
+    root = (_newest_run(args) if args.resume else None) or _start_root(args)
     values = read_args_file(root)
-    args = fill_from_file(args, values, (*MODEL_OPTIONS, "tp", "pp"))
+    # A run that goes on in another layout is given one: then the old one's other half means nothing.
+    relaid = args.explicit() & {"tp", "pp"} and _is_run(root)
+    args = fill_from_file(args, values, MODEL_OPTIONS if relaid else (*MODEL_OPTIONS, "tp", "pp"))
     if not args.model_type:
         raise UserError("the directory does not say its model_type.", where=str(root), fix="give --model_type NAME")
-    checkpoint = layout.find_checkpoint(root)
+    checkpoint = _checkpoint(args, root)
     from megaswift.checkpoint.manifest import read_manifest
     from megaswift.hf.config import load_config
 
@@ -109,15 +133,69 @@ def find_start(args: SftArguments) -> Start:
     check_layout(config, args.tp, args.pp, None, args.sequence_parallel)
     manifest = read_manifest(checkpoint)
     goes_on = bool(manifest.get("optimizer")) and layout.iteration_of(checkpoint) > 0
+    if goes_on:
+        check_same_model(args, values, manifest, _shown(root))
     return Start(
         args=args.changed(max_length=usable_length(config, args.max_length, given="max_length" in args.explicit())),
         root=root,
         checkpoint=checkpoint,
         config=config,
-        dtype=_dtype(args, str(manifest.get("dtype"))),
+        dtype=str(manifest["dtype"]) if goes_on and manifest.get("dtype") else _dtype(args, str(manifest.get("dtype"))),
+        manifest=manifest,
         run_dir=root if goes_on else None,
         first_step=layout.iteration_of(checkpoint) if goes_on else 0,
     )
+
+
+def _start_root(args: SftArguments) -> Path:
+    root = Path(args.resume_from_checkpoint or _default_start(args)).absolute()
+    if not layout.is_megatron_directory(root):
+        name = args.model_type or "NAME"
+        raise UserError(
+            f"{_shown(root)} is not a directory of Megatron weights.",
+            where="--resume_from_checkpoint",
+            fix=f"make one with: swift export --model_type {name} --to_megatron true --tp {args.tp} --pp {args.pp}",
+        )
+    return root
+
+
+def _newest_run(args: SftArguments) -> Path | None:
+    """What --resume true goes on with; None, said aloud, where a new run must start."""
+    model_type = args.model_type or read_args_file(_start_root(args)).get("model_type")
+    found = newest_run(Path(args.output_dir).absolute(), str(model_type), args.add_output_dir_suffix)
+    if found is None:
+        say(f"--resume true: no run of {model_type} under {args.output_dir} has saved a checkpoint; starting at step 0.")
+    return found
+
+
+def _is_run(root: Path) -> bool:
+    """Whether training saved something in a directory, as opposed to converted weights."""
+    return any(layout.iteration_of(path) > 0 for path in layout.candidates(root))
+
+
+def _checkpoint(args: SftArguments, root: Path) -> Path:
+    """The checkpoint in `root` to start from; what is passed over is said."""
+    if not _is_run(root):
+        return layout.find_checkpoint(root)
+    if in_use(root):
+        raise UserError("this run is in use by another process.", where=_shown(root), fix="wait for it or stop it")
+    checkpoint, notes = newest_whole(root, args.verify, need_optimizer=args.resume)
+    for note in notes:
+        say(f"[yellow]{note}[/yellow]")
+    say(f"going on from {_shown(checkpoint)}")
+    return checkpoint
+
+
+def _check_run(args: SftArguments, start: Start, data: PreparedData, plan: Plan) -> None:
+    """A run goes on only with its own data and seed; a changed number of steps is said."""
+    from megaswift.data.batches import Batches
+
+    batches = Batches(data.train, micro_batch_size=1, global_batch_size=1, dp_rank=0, dp_size=1, seed=args.seed, pad_id=0, group_by_length=args.group_by_length)
+    for note in check_unchanged(args, start.manifest, batches.fingerprint, _shown(start.root)):
+        say(f"[yellow]{note}; the run goes on as --allow_data_change true asks.[/yellow]")
+    before = start.manifest.get("resume", {}).get("train_iters")
+    if before != plan.train_iters:
+        say(f"[yellow]the run now has {plan.train_iters} steps, it had {before}: the learning rate follows the new number from here on.[/yellow]")
 
 
 def _default_start(args: SftArguments) -> str:
@@ -171,7 +249,8 @@ def new_run_dir(args: SftArguments) -> Path:
     """Name of a new run: {output_dir}/{model_type}-tp{tp}-pp{pp}/v{N}-{time}, or output_dir itself without the suffix."""
     root = Path(args.output_dir).absolute()
     if not args.add_output_dir_suffix:
-        if root.exists() and any(root.iterdir()) and not args.overwrite:
+        taken_before = root.exists() and any(path.name != LOCK for path in root.iterdir())
+        if taken_before and not args.overwrite and not (args.resume and (root / "plan.json").exists()):
             raise UserError(
                 "the output directory is not empty.", where=str(root), fix="use --overwrite true, or another --output_dir"
             )
@@ -227,10 +306,11 @@ def _fill_run_dir(run_dir: Path, args: SftArguments, plan: Plan, start: Start) -
     from megaswift.checkpoint.save import require_space
     from megaswift.hf.folder import side_files
 
-    if start.run_dir is None and not args.add_output_dir_suffix and args.overwrite and run_dir.exists():
+    if start.run_dir is None and not args.add_output_dir_suffix:
         _empty(run_dir)
+    for name in clean(run_dir):
+        say(f"[yellow]removed {name}, which an interrupted run left behind.[/yellow]")
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
         require_space(run_dir, plan.checkpoint_bytes, "one checkpoint")
         if start.run_dir is None:
             for file in side_files(start.root):

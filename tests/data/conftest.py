@@ -23,7 +23,10 @@ def jsonl(tmp_path: Path) -> Callable[..., str]:
     """Writes rows (objects, or lines as they are) to a file and returns its path."""
 
     def write(rows: list[Any], name: str = "rows.jsonl") -> str:
-        lines = [row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)).encode() for row in rows]
+        lines = [
+            row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)).encode()
+            for row in rows
+        ]
         path = tmp_path / name
         path.write_bytes(b"".join(line + b"\n" for line in lines))
         return str(path)

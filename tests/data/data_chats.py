@@ -7,7 +7,12 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-CORPUS = ["the model answers a question and the user asks another one", "Hello there, how are you today?", "你好，世界", " \n\n  \t"]
+CORPUS = [
+    "the model answers a question and the user asks another one",
+    "Hello there, how are you today?",
+    "你好，世界",
+    " \n\n  \t",
+]
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,8 @@ CHATML = (
 )
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\\nBuilt-in prompt<|im_end|>\\n' }}{% endif %}" + CHATML.removeprefix("{% for message in messages %}")
+    "{{ '<|im_start|>system\\nBuilt-in prompt<|im_end|>\\n' }}{% endif %}"
+    + CHATML.removeprefix("{% for message in messages %}")
 )
 QWEN25 = """\
 {%- if tools %}
@@ -136,7 +142,7 @@ LLAMA31 = """\
         {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
         {{- '{"name": "' + tool_call.name + '", "parameters": ' }}{{- tool_call.arguments | tojson }}{{- "}<|eot_id|>" }}
     {%- else %}
-        {{- "<|start_header_id|>ipython<|end_header_id|>\\n\\n" + message.content + "<|eot_id|>" }}
+        {{- "<|start_header_id|>ipython<|end_header_id|>\\n\\n" }}{{- message.content | tojson }}{{- "<|eot_id|>" }}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}
@@ -153,6 +159,40 @@ LLAMA2 = """\
     {%- elif message['role'] == 'assistant' %}{{ ' '  + content.strip() + ' ' + eos_token }}{% endif %}
 {%- endfor %}
 """
+# As Mistral v0.3 and Nemo: the system prompt stands in the last turn, if that is the user's; calls need ids.
+MISTRAL = """\
+{%- if messages[0]["role"] == "system" %}{%- set system_message = messages[0]["content"] %}{%- set loop_messages = messages[1:] %}
+{%- else %}{%- set loop_messages = messages %}{%- endif %}
+{%- if not tools is defined %}{%- set tools = none %}{%- endif %}
+{%- set user_messages = loop_messages | selectattr("role", "equalto", "user") | list %}
+{{- bos_token }}
+{%- for message in loop_messages %}
+    {%- if message["role"] == "user" %}
+        {%- if tools is not none and (message == user_messages[-1]) %}
+            {{- "[AVAILABLE_TOOLS] " }}{{- tools | tojson }}{{- "[/AVAILABLE_TOOLS]" }}
+        {%- endif %}
+        {%- if loop.last and system_message is defined %}
+            {{- "[INST] " + system_message + "\\n\\n" + message["content"] + "[/INST]" }}
+        {%- else %}{{- "[INST] " + message["content"] + "[/INST]" }}{%- endif %}
+    {%- elif message.tool_calls is defined and message.tool_calls is not none %}
+        {{- "[TOOL_CALLS] [" }}
+        {%- for tool_call in message.tool_calls %}
+            {%- set out = tool_call.function | tojson %}{{- out[:-1] }}
+            {%- if not tool_call.id is defined or tool_call.id | length != 9 %}{{- raise_exception("ids have nine characters") }}{%- endif %}
+            {{- ', "id": "' + tool_call.id + '"}' }}{%- if not loop.last %}{{- ", " }}{%- else %}{{- "]" + eos_token }}{%- endif %}
+        {%- endfor %}
+    {%- elif message["role"] == "assistant" %}{{- " " + message["content"] + eos_token }}
+    {%- elif message["role"] == "tool" %}
+        {%- if not message.tool_call_id is defined or message.tool_call_id | length != 9 %}{{- raise_exception("ids have nine characters") }}{%- endif %}
+        {{- '[TOOL_RESULTS] {"content": ' + message.content | string + ', "call_id": "' + message.tool_call_id + '"}[/TOOL_RESULTS]' }}
+    {%- endif %}
+{%- endfor %}
+"""
+# As Phi-3: another token in place of the prompt when nothing is to be generated.
+PHI3 = (
+    "{% for message in messages %}{{'<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
 GEMMA = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
@@ -189,6 +229,8 @@ CHATS = {
         Chat("llama3.1", LLAMA31, HEADERS, bos="<|begin_of_text|>", eos="<|eot_id|>", answer=lambda text, last: text.strip() + "<|eot_id|>"),
         Chat("gemma", GEMMA, ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"), bos="<bos>", eos="<eos>", system=False, answer=lambda text, last: text.strip() + "<end_of_turn>"),
         Chat("deepseek-r1", DEEPSEEK_R1, ("<|begin|>", "<|end|>"), ("<|User|>", "<|Assistant|>", "<think>", "</think>"), bos="<|begin|>", eos="<|end|>", answer=lambda text, last: text + "<|end|>"),
+        Chat("mistral", MISTRAL, ("<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"), bos="<s>", eos="</s>", answer=lambda text, last: f" {text}</s>"),
+        Chat("phi3", PHI3, ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>"), eos="<|endoftext|>", answer=lambda text, last: text + "<|end|>"),
         Chat("llama2", LLAMA2, ("<s>", "</s>"), bos="<s>", eos="</s>", answer=lambda text, last: f" {text.strip()} </s>", sentencepiece=True),
     )
 }  # fmt: skip
@@ -198,7 +240,11 @@ CHATS = {
 def tokenizer_of(name: str) -> Any:
     """A Hugging Face tokenizer with the template of CHATS[name]."""
     chat = CHATS[name]
-    made = sentencepiece_like(chat.control, chat.bos, chat.eos) if chat.sentencepiece else byte_level(chat.control, chat.tags, chat.bos, chat.eos)
+    made = (
+        sentencepiece_like(chat.control, chat.bos, chat.eos)
+        if chat.sentencepiece
+        else byte_level(chat.control, chat.tags, chat.bos, chat.eos)
+    )
     made.chat_template = chat.source
     return made
 
@@ -215,7 +261,9 @@ def byte_level(control: tuple[str, ...], tags: tuple[str, ...] = (), bos: str | 
     tokenizer.train_from_iterator(CORPUS, trainer)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in tags])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=eos, clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=eos, clean_up_tokenization_spaces=False
+    )
 
 
 def sentencepiece_like(control: tuple[str, ...], bos: str | None = None, eos: str = "</s>", scheme: str = "prepend") -> Any:
@@ -240,4 +288,11 @@ def sentencepiece_like(control: tuple[str, ...], bos: str | None = None, eos: st
     strip = [decoders.Strip(" ", 1, 0)]
     tokenizer.decoder = decoders.Sequence([decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=eos, unk_token="<unk>", clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=bos,
+        eos_token=eos,
+        pad_token=eos,
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )

@@ -33,7 +33,9 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> TokenRows:
 
 
 def batches(rows: TokenRows, **options: Any) -> Batches:
-    return Batches(rows, **{"micro_batch_size": 2, "global_batch_size": 8, "dp_rank": 0, "dp_size": 1, "seed": 3, "pad_id": 0, **options})
+    return Batches(
+        rows, **{"micro_batch_size": 2, "global_batch_size": 8, "dp_rank": 0, "dp_size": 1, "seed": 3, "pad_id": 0, **options}
+    )
 
 
 def everything(micros: list[MicroBatch]) -> list[int]:
@@ -50,9 +52,20 @@ def test_each_epoch_sees_every_row_once(rows: TokenRows) -> None:
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
-@given(dp=st.sampled_from([1, 2, 4]), micro=st.sampled_from([1, 2]), step=st.integers(0, 40), by_length=st.booleans(), free=st.booleans())
-def test_a_step_sees_the_same_rows_in_every_layout(rows: TokenRows, dp: int, micro: int, step: int, by_length: bool, free: bool) -> None:
-    parts = [batches(rows, dp_rank=rank, dp_size=dp, micro_batch_size=micro, group_by_length=by_length, padding_free=free).step(step) for rank in range(dp)]
+@given(
+    dp=st.sampled_from([1, 2, 4]),
+    micro=st.sampled_from([1, 2]),
+    step=st.integers(0, 40),
+    by_length=st.booleans(),
+    free=st.booleans(),
+)
+def test_a_step_sees_the_same_rows_in_every_layout(
+    rows: TokenRows, dp: int, micro: int, step: int, by_length: bool, free: bool
+) -> None:
+    parts = [
+        batches(rows, dp_rank=rank, dp_size=dp, micro_batch_size=micro, group_by_length=by_length, padding_free=free).step(step)
+        for rank in range(dp)
+    ]
     assert {len(part) for part in parts} == {8 // (micro * dp)}
     found = sorted(row for part in parts for micro_batch in part for row in micro_batch.sample_ids)
     assert found == sorted(batches(rows, group_by_length=by_length).sample_ids(step))
@@ -125,7 +138,10 @@ def test_group_by_length(rows: TokenRows) -> None:
 
 @pytest.mark.parametrize(("dp", "micro", "size"), [(1, 1, 8), (2, 2, 8), (4, 1, 16), (2, 4, 64)])
 def test_evaluation_sees_each_row_once(rows: TokenRows, dp: int, micro: int, size: int) -> None:
-    ranks = [EvalBatches(rows, micro_batch_size=micro, global_batch_size=size, dp_rank=rank, dp_size=dp, pad_id=0, pad_multiple=4) for rank in range(dp)]
+    ranks = [
+        EvalBatches(rows, micro_batch_size=micro, global_batch_size=size, dp_rank=rank, dp_size=dp, pad_id=0, pad_multiple=4)
+        for rank in range(dp)
+    ]
     assert {len(rank) for rank in ranks} == {-(-50 // size)}
     seen = []
     for rank in ranks:

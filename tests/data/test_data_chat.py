@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_chats import CHATS, IM, Chat, QWEN3, byte_level, sentencepiece_like, tokenizer_of
+from data_chats import CHATS, IM, QWEN3, Chat, byte_level, sentencepiece_like, tokenizer_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +17,25 @@ from megaswift.data.tokens import Encoded
 from megaswift.errors import UserError
 
 TEMPLATES_OF: dict[str, ChatTemplate] = {}
-WORDS = ["hello", " ", "\n", "  ", "a", "the answer", "你好", "é", "e\u0301", "\U0001f600", "\t", ".", "\x00", "{{ x }}", "user", "assistant\n", "### Human:\n"]
+WORDS = [
+    "hello",
+    " ",
+    "\n",
+    "  ",
+    "a",
+    "the answer",
+    "你好",
+    "é",
+    "e\u0301",
+    "\U0001f600",
+    "\t",
+    ".",
+    "\x00",
+    "{{ x }}",
+    "user",
+    "assistant\n",
+    "### Human:\n",
+]
 
 
 def template_of(name: str) -> ChatTemplate:
@@ -27,7 +45,9 @@ def template_of(name: str) -> ChatTemplate:
 
 
 def texts(control: tuple[str, ...]) -> st.SearchStrategy[str]:
-    word = st.one_of(st.sampled_from(WORDS + list(control)), st.text(st.characters(exclude_categories=("Cs", "Co")), max_size=6))
+    word = st.one_of(
+        st.sampled_from(WORDS + list(control)), st.text(st.characters(exclude_categories=("Cs", "Co")), max_size=6)
+    )
     return st.lists(word, min_size=1, max_size=6).map("".join).filter(lambda text: bool(text.strip()))
 
 
@@ -93,7 +113,9 @@ def test_mask_with_a_sentencepiece_tokenizer(data: st.DataObject) -> None:
     conversation = data.draw(conversations("llama2"))
     answers = expected_answers(chat, conversation)
     # Its decoder takes one leading space off each text; that is all that may differ.
-    assert [span.removeprefix(" ") for span in spans(template, encode(template, conversation))] == [text.removeprefix(" ") for text in answers]
+    assert [span.removeprefix(" ") for span in spans(template, encode(template, conversation))] == [
+        text.removeprefix(" ") for text in answers
+    ]
 
 
 @pytest.mark.parametrize("name", list(CHATS))
@@ -201,7 +223,59 @@ def test_tools_for_a_template_that_knows_none() -> None:
 def test_llama3_tool_call_without_content() -> None:
     template = template_of("llama3.1")
     conversation = tool_chat()
-    assert spans(template, encode(template, conversation))[0] == '{"name": "look_up", "parameters": {"what": "it<|im_end|>"}}<|eot_id|>'
+    assert (
+        spans(template, encode(template, conversation))[0]
+        == '{"name": "look_up", "parameters": {"what": "it<|im_end|>"}}<|eot_id|>'
+    )
+
+
+def test_mistral_tool_calls_have_the_ids_that_it_demands() -> None:
+    template = template_of("mistral")
+    conversation = tool_chat()
+    conversation.messages.insert(0, Message("system", "be kind"))
+    sample = encode(template, conversation)
+    call, answer = spans(template, sample)
+    assert call.startswith(
+        '[TOOL_CALLS] [{"name": "look_up", "arguments": {"what": "it<|im_end|>"}, "id": "'
+    ) and call.endswith('"}]</s>')
+    assert answer == " Here it is.</s>"
+    whole = template.decode(sample.ids)
+    assert whole.count(call.partition('"id": "')[2][:9]) == 2 and "be kind" in whole
+    assert encode(template, conversation).ids.tolist() == sample.ids.tolist()
+
+
+def test_tool_results_that_a_template_writes_as_json() -> None:
+    template = template_of("llama3.1")
+    conversation = tool_chat()
+    conversation.messages[2].content = 'a "b"\n\\c'
+    assert '"a \\"b\\"\\n\\\\c"<|eot_id|>' in template.decode(encode(template, conversation).ids)
+
+
+def test_arguments_that_a_template_joins_as_text() -> None:
+    tokenizer = byte_level(IM)
+    tokenizer.chat_template = (
+        "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name + ' ' + c.function.arguments }}{% endfor %}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    template = ChatTemplate(tokenizer)
+    assert spans(template, encode(template, tool_chat()))[0] == 'look_up {"what": "it<|im_end|>"}<|im_end|>'
+
+
+@pytest.mark.parametrize("name", [name for name in CHATS if name != "qwen3"])
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_training_shows_the_last_answer_what_its_prompt_will_show(name: str, data: st.DataObject) -> None:
+    template = template_of(name)
+    conversation = data.draw(conversations(name))
+    conversation.messages[-1].loss = True
+    sample = encode(template, conversation)
+    prompt = template.prompt(Conversation(conversation.messages[:-1]))
+    begin = int(np.flatnonzero(~sample.kept)[-1]) + 1
+    text = template.decode(prompt)
+    if name == "deepseek-r1":  # its prompt opens a think block, which an answer without thoughts does not have
+        text = text.removesuffix("<think>\n")
+    assert template.decode(sample.ids[:begin]) == text
 
 
 def test_system_prompts() -> None:
@@ -222,11 +296,21 @@ def test_system_prompts() -> None:
     assert text("flag", "") == rest
 
 
-@pytest.mark.parametrize("name", [name for name in TEMPLATES])
+@pytest.mark.parametrize("name", list(TEMPLATES))
 def test_named_templates_end_each_answer(name: str) -> None:
     named = TEMPLATES[name]
-    template = ChatTemplate(byte_level((*named.needs, "<s>", "</s>"), ("<think>", "</think>"), "<s>", "<|im_end|>" if "<|im_end|>" in named.needs else "</s>"), name)
-    conversation = Conversation([Message("user", "q"), Message("assistant", "a"), Message("user", "r"), Message("assistant", "b")])
+    template = ChatTemplate(
+        byte_level(
+            (*named.needs, "<s>", "</s>"),
+            ("<think>", "</think>"),
+            "<s>",
+            "<|im_end|>" if "<|im_end|>" in named.needs else "</s>",
+        ),
+        name,
+    )
+    conversation = Conversation(
+        [Message("user", "q"), Message("assistant", "a"), Message("user", "r"), Message("assistant", "b")]
+    )
     found = spans(template, encode(template, conversation))
     end = "<|im_end|>" if "<|im_end|>" in named.needs else "<|eot_id|>" if "<|eot_id|>" in named.needs else "</s>"
     assert [span.replace(" ", "") for span in found] == ["a" + end, "b" + end]
@@ -263,24 +347,38 @@ def test_rows_that_a_template_cannot_write() -> None:
     assert isinstance(result, BadRow) and result.reason == "refused by the chat template" and "System role" in result.detail
     tokenizer = byte_level(IM)
     tokenizer.chat_template = "{% for m in messages %}{% if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
-    result = ChatTemplate(tokenizer).encode([Conversation([Message("system", "s"), Message("user", "q"), Message("assistant", "a")])])[0]
+    result = ChatTemplate(tokenizer).encode(
+        [Conversation([Message("system", "s"), Message("user", "q"), Message("assistant", "a")])]
+    )[0]
     assert isinstance(result, BadRow) and "leaves out a system message" in result.reason
 
 
 def test_a_template_that_rewrites_text_is_noticed() -> None:
     tokenizer = byte_level(IM)
-    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | replace('cat', 'dog') }}<|im_end|>{% endfor %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | replace('cat', 'dog') }}<|im_end|>{% endfor %}"
+    )
     template = ChatTemplate(tokenizer)
-    good, wrong = template.encode([Conversation([Message("user", "a dog"), Message("assistant", "b")]), Conversation([Message("user", "a cat"), Message("assistant", "b")])])
+    good, wrong = template.encode(
+        [
+            Conversation([Message("user", "a dog"), Message("assistant", "b")]),
+            Conversation([Message("user", "a cat"), Message("assistant", "b")]),
+        ]
+    )
     assert isinstance(good, Encoded)
     assert isinstance(wrong, BadRow) and "rewrites a message" in wrong.reason
 
 
 def test_a_template_without_end_tokens_gets_one_at_the_end() -> None:
     tokenizer = byte_level(IM)
-    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
     template = ChatTemplate(tokenizer)
-    sample = encode(template, Conversation([Message("user", "q"), Message("assistant", "a"), Message("user", "r"), Message("assistant", "b")]))
+    sample = encode(
+        template,
+        Conversation([Message("user", "q"), Message("assistant", "a"), Message("user", "r"), Message("assistant", "b")]),
+    )
     assert spans(template, sample) == ["a", "b<|im_end|>"]
 
 
@@ -289,4 +387,4 @@ def test_state_makes_the_same_template() -> None:
     copy = ChatTemplate.from_state(template.state)
     conversation = thinking("<think>a</think>b <|im_end|>")
     assert encode(copy, conversation).ids.tolist() == encode(template, conversation).ids.tolist()
-    assert QWEN3 == copy.state["source"]
+    assert copy.state["source"] == QWEN3

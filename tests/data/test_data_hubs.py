@@ -15,6 +15,7 @@ from megaswift.data import hubs
 from megaswift.data.read import decode
 from megaswift.data.resolve import resolve
 from megaswift.data.spec import parse_spec
+from megaswift.data.stream import resolve_stream
 from megaswift.errors import DataError
 
 
@@ -27,9 +28,10 @@ def ms(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
     class MsDataset:
         @staticmethod
-        def load(dataset_id: str, subset_name: str, split: str) -> Any:
+        def load(dataset_id: str, subset_name: str, split: str, use_streaming: bool) -> Any:
             calls.append((dataset_id, subset_name, split))
-            return Dataset.from_list([{"query": f"{subset_name} {k}", "response": "a"} for k in range(3)])
+            rows = [{"query": f"{subset_name} {k}", "response": "a"} for k in range(3)]
+            return iter(rows) if use_streaming else Dataset.from_list(rows)
 
     monkeypatch.setitem(sys.modules, "modelscope", types.SimpleNamespace(MsDataset=MsDataset))
     monkeypatch.delenv("HF_HUB_OFFLINE")
@@ -48,6 +50,13 @@ def test_subsets_are_joined(ms: list[tuple[Any, ...]]) -> None:
     ms.clear()
     resolve(parse_spec("medical-en"))
     assert [call[2] for call in ms] == ["train", "val", "test"]
+
+
+def test_a_stream_of_the_hub(ms: list[tuple[Any, ...]]) -> None:
+    dataset = resolve_stream(parse_spec("swift-mix:sharegpt/codefuse#4"))
+    rows = list(dataset.source.rows(4))
+    assert [row["query"] for row in rows] == ["sharegpt 0", "sharegpt 1", "sharegpt 2", "codefuse 0"]
+    assert dataset.place == "ModelScope swift/swift-sft-mixture"
 
 
 def test_self_cognition_of_the_hub_is_asked_for_by_prefix(ms: list[tuple[Any, ...]]) -> None:
@@ -71,9 +80,11 @@ def test_use_hf_changes_the_order(ms: list[tuple[Any, ...]], monkeypatch: pytest
 def test_a_hugging_face_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "d").mkdir()
-    (tmp_path / "d" / "train.jsonl").write_text("".join(json.dumps({"query": str(k), "response": "a"}) + "\n" for k in range(3)))
-    table, mark = hubs._load_hf(str(tmp_path / "d"), None, "train", True)
-    assert table.num_rows == 3 and mark.startswith("None/train/")
+    (tmp_path / "d" / "train.jsonl").write_text(
+        "".join(json.dumps({"query": str(k), "response": "a"}) + "\n" for k in range(3))
+    )
+    assert hubs._load_hf(str(tmp_path / "d"), None, "train", True, False).num_rows == 3
+    assert next(iter(hubs._load_hf(str(tmp_path / "d"), None, "train", False, True))) == {"query": "0", "response": "a"}
 
 
 def test_without_a_network_the_error_comes_soon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -86,4 +97,8 @@ def test_without_a_network_the_error_comes_soon(monkeypatch: pytest.MonkeyPatch,
         resolve(parse_spec("ultrachat#5"))
     assert time.monotonic() - started < 10
     text = str(caught.value)
-    assert "ModelScope HuggingFaceH4/ultrachat_200k" in text and "Hugging Face HuggingFaceH4/ultrachat_200k (" in text and "refused" in text
+    assert (
+        "ModelScope HuggingFaceH4/ultrachat_200k" in text
+        and "Hugging Face HuggingFaceH4/ultrachat_200k (" in text
+        and "refused" in text
+    )

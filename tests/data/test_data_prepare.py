@@ -31,9 +31,10 @@ def template() -> ChatTemplate:
 
 @pytest.fixture
 def run(tmp_path: Path, template: ChatTemplate) -> Callable[..., PreparedData]:
-    def prepared(*dataset: str, packing: bool = False, processes: int | None = None, **options: Any) -> PreparedData:
+    def prepared(*dataset: str, **options: Any) -> PreparedData:
+        own = {name: options.pop(name) for name in ("packing", "processes", "stream_rows") if name in options}
         args = SftArguments(dataset=list(dataset), **options)
-        return prepare(args, template, cache_dir=tmp_path / "cache", packing=packing, processes=processes)
+        return prepare(args, template, cache_dir=tmp_path / "cache", **own)
 
     return prepared
 
@@ -71,7 +72,9 @@ def test_self_cognition_options(run: Callable[..., PreparedData], template: Chat
     data = run("self-cognition", model_name=["Bo"], model_author=["Ann"])
     assert all("Bo" in text(template, data.train, row) for row in range(len(data.train)))
     thinking = run("self-cognition:qwen3", **NAMES)
-    assert "/no_think<|im_end|>" in text(template, thinking.train, 0) and "<think>\n\n</think>\n\n" in text(template, thinking.train, 0)
+    assert "/no_think<|im_end|>" in text(template, thinking.train, 0) and "<think>\n\n</think>\n\n" in text(
+        template, thinking.train, 0
+    )
     assert "/no_think" not in text(template, run("self-cognition:empty_think", **NAMES).train, 0)
     with pytest.raises(UserError, match="name and author"):
         run("self-cognition", model_name=["Bo"])
@@ -125,7 +128,18 @@ def test_long_rows(run: Callable[..., PreparedData], template: ChatTemplate, jso
 
 
 def test_a_cut_that_leaves_nothing_to_learn_is_counted(run: Callable[..., PreparedData], jsonl: Jsonl) -> None:
-    items = [*rows(2), {"query": "q" * 500, "response": "a"}, {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}, {"role": "user", "content": "q" * 200}, {"role": "assistant", "content": "b", "loss": 0}]}]
+    items = [
+        *rows(2),
+        {"query": "q" * 500, "response": "a"},
+        {
+            "messages": [
+                {"role": "user", "content": "q"},
+                {"role": "assistant", "content": "a"},
+                {"role": "user", "content": "q" * 200},
+                {"role": "assistant", "content": "b", "loss": 0},
+            ]
+        },
+    ]
     data = run(jsonl(items), dataset_test_ratio=0.0, max_length=100, truncation_strategy="truncation_left")
     assert len(data.train) == 3
     assert data.report.datasets[0].dropped["no supervised token left within max_length"].places == ["rows.jsonl:4"]
@@ -135,7 +149,9 @@ def test_packing(run: Callable[..., PreparedData], jsonl: Jsonl) -> None:
     path = jsonl(rows(200, 9))
     plain, packed = run(path), run(path, packing=True, max_length=512)
     assert packed.train.lengths.max() <= 512 and packed.train.packed and not plain.train.packed
-    assert packed.report.train_samples == len(plain.train) and packed.report.fill == pytest.approx(packed.train.lengths.mean() / 512)
+    assert packed.report.train_samples == len(plain.train) and packed.report.fill == pytest.approx(
+        packed.train.lengths.mean() / 512
+    )
     assert sorted(tuple(sample.ids) for row in range(len(packed.train)) for sample in packed.train.samples(row)) == sorted(
         tuple(plain.train[row][0]) for row in range(len(plain.train))
     )
@@ -185,7 +201,14 @@ def test_columns(run: Callable[..., PreparedData], template: ChatTemplate, jsonl
             run(path, columns=wrong)
 
 
-BAD = [b"not json", b"[1]", b'{"a": 1}', b'{"messages": [{"role": "user", "content": "q"}]}', b'{"query": "\xff", "response": "a"}', b'{"query": "\\ud800", "response": "a"}']
+BAD = [
+    b"not json",
+    b"[1]",
+    b'{"a": 1}',
+    b'{"messages": [{"role": "user", "content": "q"}]}',
+    b'{"query": "\xff", "response": "a"}',
+    b'{"query": "\\ud800", "response": "a"}',
+]
 
 
 def test_bad_rows_are_skipped_counted_and_shown(run: Callable[..., PreparedData], jsonl: Jsonl) -> None:
@@ -228,7 +251,12 @@ def test_a_huge_row_is_dropped_without_tokenizing_it(run: Callable[..., Prepared
 
 def test_options_that_cannot_work(run: Callable[..., PreparedData], jsonl: Jsonl) -> None:
     path = jsonl(rows(3))
-    for options in ({"dataset_test_ratio": 1.0}, {"dataset_test_ratio": -0.1}, {"max_length": 0}, {"max_length": -1, "packing": True}):
+    for options in (
+        {"dataset_test_ratio": 1.0},
+        {"dataset_test_ratio": -0.1},
+        {"max_length": 0},
+        {"max_length": -1, "packing": True},
+    ):
         with pytest.raises(UserError):
             run(path, **options)
     with pytest.raises(UserError, match="no training data"):
@@ -240,3 +268,30 @@ def test_pretraining_rows(run: Callable[..., PreparedData], template: ChatTempla
     ids, labels = data.train[0]
     assert template.decode(ids) == "some text 0<|im_end|>" and (ids == labels).all()
     assert list(data.report.datasets[0].shapes) == ["text alone (pre-training)"]
+
+
+def test_streams_are_read_as_far_as_needed(run: Callable[..., PreparedData], template: ChatTemplate, jsonl: Jsonl) -> None:
+    path = jsonl(["bad", *rows(3000)])
+    data = run(path, stream_rows=700)
+    entry = data.report.datasets[0]
+    assert len(data.train) == 700 and data.val is None and 700 < entry.rows < 3001 and entry.dropped["not JSON"].count == 1
+    assert text(template, data.train, 0).endswith("answer0<|im_end|>")
+    assert run(path, stream_rows=700).report.from_cache
+    assert run(path, stream_rows=700, data_cache=False, processes=2).train.fingerprint == data.train.fingerprint
+    two = run(f"{path}#100", jsonl(rows(50), "b.jsonl"), "self-cognition", stream_rows=120, **NAMES)
+    assert [item.train for item in two.report.datasets] == [40, 40, 40]
+    packed = run(path, stream_rows=20, packing=True, max_length=512)
+    assert 20 <= len(packed.train) <= 80 and packed.report.fill > 0.9
+    val = run(path, stream_rows=10, val_dataset=[jsonl(rows(5), "v.jsonl")])
+    assert len(val.val or []) == 5
+
+
+def test_streams_of_other_files(run: Callable[..., PreparedData], template: ChatTemplate, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(rows(5)))
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfone\r\n\ntwo\n")
+    data = run(str(tmp_path / "a.json"), str(tmp_path / "b.txt"), stream_rows=100)
+    assert [item.train for item in data.report.datasets] == [5, 2]
+    assert text(template, data.train, 5) == "one<|im_end|>"
+    with pytest.raises(DataError, match="no usable row"):
+        (tmp_path / "c.jsonl").write_text("x\n")
+        run(str(tmp_path / "c.jsonl"), stream_rows=5)

@@ -78,7 +78,16 @@ def test_loss_per_message(name: str) -> None:
 
 def test_tool_calls_of_every_kind() -> None:
     call = {"name": "f", "arguments": {"x": 1}}
-    openai = [Q, {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}]}, {"role": "tool", "content": "r"}, A]
+    openai = [
+        Q,
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}],
+        },
+        {"role": "tool", "content": "r"},
+        A,
+    ]
     sharegpt = [
         {"from": "human", "value": "q"},
         {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
@@ -93,7 +102,12 @@ def test_tool_calls_of_every_kind() -> None:
     ]
     for messages in (openai, sharegpt, anthropic):
         found = to_conversation({"messages": messages, "tools": '[{"name": "f"}]'})
-        assert [(message.role, message.content) for message in found.messages] == [("user", "q"), ("assistant", ""), ("tool", "r"), ("assistant", "a")]
+        assert [(message.role, message.content) for message in found.messages] == [
+            ("user", "q"),
+            ("assistant", ""),
+            ("tool", "r"),
+            ("assistant", "a"),
+        ]
         assert found.messages[1].tool_calls == [call]
         assert found.tools == [{"type": "function", "function": {"name": "f"}}]
 
@@ -105,7 +119,14 @@ def test_several_calls_in_a_row_are_one_turn() -> None:
 
 
 def test_thinking_blocks() -> None:
-    found = to_conversation({"messages": [Q, {"role": "assistant", "content": [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "a"}]}]})
+    found = to_conversation(
+        {
+            "messages": [
+                Q,
+                {"role": "assistant", "content": [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "a"}]},
+            ]
+        }
+    )
     assert (found.messages[1].reasoning, found.messages[1].content) == ("hm", "a")
 
 

@@ -61,7 +61,15 @@ def test_custom_registry(tmp_path: Path) -> None:
     dataset = resolve(parse_spec("mine#2"), str(tmp_path / "info.json"))
     assert len(dataset.source) == 1 and dataset.columns == {"q": "query", "r": "response"}
     assert entries(json.dumps([{"dataset_name": "other", "hf_dataset_id": "x/y"}]))["other"].hf == "x/y"
-    for wrong in ("no json{", "{", '{"a": {"nonsense": 1}}', '{"a": {}}', '{"a": {"hf": "x/y", "converter": "none"}}', '{"a": 3}', str(tmp_path / "no.json")):
+    for wrong in (
+        "no json{",
+        "{",
+        '{"a": {"nonsense": 1}}',
+        '{"a": {}}',
+        '{"a": {"hf": "x/y", "converter": "none"}}',
+        '{"a": 3}',
+        str(tmp_path / "no.json"),
+    ):
         with pytest.raises(UserError):
             entries(wrong)
 
@@ -105,7 +113,12 @@ def test_the_arithmetic_of_the_workflow_in_the_documentation() -> None:
     assert sorted(set(counts)) == [0, 3, 4] and (counts == 4).sum() == 100 and counts[splits[3][1][0]] == 0
 
 
-@given(rows=st.integers(1, 300), count=st.none() | st.integers(1, 900), ratio=st.sampled_from([0.0, 0.01, 0.3, 0.99]), seed=st.integers(0, 99))
+@given(
+    rows=st.integers(1, 300),
+    count=st.none() | st.integers(1, 900),
+    ratio=st.sampled_from([0.0, 0.01, 0.3, 0.99]),
+    seed=st.integers(0, 99),
+)
 def test_split_and_sample(rows: int, count: int | None, ratio: float, seed: int) -> None:
     train, val = split_and_sample(rows, count, ratio, seed)
     wanted = rows if count is None else count

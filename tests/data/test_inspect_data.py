@@ -24,12 +24,23 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_whole_verb(model: None, jsonl: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"query": f"q <b> {k % 40}", "response": "a & b " * (1 + k % 7 % 3)} for k in range(50)]
     path = jsonl([*rows, "broken <row>"])
-    words = ["--dataset", path, "--dataset_test_ratio", "0", "--output", str(tmp_path / "page"), "--examples", "2", "--batch_size", "4"]
+    words = [
+        "--dataset",
+        path,
+        "--dataset_test_ratio",
+        "0",
+        "--output",
+        str(tmp_path / "page"),
+        "--examples",
+        "2",
+        "--batch_size",
+        "4",
+    ]
     inspection = data_main(words)
     shown = capsys.readouterr().out
     assert inspection.duplicates == len(rows) - len({(row["query"], row["response"]) for row in rows})
     assert inspection.fill is not None and 0 < inspection.fill <= 1 and 0 < inspection.padding < 1
-    assert "rows.jsonl:51" in shown and shown.count("[[") == 3 and "packing to 2,048 tokens fills" in shown
+    assert "rows.jsonl:51" in shown and shown.count("[[") == 4 and "packing to 2,048 tokens fills" in shown
     page = (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
     assert page.count("<mark>") == 3 and "q &lt;b&gt;" in page and "<b>" not in page and "a &amp; b" in page
     assert (tmp_path / "page" / "lengths.png").read_bytes().startswith(b"\x89PNG")

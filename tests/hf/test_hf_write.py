@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from megaswift.errors import DataError, UserError
-from megaswift.hf import shards, write
+from megaswift.hf import write
 from megaswift.hf.read import HFCheckpoint
 from megaswift.hf.shards import plan_shards, write_shard
 from megaswift.hf.write import PlannedTensor, dtype_override, remove_leftovers, write_checkpoint
@@ -199,7 +199,7 @@ def test_a_disk_that_fails_midway(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             raise OSError(code, os.strerror(code))
         return real(handle, data)
 
-    monkeypatch.setattr(shards.os, "write", failing)
+    monkeypatch.setattr(os, "write", failing)
     with pytest.raises(UserError, match=message):
         write_checkpoint(tmp_path / "out", planned({f"t{number}": torch.zeros(200) for number in range(9)}), max_shard_size=800)
     assert list(tmp_path.iterdir()) == []

@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from tests.kernels.conftest import check, double, leaf
 
-from megaswift.engine.kernels.swiglu import swiglu
+from megaswift.engine.kernels import swiglu_linear as module
+from megaswift.engine.kernels.swiglu import backward_in_place, swiglu
 from megaswift.engine.kernels.swiglu_linear import swiglu_linear
+from megaswift.engine.kernels.triton_support import HAS_TRITON, use_triton
 
 SHAPES = [(5, 3, 33), (2, 1, 1030), (1, 4, 7)]
 
@@ -52,6 +54,35 @@ def test_swiglu_linear(case, shape, recompute, main, add):
     check(weight.main_grad if main else weight.grad, b.grad, case[1])
     if add:
         assert torch.equal(residual.grad, grad)
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_backward_beside_the_weight_product(case, recompute, monkeypatch):
+    """The two-stream order of work; without a GPU the same order on one."""
+    monkeypatch.setattr(module, "can_run_beside", lambda tensor: True)
+    source, weight = leaf(37, 3, 2 * 40, like=case), leaf(24, 40, like=case)
+    weight.main_grad, weight.grad_added_to_main_grad = torch.full((24, 40), float("nan"), device=case[0]), False
+    weight.main_grad_stale = True
+    y = swiglu_linear(source * 1, weight, recompute=recompute, overlap=True)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    a, b = double(source), double(weight)
+    (reference(a) @ b.t()).backward(grad.double())
+    check(source.grad, a.grad, case[1], slack=2)
+    check(weight.main_grad, b.grad, case[1])
+    assert weight.grad_added_to_main_grad and not weight.main_grad_stale
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("recompute", [True, False])
+def test_kernel_on_a_few_processors(case, recompute):
+    dy, x = leaf(13, 1100, like=case).detach(), leaf(13, 2200, like=case).detach()
+    if not use_triton(x):
+        pytest.skip("kernels run on a GPU or in the interpreter")
+    other_dy, other_x = dy.clone(), x.clone()
+    backward_in_place(dy, x, recompute=recompute)
+    backward_in_place(other_dy, other_x, recompute=recompute, share=3)
+    assert torch.equal(x, other_x) and torch.equal(dy, other_dy)
 
 
 def test_second_backward_is_refused(case):

@@ -56,6 +56,10 @@ def load_index(path: Path) -> Any:
         raise DataError(f"the checkpoint index is damaged or not safe to read: {error}", where=str(path), fix="use another checkpoint") from error
     if not hasattr(index, "state_dict_metadata") or not hasattr(index, "storage_data"):
         raise DataError("the checkpoint index has no table of tensors.", where=str(path), fix="use another checkpoint")
+    for item in index.storage_data.values():
+        name = getattr(item, "relative_path", None)
+        if not isinstance(name, str) or name in ("", ".", "..") or any(mark in name for mark in "/\\\0"):
+            raise DataError(f"the index names the file {name!r}, which is not inside the checkpoint.", where=str(path), fix="use another checkpoint")
     return index
 
 

@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 
+from megaswift.checkpoint.faults import reached
 from megaswift.checkpoint.manifest import read_manifest
 from megaswift.checkpoint.save import TrainingState, state_dict
 from megaswift.errors import DataError
+
+_OPTIONS = ("max_lr", "min_lr", "betas", "eps", "weight_decay", "wd_mult", "lr_mult")  # of a parameter group: never from a checkpoint
 
 
 def load_weights(model: Any, directory: Path) -> None:
@@ -35,19 +38,33 @@ def load_training_state(state: TrainingState, directory: Path, *, layout: dict[s
     if not same_layout:
         wanted.pop("rng_state")  # there is one for each old rank; no random number is drawn while training
     loaded = _load(wanted, directory)
+    reached("load.weights_read")
     state.bare_model.load_state_dict(loaded["model"], strict=False)
-    state.optimizer.load_state_dict(loaded["optimizer"])
-    state.scheduler.load_state_dict(loaded["opt_param_scheduler"])
+    _restore_optimizer(state, loaded)
     if same_layout:
         _restore_random_state(loaded["rng_state"])
     return loaded["megaswift"]
+
+
+def _restore_optimizer(state: TrainingState, loaded: dict[str, Any]) -> None:
+    """Moments and the place in the schedule; rates and decay are those of this run's options."""
+    ours = [{name: group[name] for name in _OPTIONS if name in group} for group in state.optimizer.param_groups]
+    state.optimizer.load_state_dict(loaded["optimizer"])
+    for group, options in zip(state.optimizer.param_groups, ours):
+        group.update(options)
+    # A longer run than planned has another schedule: its shape comes from the options, its place from the checkpoint.
+    state.scheduler.use_checkpoint_opt_param_scheduler, state.scheduler.override_opt_param_scheduler = False, True
+    state.scheduler.load_state_dict(loaded["opt_param_scheduler"])
 
 
 def _load(wanted: dict[str, Any], directory: Path) -> dict[str, Any]:
     from megatron.core import dist_checkpointing
 
     try:
-        return dist_checkpointing.load(wanted, str(directory))
+        reached("load.start")
+        loaded = dist_checkpointing.load(wanted, str(directory))
+        reached("load.done")
+        return loaded
     except DataError:
         raise
     except Exception as error:  # Megatron-Core and torch raise many kinds for a checkpoint that does not fit

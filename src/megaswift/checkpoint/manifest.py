@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -11,14 +10,15 @@ from typing import Any
 
 from megaswift.checkpoint.layout import MANIFEST
 from megaswift.errors import DataError
+from megaswift.hf.output import sha256_of
+
+__all__ = [
+    "MANIFEST", "ancestry", "changed_fields", "check_config", "check_hashes", "digest_files", "link", "quick_check", "read_manifest",
+    "sha256_of", "sync_directory", "versions", "write_manifest",
+]  # fmt: skip
 
 FORMAT_VERSION = 1
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+_LONGEST_CHAIN = 100  # links; a run that was resumed often keeps the newest ones
 
 
 def digest_files(directory: Path, known: dict[str, Any] | None = None, threads: int = 2) -> dict[str, dict[str, Any]]:
@@ -79,6 +79,58 @@ def quick_check(directory: Path) -> str | None:
         if path.stat().st_size != entry.get("size"):
             return f"{name} has {path.stat().st_size} bytes, {entry.get('size')} expected"
     return None
+
+
+def versions() -> dict[str, str]:
+    """Versions of what made a file."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("megaswift", "torch", "megatron-core", "transformers", "safetensors")}
+
+
+def link(directory: Path, seen_from: Path | None = None) -> dict[str, Any]:
+    """What names another directory in a manifest: its manifest's SHA-256, and where it lay when the link was made."""
+    content = read_manifest(directory)
+    path = os.path.relpath(directory, seen_from) if seen_from is not None else str(directory)
+    return {
+        "directory": path,
+        "kind": content.get("kind"),
+        "iteration": content.get("iteration"),
+        "manifest_sha256": sha256_of(directory / MANIFEST),
+    }
+
+
+def ancestry(directory: Path, seen_from: Path | None = None) -> list[dict[str, Any]]:
+    """The chain of a directory that is made from `directory`: that one, what it was made from, and so on to the base.
+
+    Args:
+        seen_from: the new directory; links then hold relative paths, so that the chain survives a move of all together.
+    """
+    chain = [link(directory, seen_from)]
+    for older in read_manifest(directory).get("made_from") or []:
+        path = directory / older["directory"]
+        chain.append({**older, "directory": os.path.relpath(path, seen_from) if seen_from is not None else str(path)})
+    return chain[:_LONGEST_CHAIN]
+
+
+def changed_fields(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Fields that differ between two configs, as `name was X, is Y`."""
+    names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    return [f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in names]
+
+
+def check_config(root: Path, content: dict[str, Any]) -> None:
+    """Raise DataError where config.json in `root` is not the one that the weights were made with, naming the fields."""
+    from megaswift.hf.folder import read_config
+
+    recorded = content.get("config")
+    if not isinstance(recorded, dict):
+        return
+    changed = changed_fields(recorded, read_config(root))
+    if changed:
+        raise DataError(
+            f"config.json was changed since these weights were made: {'; '.join(changed)}.", where=str(root / "config.json"), fix="put the original file back"
+        )
 
 
 def check_hashes(directory: Path) -> None:

@@ -2,14 +2,17 @@
 
 The order is what makes it safe: a fresh temporary directory, each rank's file written, hashed and synced, the verdict of
 all ranks agreed, then index and manifest, then one rename, then the tracker file. A crash at any point leaves the earlier
-checkpoints as they were and nothing that a reader would accept.
+checkpoints as they were and nothing that a reader would accept. With `background` the files are written by a thread from
+a copy in host memory, while training goes on; the rest happens at a later step boundary, on all ranks at once.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
+import threading
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +20,8 @@ import torch
 import torch.distributed as dist
 
 from megaswift.checkpoint import torch_dist
+from megaswift.checkpoint.faults import reached
+from megaswift.checkpoint.keep import discard
 from megaswift.checkpoint.layout import TRACKER, iteration_directory
 from megaswift.checkpoint.manifest import sync_directory, write_manifest
 from megaswift.errors import DataError
@@ -34,28 +39,80 @@ class TrainingState(Protocol):
     scheduler: Any
 
 
-def save(root: Path, iteration: int, state: TrainingState, *, only_model: bool, extra: dict[str, Any], manifest: dict[str, Any]) -> Path:
+def save(root: Path, iteration: int, state: TrainingState, *, only_model: bool, extra: dict[str, Any], manifest: dict[str, Any], needed: int = 0) -> Path:
     """Save after `iteration` steps under `root`; called by all ranks, and all raise the same error.
 
     Args:
         only_model: leave out optimizer, schedule and random states.
         extra: small values for resuming (consumed rows, fingerprint of the data); JSON-ready.
         manifest: more entries of manifest.json.
+        needed: bytes of a checkpoint; with less free space nothing is written.
 
     Returns:
         The finished directory.
     """
-    target = iteration_directory(root, iteration)
-    temporary = _agreed_directory(target)
-    sharded, common = _split(state_dict(state, only_model), {"iteration": iteration, "checkpoint_version": 3.0, "megaswift": extra, "content_metadata": CONTENT})
-    part = _Part()
-    try:
-        _write_part(temporary, sharded, part)
-    except Exception as error:  # the verdict is agreed below: never raise on one rank alone
-        part.error = f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
-    parts = _gathered(part)
-    _publish(temporary, target, parts, common, manifest | {"iteration": iteration, "optimizer": not only_model})
-    return target
+    return Saving(root, iteration, state, only_model=only_model, extra=extra, manifest=manifest, needed=needed).finish()
+
+
+class Saving:
+    """A checkpoint on its way: made by all ranks at once, ended by `finish`, which all ranks call at once.
+
+    Args are those of `save`; with `background` a thread writes this rank's file from a copy in host memory.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        iteration: int,
+        state: TrainingState,
+        *,
+        only_model: bool,
+        extra: dict[str, Any],
+        manifest: dict[str, Any],
+        needed: int = 0,
+        background: bool = False,
+    ) -> None:
+        self.target, self.iteration = iteration_directory(root, iteration), iteration
+        self.manifest = manifest | {"iteration": iteration, "optimizer": not only_model}
+        self.temporary = _agreed_directory(self.target, needed)
+        self.part = _Part()
+        self.common: dict[str, Any] = {}
+        self.thread: threading.Thread | None = None
+        try:
+            reached("save.directory")
+            sharded, self.common = _split(state_dict(state, only_model), {"iteration": iteration, "checkpoint_version": 3.0, "megaswift": extra, "content_metadata": CONTENT})
+            chunks, objects = _contents(sharded, copy=background)
+            if background and torch.cuda.is_available():
+                torch.cuda.synchronize()  # the copies are whole before the next step changes what they were made of
+            reached("save.collected")
+        except Exception as error:  # the verdict is agreed in `finish`: never raise on one rank alone
+            self.part.fail(error)
+            return
+        if background:
+            self.thread = threading.Thread(target=self._write, args=(chunks, objects), name="checkpoint", daemon=True)
+            self.thread.start()
+        else:
+            self._write(chunks, objects)
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank's file is there, or failed."""
+        return self.thread is None or not self.thread.is_alive()
+
+    def finish(self) -> Path:
+        """Wait for this rank's file, agree, publish. Returns the directory; all ranks raise the same DataError."""
+        if self.thread is not None:
+            self.thread.join()
+        _publish(self.temporary, self.target, _gathered(self.part), self.common, self.manifest)
+        reached("save.published")
+        return self.target
+
+    def _write(self, chunks: list[torch_dist.Chunk], objects: dict[str, Any]) -> None:
+        try:
+            _write_part(self.temporary, chunks, objects, self.part)
+            reached("save.part_written")
+        except Exception as error:
+            self.part.fail(error)
 
 
 def state_dict(state: TrainingState, only_model: bool, is_loading: bool = False) -> dict[str, Any]:
@@ -103,8 +160,22 @@ class _Part:
         self.table: dict[str, Any] = {}
         self.storage: dict[Any, Any] = {}
 
+    def fail(self, error: BaseException) -> None:
+        self.error = f"rank {dist.get_rank()}: {_reason(error)}"
 
-def _write_part(directory: Path, items: list[Any], part: _Part) -> None:
+
+def _reason(error: BaseException) -> str:
+    """What went wrong; torch's own message hides a full disk, which stands in the chain of errors behind it."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, OSError) and found.errno == errno.ENOSPC:
+            return "the disk is full"
+        found = found.__cause__ or found.__context__
+    return f"{error.strerror or error}" if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+
+
+def _contents(items: list[Any], copy: bool) -> tuple[list[torch_dist.Chunk], dict[str, Any]]:
+    """Tensors and small objects that this rank writes; `copy`: as they are now, whatever training does next."""
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
     chunks, objects = [], {}
@@ -113,11 +184,29 @@ def _write_part(directory: Path, items: list[Any], part: _Part) -> None:
             objects[item.unique_key] = item.data
             continue
         shape = (1,) * item.prepend_axis_num + tuple(item.local_shape)
-        chunks.append(torch_dist.Chunk(item.key, tuple(item.global_shape), tuple(item.global_offset), shape, item.dtype, lambda data=item.data: data.detach().cpu()))
-    if chunks or objects:
-        name, digest, part.storage = torch_dist.write_file(directory, f"__{dist.get_rank()}_0.distcp", chunks, objects)
-        part.files[name] = digest
-        part.table = torch_dist.tensor_table(chunks) | torch_dist.object_table(objects)
+        data = _host_copy(item.data.detach()) if copy else item.data.detach()
+        chunks.append(torch_dist.Chunk(item.key, tuple(item.global_shape), tuple(item.global_offset), shape, item.dtype, data.cpu))
+    return chunks, objects
+
+
+def _host_copy(value: torch.Tensor) -> torch.Tensor:
+    """A copy in host memory; from a GPU through page-locked memory, without waiting for it."""
+    if value.device.type == "cpu":
+        return value.clone()
+    return torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
+
+
+def _write_part(directory: Path, chunks: list[torch_dist.Chunk], objects: dict[str, Any], part: _Part) -> None:
+    if not chunks and not objects:
+        return
+    name = f"__{dist.get_rank()}_0.distcp"
+    try:
+        reached("save.writing")
+        name, digest, part.storage = torch_dist.write_file(directory, name, chunks, objects)
+    except Exception as error:
+        raise OSError(_reason(error) + f" ({directory / name})") from error
+    part.files[name] = digest
+    part.table = torch_dist.tensor_table(chunks) | torch_dist.object_table(objects)
 
 
 def _publish(temporary: Path, target: Path, parts: list[_Part], common: dict[str, Any], manifest: dict[str, Any]) -> None:
@@ -127,21 +216,32 @@ def _publish(temporary: Path, target: Path, parts: list[_Part], common: dict[str
         try:
             if problem:
                 raise OSError(problem)
-            files: dict[str, torch_dist.FileDigest] = {}
-            for part in parts:
-                files.update(part.files)
-            files |= torch_dist.write_index(temporary, [part.table for part in parts], [part.storage for part in parts], common)
-            write_manifest(temporary, manifest | {"kind": "megatron", "files": {name: vars(digest) for name, digest in files.items()}})
-            temporary.rename(target)
-            sync_directory(target.parent)
-            write_tracker(target.parent, str(manifest["iteration"]))
-        except OSError as error:
+            _complete(temporary, target, parts, common, manifest)
+        except Exception as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            problem = problem or f"rank 0: {error}"
+            problem = problem or f"rank 0: {_reason(error)} ({temporary})"
     verdict = [problem]
     dist.broadcast_object_list(verdict, src=0)
     if verdict[0]:
         raise DataError(f"the checkpoint could not be saved: {verdict[0]}", where=str(target), fix="earlier checkpoints are as they were; free space or check the disk")
+
+
+def _complete(temporary: Path, target: Path, parts: list[_Part], common: dict[str, Any], manifest: dict[str, Any]) -> None:
+    """Index, manifest, name, tracker: in this order."""
+    files: dict[str, torch_dist.FileDigest] = {}
+    for part in parts:
+        files.update(part.files)
+    reached("save.before_index")
+    files |= torch_dist.write_index(temporary, [part.table for part in parts], [part.storage for part in parts], common)
+    reached("save.before_manifest")
+    write_manifest(temporary, manifest | {"kind": "megatron", "files": {name: vars(digest) for name, digest in files.items()}})
+    reached("save.before_rename")
+    if target.exists():
+        discard(target)  # only a damaged one of an earlier run can have this step's name
+    temporary.rename(target)
+    sync_directory(target.parent)
+    reached("save.renamed")
+    write_tracker(target.parent, str(manifest["iteration"]))
 
 
 def write_tracker(root: Path, text: str) -> None:
@@ -162,40 +262,40 @@ def require_space(directory: Path, needed: int, what: str) -> None:
         raise DataError(f"{what} needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free.", where=str(directory), fix="free space, or choose another --output_dir")
 
 
-def _agreed_directory(target: Path) -> Path:
-    """A fresh temporary directory beside the target, the same on all ranks."""
+def _agreed_directory(target: Path, needed: int) -> Path:
+    """A fresh temporary directory beside the target, the same on all ranks; refused where the disk is too full."""
     answer: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            if target.exists():
-                shutil.rmtree(target)  # only an unfinished or older run of the same step can be here
-            path = target.with_name(f"{target.name}.tmp-{secrets.token_hex(4)}")
-            path.mkdir(parents=True)
-            answer = [str(path), None]
-        except OSError as error:
-            answer = [None, str(error)]
-    dist.broadcast_object_list(answer, src=0)
-    if answer[1]:
-        raise DataError(f"the checkpoint directory cannot be made: {answer[1]}", where=str(target), fix="check the permissions of --output_dir")
-    return Path(answer[0])
+    try:
+        reached("save.start")
+    except OSError as error:
+        answer = [None, DataError(f"the checkpoint directory cannot be made: rank {dist.get_rank()}: {_reason(error)}.", where=str(target), fix="check --output_dir")]
+    if dist.get_rank() == 0 and answer[1] is None:
+        answer = _fresh_directory(target, needed)
+    answers: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, answer)
+    problems = [problem for _, problem in answers if problem is not None]
+    if problems:
+        if dist.get_rank() == 0 and answer[0]:
+            shutil.rmtree(answer[0], ignore_errors=True)
+        raise problems[0]
+    return Path(answers[0][0])
+
+
+def _fresh_directory(target: Path, needed: int) -> list[Any]:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if needed:
+            require_space(target.parent, needed, "one checkpoint")
+        path = target.with_name(f"{target.name}.tmp-{secrets.token_hex(4)}")
+        path.mkdir()
+        return [str(path), None]
+    except DataError as error:
+        return [None, error]
+    except OSError as error:
+        return [None, DataError(f"the checkpoint directory cannot be made: {_reason(error)}.", where=str(target), fix="check the permissions of --output_dir")]
 
 
 def _gathered(part: _Part) -> list[_Part]:
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, part)
     return parts
-
-
-def keep_newest(root: Path, limit: int | None) -> list[Path]:
-    """Delete the oldest checkpoints beyond `limit`; each is invalidated by losing its manifest first."""
-    from megaswift.checkpoint.layout import candidates, iteration_of
-    from megaswift.checkpoint.manifest import MANIFEST
-
-    removed: list[Path] = []
-    if limit is None or dist.get_rank() != 0:
-        return removed
-    for path in [path for path in candidates(root) if iteration_of(path) > 0][limit:]:
-        (path / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(path, ignore_errors=True)
-        removed.append(path)
-    return removed

@@ -7,12 +7,11 @@ a leading layer axis, and every chunk says where it lies in the global tensor.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
-import os
 import pickle
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +29,16 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megaswift.checkpoint.guard import load_index, load_object
+from megaswift.checkpoint import zipped
+from megaswift.checkpoint.guard import load_index
 from megaswift.errors import DataError
+from megaswift.hf.output import Cancelled, FileRecord, HashedFile, write_small
+from megaswift.hf.publish import Workspace
 
 FORMAT_FILE, COMMON_FILE, INDEX_FILE = "metadata.json", "common.pt", ".metadata"
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
+FILE_BYTES = 1 << 30  # size at which a new data file begins: what is complete of an interrupted conversion is kept by files
+_ALIGNMENT = 64  # bytes
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class Chunk:
         key: name in the checkpoint.
         global_shape, offset, shape: where the part lies; all of the global tensor's rank.
         produce: makes the values, reshapeable to `shape`; called once, when they are written.
+        names: what the values stand for; chunks with the same names are written to one file, in their order.
+        prepare, release: called one chunk ahead, and once the chunk is written.
     """
 
     key: str
@@ -53,78 +59,100 @@ class Chunk:
     shape: tuple[int, ...]
     dtype: torch.dtype
     produce: Callable[[], Tensor]
+    names: tuple[str, ...] = ()
+    prepare: Callable[[], None] | None = None
+    release: Callable[[], None] | None = None
 
     @property
     def nbytes(self) -> int:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-@dataclass(frozen=True)
-class FileDigest:
-    """Size in bytes and SHA-256 of a written file."""
-
-    size: int
-    sha256: str
+FileDigest = FileRecord
 
 
-class HashingFile(io.RawIOBase):
-    """A file that computes its SHA-256 while it is written."""
-
-    def __init__(self, path: Path) -> None:
-        self.file = path.open("wb")
-        self.digest = hashlib.sha256()
-        self.position = 0
-
-    def writable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.position
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        self.digest.update(view)
-        self.file.write(view)
-        self.position += len(view)
-        return len(view)
-
-    def flush(self) -> None:
-        if not self.file.closed:
-            self.file.flush()
-
-    def close(self) -> None:
-        if not self.file.closed:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-            self.file.close()
-        super().close()
-
-
-def write(directory: Path, chunks: list[Chunk], objects: list[str], common: dict[str, Any], threads: int = 2) -> dict[str, FileDigest]:
+def write(
+    directory: Path, chunks: list[Chunk], objects: list[str], common: dict[str, Any], threads: int = 2, *,
+    work: Workspace | None = None, notes: dict[str, str] | None = None, progress: Callable[[int], None] | None = None,
+) -> dict[str, FileDigest]:  # fmt: skip
     """Write a torch_dist directory; memory holds one chunk for each thread.
 
     Args:
-        directory: exists and is empty.
+        directory: exists and holds no data files but those that `work` knows as complete.
+        chunks: in the order in which they are best read; chunks that share names stay together.
         objects: names of empty byte items (Megatron-Core keeps one beside each linear layer).
         common: small values for common.pt.
+        work: keeps the files that an interrupted conversion completed.
+        notes: filled by `produce`, for each name in Chunk.names; kept and restored with the file.
+        progress: called with the number of bytes written, from any thread.
 
     Returns:
         Size and SHA-256 of every file written.
     """
-    queues: list[list[Chunk]] = [[] for _ in range(threads)]
-    load = [0] * threads
-    for chunk in sorted(chunks, key=lambda item: -item.nbytes):
-        lightest = load.index(min(load))
-        queues[lightest].append(chunk)
-        load[lightest] += chunk.nbytes
-    queues = [queue for queue in queues if queue]
+    notes = {} if notes is None else notes
+    cancel = threading.Event()
     empty = dict.fromkeys(objects)
-    with ThreadPoolExecutor(len(queues)) as pool:
-        jobs = [pool.submit(write_file, directory, f"__0_{k}.distcp", queue, {} if k else empty) for k, queue in enumerate(queues)]
-        written = [job.result() for job in jobs]
+
+    def one(number: int, queue: list[Chunk]) -> tuple[str, FileDigest, dict[Any, Any]]:
+        if cancel.is_set():
+            raise Cancelled
+        name = f"__0_{number}.distcp"
+        try:
+            done = work.finished(directory, name) if work is not None else None
+            if done is not None:
+                notes.update(done["notes"])
+                return name, FileDigest(done["size"], done["sha256"]), _storage_of(name, done["places"])
+            result = write_file(directory, name, queue, {} if number else empty, cancel=cancel, progress=progress)
+            if work is not None:
+                kept = {item: notes[item] for chunk in queue for item in chunk.names}
+                work.record(name, result[1], notes=kept, places=_places_of(result[2]))
+            return result
+        except BaseException:
+            cancel.set()
+            raise
+
+    queues = _files(chunks, threads)
+    with ThreadPoolExecutor(threads) as pool:
+        jobs = [pool.submit(one, number, queue) for number, queue in enumerate(queues)]
+        try:
+            failures = [error for job in jobs if (error := job.exception()) is not None]
+        except BaseException:  # interrupted while waiting: the pool waits for its threads, so they must hear of it
+            cancel.set()
+            raise
+    for error in failures:
+        if not isinstance(error, Cancelled):
+            raise error
+    written = [job.result() for job in jobs]
     digests = {name: digest for name, digest, _ in written}
     tables = [tensor_table(chunks), object_table(empty)]
     return digests | write_index(directory, tables, [storage for _, _, storage in written], common)
+
+
+def _files(chunks: list[Chunk], threads: int) -> list[list[Chunk]]:
+    """Cut the chunks, in the order given, into files; chunks that share names stay in one file."""
+    total = sum(chunk.nbytes for chunk in chunks)
+    limit = min(FILE_BYTES, -(-total // threads))
+    queues: list[list[Chunk]] = [[]]
+    filled, last = 0, None
+    for chunk in chunks:
+        if filled >= limit and not (chunk.names and chunk.names == last):
+            queues.append([])
+            filled = 0
+        queues[-1].append(chunk)
+        filled, last = filled + chunk.nbytes, chunk.names
+    return queues
+
+
+def _places_of(storage: dict[Any, Any]) -> list[list[Any]]:
+    """Where the items of a file lie, as JSON-ready rows."""
+    return [[index.fqn, None if index.offset is None else list(index.offset), info.offset, info.length] for index, info in storage.items()]
+
+
+def _storage_of(name: str, places: list[list[Any]]) -> dict[Any, Any]:
+    return {
+        (MetadataIndex(key) if offset is None else MetadataIndex(key, torch.Size(offset))): _StorageInfo(name, start, length)
+        for key, offset, start, length in places
+    }
 
 
 def write_index(directory: Path, tables: list[dict[str, Any]], storage: list[dict[Any, Any]], common: dict[str, Any]) -> dict[str, FileDigest]:
@@ -141,15 +169,9 @@ def write_index(directory: Path, tables: list[dict[str, Any]], storage: list[dic
         (FORMAT_FILE, json.dumps(FORMAT).encode()),
         (INDEX_FILE, pickle.dumps(index)),
     ):
-        digests[name] = write_bytes(directory / name, data)
+        (directory / name).unlink(missing_ok=True)  # an interrupted conversion may have left it
+        digests[name] = write_small(directory / name, data)
     return digests
-
-
-def write_bytes(path: Path, data: bytes) -> FileDigest:
-    """Write and fsync a small file."""
-    with HashingFile(path) as file:
-        file.write(data)
-    return FileDigest(len(data), file.digest.hexdigest())
 
 
 def tensor_table(chunks: list[Chunk]) -> dict[str, Any]:
@@ -181,26 +203,37 @@ def _merged(tables: list[dict[str, Any]]) -> dict[str, Any]:
     return merged
 
 
-def write_file(directory: Path, name: str, queue: list[Chunk], objects: dict[str, Any]) -> tuple[str, FileDigest, dict[Any, Any]]:
+def write_file(
+    directory: Path, name: str, queue: list[Chunk], objects: dict[str, Any], *,
+    cancel: threading.Event | None = None, progress: Callable[[int], None] | None = None,
+) -> tuple[str, FileDigest, dict[Any, Any]]:  # fmt: skip
     """Write one data file and sync it: its name, digest and where each item lies in it."""
     storage: dict[Any, Any] = {}
-    with HashingFile(directory / name) as file:
-        for chunk in queue:
-            value = chunk.produce().to(chunk.dtype).reshape(chunk.shape).contiguous()
-            if value.untyped_storage().nbytes() != chunk.nbytes:  # torch.save writes the whole storage behind a view
-                value = value.clone()
+    with HashedFile(directory / name, cancel, progress) as file:
+        for number, chunk in enumerate(queue):
+            for following in queue[number + 1 : number + 2]:
+                if following.prepare is not None:
+                    following.prepare()
+            value = own_storage(chunk.produce().to(chunk.dtype).reshape(chunk.shape).contiguous())
+            file.write(bytes(-file.position % _ALIGNMENT))  # so that a mapped chunk can be used in place
             start = file.position
-            _save_tensor(value, file)
+            torch.save(value, file)
             storage[MetadataIndex(chunk.key, torch.Size(chunk.offset))] = _StorageInfo(name, start, file.position - start)
-        for item, value in objects.items():
+            del value
+            if chunk.release is not None:
+                chunk.release()
+        for item, content in objects.items():
             start = file.position
-            file.write(_saved([value]))  # Megatron-Core keeps a list of one
+            file.write(_saved([content]))  # Megatron-Core keeps a list of one
             storage[MetadataIndex(item)] = _StorageInfo(name, start, file.position - start)
-    return name, FileDigest(file.position, file.digest.hexdigest()), storage
+        return name, file.finish(), storage
 
 
-def _save_tensor(value: Tensor, file: HashingFile) -> None:
-    torch.save(value, file)
+def own_storage(value: Tensor) -> Tensor:
+    """The same contiguous values with a storage that holds nothing else, without a copy: torch.save writes whole storages."""
+    if value.numel() == 0 or value.untyped_storage().nbytes() == value.nbytes:
+        return value.clone() if value.numel() == 0 else value
+    return torch.from_numpy(value.detach().reshape(-1).view(torch.uint8).numpy()).view(value.dtype).reshape(value.shape)
 
 
 def _saved(value: Any) -> bytes:
@@ -210,7 +243,10 @@ def _saved(value: Any) -> bytes:
 
 
 class Reader:
-    """A torch_dist directory, read key by key. Raises DataError for what is missing or damaged."""
+    """A torch_dist directory, read key by key; tensors are views of the mapped files where they lie in one piece.
+
+    Raises DataError for what is missing or damaged.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -220,11 +256,13 @@ class Reader:
             raise DataError("this is no torch_dist checkpoint: metadata.json is missing.", where=str(directory)) from error
         except ValueError as error:
             raise DataError("metadata.json is not JSON.", where=str(directory / FORMAT_FILE)) from error
-        if found.get("sharded_backend") != "torch_dist":
-            raise DataError(f"checkpoint format {found.get('sharded_backend')!r} is not torch_dist.", where=str(directory / FORMAT_FILE))
+        if not isinstance(found, dict) or found.get("sharded_backend") != "torch_dist":
+            raise DataError("the checkpoint's format is not torch_dist.", where=str(directory / FORMAT_FILE))
         index = load_index(directory / INDEX_FILE)
         self._tensors = {key: value for key, value in index.state_dict_metadata.items() if hasattr(value, "chunks")}
         self._storage = index.storage_data
+        self._maps: dict[str, zipped.Mapped] = {}
+        self._lock = threading.Lock()
 
     @property
     def keys(self) -> list[str]:
@@ -236,24 +274,33 @@ class Reader:
     def dtype(self, key: str) -> torch.dtype:
         return self._entry(key).properties.dtype
 
-    def read(self, key: str, layer: int | None = None) -> Tensor:
-        """A whole global tensor, or with `layer` the slice of the leading axis."""
+    def read(self, key: str, layer: int | None = None, rows: tuple[int, int] | None = None) -> Tensor:
+        """A whole global tensor, with `layer` the slice of the leading axis, with `rows` some rows (of that slice)."""
         entry = self._entry(key)
         lead = () if layer is None else (layer,)
-        result: Tensor | None = None
         shape = tuple(entry.size)[len(lead) :]
+        first, last = rows if rows is not None else (0, shape[0] if shape else 1)
+        if shape:
+            shape = (last - first, *shape[1:])
+        result: Tensor | None = None
         covered = 0
         for chunk in entry.chunks:
             if lead and not chunk.offsets[0] <= lead[0] < chunk.offsets[0] + chunk.sizes[0]:
                 continue
+            offset, size = tuple(chunk.offsets)[len(lead) :], tuple(chunk.sizes)[len(lead) :]
+            if shape and (offset[0] >= last or offset[0] + size[0] <= first):
+                continue
             part = self._read_chunk(key, chunk)
             if lead:
                 part = part[lead[0] - chunk.offsets[0]]
+            if shape:
+                part = part[max(first - offset[0], 0) : last - offset[0]]
+                offset = (max(offset[0] - first, 0), *offset[1:])
             if tuple(part.shape) == shape:
                 return part
             if result is None:
                 result = torch.empty(shape, dtype=part.dtype)
-            result[tuple(slice(start, start + size) for start, size in zip(chunk.offsets[len(lead) :], part.shape))] = part
+            result[tuple(slice(start, start + count) for start, count in zip(offset, part.shape))] = part
             covered += part.numel()
         if result is None or covered != result.numel():
             raise DataError("chunks do not cover the tensor.", where=f"{self.directory}: {key}", fix="the checkpoint is incomplete")
@@ -264,20 +311,39 @@ class Reader:
             raise DataError(f"the checkpoint has no tensor {key}.", where=str(self.directory), fix="it was made for another model, or it is incomplete")
         return self._tensors[key]
 
-    def _read_chunk(self, key: str, chunk: Any) -> Tensor:
+    def release(self, key: str, layer: int | None = None) -> None:
+        """Give back the memory through which a tensor was read."""
+        for path, start, length in self._places(key, layer):
+            self._mapped(path).release(start, length)
+
+    def prefetch(self, key: str, layer: int | None = None) -> None:
+        """Ask the system to read a tensor in the background."""
+        for path, start, length in self._places(key, layer):
+            self._mapped(path).prefetch(start, length)
+
+    def _places(self, key: str, layer: int | None) -> Iterator[tuple[Path, int, int]]:
+        for chunk in self._entry(key).chunks:
+            if layer is None or chunk.offsets[0] <= layer < chunk.offsets[0] + chunk.sizes[0]:
+                yield self._place(key, chunk)
+
+    def _place(self, key: str, chunk: Any) -> tuple[Path, int, int]:
         info = self._storage.get(MetadataIndex(key, chunk.offsets))
         if info is None:
             raise DataError("a chunk of the tensor is not stored.", where=f"{self.directory}: {key} at {tuple(chunk.offsets)}")
-        path = inside(self.directory, info.relative_path)
-        try:
-            with path.open("rb") as file:
-                file.seek(info.offset)
-                data = file.read(info.length)
-        except OSError as error:
-            raise DataError(f"cannot read a data file: {error.strerror}.", where=str(path)) from error
-        if len(data) != info.length:
-            raise DataError(f"the data file is too short: {info.length} bytes expected at {info.offset}, {len(data)} found.", where=str(path))
-        value = load_object(data, f"{path}: {key}")
+        return inside(self.directory, info.relative_path), int(info.offset), int(info.length)
+
+    def _mapped(self, path: Path) -> zipped.Mapped:
+        with self._lock:
+            if path.name not in self._maps:
+                try:
+                    self._maps[path.name] = zipped.Mapped(path)
+                except OSError as error:
+                    raise DataError(f"cannot read a data file: {error.strerror}.", where=str(path)) from error
+            return self._maps[path.name]
+
+    def _read_chunk(self, key: str, chunk: Any) -> Tensor:
+        path, start, length = self._place(key, chunk)
+        value = zipped.load(self._mapped(path), start, length, f"{path}: {key}")
         if not isinstance(value, Tensor) or tuple(value.shape) != tuple(chunk.sizes):
             raise DataError("a stored chunk has another shape than the index says.", where=f"{path}: {key}")
         return value

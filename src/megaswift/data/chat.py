@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from megaswift.data.conversation import BadRow, Conversation, Message
-from megaswift.data.structure import NO_SYSTEM, Structure, align, as_dict, build
+from megaswift.data.structure import NO_SYSTEM, Structure, align, as_dicts, build, render
 from megaswift.data.templates import TEMPLATES, TemplateRaised, compile_template
 from megaswift.data.tokens import Encoded, Kind, Piece, PieceEncoder, tokenizer_json
 from megaswift.data.tools import tools_as_text
@@ -84,13 +84,14 @@ class ChatTemplate:
         self.eos: str = state["special"].get("eos_token", "")
         self._decoder: Any = None
         self._system_block: tuple[str, str] | None = None
-        self.header, self.ends = self._look()
+        self.header, self.after_user, self.ends = self._look()
+        self.text_arguments = self._tools and self._wants_text_arguments()
         self._system_block = self._find_system_block()
 
     # What the template looks like
 
-    def _look(self) -> tuple[str, tuple[str, ...]]:
-        """(assistant header, tokens that end an assistant turn), from two small renderings."""
+    def _look(self) -> tuple[str, str, tuple[str, ...]]:
+        """(assistant header, what follows a user's text, tokens that end an assistant turn), from small renderings."""
         user = {"role": "user", "content": "\ue0e0"}
         try:
             plain, prompt = self.render([user], [], False), self.render([user], [], True)
@@ -112,7 +113,24 @@ class ChatTemplate:
         end = cut.search(tail)
         known = {end.group(), self.eos, "<|eom_id|>"} if end else set()
         header = prompt[len(plain) :] if prompt.startswith(plain) else ""
-        return header, tuple(sorted(token for token in known if token and token in self.encoder.control))
+        return (
+            header,
+            prompt.partition("\ue0e0")[2],
+            tuple(sorted(token for token in known if token and token in self.encoder.control)),
+        )
+
+    def _wants_text_arguments(self) -> bool:
+        """Whether the template fails on arguments that are an object, and takes them as JSON text."""
+        call = Message("assistant", "", tool_calls=[{"name": "f", "arguments": {"x": 1}}])
+        messages = [Message("user", "x"), call, Message("tool", "x")]
+        tools = [{"type": "function", "function": {"name": "f", "description": "f", "parameters": {}}}]
+        for text_arguments in (False, True):
+            try:
+                self.render(as_dicts(messages, text_arguments), tools, True)
+                return text_arguments
+            except BadRow:
+                continue
+        return False
 
     def _find_system_block(self) -> tuple[str, str] | None:
         """(before, after) of a system message's block, where a second one is written just like the first."""
@@ -190,7 +208,7 @@ class ChatTemplate:
         conversation = self._prepared(conversation)
         messages = conversation.messages
         structure = self._structure(conversation, prompt)
-        real = self.render([as_dict(message) for message in messages], conversation.tools, prompt)
+        real = render(self, as_dicts(messages, self.text_arguments), conversation.tools, prompt, structure.deferred)
         texts = align(structure, messages, real)
         pieces = []
         for segment in structure.segments:

@@ -12,34 +12,23 @@ import json
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
-from functools import partial
 from pathlib import Path
-from typing import TypeVar
-
-import numpy as np
+from typing import Any
 
 from megaswift.arguments import DataArguments
 from megaswift.cache import published
+from megaswift.data.build import Build
 from megaswift.data.chat import ChatTemplate
-from megaswift.data.conversation import BadRow
-from megaswift.data.packing import pack
 from megaswift.data.pipeline import Pipeline, Recipe
-from megaswift.data.report import DataReport, DatasetReport, stretches
+from megaswift.data.report import DataReport, stretches
 from megaswift.data.resolve import Dataset, resolve
-from megaswift.data.sampling import sample_validation, split_and_sample
 from megaswift.data.spec import parse_specs
-from megaswift.data.store import RowWriter, TokenRows
+from megaswift.data.store import TokenRows
+from megaswift.data.stream import resolve_stream
 from megaswift.data.workers import Workers
 from megaswift.errors import DataError, UserError
-from megaswift.terminal import LiveLine
-
-T = TypeVar("T")
-
-CHUNK = 512  # rows of one unit of work
-SHOW_PROGRESS = 20_000  # rows from which on progress is shown
 
 
 @dataclass
@@ -52,7 +41,13 @@ class PreparedData:
 
 
 def prepare(
-    args: DataArguments, template: ChatTemplate, *, cache_dir: Path, packing: bool = False, processes: int | None = None
+    args: DataArguments,
+    template: ChatTemplate,
+    *,
+    cache_dir: Path,
+    packing: bool = False,
+    stream_rows: int | None = None,
+    processes: int | None = None,
 ) -> PreparedData:
     """Read, check, sample, tokenize, cut and pack the data of a run, or take it from the cache.
 
@@ -61,6 +56,7 @@ def prepare(
         template: the chat template, with its tokenizer.
         cache_dir: directory of the cache; rows go to data/<digest of everything that matters> in it.
         packing: join samples into rows of up to max_length tokens.
+        stream_rows: read training data only until it gives this many rows (--streaming); None reads all of it.
         processes: worker processes; default: one a core when there is enough to do.
 
     Raises:
@@ -69,14 +65,15 @@ def prepare(
     """
     _check(args, packing)
     started = time.monotonic()
-    train = [resolve(spec, args.custom_dataset_info) for spec in parse_specs(args.dataset)]
+    find = resolve if stream_rows is None else resolve_stream
+    train = [find(spec, args.custom_dataset_info) for spec in parse_specs(args.dataset)]
     val = [resolve(spec, args.custom_dataset_info) for spec in parse_specs(args.val_dataset)]
     if sum(item.self_cognition for item in train) > 1:
         raise UserError(
             "self-cognition is given more than once.", where="--dataset", fix="give it once, with #N for the number of rows"
         )
     recipes = {id(item): recipe_of(item, args) for item in train + val}
-    target = cache_dir / "data" / _key(args, template, packing, train, val)
+    target = cache_dir / "data" / _key(args, template, [packing, stream_rows], train, val)
     if args.data_cache and (target / "report.json").is_file():
         return _open(target, from_cache=True)
     if not args.data_cache:
@@ -84,10 +81,9 @@ def prepare(
         atexit.register(shutil.rmtree, target, ignore_errors=True)
     report = DataReport(template.name, args.max_length, args.truncation_strategy, packing)
     pipeline = Pipeline(template, args.max_length, args.truncation_strategy)
-    rows = sum(len(item.source) for item in train + val)
+    rows = sum(len(item.source) for item in train + val) if stream_rows is None else stream_rows
     with published(target) as directory, Workers(pipeline, rows, processes) as workers:
-        build = _Build(args, recipes, report, workers)
-        build.run(directory, train, val, packing)
+        Build(args, recipes, report, workers).run(directory, train, val, packing, stream_rows)
         report.seconds = round(time.monotonic() - started, 3)
         report.example = stretches(template, TokenRows.open(directory / "train").samples(0)[0])
         (directory / "report.json").write_text(json.dumps(report.to_dict(), ensure_ascii=False), encoding="utf-8")
@@ -111,131 +107,6 @@ def recipe_of(dataset: Dataset, args: DataArguments) -> Recipe:
         columns |= own
     names = (_pair(args.model_name, "model_name"), _pair(args.model_author, "model_author")) if dataset.self_cognition else None
     return Recipe(columns, dataset.converter, names)
-
-
-class _Build:
-    """One pass over all datasets into a new cache directory."""
-
-    def __init__(self, args: DataArguments, recipes: dict[int, Recipe], report: DataReport, workers: Workers) -> None:
-        self.args, self.recipes, self.report, self.workers = args, recipes, report, workers
-        self.seed = args.seed if args.dataset_seed is None else args.dataset_seed
-
-    def run(self, directory: Path, train: list[Dataset], val: list[Dataset], packing: bool) -> None:
-        writers = {"train": RowWriter(directory / "train"), "val": RowWriter(directory / "val")}
-        orders: dict[str, list[np.ndarray]] = {"train": [], "val": []}
-        ratio = 0.0 if val else self.args.dataset_test_ratio
-        for dataset, own in [(item, True) for item in train] + [(item, False) for item in val]:
-            entry = DatasetReport(dataset.spec.text, dataset.place, len(dataset.source), asked=dataset.spec.count)
-            self.report.datasets.append(entry)
-            usable = self._usable(dataset, entry)
-            if own:
-                picks = dict(
-                    zip(("train", "val"), split_and_sample(len(usable), dataset.spec.count, ratio, self.seed), strict=True)
-                )
-                entry.train, entry.val = len(picks["train"]), len(picks["val"])
-                entry.repeated = entry.train - len(np.unique(picks["train"]))
-            else:
-                picks = {"val": sample_validation(len(usable), dataset.spec.count, self.seed, dataset.spec.text)}
-                entry.val = len(picks["val"])
-            for part, chosen in picks.items():
-                order = self._encode(dataset, entry, usable, chosen, writers[part])
-                orders[part].append(order)
-                self._count(entry, writers[part], order)
-        self._finish(writers, orders, packing)
-
-    def _usable(self, dataset: Dataset, entry: DatasetReport) -> np.ndarray:
-        """Indices of the rows of a recognised, complete shape. Raises DataError when there are none."""
-        source, recipe = dataset.source, self.recipes[id(dataset)]
-        good = np.ones(len(source), bool)
-        checked = self.workers.check(source, recipe, CHUNK)
-        for first, (bad, shapes) in self._watch(checked, f"reading {entry.item}", len(source)):
-            for number, error in bad.items():
-                good[first + number] = False
-                self._drop(entry, partial(source.where, first + number), error)
-            for shape, count in shapes.items():
-                entry.shapes[shape] = entry.shapes.get(shape, 0) + count
-        entry.usable = int(good.sum())
-        self._require_some(entry, entry.usable)
-        return np.flatnonzero(good)
-
-    def _encode(
-        self, dataset: Dataset, entry: DatasetReport, usable: np.ndarray, chosen: np.ndarray, writer: RowWriter
-    ) -> np.ndarray:
-        """Tokenize the chosen rows (indices into `usable`), each once; returns their sample numbers in the chosen order."""
-        source, recipe = dataset.source, self.recipes[id(dataset)]
-        needed = np.unique(chosen)
-        first_sample = np.zeros(len(needed) + 1, np.int64)
-        first_sample[0] = done = len(writer)
-        encoded = self.workers.encode(source, usable[needed], recipe, CHUNK)
-        for first, encoding in self._watch(encoded, f"tokenizing {entry.item}", len(needed)):
-            writer.add(encoding.ids, encoding.kept, encoding.sizes)
-            for number, count in enumerate(encoding.counts):
-                done += count
-                first_sample[first + number + 1] = done
-            entry.unsupervised_turns += encoding.unsupervised
-            for number, error in encoding.bad.items():
-                self._drop(entry, partial(source.where, int(usable[needed[first + number]])), error)
-            for number, size in encoding.long.items():
-                place = partial(source.where, int(usable[needed[first + number]]))
-                entry.too_long.add(place, f"{size:,} tokens" if size > 0 else "")
-        at = np.searchsorted(needed, chosen)
-        counts = (first_sample[at + 1] - first_sample[at]).astype(np.int64)
-        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        return np.repeat(first_sample[at], counts) + within
-
-    def _watch(self, chunks: Iterator[tuple[int, T]], what: str, total: int) -> Iterator[tuple[int, T]]:
-        """Show how far a long pass over rows has come."""
-        line = LiveLine()
-        for first, chunk in chunks:
-            if total >= SHOW_PROGRESS:
-                line.show(f"{what}: {first:,} of {total:,} rows")
-            yield first, chunk
-        line.close()
-
-    def _count(self, entry: DatasetReport, writer: RowWriter, order: np.ndarray) -> None:
-        entry.samples += len(order)
-        entry.tokens += int(writer.sizes[order].sum())
-        entry.supervised += int(writer.supervised[order].sum())
-
-    def _finish(self, writers: dict[str, RowWriter], orders: dict[str, list[np.ndarray]], packing: bool) -> None:
-        report = self.report
-        for part, writer in writers.items():
-            order = np.concatenate(orders[part]) if orders[part] else np.zeros(0, np.int64)
-            sizes = writer.sizes[order]
-            bounds = None
-            if packing and len(order):
-                packs = pack(sizes, self.args.max_length)
-                order = order[np.concatenate([np.array(group) for group in packs])]
-                bounds = np.concatenate([[0], np.cumsum([len(group) for group in packs])])
-            rows = len(order) if bounds is None else len(bounds) - 1
-            writer.finish(order, bounds)
-            if part == "train":
-                report.train_rows, report.train_samples = rows, len(order)
-                report.longest = int(sizes.max()) if len(sizes) else 0
-                report.fill = float(sizes.sum() / (rows * self.args.max_length)) if packing and rows else None
-            else:
-                report.val_rows = rows
-        if not report.train_rows:
-            for entry in report.datasets:
-                self._require_some(entry, entry.samples)
-
-    def _drop(self, entry: DatasetReport, place: Callable[[], str], error: BadRow) -> None:
-        if self.args.strict:
-            raise DataError(f"bad row: {error}.", where=place(), fix="mend it, or leave --strict out to skip such rows")
-        entry.drop(error.reason, place, error.detail)
-
-    def _require_some(self, entry: DatasetReport, count: int) -> None:
-        if count:
-            return
-        reasons = [f"{item.count:,} x {reason}, first at {item.places[0]}" for reason, item in entry.dropped.items()]
-        if entry.too_long.count:
-            reasons.append(f"{entry.too_long.count:,} x longer than --max_length {self.args.max_length}")
-        why = "; ".join(reasons) if entry.rows else "it is empty"
-        raise DataError(
-            f"dataset {entry.item} has no usable row: {why}.",
-            where=entry.place,
-            fix="mend the rows, name their columns with --columns, or raise --max_length" if entry.rows else "check the path",
-        )
 
 
 def _check(args: DataArguments, packing: bool) -> None:
@@ -277,7 +148,7 @@ def _pair(values: list[str], option: str) -> tuple[str, str]:
     return values[0], values[-1]
 
 
-def _key(args: DataArguments, template: ChatTemplate, packing: bool, train: list[Dataset], val: list[Dataset]) -> str:
+def _key(args: DataArguments, template: ChatTemplate, layout: list[Any], train: list[Dataset], val: list[Dataset]) -> str:
     """A digest of everything that the result depends on, this package's own source included."""
     state = template.state | {"tokenizer": hashlib.sha256(template.state["tokenizer"].encode()).hexdigest()}
     options = {
@@ -299,7 +170,7 @@ def _key(args: DataArguments, template: ChatTemplate, packing: bool, train: list
         [[item.spec.text, item.digest, item.columns, item.converter] for item in train],
         [[item.spec.text, item.digest, item.columns, item.converter] for item in val],
     )
-    text = json.dumps([state, options, packing, data, today, code], sort_keys=True)
+    text = json.dumps([state, options, layout, data, today, code], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

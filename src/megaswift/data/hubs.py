@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from megaswift.data.tables import Joined, Source, TableRows
@@ -12,7 +13,10 @@ from megaswift.hf.hubs import offline, probe, read_text_error
 HUB_NAMES = {"hf": "Hugging Face", "ms": "ModelScope"}
 
 
-def load(places: list[tuple[str, str]], subsets: tuple[str, ...], splits: tuple[str, ...], name: str) -> tuple[Source, str]:
+Places = Sequence[tuple[str, str]]
+
+
+def load(places: Places, subsets: tuple[str, ...], splits: tuple[str, ...], name: str) -> tuple[Source, str]:
     """The rows of the first place that can be loaded, and text that changes when they do.
 
     Args:
@@ -24,23 +28,36 @@ def load(places: list[tuple[str, str]], subsets: tuple[str, ...], splits: tuple[
     Raises:
         DataError: none could be loaded; says what was tried and what happened.
     """
+    (hub, dataset_id), parts = _first(places, subsets, splits, name, streaming=False)
+    sources: list[Source] = [TableRows(dataset_id, part.data.table) for part in parts]
+    joined = Joined(sources) if len(sources) > 1 else sources[0]
+    return joined, "|".join([hub, dataset_id, *subsets, *splits, *(part._fingerprint for part in parts)])
+
+
+def stream(places: Places, subsets: tuple[str, ...], splits: tuple[str, ...], name: str) -> tuple[list[Any], str]:
+    """The same as iterables of rows, fetched while they are read. Of a stream only its name is known beforehand."""
+    (hub, dataset_id), parts = _first(places, subsets, splits, name, streaming=True)
+    return parts, "|".join([hub, dataset_id, *subsets, *splits])
+
+
+def _first(
+    places: Places, subsets: tuple[str, ...], splits: tuple[str, ...], name: str, streaming: bool
+) -> tuple[Any, list[Any]]:
+    """The first place that can be loaded, and its parts."""
     tried = []
     answers = dict(zip(dict(places), _ask([hub for hub, _ in places]), strict=True))
     for hub, dataset_id in places:
+        loader = _load_hf if hub == "hf" else _load_ms
+        wanted = [(subset, split) for subset in (subsets or (None,)) for split in splits]
         try:
-            loader = _load_hf if hub == "hf" else _load_ms
-            tables = [
-                loader(dataset_id, subset, split, not answers[hub]) for subset in (subsets or (None,)) for split in splits
-            ]
+            parts = [loader(dataset_id, subset, split, not answers[hub], streaming) for subset, split in wanted]
         except ImportError as error:
             tried.append(f"{HUB_NAMES[hub]} {dataset_id}: {error.name} is not installed (pip install {error.name})")
         except Exception as error:  # the hub libraries raise many classes of their own
             why = f" ({answers[hub]}; its cache was searched)" if answers[hub] else ""
             tried.append(f"{HUB_NAMES[hub]} {dataset_id}{why}: {read_text_error(error)}")
         else:
-            sources: list[Source] = [TableRows(dataset_id, table) for table, _ in tables]
-            joined = Joined(sources) if len(sources) > 1 else sources[0]
-            return joined, "|".join([hub, dataset_id, *(mark for _, mark in tables)])
+            return (hub, dataset_id), parts
     raise DataError(
         f"dataset {name} could not be loaded. Tried: " + "; ".join(tried) + ".",
         where=f"--dataset {name}",
@@ -59,7 +76,7 @@ def _ask(hubs: list[str]) -> list[str]:
     return probe([addresses[hub] for hub in hubs])
 
 
-def _load_hf(dataset_id: str, subset: str | None, split: str, reachable: bool) -> tuple[Any, str]:
+def _load_hf(dataset_id: str, subset: str | None, split: str, reachable: bool, streaming: bool) -> Any:
     import datasets
     import huggingface_hub.constants
 
@@ -67,17 +84,15 @@ def _load_hf(dataset_id: str, subset: str | None, split: str, reachable: bool) -
     if not reachable:
         datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
     try:
-        loaded = datasets.load_dataset(dataset_id, subset, split=split)
+        return datasets.load_dataset(dataset_id, subset, split=split, streaming=streaming)
     finally:
         datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE = before
-    return loaded.data.table, f"{subset}/{split}/{loaded._fingerprint}"
 
 
-def _load_ms(dataset_id: str, subset: str | None, split: str, reachable: bool) -> tuple[Any, str]:
-    from modelscope import MsDataset  # type: ignore[import-not-found]
+def _load_ms(dataset_id: str, subset: str | None, split: str, reachable: bool, streaming: bool) -> Any:
+    from modelscope import MsDataset
 
     if not reachable:
         raise ConnectionError("no connection")
-    loaded = MsDataset.load(dataset_id, subset_name=subset or "default", split=split)
-    loaded = loaded.to_hf_dataset() if hasattr(loaded, "to_hf_dataset") else loaded
-    return loaded.data.table, f"{subset}/{split}/{loaded._fingerprint}"
+    loaded = MsDataset.load(dataset_id, subset_name=subset or "default", split=split, use_streaming=streaming)
+    return loaded.to_hf_dataset() if hasattr(loaded, "to_hf_dataset") else loaded

@@ -46,6 +46,7 @@ class Encoding:
         counts: samples that each row gave; 0 for a dropped one.
         bad: row number (within the call) -> reason, for rows that cannot be used.
         long: row number -> tokens it had, for rows above max_length.
+        shapes: shape -> rows.
         unsupervised: assistant turns without loss because the template leaves out their thoughts.
     """
 
@@ -55,6 +56,7 @@ class Encoding:
     counts: list[int]
     bad: dict[int, BadRow]
     long: dict[int, int]
+    shapes: Counter[str]
     unsupervised: int = 0
 
 
@@ -92,9 +94,11 @@ class Pipeline:
         """Samples of these rows."""
         conversations: list[Conversation] = []
         numbers, bad, long, unsupervised = [], {}, {}, 0
+        shapes = Counter[str]()
         for number, raw in enumerate(raws):
             try:
                 conversation = self.conversation(raw, recipe)
+                shapes[conversation.shape] += 1
                 if self._surely_long(conversation):
                     long[number] = -1
                     continue
@@ -120,7 +124,7 @@ class Pipeline:
             parts.extend(pieces)
         ids = np.concatenate([part.ids for part in parts]) if parts else np.zeros(0, np.int32)
         kept = np.concatenate([part.kept for part in parts]) if parts else np.zeros(0, bool)
-        return Encoding(ids, kept, [len(part.ids) for part in parts], counts, bad, long, unsupervised)
+        return Encoding(ids, kept, [len(part.ids) for part in parts], counts, bad, long, shapes, unsupervised)
 
     def _cut(self, item: Encoded) -> list[Encoded]:
         size = self.max_length

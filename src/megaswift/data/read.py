@@ -108,6 +108,11 @@ def files_of(path: Path, subsets: tuple[str, ...] = ()) -> list[Path]:
     return [item for item in files if not words[item] & HELD_OUT] or files
 
 
+def is_lines(path: Path) -> bool:
+    """Whether a file is read line by line: .jsonl, .ndjson and .txt, packed or not."""
+    return _suffix(path)[0] in (".jsonl", ".ndjson", ".txt")
+
+
 def _is_metadata(relative: Path) -> bool:
     return any(part.startswith((".", "_")) for part in relative.parts) or relative.name in (
         "dataset_info.json",
@@ -202,11 +207,12 @@ class TextLines(JsonLines):
     """A text file: each line that is not blank is a row for pre-training."""
 
     def raw(self, index: int) -> dict[str, Any]:  # type: ignore[override]
-        line = super().raw(index)
-        try:
-            return {"text": line.decode("utf-8").rstrip("\r")}
-        except UnicodeDecodeError:
-            return {"text": line.decode("utf-8", errors="surrogateescape")}  # becomes a bad row: lone surrogate
+        return text_row(super().raw(index))
+
+
+def text_row(line: bytes) -> dict[str, Any]:
+    """A line of a text file as a row; bytes that are no UTF-8 become lone surrogates, which make it a bad row."""
+    return {"text": line.decode("utf-8", errors="surrogateescape").rstrip("\r\n")}
 
 
 def _line_table(data: Any, start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -189,7 +189,7 @@ def _print_details(item: DatasetReport, report: DataReport, console: Console) ->
         )
 
 
-def print_example(example: list[tuple[str, bool]], console: Console) -> None:
+def print_example(example: list[tuple[str, bool]], console: Console, title: str = "One training sample") -> None:
     """One sample with its supervised text marked."""
     from rich.text import Text
 
@@ -197,7 +197,7 @@ def print_example(example: list[tuple[str, bool]], console: Console) -> None:
         return
     coloured = console.is_terminal and not console.no_color
     console.print(
-        "One training sample; loss is on the " + ("green" if coloured else "[[marked]]") + " text:",
+        f"{title}; loss is on the " + ("green" if coloured else "[[marked]]") + " text:",
         markup=False,
         highlight=False,
     )

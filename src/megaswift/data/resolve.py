@@ -1,13 +1,14 @@
-"""From one `--dataset` item to numbered rows: a local file, a registered name or a hub id."""
+"""From one `--dataset` item to its rows: a local file, a registered name or a hub id."""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megaswift.data import hubs
-from megaswift.data.read import Source, files_of, open_path
+from megaswift.data.read import files_of, open_path
 from megaswift.data.registry import Entry, entries
 from megaswift.data.spec import DatasetSpec
 from megaswift.errors import DataError, UserError, nearest
@@ -23,7 +24,7 @@ class Dataset:
 
     Attributes:
         spec: the item.
-        source: its rows.
+        source: its rows: a tables.Source, or a stream.Stream.
         place: where they come from, for the report.
         digest: text that changes when the rows do.
         columns: column to read -> name under which it is read.
@@ -32,7 +33,7 @@ class Dataset:
     """
 
     spec: DatasetSpec
-    source: Source
+    source: Any
     place: str
     digest: str
     columns: dict[str, str] = field(default_factory=dict)
@@ -40,80 +41,100 @@ class Dataset:
     self_cognition: bool = False
 
 
+@dataclass(frozen=True)
+class Found:
+    """Where the rows of one item are, before they are opened: a local path, or ids on hubs in the order to try.
+
+    Other attributes are those of Dataset and of hubs.load.
+    """
+
+    spec: DatasetSpec
+    path: Path | None = None
+    places: tuple[tuple[str, str], ...] = ()
+    subsets: tuple[str, ...] = ()
+    splits: tuple[str, ...] = ("train",)
+    columns: dict[str, str] = field(default_factory=dict)
+    converter: str | None = None
+    self_cognition: bool = False
+
+    def dataset(self, source: Any, digest: str) -> Dataset:
+        """The dataset, once its rows are open."""
+        if self.path is None:
+            hub, dataset_id, *_ = digest.split("|")
+            place = f"{hubs.HUB_NAMES[hub]} {dataset_id}"
+        else:
+            place = "built in" if self.self_cognition else str(self.path)
+        return Dataset(self.spec, source, place, digest, self.columns, self.converter, self.self_cognition)
+
+
 def resolve(spec: DatasetSpec, custom_dataset_info: str | None = None) -> Dataset:
     """Find and open the rows of one item. Raises UserError for an unknown name, DataError for what cannot be read."""
+    found = find(spec, custom_dataset_info)
+    if found.path is None:
+        return found.dataset(*hubs.load(found.places, found.subsets, found.splits, spec.text))
+    return found.dataset(open_path(found.path, found.subsets), _digest(files_of(found.path, found.subsets)))
+
+
+def find(spec: DatasetSpec, custom_dataset_info: str | None = None) -> Found:
+    """Find one item without opening it. Raises UserError for an unknown name or subset, DataError for a missing file."""
     if spec.is_local:
         return _local(spec, Path(spec.name).expanduser(), None)
     table = entries(custom_dataset_info)
     entry = table.get(spec.name) or next((item for item in table.values() if spec.name in (item.ms, item.hf)), None)
     if entry is None:
-        if (
-            "/" not in spec.name
-            or spec.name.startswith((".", "/", "~"))
-            or Path(spec.name).suffix in (".json", ".jsonl", ".csv", ".parquet", ".txt", ".gz")
-        ):
-            _unknown(spec, list(table))
+        if _looks_like_a_path(spec.name):
+            place = Path(spec.name).expanduser().absolute()
+            raise DataError("no such dataset file.", where=f"--dataset {spec.text}", fix=f"checked: {place}")
+        if "/" not in spec.name:
+            near = nearest(spec.name, list(table))
+            raise UserError(
+                f"dataset {spec.name!r} is no file and no registered name.",
+                where=f"--dataset {spec.text}",
+                fix=f"did you mean: {near}? Hub ids look like owner/name",
+            )
         entry = Entry(spec.name, ms=spec.name, hf=spec.name)
-    _check_subsets(spec, entry)
-    if entry.path and spec.hub is None:
-        return _local(spec, Path(entry.path), entry)
-    return _from_hub(spec, entry)
-
-
-def _unknown(spec: DatasetSpec, names: list[str]) -> None:
-    if Path(spec.name).suffix or spec.name.startswith((".", "/", "~")):
-        raise DataError(
-            "no such dataset file.", where=f"--dataset {spec.text}", fix=f"checked: {Path(spec.name).expanduser().absolute()}"
-        )
-    raise UserError(
-        f"dataset {spec.name!r} is no file and no registered name.",
-        where=f"--dataset {spec.text}",
-        fix=f"did you mean: {nearest(spec.name, names)}? Hub ids look like owner/name",
-    )
-
-
-def _check_subsets(spec: DatasetSpec, entry: Entry) -> None:
     wrong = [part for part in spec.subsets if entry.subsets and part not in entry.subsets]
     if wrong:
+        known = ", ".join(entry.subsets)
         raise UserError(
-            f"{entry.name} has no subset {wrong[0]!r}.",
-            where=f"--dataset {spec.text}",
-            fix=f"its subsets: {', '.join(entry.subsets)}",
+            f"{entry.name} has no subset {wrong[0]!r}.", where=f"--dataset {spec.text}", fix=f"its subsets: {known}"
         )
+    return _local(spec, Path(entry.path), entry) if entry.path and spec.hub is None else _on_hubs(spec, entry)
 
 
-def _local(spec: DatasetSpec, path: Path, entry: Entry | None) -> Dataset:
-    own = entry is not None and entry.name == SELF_COGNITION
-    if own and len(spec.subsets) > 1:
-        raise UserError(
-            "self-cognition takes one subset at a time.", where=f"--dataset {spec.text}", fix="default, qwen3 or empty_think"
-        )
-    subsets = () if own else spec.subsets
-    converter = SELF_COGNITION_CONVERTERS[spec.subsets[0]] if own and spec.subsets else entry.converter if entry else None
-    if subsets and path.is_file():
-        raise UserError("a file has no subsets.", where=f"--dataset {spec.text}", fix="write the path alone, or path#N")
-    return Dataset(
-        spec,
-        open_path(path, subsets),
-        "built in" if own else str(path),
-        _digest(files_of(path, subsets)),
-        entry.columns if entry else {},
-        converter,
-        own,
+def _looks_like_a_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or Path(name).suffix in (
+        ".json",
+        ".jsonl",
+        ".csv",
+        ".tsv",
+        ".parquet",
+        ".txt",
+        ".gz",
     )
 
 
-def _from_hub(spec: DatasetSpec, entry: Entry) -> Dataset:
+def _local(spec: DatasetSpec, path: Path, entry: Entry | None) -> Found:
+    columns = entry.columns if entry else {}
+    if entry is not None and entry.name == SELF_COGNITION:
+        if len(spec.subsets) > 1:
+            fix = "default, qwen3 or empty_think"
+            raise UserError("self-cognition takes one subset at a time.", where=f"--dataset {spec.text}", fix=fix)
+        converter = SELF_COGNITION_CONVERTERS[spec.subsets[0]] if spec.subsets else None
+        return Found(spec, path, columns=columns, converter=converter, self_cognition=True)
+    if spec.subsets and path.is_file():
+        raise UserError("a file has no subsets.", where=f"--dataset {spec.text}", fix="write the path alone, or path#N")
+    return Found(spec, path, subsets=spec.subsets, columns=columns, converter=entry.converter if entry else None)
+
+
+def _on_hubs(spec: DatasetSpec, entry: Entry) -> Found:
     order = [spec.hub] if spec.hub else [hub.key for hub in preferred()]
-    places = [(hub, dataset_id) for hub in order if (dataset_id := entry.hf if hub == "hf" else entry.ms)]
+    places = tuple((hub, dataset_id) for hub in order if (dataset_id := entry.hf if hub == "hf" else entry.ms))
     if not places:
-        raise UserError(
-            f"{entry.name} is not on {hubs.HUB_NAMES[order[0]]}.", where=f"--dataset {spec.text}", fix="leave the prefix out"
-        )
-    source, mark = hubs.load(places, spec.subsets or entry.default, entry.split, spec.text)
-    hub, dataset_id, *_ = mark.split("|")
+        name = hubs.HUB_NAMES[order[0]]
+        raise UserError(f"{entry.name} is not on {name}.", where=f"--dataset {spec.text}", fix="leave the prefix out")
     own = entry.name == SELF_COGNITION
-    return Dataset(spec, source, f"{hubs.HUB_NAMES[hub]} {dataset_id}", mark, entry.columns, entry.converter, own)
+    return Found(spec, None, places, spec.subsets or entry.default, entry.split, entry.columns, entry.converter, own)
 
 
 def _digest(files: list[Path]) -> str:

@@ -6,12 +6,16 @@ own writing; from the end of the assistant's header to the end token it is super
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
 
 from megaswift.data.conversation import BadRow, Conversation, Message
+from megaswift.data.tokens import PieceEncoder
 
 OPEN, CLOSE = "\ue0f0", "\ue0f1"  # private-use characters: no template writes them
 MARK = re.compile(OPEN + r"([crt])(\d+)" + CLOSE)
@@ -26,8 +30,11 @@ class Renders(Protocol):
     """What a structure is built from: a template and what is known about it."""
 
     header: str  # what add_generation_prompt appends; "" when the template ignores it
+    after_user: str  # what follows the user's text in a prompt
     ends: tuple[str, ...]  # tokens that end an assistant turn; empty when the template writes none
     eos: str  # the tokenizer's own end token
+    text_arguments: bool  # whether arguments of tool calls must be JSON text
+    encoder: PieceEncoder
 
     def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], prompt: bool) -> str: ...
 
@@ -48,45 +55,88 @@ class Structure:
     Attributes:
         segments: what is tokenized.
         rendered: the template's own output, which a real rendering must match.
+        deferred: how `render` writes the system prompt.
         unsupervised: assistant turns whose thoughts the template leaves out, so that they cannot be learnt as written.
     """
 
     segments: list[Segment]
     rendered: list[Segment]
+    deferred: bool = False
     unsupervised: tuple[int, ...] = ()
 
 
-def as_dict(message: Message) -> dict[str, Any]:
-    """A message as templates expect it."""
-    item: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.reasoning:
-        item["reasoning_content"] = message.reasoning
-    if message.tool_calls:
-        item["tool_calls"] = [{"type": "function", "function": call} for call in message.tool_calls]
-    return item
+def as_dicts(messages: list[Message], text_arguments: bool = False) -> list[dict[str, Any]]:
+    """Messages as templates expect them.
+
+    Calls and their results get ids of nine letters and digits, which Mistral's templates demand; they depend on the
+    calls alone, so that the same row always gives the same tokens. `text_arguments`: arguments as JSON text.
+    """
+    result: list[dict[str, Any]] = []
+    open_ids: list[str] = []
+    for message in messages:
+        item: dict[str, Any] = {"role": message.role, "content": message.content}
+        if message.reasoning:
+            item["reasoning_content"] = message.reasoning
+        if message.tool_calls:
+            calls: list[dict[str, Any]] = []
+            for call in message.tool_calls:
+                open_ids.append(_call_id(call, len(result), len(calls)))
+                arguments = json.dumps(call["arguments"], ensure_ascii=False) if text_arguments else call["arguments"]
+                calls.append(
+                    {"id": open_ids[-1], "type": "function", "function": {"name": call["name"], "arguments": arguments}}
+                )
+            item["tool_calls"] = calls
+        elif message.role == "tool" and open_ids:
+            item["tool_call_id"] = open_ids.pop(0)
+        result.append(item)
+    return result
 
 
-def marked(messages: list[Message]) -> list[dict[str, Any]]:
+def _call_id(call: dict[str, Any], message: int, place: int) -> str:
+    text = json.dumps([call, message, place], sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:9]
+
+
+def marked(messages: list[Message], text_arguments: bool = False) -> list[dict[str, Any]]:
     """The messages with a mark in place of each text, and around the name of each tool call."""
-    result = []
-    for number, message in enumerate(messages):
-        item = as_dict(message)
+    items = as_dicts(messages, text_arguments)
+    for number, (message, item) in enumerate(zip(messages, items, strict=True)):
         if message.content and message.content != NO_SYSTEM:
             item["content"] = f"{OPEN}c{number}{CLOSE}"
         if message.reasoning:
             item["reasoning_content"] = f"{OPEN}r{number}{CLOSE}"
-        if message.tool_calls:
+        for call in item.get("tool_calls", ()):
             mark = f"{OPEN}t{number}{CLOSE}"
-            calls = [{**call, "name": f"{mark}{call['name']}{mark}"} for call in message.tool_calls]
-            item["tool_calls"] = [{"type": "function", "function": call} for call in calls]
-        result.append(item)
-    return result
+            call["function"]["name"] = f"{mark}{call['function']['name']}{mark}"
+    return items
+
+
+def render(
+    template: Renders, messages: list[dict[str, Any]], tools: list[dict[str, Any]], prompt: bool, deferred: bool = False
+) -> str:
+    """The template's text. `deferred`: with the system prompt where a prompt at the last user turn would have it.
+
+    Mistral's templates write the system prompt into the last user turn, and only when nothing follows it, so that a whole
+    conversation loses it. What the model sees when it answers is the prompt, so that is what training must show.
+    """
+    if not deferred:
+        return template.render(messages, tools, prompt)
+    last_user = max((number for number, item in enumerate(messages) if item["role"] == "user"), default=0)
+    whole, before = template.render(messages[1:], tools, prompt), template.render(messages[1 : last_user + 1], tools, True)
+    if not whole.startswith(before):
+        raise BadRow("the chat template leaves out a system message", "message 1; choose another with --template_type")
+    return template.render(messages[: last_user + 1], tools, True) + whole[len(before) :]
 
 
 def build(template: Renders, conversation: Conversation, prompt: bool = False) -> Structure:
     """The structure of a conversation. Raises BadRow when the template drops, repeats or moves a message."""
     messages = conversation.messages
-    text = template.render(marked(messages), conversation.tools, prompt)
+    items = marked(messages, template.text_arguments)
+    text = template.render(items, conversation.tools, prompt)
+    has_system = messages[0].role == "system" and messages[0].content not in ("", NO_SYSTEM)
+    deferred = has_system and len(messages) > 1 and items[0]["content"] not in text
+    if deferred:
+        text = render(template, items, conversation.tools, prompt, deferred)
     rendered = _cut(text, [])
     _require_all(messages, text)
     last = messages[-1]
@@ -108,7 +158,7 @@ def build(template: Renders, conversation: Conversation, prompt: bool = False) -
             stop = len(text)
         if message.loss:
             ranges.append((start, stop or marks[-1].end()))
-    return Structure(_cut(text, ranges), rendered, tuple(unsupervised))
+    return Structure(_cut(text, ranges), rendered, deferred, tuple(unsupervised))
 
 
 def align(structure: Structure, messages: list[Message], text: str) -> dict[Slot, str]:
@@ -128,15 +178,7 @@ def align(structure: Structure, messages: list[Message], text: str) -> dict[Slot
         kind, number = part.slot
         value = messages[number].content if kind == "c" else messages[number].reasoning or ""
         following = parts[index + 1].text if index + 1 < len(parts) and parts[index + 1].slot is None else ""
-        for candidate in (
-            value,
-            value.strip(),
-            value.strip("\n"),
-            value.lstrip(),
-            value.rstrip(),
-            value.lstrip("\n"),
-            value.rstrip("\n"),
-        ):
+        for candidate in _ways_to_write(value):
             if text.startswith(candidate, position) and text.startswith(following, position + len(candidate)):
                 found[part.slot] = candidate
                 position += len(candidate)
@@ -147,6 +189,18 @@ def align(structure: Structure, messages: list[Message], text: str) -> dict[Slot
         if position == len(text):
             return found
     raise BadRow("the chat template rewrites a message", f"near character {position} of the rendered text")
+
+
+def _ways_to_write(value: str) -> Iterator[str]:
+    """A text as templates write it: as it is, with white space cut off, or as the inside of a JSON text."""
+    yield value
+    yield value.strip()
+    yield value.strip("\n")
+    yield value.lstrip()
+    yield value.rstrip()
+    yield value.lstrip("\n")
+    yield value.rstrip("\n")
+    yield json.dumps(value, ensure_ascii=False)[1:-1]
 
 
 def _cut(text: str, ranges: list[tuple[int, int]]) -> list[Segment]:
@@ -209,23 +263,35 @@ def _write_reasoning(text: str, number: int) -> str:
 def _header_end(template: Renders, conversation: Conversation, number: int, text: str, first: int) -> int:
     """Where the header of an assistant turn ends, as the prompt of a generation would; `first`: its first mark."""
     floor = max((match.end() for match in MARK.finditer(text, 0, first)), default=0)
-    for header in (template.header, THINK_OPENER.sub("", template.header)):
-        found = text.rfind(header, floor, first) if header else -1
-        if found >= 0:
-            start = found + len(header)
-            break
-    else:
-        prefix = template.render(marked(conversation.messages[:number]), conversation.tools, True)
-        if not text.startswith(prefix) or not floor <= len(prefix) <= first:
-            raise BadRow(
-                "the chat template writes an answer unlike its prompt",
-                f"message {number + 1}; choose another with --template_type",
-            )
-        start = len(prefix)
+    start = _after_prompt(template, conversation, number, text, floor, first)
+    if start is None:
+        raise BadRow(
+            "the chat template writes an answer unlike its prompt", f"message {number + 1}; choose another with --template_type"
+        )
     if conversation.messages[number].reasoning is None:  # an empty block that the row does not bring belongs to the prompt
         written = EMPTY_THINK.match(text, start, first)
         start = written.end() if written else start
     return start
+
+
+def _after_prompt(template: Renders, conversation: Conversation, number: int, text: str, floor: int, first: int) -> int | None:
+    """Where the prompt of a turn ends, between the mark before it (`floor`) and its own first mark (`first`)."""
+    for header in (template.header, THINK_OPENER.sub("", template.header)):
+        found = text.rfind(header, floor, first) if header else -1
+        if found >= 0:
+            return found + len(header)
+    items = marked(conversation.messages[:number], template.text_arguments)
+    for skipped in (0, 1):  # a template may write the system prompt into the last user turn only
+        if number > skipped and (skipped == 0 or items[0]["role"] == "system"):
+            prefix = template.render(items[skipped:], conversation.tools, True)
+            if text.startswith(prefix) and floor <= len(prefix) <= first:
+                return len(prefix)
+    found = text.rfind(template.after_user, floor, first) if template.after_user else -1
+    if found >= 0:
+        return found + len(template.after_user)
+    if text.startswith(f"{OPEN}c", first):  # an answer after the results of tools
+        return template.encoder.last_control(text, floor, first)
+    return None
 
 
 def _turn_end(template: Renders, text: str, last: int) -> int | None:

@@ -123,7 +123,7 @@ def compile_template(source: str) -> Any:
     class Generation(Extension):
         """`{% generation %}` marks assistant text for transformers; here it only has to parse."""
 
-        tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
+        tags = {"generation"}  # jinja2 declares it so
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno

@@ -93,6 +93,12 @@ class PieceEncoder:
         runs = self._encode_texts(texts)
         return [_assemble(plan, runs) for plan in plans]
 
+    def last_control(self, text: str, first: int, last: int) -> int | None:
+        """Where the last control token within text[first:last] ends; None when there is none."""
+        cut = self._cut[Kind.TEMPLATE]
+        ends = [match.end() for match in cut.finditer(text, first, last)] if cut else []
+        return ends[-1] if ends else None
+
     def _encode_texts(self, texts: list[str]) -> list[np.ndarray]:
         known = self._known
         unknown = [text for text in texts if text not in known]

@@ -7,13 +7,14 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from megaswift.data.conversation import BadRow
 from megaswift.data.pipeline import Encoding, Pipeline, Recipe
-from megaswift.data.read import Source
+from megaswift.data.tables import Raw, Source
 
 ENOUGH = 20_000  # rows above which forked workers pay for their start
 
@@ -53,21 +54,27 @@ class Workers:
         """(place in `rows` of the first row, Encoding) of each chunk of these rows."""
         return self._map("encode", source, rows, recipe, size)
 
+    def stream(self, raws: Iterator[Raw], recipe: Recipe, size: int) -> Iterator[tuple[int, Encoding]]:
+        """(number of the first row, Encoding) of each chunk of a stream; read only a little ahead of what is asked for."""
+        return self._run("encode", iter(lambda: list(islice(raws, size)), []), recipe, size)
+
     def _map(self, method: str, source: Source, rows: np.ndarray, recipe: Recipe, size: int) -> Iterator[tuple[int, Any]]:
-        firsts = range(0, len(rows), size)
-        chunks = ((method, [source.raw(int(row)) for row in rows[first : first + size]], recipe) for first in firsts)
+        chunks = ([source.raw(int(row)) for row in rows[first : first + size]] for first in range(0, len(rows), size))
+        return self._run(method, chunks, recipe, size)
+
+    def _run(self, method: str, chunks: Iterator[list[Raw]], recipe: Recipe, size: int) -> Iterator[tuple[int, Any]]:
         if self._pool is None:
-            for first, (name, raws, _) in zip(firsts, chunks, strict=True):
-                yield first, getattr(self.pipeline, name)(raws, recipe)
+            for number, raws in enumerate(chunks):
+                yield number * size, getattr(self.pipeline, method)(raws, recipe)
             return
         pending: list[tuple[int, Any]] = []
-        for first, chunk in zip(firsts, chunks, strict=True):  # a bounded queue: the reader must not run ahead of the writer
-            pending.append((first, self._pool.apply_async(_work, chunk)))
+        for number, raws in enumerate(chunks):  # a bounded queue: the reader must not run ahead of the writer
+            pending.append((number * size, self._pool.apply_async(_work, (method, raws, recipe))))
             if len(pending) > 3 * self.processes:
-                number, result = pending.pop(0)
-                yield number, result.get()
-        for number, result in pending:
-            yield number, result.get()
+                first, result = pending.pop(0)
+                yield first, result.get()
+        for first, result in pending:
+            yield first, result.get()
 
 
 def _start() -> None:

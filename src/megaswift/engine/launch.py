@@ -5,12 +5,15 @@ NPROC_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT say how many and 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import signal
 import sys
 import tempfile
+import threading
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,9 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from megaswift import errors
-from megaswift.errors import DataError, MegaswiftError, RankLostError, UserError
+from megaswift.engine.signals import StopSignals
+from megaswift.errors import MegaswiftError, RankLostError, UserError
 
-ERROR_DIR = "MEGASWIFT_ERROR_DIR"
+ERROR_DIR = "MEGASWIFT_ERROR_DIR"  # where ranks of this machine and the launcher leave notes for each other
+LAUNCHER = "MEGASWIFT_LAUNCHER"  # process id of the launcher
+LAST_WORDS_S = 10.0  # what the other ranks have to end by themselves when one has failed
 
 
 @dataclass(frozen=True)
@@ -64,68 +70,186 @@ def _number(name: str, default: int) -> int:
         raise UserError(f"{name}={text!r} is not a whole number.", where="environment") from error
 
 
-def start_ranks(place: Cluster, job: Path) -> None:
-    """Run megaswift.engine.loop on every rank of this machine and wait. Raises what the ranks raised, once."""
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+def start_ranks(place: Cluster, job: Path, stop: StopSignals | None = None, module: str = "megaswift.engine.loop") -> None:
+    """Run `module` on every rank of this machine and wait. Raises what the ranks raised, once.
 
-    from megaswift.engine.ranks import free_port
+    Args:
+        job: file that the module is given.
+        stop: signals that this process got; the first is passed on to the ranks.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
 
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     threads = max(1, len(os.sched_getaffinity(0)) // place.processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     with tempfile.TemporaryDirectory(prefix="megaswift-") as directory:
-        os.environ[ERROR_DIR] = directory
-        config = LaunchConfig(
-            min_nodes=place.machines,
-            max_nodes=place.machines,
-            nproc_per_node=place.processes,
-            run_id="megaswift",
-            rdzv_backend="static",
-            rdzv_endpoint=f"{place.address}:{place.port or free_port()}",
-            rdzv_configs={"rank": place.machine, "timeout": 1800},
-            max_restarts=0,
-            monitor_interval=0.2,
-            log_line_prefix_template="",
-        )
+        os.environ |= {ERROR_DIR: directory, LAUNCHER: str(os.getpid())}
+        if stop is not None:
+            stop.interrupt, stop.on_first = None, lambda name: ask_to_stop(Path(directory), name)
+        over = threading.Event()
+        threading.Thread(target=_oversee, args=(Path(directory), over), name="overseer", daemon=True).start()
         try:
-            elastic_launch(config, sys.executable)("-m", "megaswift.engine.loop", str(job))
+            elastic_launch(_launch_config(place), sys.executable)("-m", module, str(job))
         except ChildFailedError as error:
             raise _cause(Path(directory), error) from None
+        except Exception as error:  # torch raises several kinds when the other machines do not come
+            raise RankLostError(f"the processes could not be brought together: {str(error).splitlines()[0]}", where="MASTER_ADDR, MASTER_PORT", fix="start all machines; see that they reach MASTER_ADDR") from error
         finally:
+            over.set()
             os.environ.pop(ERROR_DIR, None)
+
+
+def _launch_config(place: Cluster) -> Any:
+    from torch.distributed.launcher.api import LaunchConfig
+
+    from megaswift.engine import rendezvous
+
+    backend, endpoint = "static", f"{place.address}:{place.port}"
+    if place.machines == 1:
+        backend, endpoint = rendezvous.register(), "127.0.0.1:0"
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):  # nobody outside of this machine needs to reach the ranks
+            os.environ.setdefault(name, "lo")
+    # SIGTERM and SIGINT are ours; where torch has no option for it, the environment says it.
+    ours: dict[str, Any] = {"signals_to_handle": "SIGHUP,SIGQUIT"} if hasattr(LaunchConfig, "signals_to_handle") else {}
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"
+    return LaunchConfig(
+        min_nodes=place.machines,
+        max_nodes=place.machines,
+        nproc_per_node=place.processes,
+        run_id="megaswift",
+        rdzv_backend=backend,
+        rdzv_endpoint=endpoint,
+        rdzv_configs={"rank": place.machine, "timeout": 1800},
+        max_restarts=0,
+        monitor_interval=0.2,
+        log_line_prefix_template="",
+        **ours,
+    )
+
+
+def ask_to_stop(directory: Path, name: str) -> None:
+    """Tell all ranks of this machine to stop at their next step boundary."""
+    temporary = directory / ".stop"
+    temporary.write_text(name, encoding="utf-8")
+    temporary.replace(directory / "stop")
+
+
+def stop_file() -> Path | None:
+    """Where the launcher tells this rank to stop."""
+    directory = os.environ.get(ERROR_DIR)
+    return Path(directory) / "stop" if directory else None
+
+
+def report_hang() -> None:
+    """Let the other ranks of this machine know that the run hangs."""
+    directory = os.environ.get(ERROR_DIR)
+    if directory:
+        with contextlib.suppress(OSError):
+            (Path(directory) / "hang").touch()
+
+
+def hang_reported() -> bool:
+    """Whether a rank of this machine found that the run hangs."""
+    directory = os.environ.get(ERROR_DIR)
+    return bool(directory) and (Path(str(directory)) / "hang").exists()
+
+
+def _oversee(directory: Path, over: threading.Event) -> None:
+    """Wake stopped ranks when the run hangs, so that they write their stacks; end those that outlive a failure."""
+    failed: float | None = None
+    while not over.wait(0.3):
+        children = _children()
+        if (directory / "hang").exists():
+            for pid in children:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+        if failed is None and any(_ended_badly(pid) for pid in children):
+            failed = time.monotonic()
+        if failed is not None and time.monotonic() - failed > LAST_WORDS_S:
+            for pid in children:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(pid, signal.SIGKILL)  # each rank leads a process group of its own
+
+
+def _children() -> list[int]:
+    """Process ids of the ranks that this process started."""
+    found = []
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):
+            found += [int(word) for word in (task / "children").read_text().split()]
+    return [pid for pid in found if os.getpgid(pid) == pid]
+
+
+def _ended_badly(pid: int) -> bool:
+    with contextlib.suppress(ChildProcessError, OSError):
+        state = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        return state is not None and state.si_status != 0
+    return False
 
 
 def _cause(directory: Path, failed: Any) -> MegaswiftError:
     """The error that ended the run: one that a rank reported, else what the signals tell."""
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(directory.glob("rank*.json"))]
-    for report in reports:
-        cls = getattr(errors, report["kind"], None)
-        if cls is not None:
-            return cls(report["what"], where=report["where"], fix=report["fix"])
-    rank, failure = min(failed.failures.items())
+    killed = {rank: failure for rank, failure in failed.failures.items() if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM}
+    own = [report for report in reports if report["kind"] != "RankLostError"]
+    lost = [report for report in reports if report["kind"] == "RankLostError" and not report["second"]]
+    for report in own or ([] if killed else lost):
+        return getattr(errors, report["kind"])(report["what"], where=report["where"], fix=report["fix"])
+    rank, failure = min(killed.items() or failed.failures.items())
     code = failure.exitcode
-    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    hint = "the system was probably out of memory: use a smaller --batch_size or --max_length, or more --tp / --pp" if code == -9 else "see the lines above"
+    if code < 0:
+        how = f"was ended by {signal.Signals(-code).name}"
+    elif reports and code == RankLostError.exit_code:
+        return RankLostError(reports[0]["what"], where=reports[0]["where"], fix=reports[0]["fix"])
+    else:
+        how = f"ended with exit code {code}"
+    hint = "the same command with --resume true goes on"
+    if code == -signal.SIGKILL:
+        hint = f"the system was probably out of memory: use a smaller --batch_size or --max_length, or more --tp / --pp; {hint}"
     return RankLostError(f"rank {rank} {how}; the other ranks were stopped.", where=f"process {failure.pid}", fix=hint)
 
 
 def report_from_rank(work: Callable[[], None]) -> int:
     """Do a rank's work; an error of ours goes to a file for the launcher, anything else to standard error."""
-    directory = os.environ.get(ERROR_DIR)
     try:
+        _die_with_launcher()
         work()
         return 0
     except MegaswiftError as error:
-        _report(directory, type(error).__name__, error.what, error.where, error.fix)
+        report(error)
         return int(error.exit_code)
     except Exception as error:
-        memory = _out_of_memory(error)
-        if memory is not None:
-            _report(directory, type(memory).__name__, memory.what, memory.where, memory.fix)
-            return int(memory.exit_code)
+        known = _out_of_memory(error) or _connection_lost(error)
+        if known is not None:
+            report(known, second=isinstance(known, RankLostError))
+            return int(known.exit_code)
         traceback.print_exc()
         return 1
+
+
+def _die_with_launcher() -> None:
+    """A rank never outlives its launcher, even one that was killed: no orphan keeps GPUs, ports or files."""
+    import ctypes
+
+    launcher = os.environ.get(LAUNCHER)
+    if launcher is None:
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
+    if os.getppid() != int(launcher):  # it ended before this line
+        os._exit(int(RankLostError.exit_code))
+
+
+def _connection_lost(error: Exception) -> RankLostError | None:
+    """Another rank is gone: a consequence, told only if nobody reports the cause."""
+    text = str(error)
+    if not any(mark in text for mark in ("Connection closed by peer", "Connection reset", "Broken pipe", "Timed out waiting", "NCCL", "Socket Timeout", "connectFullMesh", "timed out after")):
+        return None
+    return RankLostError(
+        f"rank {os.environ.get('RANK', '0')} lost the connection to another rank: {text.splitlines()[0][:200]}",
+        where="the network, or a rank on another machine",
+        fix="see the messages of the other machines; the same command with --resume true goes on",
+    )
 
 
 def _out_of_memory(error: Exception) -> UserError | None:
@@ -140,12 +264,15 @@ def _out_of_memory(error: Exception) -> UserError | None:
     )
 
 
-def _report(directory: str | None, kind: str, what: str, where: str, fix: str) -> None:
+def report(error: MegaswiftError, second: bool = False) -> None:
+    """Leave an error for the launcher, which prints one; without a launcher print it. `second`: a consequence of another."""
+    directory = os.environ.get(ERROR_DIR)
     if directory is None:
-        print(DataError(what, where=where, fix=fix).text(), file=sys.stderr)
+        print(f"error: {error.text()}", file=sys.stderr, flush=True)
         return
-    rank = int(os.environ.get("RANK", "0"))
-    path = Path(directory) / f"rank{rank:05d}.json"
+    path = Path(directory) / f"rank{int(os.environ.get('RANK', '0')):05d}.json"
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"kind": kind, "what": what, "where": where, "fix": fix}), encoding="utf-8")
-    temporary.replace(path)
+    values = {"kind": type(error).__name__, "what": error.what, "where": error.where, "fix": error.fix, "second": second}
+    with contextlib.suppress(OSError):  # the launcher may be gone
+        temporary.write_text(json.dumps(values), encoding="utf-8")
+        temporary.replace(path)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class RunLog:
     """Collects step results and writes them every logging_steps; on other ranks it does nothing."""
 
-    def __init__(self, run_dir: Path, plan: Plan, active: bool, on_gpu: bool) -> None:
+    def __init__(self, run_dir: Path, plan: Plan, active: bool, on_gpu: bool, first_step: int = 0) -> None:
         self.active, self.on_gpu, self.plan = active, on_gpu, plan
         self.interval = int(plan.megatron["log_interval"])
         self.began = time.perf_counter()
@@ -31,8 +31,9 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
 
             self.line = LiveLine()
+            forget_after(run_dir / "logging.jsonl", first_step)
             self.file = (run_dir / "logging.jsonl").open("a", encoding="utf-8")
-            self.board = SummaryWriter(plan.megatron["tensorboard_dir"])
+            self.board = SummaryWriter(plan.megatron["tensorboard_dir"], purge_step=first_step + 1 if first_step else None)
 
     def step(self, step: int, result: StepResult, seconds: float) -> None:
         """One step is done; `seconds` is its time, data and logging included."""
@@ -64,10 +65,17 @@ class RunLog:
             self.board.add_scalar("eval/loss", loss, step)
             self.line.show(f"step {step}/{self.plan.train_iters}  validation loss {loss:.4f}", keep=True)
 
-    def saved(self, step: int, directory: Path, seconds: float) -> None:
-        """A checkpoint was written."""
+    def saved(self, step: int, directory: Path, seconds: float, waited: float) -> None:
+        """A checkpoint is safe: seconds since it was begun, and those of them in which training waited for it."""
         if self.active:
-            self.line.show(f"step {step}/{self.plan.train_iters}  saved {directory.name} in {seconds:.1f} s", keep=True)
+            row = {"checkpoint": directory.name, "save_seconds": round(seconds, 3), "save_waited_seconds": round(waited, 3)}
+            self._write(row | {"global_step/max_steps": f"{step}/{self.plan.train_iters}"})
+            self.line.show(f"step {step}/{self.plan.train_iters}  saved {directory.name} in {seconds:.1f} s, training waited {waited:.1f} s", keep=True)
+
+    def note(self, text: str) -> None:
+        """A line that stays in the terminal."""
+        if self.active:
+            self.line.show(text, keep=True)
 
     def close(self) -> None:
         """Flush and close the files."""
@@ -80,7 +88,9 @@ class RunLog:
         """The figures of the steps since the last written line."""
         results, times = [result for result, _ in self.window], [seconds for _, seconds in self.window]
         supervised = sum(result.supervised for result in results)
-        loss = sum(result.loss * result.supervised for result in results) / max(supervised, 1)
+        used = [result for result in results if not (result.nonfinite or result.spike)]
+        weights = sum(result.supervised for result in used)
+        loss = sum(result.loss * result.supervised for result in used) / max(weights, 1) if used else None
         done = step - (self.first_step or step) + 1
         elapsed = time.perf_counter() - self.began
         return {
@@ -91,7 +101,7 @@ class RunLog:
             "global_step/max_steps": f"{step}/{self.plan.train_iters}",
             "tokens_per_second": round(sum(result.tokens for result in results) / sum(times), 1),
             "supervised_tokens_per_second": round(supervised / sum(times), 1),
-            "skipped_steps": sum(result.skipped for result in results),
+            "skipped_steps": sum(result.skipped or result.nonfinite or result.spike for result in results),
             "memory_gb": round(memory_gb(self.on_gpu), 2),
             "elapsed_s": round(elapsed, 1),
             "remaining_s": round(elapsed / done * (self.plan.train_iters - step), 1),
@@ -99,8 +109,9 @@ class RunLog:
 
     def _text(self, step: int, row: dict[str, Any]) -> str:
         norm = "overflow" if row["grad_norm"] is None else f"{row['grad_norm']:.3f}"
+        loss = "none (skipped)" if row["loss"] is None else f"{row['loss']:.4f}"
         return (
-            f"step {step}/{self.plan.train_iters}  loss {row['loss']:.4f}  grad norm {norm}  lr {row['learning_rate']:.3g}  "
+            f"step {step}/{self.plan.train_iters}  loss {loss}  grad norm {norm}  lr {row['learning_rate']:.3g}  "
             f"{row['tokens_per_second']:,.0f} tokens/s  {row['memory_gb']:.1f} GB  "
             f"{duration(row['elapsed_s'])} elapsed, {duration(row['remaining_s'])} left"
         )
@@ -108,6 +119,25 @@ class RunLog:
     def _write(self, row: dict[str, Any]) -> None:
         self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self.file.flush()
+
+
+def forget_after(path: Path, step: int) -> None:
+    """Drop the lines of steps after `step`: a run that goes on from there makes them again."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    kept = [line for line in lines if 0 <= _step_of(line) <= step]
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    temporary.replace(path)
+
+
+def _step_of(line: str) -> int:
+    """The step of a line of logging.jsonl; -1 for a line that a crash cut off."""
+    try:
+        return int(json.loads(line)["global_step/max_steps"].split("/")[0])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return -1
 
 
 def memory_gb(on_gpu: bool) -> float:

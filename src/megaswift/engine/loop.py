@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,18 @@ import torch
 import torch.distributed as dist
 
 from megaswift.arguments import SftArguments
+from megaswift.checkpoint.faults import reached
+from megaswift.checkpoint.keep import delete_beyond
 from megaswift.checkpoint.load import load_training_state, load_weights
-from megaswift.checkpoint.save import keep_newest, require_space, save
+from megaswift.checkpoint.save import Saving
 from megaswift.data.batches import Batches, EvalBatches, MicroBatch, prefetch
 from megaswift.data.store import TokenRows
-from megaswift.engine import ranks
+from megaswift.engine import launch, ranks
 from megaswift.engine.log import RunLog
-from megaswift.errors import NonFiniteError
+from megaswift.engine.signals import StopSignals
+from megaswift.engine.spikes import NormHistory
+from megaswift.engine.watchdog import Watchdog
+from megaswift.errors import DataError, NonFiniteError, Stopped
 from megaswift.hf.config import load_config
 from megaswift.plan import Plan
 
@@ -54,54 +61,181 @@ def run(job: Job) -> None:
     plan, args = job.plan, SftArguments(**job.options)
     if args.deterministic:
         torch.use_deterministic_algorithms(True, warn_only=False)
-    with ranks.joined(plan.tp, plan.pp, args.seed) as rank:
+    # The watchdog ends a rank that stands still, and leaves its stacks; the limit of the process groups is only the last resort.
+    patience = max(args.start_timeout, args.step_timeout) + 60
+    with StopSignals(launch.stop_file()) as stop, ranks.joined(plan.tp, plan.pp, args.seed, start_timeout_s=patience) as rank:
         run_dir = _agreed_run_dir(plan)
-        trainer = _trainer(job, args)
-        train, validation = _batches(job, args, rank)
-        log = RunLog(run_dir, plan, rank.is_first, rank.on_gpu)
-        try:
-            _train(job, args, rank, trainer, train, validation, run_dir, log)
-        finally:
-            log.close()
+        with Watchdog(run_dir, rank.rank, args.start_timeout, args.step_timeout) as watchdog:
+            trainer, extra = _restored(job, args)
+            train, validation = _batches(job, args, rank)
+            log = RunLog(run_dir, plan, rank.is_first, rank.on_gpu, job.first_step)
+            try:
+                Training(job, args, rank, trainer, train, validation, run_dir, log, stop, watchdog, extra).run()
+            finally:
+                log.close()
 
 
-def _train(
-    job: Job, args: SftArguments, rank: ranks.Rank, trainer: Any, train: Batches, validation: EvalBatches | None, run_dir: Path, log: RunLog
-) -> None:
-    plan, last = job.plan, job.plan.train_iters
-    require_space(run_dir, plan.checkpoint_bytes, "one checkpoint")
-    started = time.perf_counter()
-    batches = prefetch(train, job.first_step, last, args.dataloader_num_workers)
-    for place, micro_batches in batches:
-        step = place + 1
-        result = trainer.step(_move(micro_batches, rank.device))
-        result.tokens = int(train.rows.lengths[train.sample_ids(place)].sum())
-        seconds, started = time.perf_counter() - started, time.perf_counter()
-        if result.nonfinite:
-            _stop_nonfinite(run_dir, step, result, train, rank)
-        log.step(step, result, seconds)
-        if validation is not None and (step % args.eval_steps == 0 or step == last):
-            log.evaluation(step, trainer.evaluate(_move(validation.step(k), rank.device) for k in range(len(validation))))
-        if step % args.save_steps == 0 or step == last:
-            _save(job, args, rank, trainer, run_dir, step, train, log)
-        started = time.perf_counter() if step % args.save_steps == 0 else started
+class Training:
+    """The steps of one rank from the first to the last, or to a signal."""
 
+    def __init__(
+        self,
+        job: Job,
+        args: SftArguments,
+        rank: ranks.Rank,
+        trainer: Any,
+        train: Batches,
+        validation: EvalBatches | None,
+        run_dir: Path,
+        log: RunLog,
+        stop: StopSignals,
+        watchdog: Watchdog,
+        extra: dict[str, Any],
+    ) -> None:
+        self.job, self.plan, self.args, self.rank, self.trainer = job, job.plan, args, rank, trainer
+        self.train, self.validation, self.run_dir, self.log, self.stop, self.watchdog = train, validation, run_dir, log, stop, watchdog
+        self.saving: Saving | None = None  # the checkpoint that is being written in the background
+        self.began, self.waited = 0.0, 0.0  # when it was begun; seconds that training waited for it
+        self.eval_loss: tuple[int, float] | None = None  # step and loss of the last evaluation
+        self.norms = NormHistory(args.skip_spikes, extra.get("norms", ()))
+        self.skipped = int(extra.get("skipped", 0))
 
-def _save(job: Job, args: SftArguments, rank: ranks.Rank, trainer: Any, run_dir: Path, step: int, train: Batches, log: RunLog) -> None:
-    """One checkpoint, and the oldest ones beyond --save_total_limit removed once it is safe."""
-    began = time.perf_counter()
-    extra = {"consumed_samples": step * job.plan.global_batch, "data_fingerprint": train.fingerprint, "seed": args.seed}
-    manifest = {
-        "model_type": job.plan.model_type,
-        "dtype": job.plan.dtype,
-        "layout": {"tp": rank.tp, "pp": rank.pp, "dp": rank.dp},
-        "resume": extra | {"global_batch": job.plan.global_batch, "train_iters": job.plan.train_iters},
-        "started_from": Path(job.checkpoint).parent.name,
-    }
-    target = save(run_dir, step, trainer, only_model=args.save_only_model, extra=extra, manifest=manifest)
-    keep_newest(run_dir, args.save_total_limit)
-    dist.barrier()
-    log.saved(step, target, time.perf_counter() - began)
+    def run(self) -> None:
+        """Raises NonFiniteError, Stopped or DataError, on all ranks alike."""
+        first, last = self.job.first_step, self.plan.train_iters
+        reached("loop.start")
+        if self._agree()[0]:
+            self._stopped(first)
+        self.watchdog.long("the first step")  # kernels are compiled in it
+        started = time.perf_counter()
+        for place, micro_batches in prefetch(self.train, first, last, self.args.dataloader_num_workers):
+            step = place + 1
+            reached("loop.step")
+            self.trainer.norm_limit = self.norms.limit
+            result = self.trainer.step(_move(micro_batches, self.rank.device))
+            result.tokens = int(self.train.rows.lengths[self.train.sample_ids(place)].sum())
+            seconds, started = time.perf_counter() - started, time.perf_counter()
+            self.watchdog.beat(f"step {step + 1}")
+            self._judge(step, result)
+            self.log.step(step, result, seconds)
+            due = step % int(self.plan.megatron["save_interval"]) == 0 or step == last
+            if self.validation is not None and (step % self.args.eval_steps == 0 or step == last):
+                self._evaluate(step, self.validation)
+            reached("loop.boundary")
+            stopping, written = self._agree()
+            if self.saving is not None and (written or due or stopping):
+                self._finish_saving()
+            if due or stopping:
+                self._save(step, wait=stopping or step == last)
+            if stopping and step < last:
+                self._stopped(step)
+            started = time.perf_counter() if due else started
+
+    def _agree(self) -> tuple[bool, bool]:
+        """At a step boundary: whether a rank was asked to stop, and whether all have written their checkpoint files."""
+        pending = self.saving is not None and not self.saving.written
+        flags = torch.tensor([float(bool(self.stop.asked)), float(pending)], device=self.rank.device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        stopping, unwritten = flags.tolist()
+        return bool(stopping), not unwritten
+
+    def _stopped(self, step: int) -> None:
+        what = f"stopped by {self.stop.asked or 'a signal to another rank'} "
+        if step == self.job.first_step:
+            raise Stopped(what + "before a step was made.", where=str(self.run_dir), fix="the same command with --resume true starts again")
+        raise Stopped(what + f"after step {step}, whose checkpoint is saved.", where=str(self.run_dir), fix="the same command with --resume true goes on from there")
+
+    def _judge(self, step: int, result: Any) -> None:
+        """Count a step that made no update because of its numbers, or stop the run for it; note which rows it saw."""
+        if not (result.nonfinite or result.spike):
+            if result.grad_norm is not None:
+                self.norms.add(result.grad_norm)
+            return
+        path = self.run_dir / f"{'nonfinite' if result.nonfinite else 'spike'}_step_{step}.json"
+        if self.rank.is_first:
+            rows = [int(row) for row in self.train.sample_ids(step - 1)]
+            path.write_text(json.dumps({"step": step, "loss": result.loss, "grad_norm": result.grad_norm, "rows": rows}, default=str), encoding="utf-8")
+        what = f"loss {result.loss:.4g} and gradient norm {result.grad_norm:.4g} at step {step} "
+        what += "are not both finite" if result.nonfinite else f"are a spike: the norm is above {self.trainer.norm_limit:.4g}"
+        self.skipped += 1
+        many = self.skipped > self.args.max_skipped_steps
+        if (result.nonfinite and self.args.nonfinite == "stop") or many:
+            if self.saving is not None:
+                self._finish_saving()
+            more = f"; more than --max_skipped_steps {self.args.max_skipped_steps} were skipped" if many else ""
+            raise NonFiniteError(
+                f"{what}; the weights were not touched{more}.",
+                where=f"the rows of this step are listed in {path}",
+                fix="look at these rows, lower --learning_rate, or use --dtype bf16 in place of fp16",
+            )
+        self.log.note(f"step {step}/{self.plan.train_iters}  {what}: skipped ({self.skipped} of at most {self.args.max_skipped_steps}), rows in {path.name}")
+
+    def _evaluate(self, step: int, validation: EvalBatches) -> None:
+        """The validation loss, unless a signal cuts it short."""
+        reached("loop.evaluate")
+        cut = False
+
+        def groups() -> Iterator[list[MicroBatch]]:
+            nonlocal cut
+            for k in range(len(validation)):
+                if k and self._agree()[0]:
+                    cut = True
+                    return
+                yield _move(validation.step(k), self.rank.device)
+                self.watchdog.beat(f"the evaluation after step {step}")
+
+        loss = self.trainer.evaluate(groups())
+        if not cut:
+            self.eval_loss = (step, loss)
+            self.log.evaluation(step, loss)
+
+    def _save(self, step: int, wait: bool) -> None:
+        """Begin a checkpoint; it is finished here, or with --async_save at a later boundary."""
+        self.watchdog.long(f"saving after step {step}")
+        self.began = time.perf_counter()
+        extra = {"consumed_samples": step * self.plan.global_batch, "data_fingerprint": self.train.fingerprint, "seed": self.args.seed}
+        manifest = {
+            "model_type": self.plan.model_type,
+            "dtype": self.plan.dtype,
+            "layout": {"tp": self.rank.tp, "pp": self.rank.pp, "dp": self.rank.dp},
+            "resume": extra | {"global_batch": self.plan.global_batch, "train_iters": self.plan.train_iters},
+            "eval_loss": self.eval_loss[1] if self.eval_loss and self.eval_loss[0] == step and math.isfinite(self.eval_loss[1]) else None,
+            "started_from": Path(self.job.checkpoint).parent.name,
+        }
+        self.saving = Saving(
+            self.run_dir,
+            step,
+            self.trainer,
+            only_model=self.args.save_only_model,
+            extra=extra | {"norms": self.norms.values, "skipped": self.skipped},
+            manifest=manifest,
+            needed=self.plan.checkpoint_bytes,
+            background=self.args.async_save and not wait,
+        )
+        self.waited = time.perf_counter() - self.began
+        if wait or not self.args.async_save:
+            self._finish_saving()
+        self.watchdog.beat(f"step {step + 1}")
+
+    def _finish_saving(self) -> None:
+        """Publish the checkpoint on its way, and delete those beyond --save_total_limit once it is safe."""
+        assert self.saving is not None
+        begun, saving, self.saving = time.perf_counter(), self.saving, None
+        self.watchdog.long(f"saving after step {saving.iteration}")
+        target = saving.finish()
+        problem: list[str] = [""]
+        if self.rank.is_first:
+            try:
+                delete_beyond(self.run_dir, self.args.save_total_limit)
+            except OSError as error:
+                problem = [f"an old checkpoint could not be deleted: {error}"]
+        dist.broadcast_object_list(problem, src=0)
+        if problem[0]:
+            raise DataError(problem[0], where=str(self.run_dir), fix="the newest checkpoint is safe; delete the old one yourself")
+        ended = time.perf_counter()
+        self.waited += ended - begun
+        self.log.saved(saving.iteration, target, ended - self.began, self.waited)
+        self.watchdog.beat(f"step {saving.iteration + 1}")
 
 
 def _agreed_run_dir(plan: Plan) -> Path:
@@ -112,7 +246,12 @@ def _agreed_run_dir(plan: Plan) -> Path:
 
 
 def _trainer(job: Job, args: SftArguments) -> Any:
-    """Model and optimizer with the weights, or the whole state, of the job's checkpoint."""
+    """Model and optimizer as the job's checkpoint has them."""
+    return _restored(job, args)[0]
+
+
+def _restored(job: Job, args: SftArguments) -> tuple[Any, dict[str, Any]]:
+    """Model and optimizer with the weights, or the whole state, of the job's checkpoint; and what was saved beside it."""
     from megaswift.engine.model import ModelOptions, build
     from megaswift.engine.step import Trainer
 
@@ -131,10 +270,9 @@ def _trainer(job: Job, args: SftArguments) -> Any:
     model = build(load_config(Path(job.model_dir)), options)
     if job.first_step == 0:
         load_weights(model, Path(job.checkpoint))
-        return Trainer(model, plan)
+        return Trainer(model, plan), {}
     trainer = Trainer(model, plan)
-    load_training_state(trainer, Path(job.checkpoint), layout={"tp": plan.tp, "pp": plan.pp, "dp": plan.dp})
-    return trainer
+    return trainer, load_training_state(trainer, Path(job.checkpoint), layout={"tp": plan.tp, "pp": plan.pp, "dp": plan.dp})
 
 
 def _batches(job: Job, args: SftArguments, rank: ranks.Rank) -> tuple[Batches, EvalBatches | None]:
@@ -161,24 +299,9 @@ def _move(group: list[MicroBatch], device: torch.device) -> list[MicroBatch]:
     return [replace(batch, **{name: getattr(batch, name).to(device, non_blocking=True) for name in names}) for batch in group]
 
 
-def _stop_nonfinite(run_dir: Path, step: int, result: Any, train: Batches, rank: ranks.Rank) -> None:
-    """Write down which rows the step saw and stop; the weights are those of the step before."""
-    path = run_dir / f"nonfinite_step_{step}.json"
-    if rank.is_first:
-        rows = [int(row) for row in train.sample_ids(step - 1)]
-        path.write_text(json.dumps({"step": step, "loss": result.loss, "grad_norm": result.grad_norm, "rows": rows}, default=str), encoding="utf-8")
-    raise NonFiniteError(
-        f"loss {result.loss} and gradient norm {result.grad_norm} at step {step} are not both finite; the weights were not touched.",
-        where=f"the rows of this step are listed in {path}",
-        fix="look at these rows, lower --learning_rate, or use --dtype bf16 in place of fp16",
-    )
-
-
 def main(argv: list[str]) -> int:
     """Entry point of one rank: errors go to a file that the launcher prints once."""
-    from megaswift.engine.launch import report_from_rank
-
-    return report_from_rank(lambda: run(Job.read(Path(argv[0]))))
+    return launch.report_from_rank(lambda: run(Job.read(Path(argv[0]))))
 
 
 if __name__ == "__main__":

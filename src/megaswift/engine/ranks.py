@@ -69,6 +69,7 @@ def joined(tp: int, pp: int, seed: int, sequence_parallel: bool = False, start_t
             stack.enter_context(compat.cpu_engine())
         if world == 1 and "MASTER_ADDR" not in os.environ:
             store = dist.HashStore()
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one process needs no network
             dist.init_process_group("nccl" if on_gpu else "gloo", rank=0, world_size=1, store=store, timeout=timeout)
         else:
             dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, device_id=device if on_gpu else None)

@@ -37,6 +37,7 @@ class StepResult:
     tokens: int = 0  # all its tokens, padding left out
     skipped: bool = False  # fp16 only: gradients overflowed, the loss scale was lowered, no update
     nonfinite: bool = False  # loss or gradient norm is NaN or infinite; no update
+    spike: bool = False  # the gradient norm is beyond Trainer.norm_limit; no update
 
 
 class Trainer:
@@ -62,13 +63,21 @@ class Trainer:
         config.grad_scale_func = self.optimizer.scale_loss
         config.finalize_model_grads_func = finalize_model_grads
         self.run_schedule = get_forward_backward_func()
+        self.norm_limit = math.inf  # a step with a larger gradient norm changes nothing
 
     def step(self, batches: list[MicroBatch]) -> StepResult:
         """Update the weights once from this rank's micro batches of one global batch."""
+        return self.update(*self.gradients(batches))
+
+    def gradients(self, batches: list[MicroBatch]) -> tuple[float, int]:
+        """Forward and backward: gradients of the mean loss, which is returned with the number of supervised tokens."""
         self.model.train()
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        loss, supervised = self._forward_backward(batches, forward_only=False)
+        return self._forward_backward(batches, forward_only=False)
+
+    def update(self, loss: float, supervised: int) -> StepResult:
+        """One step of schedule and optimizer with the gradients at hand, unless they are not finite."""
         self.scheduler.step(increment=1)  # before the update: step k of n uses the rate of step k, so the last one uses min_lr
         rate = max(group["lr"] for group in self.optimizer.param_groups)
         result = StepResult(loss, None, rate, supervised)
@@ -76,8 +85,11 @@ class Trainer:
             result.skipped = True
             return result
         result.grad_norm = float(self.optimizer.get_grad_norm())
-        if not (math.isfinite(loss) and math.isfinite(result.grad_norm)):
+        if not _all_finite(loss, result.grad_norm):
             result.nonfinite = True
+            return result
+        if result.grad_norm > self.norm_limit:
+            result.spike = True
             return result
         self._clip(result.grad_norm)
         self.optimizer.step_with_ready_grads()
@@ -123,6 +135,13 @@ class Trainer:
             )
         loss, supervised = sums.tolist()
         return loss / max(supervised, 1.0), int(supervised)
+
+
+def _all_finite(loss: float, grad_norm: float) -> bool:
+    """Whether loss and norm are finite on every rank; agreed, so that all of them update or none does."""
+    bad = torch.tensor(float(not (math.isfinite(loss) and math.isfinite(grad_norm))), device=torch.cuda.current_device())
+    dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+    return not bad.item()
 
 
 def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:

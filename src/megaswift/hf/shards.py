@@ -5,30 +5,20 @@ A shard's bytes depend on its plan alone, so an interrupted conversion can keep 
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import math
-import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megaswift.hf.folder import WEIGHTS
+from megaswift.hf.output import FileRecord, HashedFile
 
 if TYPE_CHECKING:
     import torch
-
-CHUNK = 4 * 2**20  # bytes hashed and written at a time: large for the disk, small enough to stay in the processor's cache
-WRITEBACK = 64 * 2**20  # bytes after which the disk is asked to begin
-
-
-class Cancelled(Exception):
-    """Another shard failed; this one stopped early."""
-
 
 @dataclass(frozen=True)
 class PlannedTensor:
@@ -68,14 +58,6 @@ class Shard:
     def nbytes(self) -> int:
         """Size of the whole file in bytes."""
         return len(self.header) + sum(tensor.nbytes for tensor in self.tensors)
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """Size in bytes and SHA-256 of one file."""
-
-    size: int
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -140,79 +122,19 @@ def write_shard(
     Holds one tensor at a time. Args: `cancel` stops it between chunks (raises Cancelled); `progress` is called with the
     number of bytes of each chunk. Raises OSError from the disk, ValueError where `produce` breaks its promise.
     """
-    with _Output(path, cancel or threading.Event(), progress or (lambda count: None)) as output:
-        output.write(memoryview(shard.header))
+    with HashedFile(path, cancel, progress) as output:
+        output.write(shard.header)
         hashes: dict[str, str] = {}
         for number, tensor in enumerate(shard.tensors):
             for following in shard.tensors[number + 1 : number + 2]:
                 if following.prepare is not None:
                     following.prepare()
-            hashes[tensor.name] = output.write(_bytes(tensor, tensor.produce()))
+            own = hashlib.sha256()
+            output.write(_bytes(tensor, tensor.produce()), also=own)
+            hashes[tensor.name] = own.hexdigest()
             if tensor.release is not None:
                 tensor.release()
-        return ShardResult(FileRecord(shard.nbytes, output.finish()), hashes)
-
-
-class _Output:
-    """A file that is hashed while it is written, and that the disk begins to store at once.
-
-    The file's hash and the requests to the disk run in threads of their own: they wait neither for each other nor for the
-    hash of the tensor, which this thread computes. Data is never copied; `write` returns when nobody uses it any more.
-    """
-
-    def __init__(self, path: Path, cancel: threading.Event, progress: Callable[[int], None]) -> None:
-        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        self._cancel, self._progress = cancel, progress
-        self._whole = hashlib.sha256()
-        self._hasher = ThreadPoolExecutor(1, "file-hash")
-        self._disk = ThreadPoolExecutor(1, "disk")
-        self._position = self._requested = 0
-
-    def __enter__(self) -> _Output:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._hasher.shutdown(cancel_futures=True)
-        self._disk.shutdown(cancel_futures=True)
-        os.close(self._handle)
-
-    def write(self, data: memoryview) -> str:
-        """Append bytes; their SHA-256."""
-        own = hashlib.sha256()
-        hashed = []
-        for start in range(0, len(data), CHUNK):
-            if self._cancel.is_set():
-                raise Cancelled
-            chunk = data[start : start + CHUNK]
-            hashed.append(self._hasher.submit(self._whole.update, chunk))
-            own.update(chunk)
-            self._append(chunk)
-        if hashed:  # they run in order
-            hashed[-1].result()
-        return own.hexdigest()
-
-    def _append(self, chunk: memoryview) -> None:
-        count = len(chunk)
-        while chunk:
-            chunk = chunk[os.write(self._handle, chunk) :]
-        self._position += count
-        self._progress(count)
-        if self._position - self._requested >= WRITEBACK:
-            self._disk.submit(_start_writeback, self._handle, self._requested, self._position - self._requested)
-            self._requested = self._position
-
-    def finish(self) -> str:
-        """Wait for the disk; the SHA-256 of the file."""
-        self._disk.shutdown()
-        os.fsync(self._handle)
-        return self._whole.hexdigest()
-
-
-def _start_writeback(handle: int, start: int, count: int) -> None:
-    """Let the disk begin with a range of a file, so that the fsync at the end does not wait for all of it (Linux only)."""
-    request = getattr(ctypes.CDLL(None), "sync_file_range", None)
-    if request is not None:
-        request(handle, ctypes.c_int64(start), ctypes.c_int64(count), ctypes.c_uint(2))  # 2: SYNC_FILE_RANGE_WRITE
+        return ShardResult(output.finish(), hashes)
 
 
 def _bytes(planned: PlannedTensor, tensor: torch.Tensor) -> memoryview:

@@ -5,27 +5,22 @@ Tensors stream one at a time a thread, whatever the size of the model, and SHA-2
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import glob
 import hashlib
 import json
-import os
-import secrets
-import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megaswift.errors import DataError, UserError
+from megaswift.errors import DataError
 from megaswift.hf.folder import CONFIG, INDEX, read_config
+from megaswift.hf.output import Cancelled, FileRecord, write_small
+from megaswift.hf.publish import Workspace, publish, refuse_existing, remove_leftovers, workspace
 from megaswift.hf.read import tensor_table, torch_dtype
-from megaswift.hf.shards import Cancelled, FileRecord, PlannedTensor, Shard, ShardResult, plan_shards, write_shard
+from megaswift.hf.shards import PlannedTensor, Shard, ShardResult, plan_shards, write_shard
 
 if TYPE_CHECKING:
     import torch
@@ -33,8 +28,6 @@ if TYPE_CHECKING:
 __all__ = ["FileRecord", "PlannedTensor", "WriteResult", "dtype_override", "remove_leftovers", "write_checkpoint"]
 
 DEFAULT_SHARD_SIZE = 5 * 10**9  # bytes
-_LEFTOVER_AGE = 10.0  # seconds; a younger temporary directory may not have its lock yet
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass
@@ -47,6 +40,7 @@ class WriteResult:
         tensors: name -> SHA-256 of the tensor's raw little-endian bytes.
         bytes: size of all files.
         seconds: time taken.
+        resumed: shards that an interrupted call had written.
     """
 
     path: Path
@@ -54,6 +48,7 @@ class WriteResult:
     tensors: dict[str, str]
     bytes: int
     seconds: float
+    resumed: list[str] = field(default_factory=list)
 
 
 def dtype_override(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, str]:
@@ -73,6 +68,8 @@ def write_checkpoint(
     extra_files: Mapping[str, bytes] | None = None,
     before_publish: Callable[[WriteResult], None] | None = None,
     progress: Callable[[int], None] | None = None,
+    plan: str | None = None,
+    resume: bool = False,
 ) -> WriteResult:
     """Write a model directory; it appears under its name only when it is complete, audited and on the disk.
 
@@ -86,17 +83,23 @@ def write_checkpoint(
         extra_files: name -> content of more files, which win over side files of the same name.
         before_publish: may add files (a manifest) to `result.path` before the rename.
         progress: called with the number of bytes of each chunk that is written to a weight file, from any thread.
+        plan: a text that names source and settings; complete shards are then recorded, so that a later call can resume.
+        resume: keep the complete shards that a killed call with the same plan left.
 
     Raises UserError where `out` exists or the disk is too small, DataError where the audit finds a difference. After any
     exception nothing is left behind.
     """
     begin = time.perf_counter()
     target = Path(out).absolute()
-    _refuse_existing(target)
+    refuse_existing(target)
     shards = plan_shards(tensors, max_shard_size)
     contents = _small_files(shards, side_files, config_overrides, extra_files or {})
-    with _temporary(target, sum(shard.nbytes for shard in shards) + _small_size(contents)) as temporary:
-        results = _write_shards(shards, temporary, threads, progress)
+    needed = sum(shard.nbytes for shard in shards) + _small_size(contents)
+    key = None if plan is None else f"{plan} {hashlib.sha256(b''.join(shard.header for shard in shards)).hexdigest()}"
+    with workspace(target, needed, plan=key, resume=resume) as work:
+        temporary = work.path
+        results = _write_shards(shards, work, threads, progress)
+        work.drop_records()
         files = {shard.file: result.record for shard, result in zip(shards, results)}
         files |= {name: _write_small(temporary / name, content) for name, content in contents.items()}
         _audit(temporary, shards, len(contents))
@@ -105,17 +108,10 @@ def write_checkpoint(
         result = WriteResult(temporary, files, hashes, size, time.perf_counter() - begin)
         if before_publish is not None:
             before_publish(result)
-        _publish(temporary, target)
+        publish(temporary, target)
+    result.resumed = sorted(work.resumed)
     result.path, result.seconds = target, time.perf_counter() - begin
     return result
-
-
-def _refuse_existing(target: Path) -> None:
-    if target.exists() or target.is_symlink():
-        raise UserError(
-            f"output directory {str(target)!r} exists already.",
-            fix="give another directory, or --overwrite true to replace this one",
-        )
 
 
 def _small_files(
@@ -147,16 +143,12 @@ def _small_size(contents: Mapping[str, bytes | Path]) -> int:
 
 def _write_small(path: Path, content: bytes | Path) -> FileRecord:
     """Write and fsync one side file."""
-    data = content.read_bytes() if isinstance(content, Path) else content
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return FileRecord(len(data), hashlib.sha256(data).hexdigest())
+    path.unlink(missing_ok=True)  # an interrupted conversion may have left it
+    return write_small(path, content.read_bytes() if isinstance(content, Path) else content)
 
 
 def _write_shards(
-    shards: Sequence[Shard], directory: Path, threads: int, progress: Callable[[int], None] | None
+    shards: Sequence[Shard], work: Workspace, threads: int, progress: Callable[[int], None] | None
 ) -> list[ShardResult]:
     """Write all shards, `threads` at a time. The first failure stops the others and is raised."""
     cancel = threading.Event()
@@ -164,8 +156,13 @@ def _write_shards(
     def one(shard: Shard) -> ShardResult:
         if cancel.is_set():
             raise Cancelled
+        done = work.finished(work.path, shard.file)
+        if done is not None:
+            return ShardResult(FileRecord(done["size"], done["sha256"]), done["tensors"])
         try:
-            return write_shard(shard, directory / shard.file, cancel=cancel, progress=progress)
+            result = write_shard(shard, work.path / shard.file, cancel=cancel, progress=progress)
+            work.record(shard.file, result.record, tensors=result.tensors)
+            return result
         except BaseException:
             cancel.set()
             raise
@@ -194,99 +191,3 @@ def _audit(directory: Path, shards: Sequence[Shard], small: int) -> None:
         raise DataError("the number of written files is not as planned.", where=str(directory))
     if (directory / CONFIG).exists():
         read_config(directory)
-
-
-@contextmanager
-def _temporary(target: Path, needed: int) -> Iterator[Path]:
-    """A locked hidden directory beside `target`; removed on any exception, with the parents that were made for it."""
-    made = [place for place in (target.parent, *target.parent.parents) if not place.exists()]
-    temporary = target.parent / f".{target.name}.tmp-{secrets.token_hex(4)}"
-    lock = -1
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(target)
-        _check_space(target.parent, needed)
-        temporary.mkdir()
-        lock = _lock(temporary)
-        yield temporary
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        for place in made:
-            try:
-                place.rmdir()
-            except OSError:  # not empty: somebody else uses it by now
-                break
-        if isinstance(error, OSError):
-            raise _disk_error(error, target, needed) from error
-        raise
-    finally:
-        if lock >= 0:
-            os.close(lock)
-
-
-def _check_space(place: Path, needed: int) -> None:
-    free = shutil.disk_usage(place).free
-    if free < needed + 2**20:
-        raise UserError(
-            f"not enough disk space: {needed:,} bytes needed, {free:,} free.",
-            where=str(place),
-            fix="free space or write to another disk",
-        )
-
-
-def _disk_error(error: OSError, target: Path, needed: int) -> UserError:
-    """A failed system call as an error of ours; only the disk itself can fail here."""
-    if error.errno in _FULL:
-        what = f"the disk is full: {needed:,} bytes are needed in all. Nothing was left behind."
-        return UserError(what, where=str(target), fix="free space or write to another disk")
-    return UserError(f"cannot write {str(target)!r}: {error.strerror or error}.", where=str(error.filename or target))
-
-
-def _lock(directory: Path) -> int:
-    """Hold a lock on a directory for as long as this process lives; -1 where the file system has no locks."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        return -1
-    return handle
-
-
-def remove_leftovers(target: Path) -> list[Path]:
-    """Delete the temporary directories that killed processes left beside `target`; those of living ones are locked."""
-    removed = []
-    for item in target.parent.glob(f".{glob.escape(target.name)}.tmp-*"):
-        try:
-            old = time.time() - item.stat().st_mtime > _LEFTOVER_AGE
-            handle = _lock(item) if old and item.is_dir() else -1
-        except OSError:
-            continue
-        if handle >= 0:
-            shutil.rmtree(item, ignore_errors=True)
-            os.close(handle)
-            removed.append(item)
-    return removed
-
-
-def _publish(temporary: Path, target: Path) -> None:
-    """Make everything durable, then give it its name."""
-    for item in temporary.iterdir():
-        _fsync(item)
-    _fsync(temporary)
-    _refuse_existing(target)
-    try:
-        os.rename(temporary, target)
-    except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
-            _refuse_existing(target)
-        raise
-    _fsync(target.parent)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

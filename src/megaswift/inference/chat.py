@@ -10,10 +10,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TextIO
 
 from megaswift.data.conversation import Conversation as DataConversation
+from megaswift.inference.backends import Backend
 from megaswift.inference.options import Answer, GenerationOptions, Message, PromptError
 from megaswift.inference.results import ResultWriter
 from megaswift.inference.text import clean_input, printable
-from megaswift.inference.transformers_backend import TransformersBackend
 
 RULE = "-" * 50
 WORDS = (
@@ -101,7 +101,7 @@ class Conversation:
         rows: what was asked and answered in all, as in the results file.
     """
 
-    backend: TransformersBackend
+    backend: Backend
     options: GenerationOptions
     terminal: Terminal
     system: str | None = None
@@ -193,7 +193,7 @@ def messages_of(system: str | None, history: list[list[str]], query: str) -> lis
 
 
 def show_answer(
-    backend: TransformersBackend,
+    backend: Backend,
     messages: Sequence[Message] | DataConversation,
     options: GenerationOptions,
     terminal: Terminal,

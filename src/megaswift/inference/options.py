@@ -72,7 +72,7 @@ class GenerationOptions:
 
     @classmethod
     def from_args(cls, args: InferArguments) -> GenerationOptions:
-        """The decoding options among those of `swift infer`; raises UserError for values that cannot be."""
+        """The decoding options of `swift infer`; raises UserError for values that cannot be."""
         return cls(
             max_new_tokens=args.max_new_tokens,
             do_sample=args.do_sample,
@@ -107,3 +107,35 @@ class Answer:
     prompt_tokens: int
     tokens: int
     finish: FinishReason
+
+
+def limited_context(allowed: int, wanted: int | None) -> int:
+    """Most tokens of a prompt and its answer: --max_model_len, within what the model allows. Raises UserError."""
+    if wanted is None:
+        return allowed
+    if wanted > allowed:
+        raise UserError(
+            f"--max_model_len {wanted} is more than the model's {allowed} tokens.",
+            where="--max_model_len",
+            fix=f"use at most {allowed}",
+        )
+    return wanted
+
+
+def fit_prompt(ids: list[int], context: int, options: GenerationOptions) -> list[int]:
+    """A prompt that leaves room for an answer: the ids, or with `truncation_left` their end.
+
+    Raises PromptTooLongError.
+    """
+    limit = context - 1  # one token is left for the answer
+    if options.max_length > 0:
+        limit = min(limit, options.max_length)
+    if len(ids) <= limit:
+        return ids
+    if options.truncation == "truncation_left":
+        return ids[len(ids) - limit :]
+    raise PromptTooLongError(
+        f"the prompt has {len(ids)} tokens, but at most {limit} are possible.",
+        where="--max_length" if limit == options.max_length else "the model's context (or --max_model_len)",
+        fix="shorten it (in the terminal: clear), or drop its oldest tokens with --truncation_strategy truncation_left",
+    )

@@ -19,11 +19,11 @@ from megaswift.data.rows import RESPONSE_NAMES
 from megaswift.data.sampling import sample_validation, split_and_sample
 from megaswift.data.spec import parse_specs
 from megaswift.errors import DataError
+from megaswift.inference.backends import Backend
 from megaswift.inference.chat import RULE, Terminal, show_answer
 from megaswift.inference.options import Answer, GenerationOptions, PromptError
 from megaswift.inference.results import ResultWriter
 from megaswift.inference.text import printable
-from megaswift.inference.transformers_backend import TransformersBackend
 
 QUIET_FROM = 100  # questions; so many are not printed one by one
 PLAIN = Recipe()  # columns as they are
@@ -186,14 +186,16 @@ def _conversation(row: dict[str, Any], recipe: Recipe, *, answered: bool) -> Con
 class _Run:
     """Questions on their way to answers; rows leave in the order of the questions."""
 
-    backend: TransformersBackend
+    backend: Backend
     questions: Sequence[Question]
     options: GenerationOptions
     terminal: Terminal
     results: ResultWriter | None
 
     def __post_init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
+        queries = [question.query for question in self.questions]
+        self.rows: list[dict[str, Any]] = self.results.take_up(queries) if self.results is not None else []
+        self.earlier = len(self.rows)  # answers that an earlier command left
         self.tokens = 0
 
     def keep(self, question: Question, answer: Answer) -> None:
@@ -222,7 +224,7 @@ class _Run:
 
     def stream_all(self) -> None:
         """One question after the other, each answer shown while it is made."""
-        for number, question in enumerate(self.questions):
+        for number, question in enumerate(self.questions[self.earlier :], self.earlier):
             seed = None if self.options.seed is None else self.options.seed + number
             self.show_question(question)
             answer = show_answer(
@@ -237,12 +239,14 @@ class _Run:
         """In batches of similar length; results are shown and stored in order, as far as they are complete."""
         waiting: dict[int, Answer] = {}
         done = 0
+        questions, prompts = self.questions[self.earlier :], prompts[self.earlier :]
+        seed = None if self.options.seed is None else self.options.seed + self.earlier
         with _Progress(len(prompts), shown=quiet) as progress:
-            for place, answer in self.backend.answer_all(prompts, self.options, batch_size=batch_size):
+            for place, answer in self.backend.answer_all(prompts, replace(self.options, seed=seed), batch_size=batch_size):
                 waiting[place] = answer
                 progress.add(answer.tokens)
                 while done in waiting:
-                    self._deliver(self.questions[done], waiting.pop(done), quiet)
+                    self._deliver(questions[done], waiting.pop(done), quiet)
                     done += 1
 
     def _deliver(self, question: Question, answer: Answer, quiet: bool) -> None:
@@ -254,7 +258,7 @@ class _Run:
 
 
 def answer_questions(
-    backend: TransformersBackend,
+    backend: Backend,
     questions: Sequence[Question],
     options: GenerationOptions,
     *,
@@ -270,6 +274,8 @@ def answer_questions(
     prompts, kept = _fitting(backend, questions, options)
     quiet = len(kept) >= QUIET_FROM
     run, started = _Run(backend, kept, options, Terminal(), results), time.perf_counter()
+    if run.earlier:
+        _note(f"{run.earlier} of {len(kept)} questions are answered already, in {results.path if results else ''}")
     try:
         if stream and not quiet and batch_size == 1 and options.num_beams == 1:
             run.stream_all()
@@ -279,12 +285,14 @@ def answer_questions(
         _note(f"\nstopped: {len(run.rows)} of {len(kept)} questions are answered")
         raise
     seconds = max(time.perf_counter() - started, 1e-9)
-    _note(f"{len(run.rows)} questions, {run.tokens} tokens in {seconds:.1f} s ({run.tokens / seconds:.1f} tokens/s)")
+    _note(
+        f"{len(run.rows) - run.earlier} questions, {run.tokens} tokens in {seconds:.1f} s ({run.tokens / seconds:.1f} tokens/s)"
+    )
     return run.rows
 
 
 def _fitting(
-    backend: TransformersBackend, questions: Sequence[Question], options: GenerationOptions
+    backend: Backend, questions: Sequence[Question], options: GenerationOptions
 ) -> tuple[list[list[int]], list[Question]]:
     """Prompts and questions, without the questions that cannot become a prompt."""
     prompts, kept, refused = [], [], []

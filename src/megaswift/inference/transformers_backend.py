@@ -14,7 +14,7 @@ from megaswift.data.conversation import Conversation
 from megaswift.errors import NonFiniteError, UserError
 from megaswift.inference import decoding
 from megaswift.inference.loading import load_model, load_tokenizer
-from megaswift.inference.options import Answer, FinishReason, GenerationOptions, Message, PromptTooLongError
+from megaswift.inference.options import Answer, FinishReason, GenerationOptions, Message, fit_prompt, limited_context
 from megaswift.inference.prompts import Prompts
 from megaswift.inference.text import StopWords, TextAssembler, decode, first_stop, whole_text
 
@@ -30,18 +30,24 @@ class TransformersBackend:
         context: most tokens of a prompt and its answer together.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, prompts: Prompts) -> None:
+    def __init__(self, model: Any, tokenizer: Any, prompts: Prompts, max_model_len: int | None = None) -> None:
         from transformers import GenerationConfig
 
         self.model, self.tokenizer, self.prompts = model, tokenizer, prompts
-        self.context = decoding.context_length(model.config)
+        self.context = limited_context(decoding.context_length(model.config), max_model_len)
         self._ends = decoding.end_ids(model, tokenizer) | prompts.end_ids
         # generate() fills what a caller leaves open from here; nothing may come from a file that the user never saw.
         model.generation_config = GenerationConfig()
 
     @classmethod
     def load(
-        cls, path: Path, *, dtype: str = "AUTO", template_type: str = "AUTO", model_type: str | None = None
+        cls,
+        path: Path,
+        *,
+        dtype: str = "AUTO",
+        template_type: str = "AUTO",
+        model_type: str | None = None,
+        max_model_len: int | None = None,
     ) -> TransformersBackend:
         """Load a Hugging Face directory.
 
@@ -50,12 +56,13 @@ class TransformersBackend:
             dtype: AUTO (bf16 on a GPU that has it, fp32 on a CPU), bf16, fp16 or fp32.
             template_type: name of the chat template; AUTO is the tokenizer's own, else that of the model type.
             model_type: registered name, for the template of a tokenizer that brings none.
+            max_model_len: most tokens of a prompt and its answer together; None for what the model allows.
 
         Raises DataError for a folder that is damaged or incomplete.
         """
         tokenizer = load_tokenizer(path)
         prompts = Prompts(tokenizer, template_type=template_type, model_type=model_type)
-        return cls(load_model(path, dtype), tokenizer, prompts)
+        return cls(load_model(path, dtype), tokenizer, prompts, max_model_len)
 
     @property
     def description(self) -> str:
@@ -67,19 +74,7 @@ class TransformersBackend:
 
         Raises PromptTooLongError, or drops the oldest tokens with `truncation_left`.
         """
-        ids = self.prompts.ids(messages)
-        limit = self.context - 1  # one token is left for the answer
-        if options.max_length > 0:
-            limit = min(limit, options.max_length)
-        if len(ids) <= limit:
-            return ids
-        if options.truncation == "truncation_left":
-            return ids[len(ids) - limit :]
-        raise PromptTooLongError(
-            f"the prompt has {len(ids)} tokens, but at most {limit} are possible.",
-            where="--max_length" if limit == options.max_length else "max_position_embeddings of the model",
-            fix="shorten it (in the terminal: clear), or drop its oldest tokens with --truncation_strategy truncation_left",
-        )
+        return fit_prompt(self.prompts.ids(messages), self.context, options)
 
     def generate(
         self, conversations: Sequence[Sequence[Message] | Conversation], options: GenerationOptions, *, batch_size: int = 1

@@ -18,7 +18,7 @@ from megaswift.engine.kernels.main_grad import add_product, has_main_grad, place
 from megaswift.engine.kernels.triton_support import jit, processors, tl, use_triton
 
 IGNORED = -100
-_ROW_BLOCK, _ROW_WARPS, _ROW_PROGRAMS = 8192, 32, 1  # a row's tile, its warps, and rows under way a multiprocessor
+_ROW_BLOCK, _ROW_WARPS, _ROW_PROGRAMS = 8192, 32, 2  # a row's tile, its warps, and rows under way a multiprocessor
 
 
 @jit
@@ -33,7 +33,9 @@ def _two_blocks(base, at, end, top, total, BLOCK: tl.constexpr, MASKED: tl.const
         b = tl.load(base + at + BLOCK, eviction_policy="evict_last").to(tl.float32)
     peak = tl.maximum(tl.maximum(a, b), top)
     shift = peak * log2e
-    return peak, total * tl.exp2(top * log2e - shift) + (tl.exp2(a * log2e - shift) + tl.exp2(b * log2e - shift))
+    # The old maximum is subtracted before the product: a fused multiply-add would leave the product's rounding, which is
+    # huge for a lane that has seen nothing yet.
+    return peak, total * tl.exp2((top - peak) * log2e) + (tl.exp2(a * log2e - shift) + tl.exp2(b * log2e - shift))
 
 
 @jit

@@ -15,6 +15,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megaswift.engine.kernels.triton_support import jit, tl, use_triton
+
+
+@jit
+def _column_sum_kernel(partial, out, rows, cols, ROWS: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr):
+    col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = col < cols
+    total = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+    for start in range(0, rows, ROWS):
+        row = start + tl.arange(0, ROWS)
+        mask = (row < rows)[:, None] & inside[None, :]
+        total += tl.load(partial + row[:, None] * cols + col[None, :], mask=mask, other=0.0)
+    result = tl.sum(total, axis=0)
+    if ADD:
+        result += tl.load(out + col, mask=inside, other=0.0)
+    tl.store(out + col, result, mask=inside)
+
+
+def column_sum(partial: Tensor, out: Tensor | None = None) -> Tensor:
+    """Sum over the rows of fp32 [programs, n], the parts of a gradient that a kernel's programs left; added to `out` if given."""
+    if not use_triton(partial):
+        return partial.sum(0) if out is None else out.add_(partial.sum(0))
+    rows, cols = partial.shape
+    target = torch.empty(cols, dtype=torch.float32, device=partial.device) if out is None else out
+    _column_sum_kernel[((cols + 31) // 32,)](partial, target, rows, cols, 64, 32, out is not None, num_warps=8)
+    return target
+
 
 def has_main_grad(weight: Tensor) -> bool:
     """Whether the weight belongs to Megatron-Core's gradient buffers."""
@@ -63,10 +90,18 @@ def accumulate_product(weight: Tensor, grad_output: Tensor, inputs: Tensor) -> T
     return placeholder(weight)
 
 
-def accumulate(weight: Tensor, grad: Tensor) -> Tensor | None:
-    """weight.main_grad += grad, for small gradients; returns what autograd shall receive for the weight."""
+def accumulate_rows(weight: Tensor, partial: Tensor) -> Tensor | None:
+    """The gradient of a vector (a norm's weight, a bias) from its parts [programs, n]: into main_grad or as a tensor.
+
+    Returns what autograd shall receive for the weight.
+    """
+    if not has_main_grad(weight):
+        return column_sum(partial).to(weight.dtype)
     ensure_fresh(weight)
-    weight.main_grad.add_(grad.view_as(weight.main_grad))
+    if weight.main_grad.dtype == torch.float32:
+        column_sum(partial, weight.main_grad.view(-1))
+    else:
+        weight.main_grad.add_(column_sum(partial))
     return placeholder(weight)
 
 

@@ -110,9 +110,10 @@ class FusedSelfAttention(SelfAttention):
 
 
 class FusedMLP(MLP):
-    """An MLP whose SwiGLU is fused with the second product; only the first product's result is kept for backward."""
+    """An MLP whose SwiGLU is fused with the second product (see `swiglu_linear` for the two options)."""
 
     recompute_activation = True
+    overlap = False
 
     def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """hidden_states [s, b, h] to ([s, b, h], bias)."""
@@ -122,7 +123,7 @@ class FusedMLP(MLP):
         second = self.linear_fc2
         if not self._fuses_second():
             return second(swiglu(both))
-        output = swiglu_linear(both, second.weight, recompute=self.recompute_activation)
+        output = swiglu_linear(both, second.weight, recompute=self.recompute_activation, overlap=self.overlap)
         if second.sequence_parallel:
             return reduce_scatter_to_sequence_parallel_region(output, group=second.tp_group), None
         return reduce_from_tensor_model_parallel_region(output, group=second.tp_group), None
@@ -132,7 +133,8 @@ class FusedMLP(MLP):
         second = self.linear_fc2
         if self._takes() and self._fuses_second() and second.tp_group.size() == 1:
             both, _ = self.linear_fc1(hidden_states)
-            return swiglu_linear(both, second.weight, recompute=self.recompute_activation, residual=residual)
+            options = dict(recompute=self.recompute_activation, overlap=self.overlap)
+            return swiglu_linear(both, second.weight, **options, residual=residual)
         output, bias = self.forward(hidden_states)
         return residual + (output if bias is None else output + bias)
 

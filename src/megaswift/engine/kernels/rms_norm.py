@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaswift.engine.kernels.main_grad import accumulate, has_main_grad
+from megaswift.engine.kernels.main_grad import accumulate_rows
 from megaswift.engine.kernels.triton_support import jit, next_power_of_2, processors, tl, use_triton
 
 
@@ -90,12 +90,15 @@ def forward(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tupl
 
 
 def backward(dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the (summed) input and of the weight (fp32); `dtotal` reaches the input past the norm and is added."""
+    """Gradient of the (summed) input, and parts [n, cols] in fp32 that add up to the weight's.
+
+    `dtotal` is the gradient that reaches the input past the norm; it is added.
+    """
     cols = x.shape[-1]
     rows = x.numel() // cols
     if not use_triton(x):
         normal = x.float() * rstd.view(*x.shape[:-1], 1)
-        dweight = (dy.float() * normal.to(x.dtype)).reshape(rows, cols).sum(0)
+        dweight = (dy.float() * normal.to(x.dtype)).reshape(rows, cols).sum(0, keepdim=True)
         grad = dy.float() * weight
         grad = (grad - normal * (grad * normal).mean(-1, keepdim=True)) * rstd.view(*x.shape[:-1], 1)
         return (grad if dtotal is None else grad.add_(dtotal)).to(x.dtype), dweight
@@ -106,7 +109,7 @@ def backward(dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, rstd:
     _backward_kernel[(programs,)](
         dy, dy if dtotal is None else dtotal, x, weight, rstd, dx, partial, rows, cols, block, tile, dtotal is not None, num_warps=warps
     )  # fmt: skip
-    return dx, partial.sum(0)
+    return dx, partial
 
 
 class _AddNorm(torch.autograd.Function):
@@ -126,11 +129,9 @@ class _AddNorm(torch.autograd.Function):
         total, weight, rstd = ctx.saved_tensors
         if dy is None:
             return dtotal, (dtotal if ctx.has_delta else None), None, None
-        dx, dweight = backward(dy.contiguous(), None if dtotal is None else dtotal.contiguous(), total, weight, rstd)
-        dw = None
-        if ctx.needs_input_grad[2]:
-            dw = accumulate(weight, dweight) if has_main_grad(weight) else dweight.to(weight.dtype)
-        return dx, (dx if ctx.has_delta else None), dw, None
+        dx, parts = backward(dy.contiguous(), None if dtotal is None else dtotal.contiguous(), total, weight, rstd)
+        dweight = accumulate_rows(weight, parts) if ctx.needs_input_grad[2] else None
+        return dx, (dx if ctx.has_delta else None), dweight, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaswift.engine.kernels.main_grad import accumulate, has_main_grad
+from megaswift.engine.kernels.main_grad import accumulate_rows
 from megaswift.engine.kernels.triton_support import jit, next_power_of_2, tl, use_triton
 
 
@@ -123,7 +123,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _launch_split(
     mixed: Tensor, bias: Tensor | None, parts: tuple[Tensor, Tensor, Tensor], cos: Tensor, sin: Tensor, *, backward: bool
 ) -> Tensor | None:  # fmt: skip
-    """Run the kernel; backward returns the bias' gradient in fp32."""
+    """Run the kernel; backward returns parts [n, width] in fp32 that add up to the bias' gradient."""
     q, k, v = parts
     half, groups = q.shape[3] // 2, k.shape[2]
     block = next_power_of_2(half)
@@ -137,7 +137,7 @@ def _launch_split(
         mixed, q if bias is None else bias, partial, q, k, v, cos, sin, tokens, batch, *strides, *_table_strides(cos),
         groups, q.shape[2] // groups, half, block, per_program, _TILES, backward, bias is not None, num_warps=4,
     )  # fmt: skip
-    return partial.sum(0) if sums else None
+    return partial if sums else None
 
 
 class _SplitRotate(torch.autograd.Function):
@@ -168,14 +168,14 @@ class _SplitRotate(torch.autograd.Function):
         mixed = torch.empty((s, b, groups, heads // groups + 2, dim), dtype=q.dtype, device=q.device)
         if _fits(q, cos, dim):
             parts = tuple(part if part.stride(-1) == 1 else part.contiguous() for part in grads)
-            dbias = _launch_split(mixed, bias, parts, cos, sin, backward=True)
+            parts_of_bias = _launch_split(mixed, bias, parts, cos, sin, backward=True)
         else:
             mixed[..., :-2, :] = _turn(q, cos, -sin).view(s, b, groups, heads // groups, dim)
             mixed[..., -2, :] = _turn(k, cos, -sin)
             mixed[..., -1, :] = v
-            dbias = None if bias is None else mixed.view(s * b, -1).sum(0, dtype=torch.float32)
-        if dbias is not None:
-            dbias = (accumulate(bias, dbias) if has_main_grad(bias) else dbias.to(bias.dtype)) if ctx.needs_input_grad[1] else None
+            parts_of_bias = None if bias is None else mixed.view(s * b, -1).sum(0, keepdim=True, dtype=torch.float32)
+        wanted = bias is not None and ctx.needs_input_grad[1]
+        dbias = accumulate_rows(bias, parts_of_bias) if wanted else None
         return mixed.view(s, b, -1), dbias, None, None, None, None
 
 

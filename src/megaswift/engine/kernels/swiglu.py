@@ -46,6 +46,27 @@ def _backward_kernel(dy, x, width, BLOCK: tl.constexpr, RECOMPUTE: tl.constexpr)
         tl.store(dy + row * width + col, (silu * up).to(gate.dtype), mask=mask)
 
 
+@jit
+def _backward_share_kernel(dy, x, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr, RECOMPUTE: tl.constexpr):
+    # The same with as many programs as it may use processors: each fills one and goes through its part of the tiles.
+    across = (width + BLOCK - 1) // BLOCK
+    for tile in range(tl.program_id(0), (rows + ROWS - 1) // ROWS * across, tl.num_programs(0)):
+        row = ((tile // across) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        col = ((tile % across) * BLOCK + tl.arange(0, BLOCK))[None, :]
+        mask = (row < rows) & (col < width)
+        gate = tl.load(x + row * 2 * width + col, mask=mask, other=0.0)
+        up = tl.load(x + row * 2 * width + width + col, mask=mask, other=0.0).to(tl.float32)
+        grad = tl.load(dy + row * width + col, mask=mask, other=0.0).to(tl.float32)
+        full = gate.to(tl.float32)
+        sigmoid = 1.0 / (1.0 + tl.exp(-full))
+        silu = (full * sigmoid).to(gate.dtype).to(tl.float32)
+        dgate = grad * up * (sigmoid + full * sigmoid * (1.0 - sigmoid))
+        tl.store(x + row * 2 * width + col, dgate.to(gate.dtype), mask=mask)
+        tl.store(x + row * 2 * width + width + col, (grad * silu).to(gate.dtype), mask=mask)
+        if RECOMPUTE:
+            tl.store(dy + row * width + col, (silu * up).to(gate.dtype), mask=mask)
+
+
 _BLOCK = 1024
 
 
@@ -61,8 +82,11 @@ def forward(x: Tensor) -> Tensor:
     return y
 
 
-def backward_in_place(dy: Tensor, x: Tensor, *, recompute: bool) -> None:
-    """Overwrite contiguous x [..., 2f] with its gradient and, with `recompute`, dy [..., f] with the forward's result."""
+def backward_in_place(dy: Tensor, x: Tensor, *, recompute: bool, share: int | None = None) -> None:
+    """Overwrite contiguous x [..., 2f] with its gradient and, with `recompute`, dy [..., f] with the forward's result.
+
+    With `share` the kernel uses that many of the GPU's multiprocessors.
+    """
     width = x.shape[-1] // 2
     if not use_triton(x):
         gate, up = x.split(width, dim=-1)
@@ -73,6 +97,8 @@ def backward_in_place(dy: Tensor, x: Tensor, *, recompute: bool) -> None:
         gate.copy_(dgate)
         if result is not None:
             dy.copy_(result)
+    elif share is not None:
+        _backward_share_kernel[(share,)](dy, x, dy.numel() // width, width, 8, 1024, recompute, num_warps=32)
     else:
         grid = (dy.numel() // width, (width + _BLOCK - 1) // _BLOCK)
         _backward_kernel[grid](dy, x, width, _BLOCK, recompute, num_warps=4)

@@ -7,16 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaswift.engine.kernels.main_grad import accumulate_product, has_main_grad
+from megaswift.engine.kernels.beside import beside, can_run_beside
+from megaswift.engine.kernels.main_grad import accumulate_product, add_product, has_main_grad, placeholder, take_stale
 from megaswift.engine.kernels.swiglu import backward_in_place, forward
 
 
 class _SwiGLULinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, recompute: bool, residual: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, recompute: bool, overlap: bool, residual: Tensor | None) -> Tensor:
         x = x.contiguous()
         hidden = forward(x)
-        ctx.recompute = recompute
+        ctx.recompute, ctx.overlap = recompute, overlap
         ctx.save_for_backward(x, weight, *(() if recompute else (hidden,)))
         ctx.has_residual = residual is not None
         if residual is None:
@@ -28,21 +29,64 @@ class _SwiGLULinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *kept = ctx.saved_tensors
         grad = grads[0].contiguous()
-        dhidden = torch.matmul(grad, weight)
-        backward_in_place(dhidden, x, recompute=ctx.recompute)
+        residual = grad if ctx.has_residual else None
+        flat, gate_up = grad.view(-1, grad.shape[-1]), x.view(-1, x.shape[-1])
+        hidden = kept[0].view(-1, kept[0].shape[-1]) if kept else None
+        if ctx.overlap and ctx.needs_input_grad[1] and has_main_grad(weight) and can_run_beside(x):
+            _backward_beside(flat, gate_up, weight, hidden)
+            return x, placeholder(weight), None, None, residual
+        dhidden = torch.mm(flat, weight)
+        backward_in_place(dhidden, gate_up, recompute=ctx.recompute)
         dweight = None
         if ctx.needs_input_grad[1]:
-            hidden = dhidden if ctx.recompute else kept[0]
-            flat, inputs = grad.view(-1, grad.shape[-1]), hidden.view(-1, hidden.shape[-1])
+            inputs = dhidden if hidden is None else hidden
             dweight = accumulate_product(weight, flat, inputs) if has_main_grad(weight) else flat.t().mm(inputs)
-        return x, dweight, None, (grad if ctx.has_residual else None)
+        return x, dweight, None, None, residual
 
 
-def swiglu_linear(x: Tensor, weight: Tensor, *, recompute: bool = True, residual: Tensor | None = None) -> Tensor:
+def _backward_beside(grad: Tensor, gate_up: Tensor, weight: Tensor, hidden: Tensor | None) -> None:
+    """Overwrite gate_up [tokens, 2f] with its gradient and add the weight's to main_grad; SwiGLU's gradient costs little time.
+
+    Its kernel runs beside the weight's product, which does not need it if `hidden` was kept. Otherwise the tokens go in
+    two halves: the first half's kernel beside the second half's product, the second half's beside the first's weight product.
+    """
+    target, stale = weight.main_grad, take_stale(weight)
+    dhidden = torch.empty((grad.shape[0], weight.shape[1]), dtype=grad.dtype, device=grad.device)
+    if hidden is not None:
+        torch.mm(grad, weight, out=dhidden)
+        beside(
+            lambda share: backward_in_place(dhidden, gate_up, recompute=False, share=share),
+            lambda: add_product(target, grad, hidden, overwrite=stale),
+            grad.device,
+        )
+        return
+    half = grad.shape[0] // 16 * 8
+    one, two = slice(0, half), slice(half, None)
+    torch.mm(grad[one], weight, out=dhidden[one])
+    beside(
+        lambda share: backward_in_place(dhidden[one], gate_up[one], recompute=True, share=share),
+        lambda: torch.mm(grad[two], weight, out=dhidden[two]),
+        grad.device,
+    )
+    beside(
+        lambda share: backward_in_place(dhidden[two], gate_up[two], recompute=True, share=share),
+        lambda: add_product(target, grad[one], dhidden[one], overwrite=stale),
+        grad.device,
+    )
+    add_product(target, grad[two], dhidden[two])
+
+
+def swiglu_linear(
+    x: Tensor, weight: Tensor, *, recompute: bool = True, overlap: bool = False, residual: Tensor | None = None
+) -> Tensor:  # fmt: skip
     """(silu(gate) * up) @ weight^T, plus `residual` [..., n] if given, for x = [gate, up] [..., 2f] and weight [n, f].
 
-    With `recompute`, backward forms silu(gate) * up again in the pass that computes the gradient, in the memory of a
-    gradient it no longer needs: f values a token less are kept, for one more write of them. x must not be needed by
-    anything else: its gradient overwrites it. With a row-parallel weight the result is this rank's part of the sum.
+    x must not be needed by anything else: its gradient overwrites it. With a row-parallel weight the result is this
+    rank's part of the sum.
+
+    Args:
+        recompute: backward forms silu(gate) * up again in the pass that computes the gradient, in the memory of a gradient
+            it no longer needs: f values a token less are kept, for one more write of them.
+        overlap: on a GPU, run SwiGLU's gradient beside a matrix product (only where the weight has a main_grad).
     """
-    return _SwiGLULinear.apply(x, weight, recompute, residual)
+    return _SwiGLULinear.apply(x, weight, recompute, overlap, residual)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from megaswift.engine.kernels.main_grad import accumulate, accumulate_product, has_main_grad
+from megaswift.engine.kernels.main_grad import accumulate_product, accumulate_rows, has_main_grad
 
 
 def gather_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -54,8 +54,7 @@ class _Linear(torch.autograd.Function):
             grad_weight = accumulate_product(weight, flat, inputs) if has_main_grad(weight) else flat.t().mm(inputs)
         grad_bias = None
         if ctx.bias is not None and ctx.needs_input_grad[2]:
-            total = flat.sum(0, dtype=torch.float32)
-            grad_bias = accumulate(ctx.bias, total) if has_main_grad(ctx.bias) else total.to(ctx.bias.dtype)
+            grad_bias = accumulate_rows(ctx.bias, flat.sum(0, keepdim=True, dtype=torch.float32))
         if work is not None and grad_x is not None:
             work.wait()
             grad_x = part

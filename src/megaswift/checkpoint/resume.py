@@ -1,0 +1,141 @@
+"""Which run and which checkpoint to go on with, and whether the run is still the same one."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from megaswift.arguments import SftArguments
+from megaswift.checkpoint.layout import TRACKER, candidates, iteration_of
+from megaswift.checkpoint.lock import in_use
+from megaswift.checkpoint.manifest import check_hashes, quick_check, read_manifest
+from megaswift.errors import DataError, UserError
+
+_RUN = re.compile(r"v(\d+)-(\d{8}-\d{6})")
+
+
+def newest_run(output_dir: Path, model_type: str, suffix: bool) -> Path | None:
+    """The newest run of a model type under `output_dir` that has saved something or is in use; its tp and pp may be any.
+
+    Args:
+        suffix: runs stand in {model_type}-tpN-ppM/vN-time; False: `output_dir` is the run.
+    """
+    if not suffix:
+        return output_dir if in_use(output_dir) or _saved(output_dir) else None
+    layout = re.compile(re.escape(model_type) + r"-tp\d+-pp\d+")
+    found = []
+    for parent in output_dir.iterdir() if output_dir.is_dir() else ():
+        if layout.fullmatch(parent.name) and parent.is_dir():
+            found += [(match.group(2), int(match.group(1)), path) for path in parent.iterdir() if (match := _RUN.fullmatch(path.name))]
+    for _, _, path in sorted(found, reverse=True):
+        if in_use(path) or _saved(path):
+            return path
+    return None
+
+
+def _saved(run_dir: Path) -> bool:
+    return any(iteration_of(path) > 0 for path in candidates(run_dir))
+
+
+def newest_whole(run_dir: Path, verify: bool, need_optimizer: bool = True) -> tuple[Path, list[str]]:
+    """The newest checkpoint of a run that can be read, and what was passed over or found odd, as sentences.
+
+    Args:
+        verify: read every byte and compare SHA-256; False: sizes only.
+        need_optimizer: pass over checkpoints of weights alone.
+
+    Raises DataError where no checkpoint is good: a run with damaged checkpoints is never begun anew silently.
+    """
+    problems = []
+    for path in [path for path in candidates(run_dir) if iteration_of(path) > 0]:
+        problem = _problem(path, verify, need_optimizer)
+        if problem is None:
+            notes = [f"{note}; it was passed over." for note in problems]
+            return path, notes + _tracker_note(run_dir, path, passed=bool(problems))
+        problems.append(f"{path.name}: {problem}")
+    raise DataError(
+        "no checkpoint of this run is good: " + "; ".join(problems),
+        where=str(run_dir),
+        fix="mend the disk or copy a good one back; to begin anew, leave --resume out",
+    )
+
+
+def _problem(path: Path, verify: bool, need_optimizer: bool) -> str | None:
+    problem = quick_check(path)
+    if problem is None and need_optimizer and not read_manifest(path).get("optimizer"):
+        return "it has weights only (--save_only_model true)"
+    if problem is None and verify:
+        try:
+            check_hashes(path)
+        except DataError as error:
+            return error.what.rstrip(".")
+    return problem
+
+
+def _tracker_note(run_dir: Path, chosen: Path, passed: bool) -> list[str]:
+    """One sentence where the tracker file names something else; files decide."""
+    try:
+        text = (run_dir / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        text = ""
+    if passed or text == str(iteration_of(chosen)):
+        return []
+    return [f"{TRACKER} says {text[:40]!r}; the newest whole checkpoint is {chosen.name}, which is used."]
+
+
+def with_saved_batch(args: SftArguments, manifest: dict[str, Any], world_size: int, where: str) -> SftArguments:
+    """The options with the accumulation that keeps the run's global batch. Raises UserError where that cannot be kept."""
+    saved = manifest.get("resume", {}).get("global_batch")
+    if not isinstance(saved, int) or saved < 1:
+        raise DataError("the checkpoint does not say its global batch.", where=where, fix="give the directory as --resume_from_checkpoint of a new run")
+    unit = args.batch_size * world_size
+    if "gradient_accumulation_steps" in args.explicit() and args.gradient_accumulation_steps:
+        if args.gradient_accumulation_steps * unit != saved:
+            raise UserError(
+                f"this run has a global batch of {saved} rows, not {args.gradient_accumulation_steps * unit}.",
+                where=where,
+                fix="leave --gradient_accumulation_steps out: it is worked out from the run",
+            )
+        return args
+    if saved % unit:
+        legal = [str(size) for size in range(1, saved + 1) if saved % (size * world_size) == 0]
+        raise UserError(
+            f"this run has a global batch of {saved} rows, which {world_size} processes x --batch_size {args.batch_size} do not divide.",
+            where=where,
+            fix=f"use --batch_size {' or '.join(legal)}" if legal else f"use a number of processes that divides {saved}",
+        )
+    return args.changed(gradient_accumulation_steps=saved // unit)
+
+
+def check_unchanged(args: SftArguments, manifest: dict[str, Any], fingerprint: str, where: str) -> list[str]:
+    """Raise UserError where data or seed are not those of the run; returns what differs when that is allowed.
+
+    Args:
+        fingerprint: of the data as it is now (data.batches.Batches.fingerprint).
+    """
+    saved = manifest.get("resume", {})
+    then = str(saved.get("data_fingerprint", "")).rsplit("-", 2)
+    now = fingerprint.rsplit("-", 2)
+    differs = []
+    if saved.get("seed") != args.seed:
+        differs.append(f"the seed was {saved.get('seed')} and is {args.seed}")
+    if then[0] != now[0]:
+        differs.append("the training rows, their order, or the way they become tokens changed")
+    if then[-1] != now[-1]:
+        differs.append(f"--group_by_length was {str(then[-1][-1:] == '1').lower()} and is {str(args.group_by_length).lower()}")
+    if differs and not args.allow_data_change:
+        raise UserError(
+            "this run cannot go on: " + "; ".join(differs) + ".",
+            where=where,
+            fix="give the data, template and seed of the run again; or accept rows seen twice or never with --allow_data_change true",
+        )
+    return differs
+
+
+def check_same_model(args: SftArguments, values: dict[str, Any], manifest: dict[str, Any], where: str) -> None:
+    """Raise UserError where --model_type or --dtype are given and are not those of the run."""
+    for name, saved in (("model_type", values.get("model_type")), ("dtype", manifest.get("dtype"))):
+        given = getattr(args, name)
+        if name in args.explicit() and given not in ("AUTO", None) and saved is not None and given != saved:
+            raise UserError(f"this run has {name} {saved}, not {given}.", where=where, fix=f"leave --{name} out, or start a new run")

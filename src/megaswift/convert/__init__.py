@@ -1,0 +1,15 @@
+"""Conversion between a Hugging Face folder and a Megatron checkpoint by the family's rules, one tensor at a time.
+
+No model is built and no process group is opened. Memory holds one tensor for each writing thread, whatever the model's
+size. Both directions compute the SHA-256 of every Hugging Face tensor, so that the result can be compared with its source.
+"""
+
+from megaswift.convert.model import DTYPE_NAMES, DTYPES, Model, check_megatron, checkpoint_key, digest, require_finite
+from megaswift.convert.round_trip import verify_round_trip, verify_written
+from megaswift.convert.to_hf import planned_hf_tensors
+from megaswift.convert.to_megatron import Conversion, hf_to_megatron, megatron_to_megatron
+
+__all__ = [
+    "DTYPES", "DTYPE_NAMES", "Conversion", "Model", "check_megatron", "checkpoint_key", "digest", "hf_to_megatron",
+    "megatron_to_megatron", "planned_hf_tensors", "require_finite", "verify_round_trip", "verify_written",
+]  # fmt: skip

@@ -1,0 +1,59 @@
+"""The tensors of a Hugging Face folder, planned from a Megatron checkpoint and made one at a time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from megaswift.convert.model import MegatronReader, Model, check_megatron, checkpoint_key, require_finite
+from megaswift.families.rules import GateUp, Rule
+from megaswift.hf.shards import PlannedTensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+def planned_hf_tensors(reader: MegatronReader, config: PreTrainedConfig, dtype: torch.dtype) -> list[PlannedTensor]:
+    """Every Hugging Face tensor with the way to get its values, in the order of the computation.
+
+    Parts of one fused tensor are unpacked together and kept only until the last of them was taken.
+    """
+    model = Model(config)
+    check_megatron(reader, model)
+    return [tensor for rule, layer in model.each() for tensor in _Planned(reader, model, rule, layer, dtype).tensors()]
+
+
+class _Planned:
+    """The Hugging Face tensors of one rule and layer."""
+
+    def __init__(self, reader: MegatronReader, model: Model, rule: Rule, layer: int, dtype: torch.dtype) -> None:
+        self.reader, self.model, self.rule, self.layer, self.dtype = reader, model, rule, layer, dtype
+        self.shared: dict[int, Tensor] = {}
+
+    def tensors(self) -> list[PlannedTensor]:
+        planned = []
+        for number, (name, shape) in enumerate(zip(self.model.names(self.rule, self.layer), self.rule.hf_shapes(self.model.sizes))):
+            make = lambda number=number, name=name: self._make(number, name)  # noqa: E731
+            planned.append(PlannedTensor(name, self.dtype, shape, make, self._prepare, lambda number=number: self._release(number)))
+        return planned
+
+    def _make(self, number: int, name: str) -> Tensor:
+        if isinstance(self.rule, GateUp):
+            value = self.model.read_part(self.reader, self.rule, self.layer, number)
+        else:
+            if number not in self.shared:
+                self.shared.update(enumerate(self.model.read_hf(self.reader, self.rule, self.layer)))
+            value = self.shared.pop(number)
+        value = value.to(self.dtype).contiguous()
+        require_finite(name, value)
+        return value
+
+    def _prepare(self) -> None:
+        self.reader.prefetch(checkpoint_key(self.rule), self.model.place(self.rule, self.layer))
+
+    def _release(self, number: int) -> None:
+        if number == len(self.rule.hf) - 1:
+            self.shared.clear()
+            self.reader.release(checkpoint_key(self.rule), self.model.place(self.rule, self.layer))

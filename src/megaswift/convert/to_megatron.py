@@ -1,0 +1,181 @@
+"""Weights into a torch_dist directory, tensor by tensor: from a Hugging Face folder, or from another Megatron checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from megaswift.checkpoint import torch_dist
+from megaswift.checkpoint.torch_dist import Chunk
+from megaswift.convert.model import DTYPES, MegatronReader, Model, check_megatron, checkpoint_key, digest, raw, require_finite
+from megaswift.families.rules import Copy, GateUp, Rule
+from megaswift.hf.names import check_source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from megaswift.hf.publish import Workspace
+    from megaswift.hf.read import HFCheckpoint
+
+_CHUNK_BYTES = 256 << 20  # larger tensors are stored in blocks of rows, so that a rank reads only what it needs
+
+
+@dataclass
+class Conversion:
+    """What a conversion did."""
+
+    files: dict[str, torch_dist.FileDigest] = field(default_factory=dict)
+    tensors: dict[str, str] = field(default_factory=dict)  # Hugging Face name -> SHA-256 of its values as written
+    parameters: int = 0
+    dtype: str = ""
+
+
+def hf_to_megatron(
+    source: HFCheckpoint, config: PreTrainedConfig, directory: Path, dtype: str, threads: int = 2, work: Workspace | None = None
+) -> Conversion:
+    """Write the weights of a Hugging Face folder as a torch_dist checkpoint.
+
+    Args:
+        directory: empty, but for files that `work` knows as complete.
+        dtype: fp32, bf16 or fp16; values are cast on the way.
+
+    Raises DataError for a missing, extra or misshapen tensor, and for NaN or infinite weights.
+    """
+    check_source(source, config)
+    model = Model(config)
+    result = Conversion(dtype=dtype)
+    cut = _FromFolder(source, model, DTYPES[dtype], result.tensors)
+    groups = [(cut.position(rule, layer), cut.chunks(rule, layer)) for rule, layer in model.each()]
+    groups.sort(key=lambda group: group[0])  # reading follows the source files
+    return _write(model, [chunk for _, group in groups for chunk in group], directory, threads, work, result)
+
+
+def megatron_to_megatron(
+    reader: MegatronReader, config: PreTrainedConfig, directory: Path, dtype: str, threads: int = 2, work: Workspace | None = None
+) -> Conversion:
+    """Write the weights of a Megatron checkpoint of any layout that has a reader as a torch_dist checkpoint."""
+    model = Model(config)
+    check_megatron(reader, model)
+    result = Conversion(dtype=dtype)
+    chunks = []
+    for rule, layer in model.each():
+        lead, lead_shape = _lead(model, rule, layer)
+        shape = rule.megatron_shape(model.sizes)
+        produce = _reread(reader, model, rule, layer, DTYPES[dtype], result.tensors)
+        names = tuple(model.names(rule, layer))
+        offset, size = (*lead, *(0 for _ in shape)), (*lead_shape, *shape)
+        chunks.append(Chunk(checkpoint_key(rule), model.global_shape(rule), offset, size, DTYPES[dtype], produce, names))
+    return _write(model, chunks, directory, threads, work, result)
+
+
+def _reread(
+    reader: MegatronReader, model: Model, rule: Rule, layer: int, dtype: torch.dtype, notes: dict[str, str]
+) -> Callable[[], Tensor]:  # fmt: skip
+    def produce() -> Tensor:
+        parts = [part.to(dtype) for part in model.read_hf(reader, rule, layer)]
+        for name, part in zip(model.names(rule, layer), parts):
+            require_finite(name, part)
+            notes[name] = digest(part)
+        return rule.pack(parts, model.sizes)
+
+    return produce
+
+
+def _write(model: Model, chunks: list[Chunk], directory: Path, threads: int, work: Workspace | None, result: Conversion) -> Conversion:
+    objects = [name for rule, layer in model.each() for name in _extra_states(model, rule, layer)]
+    common = {"iteration": 0, "checkpoint_version": 3.0, "num_floating_point_operations_so_far": 0}
+    result.files = torch_dist.write(directory, chunks, objects, common, threads, work=work, notes=result.tensors)
+    result.parameters = sum(torch.Size(rule.megatron_shape(model.sizes)).numel() for rule, _ in model.each())
+    return result
+
+
+def _lead(model: Model, rule: Rule, layer: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Offset and size on the axis of layers, where there is one."""
+    return ((layer,), (1,)) if model.layered(rule) else ((), ())
+
+
+@dataclass
+class _FromFolder:
+    """Cuts the tensors of a Hugging Face folder into chunks of a Megatron checkpoint."""
+
+    source: HFCheckpoint
+    model: Model
+    dtype: torch.dtype
+    notes: dict[str, str]
+
+    def position(self, rule: Rule, layer: int) -> tuple[str, int]:
+        """Where the first of a rule's tensors lies."""
+        entry = self.source.entry(self.model.names(rule, layer)[0])
+        return entry.file.name, entry.start
+
+    def chunks(self, rule: Rule, layer: int) -> list[Chunk]:
+        """A rule's tensor: parts that stand one above the other as they are, what must be woven together in one piece."""
+        names = self.model.names(rule, layer)
+        shape = rule.megatron_shape(self.model.sizes)
+        if isinstance(rule, (Copy, GateUp)) and len(shape) == 2:
+            made, row = [], 0
+            for name, part in zip(names, rule.hf_shapes(self.model.sizes)):
+                made += self._blocks(rule, layer, name, row, part[0])
+                row += part[0]
+            return made
+        return [self._chunk(rule, layer, (0,) * len(shape), shape, tuple(names), lambda: self._packed(rule, names))]
+
+    def _packed(self, rule: Rule, names: list[str]) -> Tensor:
+        parts = [self.source.tensor(name).to(self.dtype) for name in names]
+        for name, part in zip(names, parts):
+            require_finite(name, part)
+            self.notes[name] = digest(part)
+        return rule.pack(parts, self.model.sizes)
+
+    def _blocks(self, rule: Rule, layer: int, name: str, first_row: int, count: int) -> list[Chunk]:
+        """A tensor that is copied, in blocks of rows; its digest is complete with the last block."""
+        columns = rule.megatron_shape(self.model.sizes)[1]
+        rows = max(1, _CHUNK_BYTES // (columns * self.dtype.itemsize))
+        running: Any = hashlib.sha256()
+
+        def produce(start: int, stop: int) -> Tensor:
+            part = self.source.tensor(name)[start:stop].to(self.dtype).contiguous()
+            require_finite(name, part)
+            running.update(raw(part))
+            if stop == count:
+                self.notes[name] = running.hexdigest()
+            return part
+
+        made = []
+        for start in range(0, count, rows):
+            stop = min(start + rows, count)
+            block = lambda start=start, stop=stop: produce(start, stop)  # noqa: E731
+            made.append(self._chunk(rule, layer, (first_row + start, 0), (stop - start, columns), (name,), block, stop == count))
+        return made
+
+    def _chunk(
+        self, rule: Rule, layer: int, offset: tuple[int, ...], shape: tuple[int, ...], names: tuple[str, ...],
+        produce: Callable[[], Tensor], last: bool = True,
+    ) -> Chunk:  # fmt: skip
+        lead, lead_shape = _lead(self.model, rule, layer)
+
+        def prepare() -> None:
+            for name in names:
+                self.source.prefetch(name)
+
+        def release() -> None:
+            for name in names if last else ():
+                self.source.release(name)
+
+        place, size = (*lead, *offset), (*lead_shape, *shape)
+        return Chunk(checkpoint_key(rule), self.model.global_shape(rule), place, size, self.dtype, produce, names, prepare, release)
+
+
+def _extra_states(model: Model, rule: Rule, layer: int) -> list[str]:
+    """Names of the empty byte items that Megatron-Core keeps beside each linear layer's weight."""
+    if not rule.megatron.endswith(".weight") or len(rule.megatron_shape(model.sizes)) != 2 or rule.megatron.startswith("embedding."):
+        return []
+    base = checkpoint_key(rule).removesuffix("weight")
+    place = f"{layer}_{model.sizes.layers}" if model.layered(rule) else "0_1"
+    return [f"{base}_extra_state/shard_{place}"]

@@ -1,0 +1,73 @@
+"""Data that is read from its front only as far as a run needs it: large files and hub datasets (`--streaming true`)."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from megaswift.data import hubs
+from megaswift.data.read import BOM, files_of, is_lines, open_path, text_row
+from megaswift.data.resolve import Dataset, find
+from megaswift.data.spec import DatasetSpec
+from megaswift.data.tables import Raw
+from megaswift.errors import DataError
+
+
+class Stream:
+    """Rows one after the other, without a length.
+
+    Args:
+        name: for messages.
+        parts: files, or iterables of rows that a hub sends.
+    """
+
+    def __init__(self, name: str, parts: list[Any]) -> None:
+        self.name, self.parts = name, parts
+
+    def __len__(self) -> int:
+        return 0
+
+    def rows(self, count: int | None) -> Iterator[Raw]:
+        """The raw rows from the start, at most `count`."""
+        return islice((row for part in self.parts for row in (_file_rows(part) if isinstance(part, Path) else part)), count)
+
+    def raw(self, index: int) -> Raw:
+        """A stream cannot be asked for one row."""
+        raise TypeError(f"{self.name} is a stream")
+
+    def where(self, index: int) -> str:
+        """Where a row stands, for messages."""
+        return f"{self.name}: row {index + 1}"
+
+
+def resolve_stream(spec: DatasetSpec, custom_dataset_info: str | None = None) -> Dataset:
+    """Find one `--dataset` item, to be read as a stream. Raises UserError or DataError as `resolve` does."""
+    found = find(spec, custom_dataset_info)
+    if found.path is not None:
+        files = files_of(found.path, found.subsets)
+        marks = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
+        stream, digest = Stream(found.path.name, files), "\n".join(marks)
+    else:
+        parts, digest = hubs.stream(found.places, found.subsets, found.splits, spec.text)
+        stream = Stream(spec.name, parts)
+    return found.dataset(stream, digest)
+
+
+def _file_rows(path: Path) -> Iterator[Raw]:
+    """Lines of a file of lines; other files are opened as a whole."""
+    if not is_lines(path):
+        source = open_path(path)
+        yield from (source.raw(index) for index in range(len(source)))
+        return
+    try:
+        with gzip.open(path, "rb") if path.name.lower().endswith(".gz") else open(path, "rb") as handle:
+            is_text = ".txt" in path.suffixes
+            for number, line in enumerate(handle):
+                line = line.removeprefix(BOM) if number == 0 else line
+                if line.strip():
+                    yield text_row(line) if is_text else line
+    except (OSError, EOFError) as error:
+        raise DataError(f"cannot read the file: {error}.", where=str(path)) from error

@@ -1,0 +1,187 @@
+"""Who asks and who judges: EvalScope where it is installed, else our own prompts and rules, behind one interface."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from megaswift.evaluation.items import LETTERS, Bench, Item
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question as the model gets it.
+
+    Attributes:
+        item: the question.
+        messages: the conversation; its last message is answered.
+        handle: what the scorer needs again.
+    """
+
+    item: Item
+    messages: list[dict[str, Any]]
+    handle: Any = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of an answer.
+
+    Attributes:
+        prediction: what was read from it; empty where there was nothing to read.
+        correct: whether it is right.
+        score: 1 or 0 for right or wrong; for open questions the overlap with the right answer, 0 to 1.
+    """
+
+    prediction: str
+    correct: bool
+    score: float
+
+
+class Scorer(Protocol):
+    """Prompts for a benchmark and the verdict on each answer.
+
+    Attributes:
+        title: who it is, for results ("scored_by").
+        version: of the benchmark's prompts and rules.
+        max_new_tokens: longest answer that its prompts ask for.
+    """
+
+    title: str
+    version: str
+    max_new_tokens: int
+
+    def asked(self) -> list[Asked]:
+        """The questions of the benchmark, in order."""
+
+    def judge(self, asked: Asked, text: str) -> Verdict:
+        """The verdict on one answer."""
+
+
+class OwnScorer:
+    """Short prompts that ask for a letter or a number, and rules that read it.
+
+    Args:
+        bench: the questions.
+        few_shot: solved examples before each.
+    """
+
+    version = "1"
+
+    def __init__(self, bench: Bench, few_shot: int) -> None:
+        from megaswift import __version__
+
+        self.title = f"megaswift {__version__}"
+        self.max_new_tokens = {"gsm8k": 512, "general_qa": 512}.get(bench.kind, 32)
+        self._bench, self._few_shot = bench, few_shot
+
+    def asked(self) -> list[Asked]:
+        """The questions with their solved examples, as one message of the user each."""
+        return [Asked(item, [{"role": "user", "content": self._prompt(item)}]) for item in self._bench.items]
+
+    def _prompt(self, item: Item) -> str:
+        shown = [f"{question_text(shot, self._bench.kind)}\n{_solution(shot, self._bench.kind)}" for shot in self._shots(item)]
+        return "\n\n".join([*shown, f"{question_text(item, self._bench.kind)}\n\n{_REQUESTS[self._bench.kind]}"])
+
+    def _shots(self, item: Item) -> Sequence[Item]:
+        return self._bench.examples(item, self._few_shot) if self._few_shot else ()
+
+    def judge(self, asked: Asked, text: str) -> Verdict:
+        """Read a letter, a number or a text from an answer and compare."""
+        item = asked.item
+        if item.choices:
+            letter = read_letter(text, item.choices)
+            return Verdict(letter, letter == item.answer, float(letter == item.answer))
+        if self._bench.kind == "gsm8k":
+            number, right = read_number(text), read_number(item.answer)
+            return Verdict(number, number == right != "", float(number == right != ""))
+        overlap = rouge_l(text, item.answer)
+        return Verdict(text.strip(), normal(text) == normal(item.answer) != "", overlap)
+
+
+_MARKS = {"ceval": ("问题：", "答案：")}
+_ENGLISH = ("Question: ", "Answer: ")
+_REQUESTS = {
+    "arc": "Reply with the letter of the right choice only.",
+    "mmlu": "Reply with the letter of the right choice only.",
+    "ceval": "只回答正确选项的字母。",
+    "gsm8k": "Think step by step. End with a line that holds nothing but: The answer is NUMBER.",
+    "general_qa": "",
+}
+
+
+def question_text(item: Item, kind: str) -> str:
+    """A question with its lettered choices."""
+    if not item.choices:
+        return item.question
+    lines = [f"{_MARKS.get(kind, _ENGLISH)[0]}{item.question}"]
+    return "\n".join(lines + [f"{letter}. {choice}" for letter, choice in zip(LETTERS, item.choices)])
+
+
+def _solution(item: Item, kind: str) -> str:
+    if kind == "gsm8k":
+        return f"{item.explanation}\nThe answer is {item.answer}."
+    return f"{_MARKS.get(kind, _ENGLISH)[1]}{item.answer}"
+
+
+def read_letter(text: str, choices: Sequence[str]) -> str:
+    """The letter that an answer chooses; "" where it chooses none or cannot be read.
+
+    A letter after "answer" or its Chinese word counts first, then one that stands at the beginning, then a choice that is
+    repeated word for word, if it is the only one.
+    """
+    letters = LETTERS[: len(choices)]
+    named = re.findall(rf"(?:answer|答案|选择|选)\W*(?:is|are|为|是|:|：)?\W*([{letters}])(?![A-Za-z])", text, re.IGNORECASE)
+    if named:
+        return named[-1].upper()
+    first = re.match(rf"\W*([{letters}])(?![A-Za-z'’])", text)
+    if first and not re.match(r"\W*A [a-z]", text):
+        return first.group(1)
+    said = [letter for letter, choice in zip(letters, choices) if normal(choice) and normal(choice) in normal(text)]
+    return said[0] if len(said) == 1 else ""
+
+
+def read_number(text: str) -> str:
+    """The last number of an answer, without thousands separators and trailing zeros; "" where there is none."""
+    stated = re.findall(r"(?:answer is|答案是|####|\\boxed\{)\s*[^\d\n-]{0,3}(-?\d[\d,]*(?:\.\d+)?)", text)
+    found = stated or re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    if not found:
+        return ""
+    number = found[-1].replace(",", "")
+    return (number.rstrip("0").rstrip(".") if "." in number else number.lstrip("+")) or "0"
+
+
+def normal(text: str) -> str:
+    """Text without case, punctuation and repeated spaces."""
+    return " ".join(re.sub(r"[^\w\s]", " ", text.lower()).split())
+
+
+def rouge_l(text: str, reference: str) -> float:
+    """F-measure of the longest common subsequence of words (of characters in Chinese); Lin, ROUGE, 2004, section 3.1."""
+    left, right = _units(text)[:2000], _units(reference)[:2000]
+    if not left or not right:
+        return 0.0
+    row = [0] * (len(right) + 1)
+    for unit in left:
+        corner = 0
+        for place, other in enumerate(right, 1):
+            corner, row[place] = row[place], corner + 1 if unit == other else max(row[place], row[place - 1])
+    common = row[-1]
+    return 2 * common / (len(left) + len(right))
+
+
+def _units(text: str) -> list[str]:
+    return re.findall(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+", text.lower())
+
+
+def make_scorer(bench: Bench, few_shot: int, seed: int) -> Scorer:
+    """EvalScope for its own benchmarks where it is installed; ours for custom ones and everywhere else."""
+    from importlib.util import find_spec
+
+    if not bench.custom and find_spec("evalscope") is not None:
+        from megaswift.evaluation.evalscope_scorer import EvalScopeScorer
+
+        return EvalScopeScorer(bench, few_shot, seed)
+    return OwnScorer(bench, few_shot)

@@ -1,0 +1,129 @@
+"""Which backend answers, and how it is loaded: transformers (pt) or vLLM, behind one interface."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from megaswift.arguments import BackendArguments
+from megaswift.data.conversation import Conversation
+from megaswift.errors import UserError
+from megaswift.inference.options import Answer, GenerationOptions, Message
+from megaswift.inference.prompts import Prompts
+
+
+class Stream(Iterator[str], Protocol):
+    """Pieces of one answer while it is made."""
+
+    @property
+    def answer(self) -> Answer:
+        """The whole answer, or what there is of it so far."""
+
+    def stop(self) -> Answer:
+        """End generation now and return what there is."""
+
+
+class Backend(Protocol):
+    """What answers.
+
+    Attributes:
+        tokenizer: of transformers.
+        prompts: conversations -> token ids.
+        context: most tokens of a prompt and its answer together.
+        description: device and precision, in words.
+    """
+
+    tokenizer: Any
+    prompts: Prompts
+    context: int
+
+    @property
+    def description(self) -> str: ...
+
+    def prompt_ids(self, messages: Sequence[Message] | Conversation, options: GenerationOptions) -> list[int]:
+        """Token ids up to where the assistant begins. Raises PromptTooLongError."""
+
+    def answer_all(
+        self, prompts: Sequence[Sequence[int]], options: GenerationOptions, *, batch_size: int = 1
+    ) -> Iterator[tuple[int, Answer]]:
+        """Answers as (index of the prompt, answer), as they are done."""
+
+    def stream(self, messages: Sequence[Message] | Conversation, options: GenerationOptions) -> Stream:
+        """One answer, piece by piece."""
+
+
+def pick_backend(name: str) -> str:
+    """pt or vllm, from --infer_backend. Raises UserError where vLLM is wanted and cannot be had."""
+    if name == "pt":
+        return "pt"
+    if name == "vllm":
+        if find_spec("vllm") is None:
+            raise UserError(
+                "vLLM is not installed.",
+                where="--infer_backend vllm",
+                fix="on NVIDIA GPUs: pip install 'megaswift[vllm]'; on a CPU see docs/evaluation.md; or use --infer_backend pt",
+            )
+        return "vllm"
+    return "vllm" if find_spec("vllm") is not None and _has_gpu() else "pt"
+
+
+def check_backend(args: BackendArguments) -> None:
+    """Raise UserError for options of the backend that cannot be, before a model is loaded."""
+    pick_backend(args.infer_backend)
+    checks = (
+        ("max_model_len", args.max_model_len is None or args.max_model_len >= 2, "2 or more"),
+        ("gpu_memory_utilization", 0 < args.gpu_memory_utilization <= 1, "above 0 and at most 1"),
+        ("tensor_parallel_size", args.tensor_parallel_size >= 1, "1 or more"),
+    )
+    for name, good, legal in checks:
+        if not good:
+            raise UserError(f"--{name} {getattr(args, name)} is not possible.", where=f"--{name}", fix=f"legal values: {legal}")
+
+
+def load_backend(args: BackendArguments, path: Path, model_type: str | None) -> Any:
+    """Load a Hugging Face folder into the backend that the options name.
+
+    Args:
+        args: --infer_backend, --dtype, --template_type and the backend's own options.
+        path: the folder.
+        model_type: registered name, for the template of a tokenizer that brings none.
+    """
+    dtype = args.dtype
+    if not _has_gpu() and dtype in ("bf16", "fp16"):
+        if "dtype" in args.explicit():
+            note(f"{dtype} on a CPU is slower than fp32; leave --dtype out for fp32")
+        else:  # the precision in which a GPU trained it: fp32 holds the same values and is faster here
+            dtype = "AUTO"
+    common: dict[str, Any] = {
+        "dtype": dtype,
+        "template_type": args.template_type,
+        "model_type": model_type,
+        "max_model_len": args.max_model_len,
+    }
+    if pick_backend(args.infer_backend) == "vllm":
+        from megaswift.inference.vllm_backend import VllmBackend
+
+        return VllmBackend.load(
+            path,
+            gpu_memory_utilization=args.gpu_memory_utilization,
+            tensor_parallel_size=args.tensor_parallel_size,
+            seed=args.seed,
+            **common,
+        )
+    from megaswift.inference.transformers_backend import TransformersBackend
+
+    return TransformersBackend.load(path, **common)
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def note(text: str) -> None:
+    """A line about the program on stderr: stdout holds questions, answers and results only."""
+    print(text, file=sys.stderr, flush=True)

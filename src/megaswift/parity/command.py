@@ -1,0 +1,172 @@
+"""`swift parity`: does this run compute what it should? Same flags as `swift sft`.
+
+    NPROC_PER_NODE=2 swift parity --resume_from_checkpoint DIR --dataset FILE --pp 2 --steps 3
+    swift parity --resume_from_checkpoint DIR --dataset FILE --layouts "tp1 tp2,sp pp2 tp2,pp2,dp2"
+
+The first form runs the same rows through transformers and through the engine, and compares loss, gradient norm, every
+gradient and every weight after each step. The second compares the engine with itself at several layouts.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import shutil
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from megaswift import sft
+from megaswift.arguments import ExportArguments, ParityArguments, SftArguments, parse
+from megaswift.cache import cache_root
+from megaswift.checkpoint.layout import iteration_directory
+from megaswift.engine.launch import Cluster, cluster
+from megaswift.errors import DataError
+from megaswift.parity.compare import StepDifference, relative, verdict, worst
+from megaswift.parity.layouts import Layout, parse_layouts
+from megaswift.parity.rank import GRADIENTS, LOG, STATE, STOP_AFTER, WEIGHTS
+from megaswift.parity.show import draw, print_layouts, print_reference
+from megaswift.terminal import say
+
+RELATIVE = {"fp32": 1e-6, "bf16": 5e-3, "fp16": 2e-3}  # largest difference of losses between layouts, at any step
+
+
+def parity_main(args: ParityArguments | list[str]) -> Path:
+    """Compare, print the table, write parity.json and parity.png; returns their directory.
+
+    Raises DataError (exit 3) naming the first step and tensor that differ by more than the limit.
+    """
+    args = parse(ParityArguments, args) if isinstance(args, list) else args
+    names = {item.name for item in fields(SftArguments)}
+    plain = SftArguments(**{name: getattr(args, name) for name in args.explicit() & names}).changed(max_steps=args.steps)
+    from megaswift.data.encode import prepare
+
+    start = sft.find_start(plain)
+    template = sft._template(start.args, start)
+    data = prepare(start.args, template, cache_dir=cache_root(), packing=args.packing)
+    out = Path(args.output_dir).absolute() / f"parity-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    out.mkdir(parents=True)
+    run = _Runs(args, start, data, template.pad_id, out)
+    problem = run.layouts(parse_layouts(args.layouts)) if args.layouts else run.reference(cluster())
+    if not args.keep_dumps:
+        for part in (GRADIENTS, WEIGHTS, STATE, "model"):
+            for path in out.rglob(part):
+                shutil.rmtree(path, ignore_errors=True)
+    say(f"details: {out / 'parity.json'}")
+    if problem:
+        raise DataError(f"parity does not hold: {problem}.", where=str(out / "parity.json"), fix="do not trust this layout's losses; report it with that file")
+    say("[bold]parity holds[/bold]")
+    return out
+
+
+class _Runs:
+    """Engine runs from one start on one set of rows."""
+
+    def __init__(self, args: ParityArguments, start: Any, data: Any, pad_id: int, out: Path) -> None:
+        self.args, self.start, self.data, self.pad_id, self.out = args, start, data, pad_id, out
+
+    def engine(self, name: str, args: SftArguments, place: Cluster, dump: bool, resume: bool = False) -> list[dict[str, Any]]:
+        """Run the engine's steps in a directory of their own; the rows of its log."""
+        from megaswift.engine.launch import start_ranks
+
+        directory = self.out / name
+        directory.mkdir()
+        for part in (GRADIENTS, WEIGHTS) if dump else ():
+            (directory / part).mkdir()
+        plan = sft._plan(args, self.start, self.data, place, directory)
+        job = sft._job(args, self.start, self.data, plan, self.pad_id)
+        half = plan.train_iters // 2 if resume else 0
+        if half:
+            (directory / STOP_AFTER).write_text(str(half), encoding="utf-8")
+        job.write(directory / "job.json")
+        start_ranks(place, directory / "job.json", module="megaswift.parity.rank")
+        if half:
+            saved = iteration_directory(directory / STATE, half)
+            replace(job, first_step=half, checkpoint=str(saved)).write(directory / "job.json")
+            start_ranks(place, directory / "job.json", module="megaswift.parity.rank")
+        rows = [json.loads(line) for line in (directory / LOG).read_text(encoding="utf-8").splitlines()]
+        self.batches = plan.global_batch
+        return rows
+
+    def reference(self, place: Cluster) -> str | None:
+        """Engine against transformers."""
+        from megaswift.export import export_main
+
+        folder = self.out / "model"
+        export_main(ExportArguments(ckpt_dir=str(self.start.root), to_hf=True, hf_output_dir=str(folder), model_type=self.start.args.model_type, verify=False))
+        say(f"engine: {place.world_size} processes, tp {self.start.args.tp}, pp {self.start.args.pp}, {self.start.dtype}")
+        rows = self.engine("engine", self.start.args, place, dump=True)
+        say("reference: transformers and torch.optim.AdamW, sample by sample")
+        differences = list(self._differences(rows, folder))
+        problem = verdict(differences, self.start.dtype)
+        self._write({"reference": [item.to_dict() for item in differences], "dtype": self.start.dtype, "problem": problem})
+        print_reference(differences, self.start.dtype)
+        draw(self.out / "parity.png", [("transformers", [item.loss[0] for item in differences]), ("engine", [item.loss[1] for item in differences])])
+        return problem
+
+    def _differences(self, rows: list[dict[str, Any]], folder: Path) -> Any:
+        from megaswift.data.batches import Batches
+        from megaswift.parity.reference import Reference
+
+        args, steps = self.start.args, len(rows)
+        batches = Batches(
+            self.data.train, micro_batch_size=1, global_batch_size=self.batches, dp_rank=0, dp_size=1, seed=args.seed, pad_id=self.pad_id,
+            group_by_length=args.group_by_length,
+        )  # fmt: skip
+        warmup = json.loads((self.out / "engine" / "job.json").read_text(encoding="utf-8"))["plan"]["megatron"]["lr_warmup_iters"]
+        reference = Reference(folder, args, self.start.dtype, steps, warmup)
+        for row, wanted in zip(rows, reference.run(self.data.train, [batches.sample_ids(step) for step in range(steps)])):
+            groups: dict[str, float] = {}
+            gradient = worst(self._pairs(GRADIENTS, row["step"], wanted.gradients), groups)
+            weight = worst(self._pairs(WEIGHTS, row["step"], wanted.weights))
+            norm = row["grad_norm"] if row["grad_norm"] is not None else float("inf")
+            yield StepDifference(
+                row["step"], (wanted.loss, row["loss"]), (wanted.grad_norm, norm),
+                relative(row["loss"], wanted.loss), relative(norm, wanted.grad_norm), groups, gradient, weight,
+            )  # fmt: skip
+
+    def _pairs(self, part: str, step: int, wanted: dict[str, Any]) -> Any:
+        """(name, engine's tensor, reference's tensor) of every Hugging Face tensor after a step."""
+        import torch
+
+        from megaswift.checkpoint.torch_dist import Reader
+        from megaswift.convert import planned_hf_tensors
+
+        reader = Reader(iteration_directory(self.out / "engine" / part, step))
+        for planned in planned_hf_tensors(reader, self.start.config, torch.float32):
+            yield planned.name, planned.produce(), wanted[planned.name].cpu()
+
+    def layouts(self, layouts: list[Layout]) -> str | None:
+        """The engine at each layout against the first."""
+        first = layouts[0]
+        global_batch = self._global_batch(first)
+        curves: list[tuple[str, list[float]]] = []
+        for number, layout in enumerate(layouts):
+            args = layout.apply(self.start.args, global_batch)
+            place = Cluster(layout.world_size, 1, 0, "127.0.0.1", 0)
+            say(f"{layout.name}: {layout.world_size} processes")
+            rows = self.engine(f"{number}-{layout.name}", args, place, dump=False, resume=layout.resume)
+            curves.append((layout.name, [row["loss"] for row in rows]))
+        limit = RELATIVE[self.start.dtype]
+        table = [(name, [relative(value, wanted) for value, wanted in zip(losses, curves[0][1])]) for name, losses in curves]
+        problem = next(
+            (
+                f"layout {name}, step {differences.index(max(differences)) + 1}: the loss differs by {max(differences):.2e} from {first.name}, allowed {limit:.1e}"
+                for name, differences in table
+                if not max(differences) <= limit
+            ),
+            None,
+        )
+        self._write({"layouts": dict(curves), "dtype": self.start.dtype, "limit": limit, "problem": problem})
+        print_layouts(curves, table, limit)
+        draw(self.out / "parity.png", curves)
+        return problem
+
+    def _global_batch(self, layout: Layout) -> int:
+        from megaswift import mapping
+
+        args = self.start.args.changed(tp=layout.tp, pp=layout.pp)
+        return mapping.accumulation(args, layout.world_size) * args.batch_size * layout.world_size
+
+    def _write(self, content: dict[str, Any]) -> None:
+        (self.out / "parity.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

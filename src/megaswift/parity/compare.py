@@ -1,0 +1,83 @@
+"""Differences between two runs, and the limits that they are judged by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Relative differences that are allowed in the first step; they grow by `growth` with each further step, because every
+# update builds on the one before. fp32 limits are ten times what all families and layouts show; those of bf16 are what
+# two orders of summation give in 8 bits.
+LIMITS = {
+    "fp32": {"loss": 2e-6, "grad_norm": 2e-5, "gradient": 2e-4, "weight": 2e-5, "growth": 1.5},
+    "bf16": {"loss": 5e-3, "grad_norm": 5e-2, "gradient": 2e-1, "weight": 2e-3, "growth": 1.5},
+    "fp16": {"loss": 2e-3, "grad_norm": 3e-2, "gradient": 1e-1, "weight": 2e-3, "growth": 1.5},
+}
+GROUPS = (("embed", "embedding"), ("lm_head", "output"), ("self_attn", "attention"), ("mlp", "mlp"), ("norm", "norm"))
+
+
+@dataclass
+class StepDifference:
+    """Relative differences of one step: |a - b| / |b| for numbers, the same with Euclidean norms for tensors."""
+
+    step: int
+    loss: tuple[float, float]  # reference, engine
+    grad_norm: tuple[float, float]
+    loss_difference: float
+    grad_norm_difference: float
+    gradient_groups: dict[str, float] = field(default_factory=dict)  # group -> largest difference of a tensor in it
+    worst_gradient: tuple[float, str] = (0.0, "")
+    worst_weight: tuple[float, str] = (0.0, "")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def relative(value: float, wanted: float) -> float:
+    """|value - wanted| / |wanted|."""
+    return abs(value - wanted) / max(abs(wanted), 1e-12)
+
+
+def relative_tensor(value: Tensor, wanted: Tensor) -> float:
+    """Norm of the difference over the norm of the reference."""
+    norm = torch.linalg.vector_norm(wanted.double())
+    return float(torch.linalg.vector_norm(value.double() - wanted.double()) / norm.clamp_min(1e-30))
+
+
+def group_of(name: str) -> str:
+    """The kind of layer that a tensor belongs to."""
+    return next((group for mark, group in GROUPS if mark in name), "other")
+
+
+def worst(pairs: Iterable[tuple[str, Tensor, Tensor]], groups: dict[str, float] | None = None) -> tuple[float, str]:
+    """The largest relative difference among (name, value, wanted), and its name; `groups` collects it for each kind."""
+    largest, where = 0.0, ""
+    for name, value, wanted in pairs:
+        difference = relative_tensor(value, wanted)
+        if groups is not None:
+            groups[group_of(name)] = max(groups.get(group_of(name), 0.0), difference)
+        if difference > largest or not where:
+            largest, where = difference, name
+    return largest, where
+
+
+def verdict(differences: list[StepDifference], dtype: str) -> str | None:
+    """None if every difference is within its limit, else the first one that is not: step, what, where, how much."""
+    limits = LIMITS[dtype]
+    for item in differences:
+        factor = limits["growth"] ** (item.step - 1)
+        for what, found, where in (
+            ("loss", item.loss_difference, ""),
+            ("gradient", item.worst_gradient[0], item.worst_gradient[1]),
+            ("grad_norm", item.grad_norm_difference, ""),
+            ("weight", item.worst_weight[0], item.worst_weight[1]),
+        ):
+            limit = limits[what] * factor
+            if not found <= limit:
+                place = f" of {where}" if where else ""
+                return f"step {item.step}: the {what.replace('_', ' ')}{place} differs by {found:.2e}, allowed {limit:.1e}"
+    return None

@@ -1,0 +1,106 @@
+"""Config audit: every field of config.json that changes the computation, and what the built Megatron model does with it.
+
+What no family knows was refused when the config was loaded (Family.audit). Here each honoured field is compared with
+the model as it was built, not with the settings that it was built from.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from megaswift.errors import DataError
+from megaswift.families.base import NEUTRAL_FIELDS, attention_window, is_tied
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from megaswift.proof.streams import Streamed
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One field: what config.json means to transformers, what the Megatron model has, and whether they are the same."""
+
+    field: str
+    config: str
+    megatron: str
+    equal: bool
+
+
+def audit(config: PreTrainedConfig, reference: Streamed, measured: Streamed) -> list[Finding]:
+    """Compare the model that transformers builds with the one that Megatron-Core builds."""
+    theirs, ours = reference.module, measured.module
+    layer, twin = ours.decoder.layers[0], theirs.model.layers[0]
+    attention, settings = layer.self_attention, ours.config
+    shape = theirs.get_input_embeddings().weight.shape
+    rows: list[tuple[str, Any, Any]] = [
+        ("num_hidden_layers", len(theirs.model.layers), len(ours.decoder.layers)),
+        ("hidden_size", shape[1], ours.embedding.word_embeddings.weight.shape[1]),
+        ("num_attention_heads", twin.self_attn.q_proj.weight.shape[0] // twin.self_attn.head_dim, attention.num_attention_heads_per_partition),
+        ("num_key_value_heads", twin.self_attn.k_proj.weight.shape[0] // twin.self_attn.head_dim, attention.num_query_groups_per_partition),
+        ("head_dim", twin.self_attn.head_dim, attention.hidden_size_per_attention_head),
+        ("intermediate_size", twin.mlp.gate_proj.weight.shape[0], layer.mlp.linear_fc1.weight.shape[0] // 2),
+        ("vocab_size", shape[0], ours.true_vocab),
+        ("rms_norm_eps", _epsilons(theirs, "variance_epsilon"), _epsilons(ours, "eps")),
+        ("hidden_act", _name(twin.mlp.act_fn), _name(settings.activation_func) if settings.gated_linear_unit else "not gated"),
+        ("attention_bias (q, k, v)", twin.self_attn.q_proj.bias is not None, attention.linear_qkv.bias is not None),
+        ("attention_bias (o)", twin.self_attn.o_proj.bias is not None, attention.linear_proj.bias is not None),
+        ("mlp_bias", twin.mlp.gate_proj.bias is not None, layer.mlp.linear_fc1.bias is not None),
+        ("q/k norm", hasattr(twin.self_attn, "q_norm"), bool(settings.qk_layernorm)),
+        ("attention scale", round(float(twin.self_attn.scaling), 9), round(_scale(attention), 9)),
+        ("tie_word_embeddings", is_tied(config), bool(ours.share_embeddings_and_output_weights)),
+        ("attention_dropout", float(getattr(config, "attention_dropout", 0.0) or 0.0), float(settings.attention_dropout)),
+    ]
+    found = [Finding(name, str(left), str(right), left == right) for name, left, right in rows]
+    return found + [_rope(config, theirs, ours)] + _window(config)
+
+
+def require_equal(findings: list[Finding], where: str) -> None:
+    """Raise DataError naming every field that the Megatron model does not honour."""
+    wrong = [f"{item.field} is {item.config} in config.json and {item.megatron} in the Megatron model" for item in findings if not item.equal]
+    if wrong:
+        raise DataError(f"config audit: {'; '.join(wrong)}.", where=where, fix="nothing was made; report it with this config.json")
+
+
+def neutral_fields(config: PreTrainedConfig) -> list[str]:
+    """Fields of the config that change nothing in the computation of a training step."""
+    return sorted(name for name, value in config.to_dict().items() if name in NEUTRAL_FIELDS and value is not None)
+
+
+def _epsilons(model: torch.nn.Module, attribute: str) -> list[float]:
+    return sorted({float(getattr(module, attribute)) for module in model.modules() if "Norm" in type(module).__name__ and hasattr(module, attribute)})
+
+
+def _name(function: Any) -> str:
+    name = (getattr(function, "__name__", "") or type(function).__name__).lower()
+    return "silu" if name in ("silu", "siluactivation", "swish") else name
+
+
+def _scale(attention: Any) -> float:
+    own = getattr(attention.core_attention, "softmax_scale", None)
+    return float(own) if own else 1 / math.sqrt(attention.hidden_size_per_attention_head)
+
+
+def _rope(config: PreTrainedConfig, theirs: Any, ours: Any) -> Finding:
+    """Rotation frequencies and their scale, as both models hold them."""
+    table, rope = theirs.model.rotary_emb, ours.rope
+    equal = (
+        table.inv_freq.shape == rope.inverse.shape
+        and bool(torch.allclose(table.inv_freq.double(), rope.inverse.double(), rtol=1e-6, atol=0))
+        and math.isclose(float(table.attention_scaling), float(rope.scale), rel_tol=1e-6)
+    )
+    shown = ", ".join(f"{name} {value}" for name, value in sorted((config.rope_parameters or {}).items()))
+    last = f"slowest {float(rope.inverse[-1]):.6g}, scale {float(rope.scale):.6g}"
+    wanted = f"slowest {float(table.inv_freq[-1]):.6g}, scale {float(table.attention_scaling):.6g}"
+    return Finding(f"rope_parameters ({shown})", wanted, last, equal)
+
+
+def _window(config: PreTrainedConfig) -> list[Finding]:
+    window = attention_window(config)
+    if window is None:
+        return []
+    return [Finding("sliding_window", str(window), f"samples of at most {window} tokens", True)]

@@ -1,0 +1,192 @@
+"""Two models whose weights come and go with each module's call: transformers' own, and Megatron-Core's GPTModel.
+
+Both are built without memory (on torch's meta device) and run as a whole, by their own forward code; before a module
+is called its weights are read in fp32, afterwards they are dropped. So the largest tensor bounds the memory, whatever
+the model's size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from megaswift.convert.model import MegatronReader, Model, checkpoint_key
+from megaswift.families.base import is_tied
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from megaswift.hf.read import HFCheckpoint
+
+# Names in a checkpoint (those of TransformerEngine's fused modules) -> names of the local modules.
+_LOCAL = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+_META = torch.device("meta")
+
+
+class Streamed:
+    """A model with its forward call and its modules by name.
+
+    Args:
+        module: the torch module.
+        run: packed tokens [1, s], positions [1, s] and lengths of the samples -> logits [s, vocab].
+        layers: the decoder layers.
+        embedding: the module that looks tokens up.
+    """
+
+    def __init__(self, module: torch.nn.Module, run: Callable[[Tensor, Tensor, list[int]], Tensor], layers: Any, embedding: Any) -> None:
+        self.module, self.run, self.layers, self.embedding = module, run, layers, embedding
+
+
+def hf_stream(config: PreTrainedConfig, source: HFCheckpoint, dtype: torch.dtype) -> Streamed:
+    """The transformers model of a folder.
+
+    Args:
+        dtype: values are rounded to it first, as the conversion did; the computation is fp32.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with _META:
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    _real_buffers(model, config)
+    model.eval()
+
+    def load(name: str) -> Tensor:
+        stored = name if name in source.names else "model.embed_tokens.weight"
+        return source.tensor(stored).to(dtype)
+
+    def release(name: str) -> None:
+        if name in source.names:
+            source.release(name)
+
+    for name, module in model.named_modules():
+        own = {part: f"{name}.{part}" for part, _ in module.named_parameters(recurse=False)}
+        if own:
+            _stream(module, own, load, release)
+
+    def run(tokens: Tensor, positions: Tensor, lengths: list[int]) -> Tensor:
+        return model(input_ids=tokens, position_ids=positions, attention_mask=_block_mask(lengths), use_cache=False).logits[0]
+
+    return Streamed(model, run, model.model.layers, model.get_input_embeddings())
+
+
+def megatron_stream(config: PreTrainedConfig, reader: MegatronReader) -> Streamed:
+    """The GPTModel of a Megatron checkpoint; needs the process groups of `one_process`."""
+    from megaswift.engine.backend import PlainProvider, block_spec
+    from megaswift.engine.model import ChatModel, ModelOptions, RotaryTable, transformer_config
+
+    view = Model(config)
+    rows = reader.shape("embedding.word_embeddings.weight")[0]
+    settings = transformer_config(config, ModelOptions(tp=1, pp=1, dtype="fp32", padded_vocab=rows))
+    rope = RotaryTable(config, torch.device("cpu"))
+    with _META:
+        model = ChatModel(
+            config=settings,
+            transformer_layer_spec=block_spec(PlainProvider(), config.num_hidden_layers, settings.qk_layernorm),
+            vocab_size=rows,
+            max_sequence_length=config.max_position_embeddings,
+            share_embeddings_and_output_weights=is_tied(config),
+            rope=rope,
+            true_vocab=config.vocab_size,
+        )
+    model.eval()
+    places = {local_name(rule.megatron.format(i=layer)): (rule, layer) for rule, layer in view.each()}
+
+    def load(name: str) -> Tensor:
+        rule, layer = places[name]
+        return reader.read(checkpoint_key(rule), view.place(rule, layer))
+
+    def release(name: str) -> None:
+        rule, layer = places[name]
+        reader.release(checkpoint_key(rule), view.place(rule, layer))
+
+    for name, module in model.named_modules():
+        own = {part: f"{name}.{part}" for part, _ in module.named_parameters(recurse=False)}
+        if own:
+            _stream(module, own, load, release)
+    if is_tied(config):
+        _lend_embedding(model.output_layer, load)
+
+    def run(tokens: Tensor, positions: Tensor, lengths: list[int]) -> Tensor:
+        return model(tokens, positions, None, lengths)[0, :, : config.vocab_size]
+
+    return Streamed(model, run, model.decoder.layers, model.embedding.word_embeddings)
+
+
+def local_name(name: str) -> str:
+    """The parameter of the built model that a checkpoint name stands for."""
+    for stored, local in _LOCAL.items():
+        name = name.replace(stored, local)
+    return name
+
+
+def _stream(module: torch.nn.Module, own: dict[str, str], load: Callable[[str], Tensor], release: Callable[[str], None]) -> None:
+    """Let a module have its weights only while it runs."""
+    empty = dict(module.named_parameters(recurse=False))
+    lookup = "Embedding" in type(module).__name__  # touches few rows: it works on the stored values, and its result is cast
+
+    def before(*_: Any) -> None:
+        for part, name in own.items():
+            value = load(name)
+            module._parameters[part] = torch.nn.Parameter(value if lookup else value.float(), requires_grad=False)
+
+    def after(_module: Any, _inputs: Any, result: Any) -> Any:
+        for part, name in own.items():
+            module._parameters[part] = empty[part]
+            release(name)
+        return result.float() if lookup else None
+
+    module.register_forward_pre_hook(before)
+    module.register_forward_hook(after)
+
+
+def _lend_embedding(output_layer: torch.nn.Module, load: Callable[[str], Tensor]) -> None:
+    """A tied output layer is handed the embedding's weight by its caller, who at that time holds none."""
+
+    def before(_module: Any, args: Any, kwargs: Any) -> Any:
+        return args, {**kwargs, "weight": load("embedding.word_embeddings.weight").float()}
+
+    output_layer.register_forward_pre_hook(before, with_kwargs=True)
+
+
+def _real_buffers(model: torch.nn.Module, config: PreTrainedConfig) -> None:
+    """Build the modules that hold computed tables (RoPE) again, with memory."""
+    for name, module in list(model.named_modules()):
+        if any(buffer.device.type == "meta" for buffer in module.buffers(recurse=False)):
+            parent = model.get_submodule(name.rpartition(".")[0])
+            setattr(parent, name.rpartition(".")[2], type(module)(config=config))
+
+
+def _block_mask(lengths: list[int]) -> Tensor:
+    """Additive causal mask [1, 1, s, s] in which samples of one row do not see each other."""
+    total = sum(lengths)
+    sample = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    allowed = (sample[:, None] == sample[None, :]).tril()
+    return torch.zeros(total, total).masked_fill(~allowed, torch.finfo(torch.float32).min)[None, None]
+
+
+@contextlib.contextmanager
+def one_process() -> Iterator[None]:
+    """Megatron-Core's process groups for this process alone, on the CPU, whatever the machine has and torchrun said."""
+    from megaswift.engine import ranks
+
+    clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    with mock.patch.dict(os.environ, clean, clear=True), mock.patch.object(torch.cuda, "is_available", lambda: False):
+        try:
+            with ranks.joined(1, 1, seed=0), torch.no_grad():
+                yield
+        finally:
+            torch.set_rng_state(state)
+            torch.set_num_threads(threads)
+
+
+__all__ = ["Streamed", "hf_stream", "local_name", "megatron_stream", "one_process"]

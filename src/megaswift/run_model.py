@@ -1,0 +1,160 @@
+"""The model that `infer`, `eval` and `deploy` are told to use: a folder, a name, or a Megatron run that may still go on."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megaswift.args_file import MODEL_OPTIONS, fill_from_file, read_args_file
+from megaswift.arguments import BackendArguments, ExportArguments
+from megaswift.cache import cache_root
+from megaswift.errors import DataError, UserError
+
+if TYPE_CHECKING:
+    from megaswift.hf.locate import Located
+
+KEPT_EXPORTS = 2  # of one run: a conversation may still use the one before
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A model as the options name it, before anything is converted or loaded.
+
+    Attributes:
+        args: options, those of the model's options file filled in.
+        directory: the local directory that was named, or None for a model that is looked up by name.
+        megatron: whether that directory holds Megatron weights.
+        values: what the directory's options file says.
+    """
+
+    args: Any
+    directory: Path | None
+    megatron: bool
+    values: dict[str, Any]
+
+    def locate(self) -> Located:
+        """Where the Hugging Face folder is; for Megatron weights it is made first. Raises UserError or DataError."""
+        from dataclasses import replace
+
+        from megaswift.hf.locate import locate
+
+        args = self.args
+        if self.directory is None:
+            return locate(args.model_type, args.model_id_or_path, args.model_revision)
+        if not self.megatron:
+            return locate(args.model_type, str(self.directory), args.model_revision)
+        folder, checkpoint = exported(self.directory, args.model_type)
+        found = locate(args.model_type, str(folder), args.model_revision)
+        return replace(found, origin=f"{self.directory.resolve()}/{checkpoint}")
+
+
+def choose(args: BackendArguments, more: Iterable[str] = ()) -> Chosen:
+    """Find out which model the options name and read its options file.
+
+    Args:
+        args: options as given.
+        more: further options that are taken from the file, beside those of the model.
+
+    Raises UserError for options that name no model or two, or a directory without a model. Loads nothing.
+    """
+    directory, megatron = _model_directory(args)
+    if directory is None:
+        return Chosen(args, None, False, {})
+    values = read_args_file(directory)
+    return Chosen(fill_from_file(args, values, (*MODEL_OPTIONS, *more)), directory, megatron, values)
+
+
+def exported(root: Path, model_type: str | None = None) -> tuple[Path, str]:
+    """A verified Hugging Face folder of a Megatron directory's newest complete checkpoint, in the cache.
+
+    Returns the folder and the checkpoint's name. A run that still goes on may remove a checkpoint while it is read; the
+    one after it is taken then.
+    """
+    from megaswift.checkpoint import layout
+
+    checkpoint = layout.find_checkpoint(root)
+    try:
+        return _export(root, checkpoint, model_type), checkpoint.name
+    except DataError:
+        newer = layout.find_checkpoint(root)
+        if newer == checkpoint:
+            raise
+        return _export(root, newer, model_type), newer.name
+
+
+def _export(root: Path, checkpoint: Path, model_type: str | None) -> Path:
+    from megaswift.checkpoint.layout import MANIFEST, iteration_of
+    from megaswift.checkpoint.manifest import quick_check, sha256_of
+    from megaswift.export import export_main
+
+    place = cache_root() / "exports" / f"{root.resolve().name}-{sha256_of(checkpoint / MANIFEST)[:16]}"
+    target = place / (model_type or "model")
+    if target.is_dir() and quick_check(target) is None:
+        return target
+    shutil.rmtree(target, ignore_errors=True)
+    words: dict[str, Any] = {"model_type": model_type} if model_type else {}
+    export_main(
+        ExportArguments(ckpt_dir=str(root), to_hf=True, iteration=iteration_of(checkpoint), hf_output_dir=str(target), **words)
+    )
+    for old in _older(place, root.resolve().name):
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def _older(place: Path, name: str) -> list[Path]:
+    """Exports of the same run that are no longer needed."""
+    found = [path for path in place.parent.iterdir() if path.is_dir() and path.name.rpartition("-")[0] == name]
+    return sorted(found, key=lambda path: -path.stat().st_mtime)[KEPT_EXPORTS:]
+
+
+def _model_directory(args: BackendArguments) -> tuple[Path | None, bool]:
+    """The local directory of the model (None for a model that is looked up by name), and whether it is Megatron's."""
+    from megaswift.checkpoint.layout import is_megatron_directory
+
+    if args.ckpt_dir is None:
+        if args.model_type is None and args.model_id_or_path is None:
+            fix = "give --ckpt_dir DIR, or --model_type NAME, or --model_id_or_path DIR"
+            raise UserError("no model is named.", where="command line", fix=fix)
+        path = Path(args.model_id_or_path).expanduser() if args.model_id_or_path else None
+        if path is None or not path.is_dir():
+            return None, False
+        return path, is_megatron_directory(path)
+    if args.model_id_or_path is not None:
+        raise UserError(
+            "--ckpt_dir and --model_id_or_path both name a model.", where="command line", fix="leave one of them out"
+        )
+    path = Path(args.ckpt_dir).expanduser()
+    if not path.is_dir():
+        what = "is a file, not a directory" if path.exists() else "does not exist"
+        raise UserError(
+            f"{path} {what}.", where="--ckpt_dir", fix="give a run of swift sft, or a directory made by swift export"
+        )
+    if is_megatron_directory(path):
+        return path, True
+    if (path / "adapter_config.json").is_file():
+        raise UserError(
+            f"{path} holds a LoRA adapter, not a whole model.",
+            where="--ckpt_dir",
+            fix="merge it into its base model first (peft: merge_and_unload, then save_pretrained)",
+        )
+    if not (path / "config.json").is_file():
+        raise UserError(
+            f"{path} holds no config.json, so it is no Hugging Face model.", where="--ckpt_dir", fix=_nearby_models(path)
+        )
+    return path, False
+
+
+def _nearby_models(path: Path) -> str:
+    """What to do about a directory without a model: name those just below it."""
+    from megaswift.checkpoint.layout import TRACKER
+
+    below = sorted(path.glob("*-hf/config.json"), key=lambda file: file.stat().st_mtime) or sorted(path.glob("*/config.json"))
+    runs = sorted(file.parent for file in path.glob(f"*/{TRACKER}"))
+    if runs:
+        return f"--ckpt_dir {runs[-1]}"
+    if below:
+        return f"--ckpt_dir {below[-1].parent}"
+    return "give a run of swift sft, or a directory made by swift export"

@@ -1,0 +1,67 @@
+"""The run that faults are tried on, and the table that `make faults` writes from what happened."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megaswift import sft
+from megaswift.arguments import SftArguments
+from megaswift.engine.loop import Job
+from tests.faults import table
+from tests.faults.harness import TIMEOUT_S, FaultRun, run_ranks, with_plan
+from tests.training import tiny_start, write_rows
+
+ALL = os.environ.get("MEGASWIFT_FAULTS") == "all"
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny model as Megatron weights, and rows."""
+    root = tmp_path_factory.mktemp("faults")
+    return tiny_start(root), write_rows(root / "rows.jsonl")
+
+
+@pytest.fixture(scope="session")
+def base(start: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """A run of four steps on two pipeline stages, stopped after the second, whose checkpoint is saved."""
+    return make_base(start, tmp_path_factory.mktemp("base"), pp=2)
+
+
+def make_base(start: tuple[Path, Path], root: Path, world_size: int = 2, **options: Any) -> Job:
+    """Do what `swift sft` does before it starts ranks, then two of the steps."""
+    from unittest import mock
+
+    found: list[Job] = []
+    values = dict(
+        resume_from_checkpoint=str(start[0]), dataset=[str(start[1])], max_steps=4, save_steps=1, eval_steps=2, dataset_test_ratio=0.1,
+        logging_steps=1, learning_rate=1e-3, max_length=128, output_dir=str(root), save_total_limit=2, dataloader_num_workers=0,
+        start_timeout=TIMEOUT_S, step_timeout=TIMEOUT_S,
+    )  # fmt: skip
+    with mock.patch.dict(os.environ, {"NPROC_PER_NODE": str(world_size)}):
+        with mock.patch.object(sft, "_start", lambda run_dir, job, place, stop: found.append(job)):
+            sft.sft_main(SftArguments(**{**values, **options}))
+    job = found[0]
+    ended = run_ranks(with_plan(job, train_iters=2), root / "work")
+    assert ended.codes == [0] * world_size, ended.output
+    run_dir = Path(job.plan.megatron["save"])
+    rows = (run_dir / "logging.jsonl").read_text(encoding="utf-8").replace("/2\"", "/4\"")
+    (run_dir / "logging.jsonl").write_text(rows, encoding="utf-8")
+    return job
+
+
+@pytest.fixture(scope="session")
+def straight(base: Job, tmp_path_factory: pytest.TempPathFactory) -> FaultRun:
+    """The same run without a fault."""
+    case = FaultRun(base, tmp_path_factory.mktemp("straight"))
+    ended = case.run()
+    assert ended.codes == [0, 0], ended.output
+    return case
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    if ALL and exitstatus == 0:
+        table.write()

@@ -1,0 +1,157 @@
+"""Ranks that really die: forked from a server that has everything imported, so that a run costs a second, not ten.
+
+    case = FaultRun(base, tmp_path)              # a copy of a run with a checkpoint after step 2
+    ended = case.run("save.writing:kill:1")      # what each rank's end was; the harness is the launcher here
+    case.newest()                                # the checkpoint that a resumed run would take, every byte verified
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megaswift.checkpoint.faults import FAULT
+from megaswift.checkpoint.keep import clean
+from megaswift.checkpoint.layout import iteration_of
+from megaswift.checkpoint.resume import newest_whole
+from megaswift.engine import launch
+from megaswift.engine.loop import Job
+
+TIMEOUT_S = 12.0  # the limit for steps and for saving in these runs
+GONE_S = 60.0  # by then every process must have ended
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["tests.faults.preload"])
+
+
+@dataclass
+class Ended:
+    """How a run ended."""
+
+    codes: list[int]  # of the ranks; negative: ended by that signal
+    reports: list[dict[str, Any]]  # errors that ranks reported, in rank order
+    output: str  # what ranks wrote to standard error
+    seconds: float
+    stacks: int  # hang-rank*.txt files
+
+    @property
+    def own(self) -> list[dict[str, Any]]:
+        """Reports of causes, consequences left out."""
+        return [report for report in self.reports if not report["second"]]
+
+
+def _rank(environment: dict[str, str], job: str, errors: str, prepare: Callable[[], None] | None, nice: bool) -> None:
+    """One rank; module level, so that the server can start it."""
+    os.environ.update(environment)
+    sys.stderr = open(errors, "w", buffering=1)  # noqa: SIM115 (open until the process ends)
+    os.dup2(sys.stderr.fileno(), 2)
+    sys.stdout = sys.stderr
+    import torch
+
+    torch.set_num_threads(1)
+    if prepare is not None:
+        prepare()
+    from megaswift.engine.loop import run
+
+    os._exit(launch.report_from_rank(lambda: run(Job.read(Path(job)))))
+
+
+def run_ranks(job: Job, work: Path, fault: str = "", prepare: Callable[[], None] | None = None, watch: Callable[[list[Any]], None] | None = None) -> Ended:
+    """Run a job on forked ranks and end what is left of it, as the launcher would.
+
+    Args:
+        fault: POINT:KIND:RANK[:HIT] of checkpoint/faults.py.
+        prepare: called in each rank first.
+        watch: called with the processes while they run.
+    """
+    notes = work / "notes"
+    shutil.rmtree(notes, ignore_errors=True)
+    notes.mkdir(parents=True)
+    job.write(work / "job.json")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    world, began = job.plan.world_size, time.monotonic()
+    common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), launch.ERROR_DIR: str(notes), FAULT: fault, "GLOO_SOCKET_IFNAME": "lo"}
+    processes = []
+    for rank in range(world):
+        environment = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        process = _context.Process(target=_rank, args=(environment, str(work / "job.json"), str(notes / f"stderr{rank}"), prepare, False))
+        process.start()
+        processes.append(process)
+    if watch is not None:
+        watch(processes)
+    _see_to_the_end(processes, notes, began)
+    reports = [json.loads(path.read_text()) for path in sorted(notes.glob("rank*.json"))]
+    output = "\n".join(f"[{rank}] {(notes / f'stderr{rank}').read_text()}" for rank in range(world) if (notes / f"stderr{rank}").exists())
+    run_dir = Path(job.plan.megatron["save"])
+    return Ended([process.exitcode for process in processes], reports, output, time.monotonic() - began, len(list(run_dir.glob("hang-rank*.txt"))))
+
+
+def _see_to_the_end(processes: list[Any], notes: Path, began: float) -> None:
+    failed: float | None = None
+    while any(process.is_alive() for process in processes):
+        time.sleep(0.05)
+        if (notes / "hang").exists():
+            for process in processes:
+                if process.is_alive():
+                    os.kill(process.pid, signal.SIGCONT)
+        if failed is None and any(not process.is_alive() and process.exitcode != 0 for process in processes):
+            failed = time.monotonic()
+        if failed is not None and time.monotonic() - failed > launch.LAST_WORDS_S or time.monotonic() - began > 300:
+            for process in processes:
+                process.kill()
+    for process in processes:
+        process.join()
+
+
+class FaultRun:
+    """A copy of a run that has a checkpoint after its second step of four."""
+
+    def __init__(self, base: Job, work: Path, **options: Any) -> None:
+        self.work, self.run_dir = work, work / "run"
+        shutil.copytree(base.plan.megatron["save"], self.run_dir)
+        plan = replace(base.plan, megatron={**base.plan.megatron, "save": str(self.run_dir), "tensorboard_dir": str(work / "runs")})
+        self.job = replace(base, plan=plan, options={**base.options, **options}, checkpoint=str(self.run_dir / "iter_0000002"), first_step=2)
+
+    def run(self, fault: str = "", **more: Any) -> Ended:
+        return run_ranks(self.job, self.work, fault, **more)
+
+    def newest(self) -> int:
+        """Step of the checkpoint that a resumed run takes; every byte is verified."""
+        return iteration_of(newest_whole(self.run_dir, verify=True)[0])
+
+    def resume(self) -> Ended:
+        """What the same command with --resume true does: clean, choose, go on to the end."""
+        clean(self.run_dir)
+        path, _ = newest_whole(self.run_dir, verify=True)
+        if iteration_of(path) == self.job.plan.train_iters:
+            return Ended([0] * self.job.plan.world_size, [], "", 0.0, 0)
+        self.job = replace(self.job, checkpoint=str(path), first_step=iteration_of(path))
+        return run_ranks(self.job, self.work / "again")
+
+    def rows(self) -> list[dict[str, Any]]:
+        lines = (self.run_dir / "logging.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+    def losses(self) -> list[tuple[str, float, float]]:
+        """Step, loss and learning rate of each step in the log."""
+        return [(row["global_step/max_steps"], row["loss"], row["learning_rate"]) for row in self.rows() if "loss" in row]
+
+
+def with_plan(job: Job, **values: Any) -> Job:
+    """A job with other values in Megatron's table."""
+    return replace(job, plan=replace(job.plan, megatron={**job.plan.megatron, **values}))
+
+
+__all__ = ["Ended", "FaultRun", "Job", "asdict", "run_ranks", "with_plan"]

@@ -1,0 +1,64 @@
+"""SIGTERM and SIGINT: the run is saved at a step boundary and ends with 75, wherever it was; the same command goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megaswift.engine.loop import Job
+from tests.faults.conftest import ALL
+from tests.faults.harness import FaultRun
+
+WHERE = {"loop.start": 2, "loop.step": 3, "loop.boundary": 3, "loop.evaluate": 4, "save.writing": 3, "save.published": 3, "load.done": 2}
+CASES = [(point, rank) for point in WHERE for rank in ("0", "1", "all")]
+SOME = [("loop.start", "1"), ("loop.step", "0"), ("loop.evaluate", "1"), ("save.writing", "all")]
+
+
+@pytest.mark.parametrize(("point", "rank"), CASES if ALL else SOME)
+@pytest.mark.parametrize("background", [False, True] if ALL else [False])
+def test_the_first_signal_saves_and_stops(point: str, rank: str, background: bool, base: Job, straight: FaultRun, tmp_path: Path) -> None:
+    case = FaultRun(base, tmp_path, async_save=background)
+    ended = case.run(f"{point}:term:{rank}")
+    if point == "loop.evaluate":  # the evaluation is that of the last step: the run is over anyway
+        assert ended.codes == [0, 0], ended.output
+    else:
+        assert set(ended.codes) <= {75, 0} and 75 in ended.codes or case.newest() == 4, ended.output
+    assert case.newest() >= WHERE[point]
+    again = case.resume()
+    assert again.codes == [0, 0], again.output
+    assert case.losses() == straight.losses()
+
+
+def test_the_second_signal_ends_a_rank_that_waits(base: Job, tmp_path: Path) -> None:
+    """Rank 1 is stopped, rank 0 waits for it inside a collective, where no Python code runs: it still ends at once."""
+
+    def twice(processes: list[Any]) -> None:
+        log, deadline = tmp_path / "run" / "iter_0000003", time.monotonic() + 60
+        while not log.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(processes[1].pid, signal.SIGSTOP)
+        time.sleep(0.5)
+        began = time.monotonic()
+        os.kill(processes[0].pid, signal.SIGTERM)
+        time.sleep(0.3)
+        os.kill(processes[0].pid, signal.SIGTERM)
+        processes[0].join(10)
+        assert processes[0].exitcode == 128 + signal.SIGTERM
+        assert time.monotonic() - began < 3
+        processes[1].kill()
+
+    case = FaultRun(base, tmp_path)
+    case.job = with_more_steps(case.job)
+    case.run(watch=twice)
+    assert case.newest() >= 3
+
+
+def with_more_steps(job: Job) -> Job:
+    from tests.faults.harness import with_plan
+
+    return with_plan(job, train_iters=400)

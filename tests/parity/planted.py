@@ -1,0 +1,106 @@
+"""Faults that are planted into the engine of one rank, to see that parity finds them."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+
+@contextlib.contextmanager
+def planted(fault: str) -> Iterator[None]:
+    """The engine with one fault ("" for none) inside this context."""
+    with contextlib.ExitStack() as stack:
+        if fault:
+            stack.enter_context(_FAULTS[fault]())
+        yield
+
+
+def run_rank(job: str, fault: str) -> None:
+    """One rank of a parity run with a fault planted."""
+    from megaswift.engine.loop import Job
+    from megaswift.parity.rank import run
+
+    with planted(fault):
+        run(Job.read(Path(job)))
+
+
+def _shifted_labels() -> Any:
+    from megaswift.engine import step
+
+    honest = step.run_micro_batch
+    return mock.patch.object(step, "run_micro_batch", lambda model, batch: honest(model, replace(batch, labels=batch.labels.roll(1, dims=1))))
+
+
+def _mean_over_micro_batches() -> Any:
+    import torch
+
+    from megaswift.engine import step
+
+    honest = step.forward_step
+
+    def forward_step(batches: Any, model: Any) -> Any:
+        output, loss_function = honest(batches, model)
+
+        def mean(summed: Any, *rest: Any) -> Any:
+            total, count, report = loss_function(summed, *rest)
+            return total / count, torch.ones_like(count), report
+
+        return output, mean
+
+    return mock.patch.object(step, "forward_step", forward_step)
+
+
+def _norm_gradient_not_reduced() -> Any:
+    from megaswift.engine import model
+
+    honest = model.build
+
+    def build(*args: Any, **kwargs: Any) -> Any:
+        built = honest(*args, **kwargs)
+        for name, parameter in built.named_parameters():
+            if "layernorm" in name:
+                parameter.sequence_parallel = False
+        return built
+
+    return mock.patch.object(model, "build", build)
+
+
+def _untied_head() -> Any:
+    from megaswift.engine.model import ChatModel
+
+    honest = ChatModel.shared_embedding_or_output_weight
+    return mock.patch.object(ChatModel, "shared_embedding_or_output_weight", lambda self: _detached(honest(self), self))
+
+
+def _detached(weight: Any, model: Any) -> Any:
+    import inspect
+
+    # Only the loss sees a copy; Megatron-Core's own set-up must still find the shared weight.
+    return weight.detach().requires_grad_() if any(frame.function == "forward" for frame in inspect.stack()[2:4]) else weight
+
+
+def _rope_base_off_by_one() -> Any:
+    from megaswift.engine.model import RotaryTable
+
+    honest = RotaryTable.__init__
+
+    def init(self: Any, config: Any, device: Any) -> None:
+        honest(self, config, device)
+        base = config.rope_parameters["rope_theta"]
+        self.inverse = self.inverse ** (math.log(base + 1) / math.log(base))
+
+    return mock.patch.object(RotaryTable, "__init__", init)
+
+
+_FAULTS = {
+    "label shifted by one": _shifted_labels,
+    "mean over micro batches": _mean_over_micro_batches,
+    "norm gradient not reduced under sequence parallelism": _norm_gradient_not_reduced,
+    "untied head": _untied_head,
+    "RoPE base off by one": _rope_base_off_by_one,
+}
