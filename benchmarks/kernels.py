@@ -8,6 +8,7 @@ Times are medians of triton.testing.do_bench (cold L2 cache) on random data. `tu
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -66,9 +67,13 @@ def norm(table: Table, shape: str, tune: bool) -> None:
     total, _, rstd = rms_norm.forward(x, d, w, 1e-6)
     table.memory(f"{shape} add+norm forward", lambda: rms_norm.forward(x, d, w, 1e-6), 4 * size)
     best, fit = rms_norm._BACKWARD, rms_norm._WARPS_ON_PROCESSOR
-    for tile, warps in (((1024, 8), 40), ((1024, 8), 48), ((1024, 8), 80), ((2048, 8), 40), ((2048, 16), 24)) if tune else ((best, fit),):
+    for tile, warps in (
+        (((1024, 8), 40), ((1024, 8), 48), ((1024, 8), 80), ((2048, 8), 40), ((2048, 16), 24)) if tune else ((best, fit),)
+    ):
         rms_norm._BACKWARD, rms_norm._WARPS_ON_PROCESSOR = tile, warps
-        table.memory(f"{shape} norm+add backward tile {tile} warps {warps}", lambda: rms_norm.backward(g, gt, total, w, rstd), 4 * size)
+        table.memory(
+            f"{shape} norm+add backward tile {tile} warps {warps}", lambda: rms_norm.backward(g, gt, total, w, rstd), 4 * size
+        )
     rms_norm._BACKWARD, rms_norm._WARPS_ON_PROCESSOR = best, fit
     table.memory(f"{shape} torch rms_norm forward", lambda: F.rms_norm(x, (hidden,), w, 1e-6), 2 * size)
 
@@ -80,8 +85,12 @@ def swiglu_part(table: Table, shape: str, tune: bool) -> None:
     for other in (512, 1024, 2048) if tune else (block,):
         swiglu._BLOCK = other
         table.memory(f"{shape} swiglu forward block {other}", lambda: swiglu.forward(x), 3 * size)
-        table.memory(f"{shape} swiglu backward block {other}", lambda: swiglu.backward_in_place(g, x, recompute=False), 5 * size)
-        table.memory(f"{shape} swiglu backward+recompute block {other}", lambda: swiglu.backward_in_place(g, x, recompute=True), 6 * size)
+        table.memory(
+            f"{shape} swiglu backward block {other}", lambda: swiglu.backward_in_place(g, x, recompute=False), 5 * size
+        )
+        table.memory(
+            f"{shape} swiglu backward+recompute block {other}", lambda: swiglu.backward_in_place(g, x, recompute=True), 6 * size
+        )
     swiglu._BLOCK = block
 
 
@@ -92,8 +101,12 @@ def rope_part(table: Table, shape: str, tune: bool) -> None:
     cos, sin = rand(SEQ, 1, dim), rand(SEQ, 1, dim)
     parts = tuple(rand(SEQ, batch, n, dim) for n in (heads, groups, groups))
     moved, bias = 4.0 * mixed.numel(), rand(mixed.shape[2])
-    table.memory(f"{shape} split+rotate forward", lambda: rope._launch_split(mixed, bias, parts, cos, sin, backward=False), moved)
-    table.memory(f"{shape} split+rotate backward", lambda: rope._launch_split(mixed, bias, parts, cos, sin, backward=True), moved)
+    table.memory(
+        f"{shape} split+rotate forward", lambda: rope._launch_split(mixed, bias, parts, cos, sin, backward=False), moved
+    )
+    table.memory(
+        f"{shape} split+rotate backward", lambda: rope._launch_split(mixed, bias, parts, cos, sin, backward=True), moved
+    )
 
 
 def attention_part(table: Table, shape: str, tune: bool) -> None:
@@ -110,7 +123,11 @@ def attention_part(table: Table, shape: str, tune: bool) -> None:
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
             return attention.dense_causal(q, k, v, backend="torch")
 
-    for name, run in (("cuDNN, grouped", lambda: attention.dense_causal(q, k, v)), ("cuDNN, K/V expanded", expanded), ("flash", flash)):
+    for name, run in (
+        ("cuDNN, grouped", lambda: attention.dense_causal(q, k, v)),
+        ("cuDNN, K/V expanded", expanded),
+        ("flash", flash),
+    ):
         table.matrix(f"{shape} attention forward, {name}", run, flops)
         try:
             out = run()
@@ -133,9 +150,12 @@ def packed(table: Table, shape: str, tune: bool) -> None:
     table.matrix(f"{shape} packed ({total} tokens, 40 samples) forward, flash", run, flops)
     out = run()
     grad = torch.randn_like(out)
-    table.matrix(f"{shape} packed backward, flash", lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True), 2.5 * flops)
+    table.matrix(
+        f"{shape} packed backward, flash", lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True), 2.5 * flops
+    )
     a, b, c = (x.detach().squeeze(1) for x in (q, k, v))
-    ragged = lambda: torch.ops.aten._cudnn_attention_forward(a, b, c, None, edges, edges, longest, longest, True, 0.0, True, False)  # noqa: E731
+    layout = (edges, edges, longest, longest)
+    ragged = functools.partial(torch.ops.aten._cudnn_attention_forward, a, b, c, None, *layout, True, 0.0, True, False)
     table.matrix(f"{shape} packed forward, cuDNN ragged", ragged, flops)
     try:
         res = ragged()
@@ -147,26 +167,40 @@ def packed(table: Table, shape: str, tune: bool) -> None:
         )
         table.matrix(f"{shape} packed backward, cuDNN ragged", back, 2.5 * flops)
         want = torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
-        print("    its gradients:", [float((x.float() - y.squeeze(1).float()).norm() / y.float().norm()) for x, y in zip(back(), want)])
+        print(
+            "    its gradients:",
+            [float((x.float() - y.squeeze(1).float()).norm() / y.float().norm()) for x, y in zip(back(), want)],
+        )
     except Exception as error:
         print("    ragged failed:", str(error)[:300])
     _flex(table, shape, (q, k, v), lengths, flops, out)
 
 
-def _flex(table: Table, shape: str, parts: tuple[torch.Tensor, ...], lengths: list[int], flops: float, want: torch.Tensor) -> None:
+def _flex(
+    table: Table, shape: str, parts: tuple[torch.Tensor, ...], lengths: list[int], flops: float, want: torch.Tensor
+) -> None:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     try:
         q, k, v = (x.detach().permute(1, 2, 0, 3).requires_grad_() for x in parts)
         ids = torch.repeat_interleave(torch.arange(len(lengths), device="cuda"), torch.tensor(lengths, device="cuda"))
-        mask = create_block_mask(lambda b, h, i, j: (i >= j) & (ids[i] == ids[j]), None, None, len(ids), len(ids), device="cuda")
+        mask = create_block_mask(
+            lambda b, h, i, j: (i >= j) & (ids[i] == ids[j]), None, None, len(ids), len(ids), device="cuda"
+        )
         compiled = torch.compile(flex_attention, dynamic=False)
         run = lambda: compiled(q, k, v, block_mask=mask, enable_gqa=True)  # noqa: E731
         table.matrix(f"{shape} packed forward, FlexAttention", run, flops)
         out = run()
         grad = torch.randn_like(out)
-        print("    flex against flash:", float((out.permute(2, 0, 1, 3).reshape(want.shape).float() - want.float()).norm() / want.float().norm()))
-        table.matrix(f"{shape} packed backward, FlexAttention", lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True), 2.5 * flops)
+        print(
+            "    flex against flash:",
+            float((out.permute(2, 0, 1, 3).reshape(want.shape).float() - want.float()).norm() / want.float().norm()),
+        )
+        table.matrix(
+            f"{shape} packed backward, FlexAttention",
+            lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True),
+            2.5 * flops,
+        )
     except Exception as error:
         print("    flex failed:", str(error)[:300])
 
@@ -178,29 +212,43 @@ def loss(table: Table, shape: str, tune: bool) -> None:
     w.main_grad = torch.zeros(w.shape, device="cuda")
     flops = 6.0 * tokens * hidden * VOCAB
     for mib in (640, 1280, 2560) if tune else (1280,):
-        run = lambda mib=mib: linear_cross_entropy.linear_cross_entropy(h, w, labels, grad_scale=1.0, chunk_bytes=mib << 20)  # noqa: E731
+        run = functools.partial(linear_cross_entropy.linear_cross_entropy, h, w, labels, grad_scale=1.0, chunk_bytes=mib << 20)
         table.matrix(f"{shape} loss and all gradients, chunks of {mib} MiB", run, flops)
     rows = 4096
     logits = torch.mm(h[:rows].detach(), w.detach().t())
     stats, one, mine = torch.empty(3, rows, device="cuda"), torch.ones((), device="cuda"), labels[:rows].cuda()
-    for block, warps, many in ((8192, 32, 1), (8192, 16, 1), (4096, 16, 2), (4096, 16, 1), (2048, 8, 2), (8192, 32, 2)) if tune else ((8192, 32, 1),):
+    for block, warps, many in (
+        ((8192, 32, 1), (8192, 16, 1), (4096, 16, 2), (4096, 16, 1), (2048, 8, 2), (8192, 32, 2)) if tune else ((8192, 32, 1),)
+    ):
         launch = lambda block=block, warps=warps, many=many: linear_cross_entropy._row_kernel[(132 * many,)](  # noqa: E731
             logits, mine, stats, one, VOCAB, 0, VOCAB, rows, block, True, num_warps=warps
         )
-        table.memory(f"{shape} softmax and gradient of {rows} rows, block {block} warps {warps} programs {many}", launch, 4.0 * logits.numel())
+        table.memory(
+            f"{shape} softmax and gradient of {rows} rows, block {block} warps {warps} programs {many}",
+            launch,
+            4.0 * logits.numel(),
+        )
 
 
 def matrices(table: Table, shape: str, tune: bool) -> None:
     tokens, hidden, _, heads, groups, dim, ffn = SHAPES[shape]
-    sizes = {"qkv": ((heads + 2 * groups) * dim, hidden), "proj": (hidden, heads * dim), "fc1": (2 * ffn, hidden), "fc2": (hidden, ffn)}
+    sizes = {
+        "qkv": ((heads + 2 * groups) * dim, hidden),
+        "proj": (hidden, heads * dim),
+        "fc1": (2 * ffn, hidden),
+        "fc2": (hidden, ffn),
+    }
     for name, (n, k) in sizes.items():
         x, w, g, b = rand(tokens, k), rand(n, k), rand(tokens, n), rand(n)
         target = torch.zeros(n, k, device="cuda")
         flops = 2.0 * tokens * n * k
-        table.matrix(f"{shape} {name} forward", lambda: F.linear(x, w, b if name == "qkv" else None), flops)  # noqa: B023
-        table.matrix(f"{shape} {name} input gradient", lambda: torch.matmul(g, w), flops)  # noqa: B023
-        table.matrix(f"{shape} {name} weight gradient, added to fp32", lambda: main_grad.add_product(target, g, x), flops)  # noqa: B023
-        table.matrix(f"{shape} {name} weight gradient, overwriting fp32", lambda: main_grad.add_product(target, g, x, overwrite=True), flops)  # noqa: B023
+        for part, run in {
+            "forward": functools.partial(F.linear, x, w, b if name == "qkv" else None),
+            "input gradient": functools.partial(torch.matmul, g, w),
+            "weight gradient, added to fp32": functools.partial(main_grad.add_product, target, g, x),
+            "weight gradient, overwriting fp32": functools.partial(main_grad.add_product, target, g, x, overwrite=True),
+        }.items():
+            table.matrix(f"{shape} {name} {part}", run, flops)
     a, w, residual = rand(tokens, ffn), rand(hidden, ffn), rand(tokens, hidden)
     table.matrix(f"{shape} fc2 then residual add", lambda: torch.matmul(a, w.t()).add_(residual), 2.0 * tokens * hidden * ffn)
     table.matrix(f"{shape} fc2 with residual as addmm", lambda: torch.addmm(residual, a, w.t()), 2.0 * tokens * hidden * ffn)
@@ -227,13 +275,29 @@ def optimizer(table: Table, shape: str, tune: bool) -> None:
 
 def embed(table: Table, shape: str, tune: bool) -> None:
     tokens, hidden = SHAPES[shape][:2]
-    target, grad, ids = torch.zeros(VOCAB, hidden, device="cuda"), rand(tokens, hidden), torch.randint(0, VOCAB, (tokens,), device="cuda")
+    target, grad, ids = (
+        torch.zeros(VOCAB, hidden, device="cuda"),
+        rand(tokens, hidden),
+        torch.randint(0, VOCAB, (tokens,), device="cuda"),
+    )
     table.memory(f"{shape} embedding gradient", lambda: embedding.scatter_add(target, grad, ids, 0), 10.0 * grad.numel())
     same = torch.full_like(ids, 7)
-    table.memory(f"{shape} embedding gradient, one token only", lambda: embedding.scatter_add(target, grad, same, 0), 10.0 * grad.numel())
+    table.memory(
+        f"{shape} embedding gradient, one token only", lambda: embedding.scatter_add(target, grad, same, 0), 10.0 * grad.numel()
+    )
 
 
-PARTS = dict(norm=norm, swiglu=swiglu_part, rope=rope_part, attention=attention_part, packed=packed, loss=loss, matrices=matrices, optimizer=optimizer, embedding=embed)  # fmt: skip
+PARTS = dict(
+    norm=norm,
+    swiglu=swiglu_part,
+    rope=rope_part,
+    attention=attention_part,
+    packed=packed,
+    loss=loss,
+    matrices=matrices,
+    optimizer=optimizer,
+    embedding=embed,
+)
 
 
 def main() -> None:
@@ -245,9 +309,7 @@ def main() -> None:
     options = parser.parse_args()
     table = Table(copy_rate())
     print(torch.cuda.get_device_name(), torch.__version__, f"copy {table.copy_rate / 1e9:.2f} TB/s")
-    square = rand(8192, 8192)
-    table.matrix("matrix product 8192^3", lambda: square @ square, 2.0 * 8192**3)
-    del square
+    table.matrix("matrix product 8192^3", functools.partial(torch.mm, rand(8192, 8192), rand(8192, 8192)), 2.0 * 8192**3)
     for part in options.parts.split(","):
         for index, shape in enumerate(options.shapes.split(",")):
             PARTS[part](table, shape, options.tune and index == 0)

@@ -39,7 +39,9 @@ def join() -> None:
     """A process group of one."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29777", RANK="0", WORLD_SIZE="1")
     torch.cuda.set_device(0)
-    torch.distributed.init_process_group("nccl")  # without device_id: it would make every group's communicator now, 7 GiB in all
+    torch.distributed.init_process_group(
+        "nccl"
+    )  # without device_id: it would make every group's communicator now, 7 GiB in all
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
@@ -47,66 +49,63 @@ def join() -> None:
     model_parallel_cuda_manual_seed(1)
 
 
-def build(shape: str, seq: int, way: str) -> tuple[Any, Any, Any]:
-    """(config, wrapped model, optimizer)."""
-    import torch.nn.functional as F
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+# fmt: off
+SETTINGS = dict(
+    bf16=True, params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16, normalization="RMSNorm", gated_linear_unit=True,
+    add_bias_linear=False, add_qkv_bias=True, hidden_dropout=0.0, attention_dropout=0.0, layernorm_epsilon=1e-6,
+    gradient_accumulation_fusion=False, masked_softmax_fusion=False, apply_rope_fusion=False, bias_activation_fusion=False,
+    bias_dropout_fusion=False, calculate_per_token_loss=True, activation_func=torch.nn.functional.silu,
+)
+# fmt: on
+
+
+def build_model(shape: str, seq: int, way: str) -> Any:
+    """A tied GPTModel of fused parts whose forward gives the summed loss."""
     from megatron.core.models.gpt.gpt_model import GPTModel
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-    from megatron.core.transformer.module import Float16Module
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from megaswift.engine import backend, compat
-    from megaswift.engine.kernels import megatron_layer as ours
+    from megaswift.engine import backend
     from megaswift.engine.kernels.linear_cross_entropy import linear_cross_entropy
-    from megaswift.engine.kernels.megatron_optimizer import fuse_optimizer
-    from megaswift.engine.kernels.parallel_linear import ColumnParallel, RowParallel
-
-    class Provider(backend.PlainProvider):
-        def column_parallel_linear(self) -> type:
-            return ColumnParallel
-
-        def row_parallel_linear(self) -> type:
-            return RowParallel
-
-        def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
-            return ours.RMSNorm
+    from megaswift.engine.kernels.megatron_fuse import fuse_embedding
+    from megaswift.engine.kernels.megatron_layer import FusedMLP
 
     class Model(GPTModel):
         def forward(self, tokens: Any, labels: Any, layout: Any) -> Any:
             hidden = self.embedding(input_ids=tokens, position_ids=None)
             hidden = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=layout)
-            weight = self.shared_embedding_or_output_weight()
-            flat = hidden.reshape(-1, hidden.shape[-1])
-            return linear_cross_entropy(flat, weight, labels.t(), vocab_size=VOCAB, grad_scale=1.0, shared_with_embedding=True, chunk_bytes=CHUNK_MIB[shape] << 20)[0]
+            flat, weight = hidden.reshape(-1, hidden.shape[-1]), self.shared_embedding_or_output_weight()
+            options = dict(vocab_size=VOCAB, grad_scale=1.0, shared_with_embedding=True, chunk_bytes=CHUNK_MIB[shape] << 20)
+            return linear_cross_entropy(flat, weight, labels.t(), **options)[0]
 
-    config = TransformerConfig(
-        **SHAPES[shape], bf16=True, params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16, normalization="RMSNorm", gated_linear_unit=True,
-        add_bias_linear=False, add_qkv_bias=True, activation_func=F.silu, hidden_dropout=0.0, attention_dropout=0.0, layernorm_epsilon=1e-6,
-        gradient_accumulation_fusion=False, masked_softmax_fusion=False, apply_rope_fusion=False, calculate_per_token_loss=True,
-        bias_activation_fusion=False, bias_dropout_fusion=False,
-    )  # fmt: skip
-    spec = backend.block_spec(Provider(), config.num_layers, False)
-    for layer in spec.layer_specs[:1]:  # one object, repeated
-        layer.module = ours.FusedTransformerLayer
-        layer.submodules.self_attention.module = ours.FusedSelfAttention
-        layer.submodules.mlp.module = ours.FusedMLP
-    ours.FusedMLP.recompute_activation, ours.FusedMLP.overlap = "k" not in way, "o" in way
+    config = TransformerConfig(**SHAPES[shape], **SETTINGS)
+    FusedMLP.recompute_activation, FusedMLP.overlap = "k" not in way, "o" in way
     model = Model(
-        config, spec, vocab_size=VOCAB, max_sequence_length=seq, position_embedding_type="none", share_embeddings_and_output_weights=True
-    ).cuda()  # fmt: skip
-    model.embedding.word_embeddings.__class__ = ours.FusedEmbedding
-    model.shared_embedding_or_output_weight().zero_out_wgrad = False
-    ddp = DistributedDataParallel(
         config,
-        DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False),
-        Float16Module(config, model),
+        backend.block_spec(backend.PlainProvider(), config.num_layers, False),
+        vocab_size=VOCAB,
+        max_sequence_length=seq,
+        position_embedding_type="none",
+        share_embeddings_and_output_weights=True,
     )
+    return fuse_embedding(model.cuda())
+
+
+def build(shape: str, seq: int, way: str) -> tuple[Any, Any, Any]:
+    """(config, wrapped model, optimizer)."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.transformer.module import Float16Module
+
+    from megaswift.engine import compat
+    from megaswift.engine.kernels.megatron_optimizer import fuse_optimizer
+
+    model = build_model(shape, seq, way)
+    config = model.config
+    buffers = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False)
+    ddp = DistributedDataParallel(config, buffers, Float16Module(config, model))
     compat.use_our_adamw()
-    options = OptimizerConfig(
-        optimizer="adam", lr=1e-5, bf16=True, params_dtype=torch.bfloat16, use_distributed_optimizer=True, clip_grad=1.0, weight_decay=0.0
-    )
-    optimizer = get_megatron_optimizer(options, [ddp])
+    options = dict(bf16=True, params_dtype=torch.bfloat16, use_distributed_optimizer=True, clip_grad=1.0, weight_decay=0.0)
+    optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-5, **options), [ddp])
     for inner in optimizer.chained_optimizers:
         inner.optimizer.allocate()
     return config, ddp, fuse_optimizer(optimizer)
@@ -187,8 +186,13 @@ def profile(step: Any, first: int) -> tuple[list[tuple[str, float, int]], dict[s
         end = max(end, e.time_range.end)
     span = (end - events[0].time_range.start) / 2e3
     waits = [g for g, _ in gaps if g > 0]
-    state = dict(span_ms=round(span, 2), busy_ms=round(busy / 2e3, 2), waits=len(waits) // 2, waits_ms=round(sum(waits) / 2e3, 2),
-                 waits_over_20us_ms=round(sum(g for g in waits if g > 20) / 2e3, 2))  # fmt: skip
+    state = dict(
+        span_ms=round(span, 2),
+        busy_ms=round(busy / 2e3, 2),
+        waits=len(waits) // 2,
+        waits_ms=round(sum(waits) / 2e3, 2),
+        waits_over_20us_ms=round(sum(g for g in waits if g > 20) / 2e3, 2),
+    )
     state["longest"] = [(round(g), n[:60]) for g, n in sorted(gaps, reverse=True)[:12]]  # type: ignore[assignment]
     return sorted(((n, t, int(c) // 2) for n, (t, c) in totals.items()), key=lambda row: -row[1]), state
 
@@ -220,10 +224,16 @@ def child(shape: str, seq: int, micro: int, steps: int, way: str, with_profile: 
         per_second = micro * seq / median
         rate = per_second * model_flops_a_token(shape, seq, params)
         result |= dict(
-            params=params, step_s=round(median, 4), free_step_s=round(free_running, 4), tok_s=round(per_second), tflops=round(rate / 1e12, 1),
-            mfu=round(rate / PEAK, 3), mem_gb=round(torch.cuda.max_memory_allocated() / 2**30, 1), loss=[round(x, 4) for x in (losses[0], losses[-1])],
+            params=params,
+            step_s=round(median, 4),
+            free_step_s=round(free_running, 4),
+            tok_s=round(per_second),
+            tflops=round(rate / 1e12, 1),
+            mfu=round(rate / PEAK, 3),
+            mem_gb=round(torch.cuda.max_memory_allocated() / 2**30, 1),
+            loss=[round(x, 4) for x in (losses[0], losses[-1])],
             grad_norm=round(float(norm), 4),
-        )  # fmt: skip
+        )
         if with_profile:
             rows, result["timeline"] = profile(step, steps)
             result["profile"] = [(name[:90], round(ms, 3), calls) for name, ms, calls in rows[:40]]
@@ -244,7 +254,11 @@ def run(command: list[str]) -> dict[str, Any]:
 def main() -> None:
     """Parse the command line and run ours and the peer for each shape."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default="0.5b:8:k,1.5b:4:k,3b:2", help="SHAPE:MICRO_BATCH[:k keeps SwiGLU's result, o overlaps its gradient], comma separated")
+    parser.add_argument(
+        "--shapes",
+        default="0.5b:8:k,1.5b:4:k,3b:2",
+        help="SHAPE:MICRO_BATCH[:k keeps SwiGLU's result, o overlaps its gradient], comma separated",
+    )
     parser.add_argument("--seq", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--peer", type=Path, help="the peer's script; without it only ours runs")
@@ -260,7 +274,18 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     for entry in options.shapes.split(","):
         shape, micro, way = (entry + ":").split(":")[:3]
-        command = [sys.executable, __file__, "--seq", str(options.seq), "--steps", str(options.steps), "--child", shape, micro, way or "-"]
+        command = [
+            sys.executable,
+            __file__,
+            "--seq",
+            str(options.seq),
+            "--steps",
+            str(options.steps),
+            "--child",
+            shape,
+            micro,
+            way or "-",
+        ]
         commands = [command + (["--profile"] if options.profile else [])]
         if options.peer and shape not in options.without_peer.split(","):
             commands.append([sys.executable, str(options.peer), shape, str(options.seq), micro, "1", "0", str(options.steps)])

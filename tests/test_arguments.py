@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from megaswift.arguments import REFUSED, ExportArguments, InferArguments, SftArguments, parse
+from megaswift.arguments import (
+    REFUSED,
+    DeployArguments,
+    EvalArguments,
+    ExportArguments,
+    InferArguments,
+    SftArguments,
+    VerifyArguments,
+    parse,
+)
 from megaswift.errors import UserError
 
 GOLDEN = Path(__file__).parent / "golden" / "options.json"
@@ -70,12 +79,14 @@ def test_the_list_of_options_is_frozen() -> None:
     """A new option changes tests/golden/options.json in the same commit, and the docs."""
     found = {
         cls.__name__: sorted(item.name for item in dataclasses.fields(cls))
-        for cls in (ExportArguments, SftArguments, InferArguments)
+        for cls in (ExportArguments, SftArguments, InferArguments, VerifyArguments, EvalArguments, DeployArguments)
     }
     assert found == json.loads(GOLDEN.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("cls", [ExportArguments, SftArguments, InferArguments])
+@pytest.mark.parametrize(
+    "cls", [ExportArguments, SftArguments, InferArguments, VerifyArguments, EvalArguments, DeployArguments]
+)
 def test_every_option_has_a_help_sentence(cls: type) -> None:
     for item in dataclasses.fields(cls):
         assert item.metadata["help"].endswith("."), item.name

@@ -68,7 +68,7 @@ def train(pool: RankPool, output: Path, world_size: int, **options: Any) -> Run:
     """Run `swift sft` with its loop on pooled ranks in place of fresh processes."""
     options = {"logging_steps": 1, "learning_rate": 1e-3, "output_dir": str(output), "max_length": 128, **options}
 
-    def start_ranks(place: Any, job: Path) -> None:
+    def start_ranks(place: Any, job: Path, *_: Any) -> None:
         pool.run(place.world_size, run_job, str(job))
 
     with (

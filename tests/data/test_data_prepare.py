@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from rich.console import Console
 from megaswift.arguments import SftArguments
 from megaswift.data.chat import ChatTemplate
 from megaswift.data.encode import PreparedData, prepare
+from megaswift.data.pipeline import Pipeline
 from megaswift.data.report import DataReport, print_report
 from megaswift.data.store import TokenRows
 from megaswift.errors import DataError, UserError
@@ -190,6 +193,14 @@ def test_several_processes_give_the_same(run: Callable[..., PreparedData], jsonl
     one, two = run(path), run(path, data_cache=False, processes=2)
     assert one.train.fingerprint == two.train.fingerprint
     assert one.report.datasets == two.report.datasets
+
+
+def test_a_killed_worker_is_an_error_and_no_hang(
+    run: Callable[..., PreparedData], jsonl: Jsonl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Pipeline, "encode", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(UserError, match="was killed"):
+        run(jsonl(rows(1000)), processes=2)
 
 
 def test_columns(run: Callable[..., PreparedData], template: ChatTemplate, jsonl: Jsonl) -> None:

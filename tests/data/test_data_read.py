@@ -65,9 +65,13 @@ def test_csv_values_are_text(tmp_path: Path) -> None:
 
 def test_csv_lines_with_too_many_columns_are_bad_rows(tmp_path: Path) -> None:
     source = open_path(write(tmp_path / "a.csv", b"query,response\nq,a\nq,a,b\nq,a\n"))
-    assert len(source) == 3
-    with pytest.raises(BadRow):
+    assert len(source) == 3 and source.where(2) == "a.csv: row 2"
+    with pytest.raises(BadRow, match="wrong number of columns"):
         decode(source.raw(2))
+
+
+def test_csv_with_a_long_row(tmp_path: Path) -> None:
+    assert len(rows_of(write(tmp_path / "a.csv", b"query,response\nq," + b"a" * 3_000_000 + b"\n"))[0]["response"]) == 3_000_000
 
 
 def test_parquet_and_arrow(tmp_path: Path) -> None:

@@ -29,7 +29,10 @@ def test_three_steps(device, factor):
     theirs = copy.deepcopy(mine)
     for p in mine[1:]:
         p.low_precision_weight = torch.zeros(p.shape, dtype=torch.bfloat16, device=device)
-    groups = lambda ps: [{"params": ps[:2], "weight_decay": 0.1}, {"params": ps[2:], "weight_decay": 0.0, "lr": 3e-2}]  # noqa: E731
+
+    def groups(ps):
+        return [{"params": ps[:2], "weight_decay": 0.1}, {"params": ps[2:], "weight_decay": 0.0, "lr": 3e-2}]
+
     one = FusedAdamW(groups(mine), lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
     two = torch.optim.AdamW(groups(theirs), lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
     for _ in range(3):

@@ -103,10 +103,19 @@ def _rank(rank: int, store: str, result: str) -> None:
     mine = w.detach().chunk(2)[rank].clone().requires_grad_()
     mine.main_grad, mine.grad_added_to_main_grad = torch.zeros_like(mine), False
     loss, _ = linear_cross_entropy(
-        h, mine, labels, vocab_start=80 * rank, vocab_size=70, tp_group=dist.group.WORLD, grad_scale=1.0, chunk_bytes=128 * 80 * 4
+        h,
+        mine,
+        labels,
+        vocab_start=80 * rank,
+        vocab_size=70,
+        tp_group=dist.group.WORLD,
+        grad_scale=1.0,
+        chunk_bytes=128 * 80 * 4,
     )
     loss.backward()
-    losses, _ = linear_cross_entropy(h, mine, labels, vocab_start=80 * rank, vocab_size=70, tp_group=dist.group.WORLD, reduction="none")
+    losses, _ = linear_cross_entropy(
+        h, mine, labels, vocab_start=80 * rank, vocab_size=70, tp_group=dist.group.WORLD, reduction="none"
+    )
     torch.save((loss.detach(), h.grad, mine.main_grad, losses.sum()), f"{result}/{rank}")
     dist.destroy_process_group()
 

@@ -22,7 +22,9 @@ def plain(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor
     return x * cos.double().unsqueeze(2) + torch.cat((-second, first), -1) * sin.double().unsqueeze(2)
 
 
-@pytest.mark.parametrize(("s", "b", "heads", "groups", "dim", "shared"), [(7, 2, 6, 2, 16, False), (9, 1, 3, 3, 8, True), (70, 3, 4, 1, 80, True)])
+@pytest.mark.parametrize(
+    ("s", "b", "heads", "groups", "dim", "shared"), [(7, 2, 6, 2, 16, False), (9, 1, 3, 3, 8, True), (70, 3, 4, 1, 80, True)]
+)
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_split_rotate(case, s, b, heads, groups, dim, shared, with_bias):
     positions = torch.randint(0, 500, (s, 1 if shared else b))

@@ -59,6 +59,7 @@ def _restore_optimizer(state: TrainingState, loaded: dict[str, Any]) -> None:
 
 def _load(wanted: dict[str, Any], directory: Path) -> dict[str, Any]:
     from megatron.core import dist_checkpointing
+    from torch.distributed.checkpoint.api import CheckpointException
 
     try:
         reached("load.start")
@@ -67,8 +68,15 @@ def _load(wanted: dict[str, Any], directory: Path) -> dict[str, Any]:
         return loaded
     except DataError:
         raise
+    except CheckpointException as error:  # what each rank met; this class is no Exception
+        rank, (problem, _) = min(error.failures.items())
+        raise (problem if isinstance(problem, DataError) else _unreadable(f"rank {rank}: {problem}", directory)) from error
     except Exception as error:  # Megatron-Core and torch raise many kinds for a checkpoint that does not fit
-        raise DataError(f"the checkpoint cannot be loaded: {error}", where=str(directory), fix="check it with its model's config.json") from error
+        raise _unreadable(str(error), directory) from error
+
+
+def _unreadable(problem: str, directory: Path) -> DataError:
+    return DataError(f"the checkpoint cannot be loaded: {problem}", where=str(directory), fix="check it with its model's config.json")
 
 
 def _restore_random_state(states: dict[str, Any]) -> None:

@@ -166,6 +166,8 @@ class _Part:
 
 def _reason(error: BaseException) -> str:
     """What went wrong; torch's own message hides a full disk, which stands in the chain of errors behind it."""
+    if isinstance(error, DataError):
+        return error.what.rstrip(".")
     found: BaseException | None = error
     while found is not None:
         if isinstance(found, OSError) and found.errno == errno.ENOSPC:
@@ -204,7 +206,7 @@ def _write_part(directory: Path, chunks: list[torch_dist.Chunk], objects: dict[s
         reached("save.writing")
         name, digest, part.storage = torch_dist.write_file(directory, name, chunks, objects)
     except Exception as error:
-        raise OSError(_reason(error) + f" ({directory / name})") from error
+        raise DataError(f"{_reason(error)} ({directory / name})") from error
     part.files[name] = digest
     part.table = torch_dist.tensor_table(chunks) | torch_dist.object_table(objects)
 

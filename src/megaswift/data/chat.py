@@ -207,6 +207,8 @@ class ChatTemplate:
             return [Piece(conversation.text, Kind.CONTENT, True)]
         conversation = self._prepared(conversation)
         messages = conversation.messages
+        if not prompt and any(m.role == "assistant" and not m.content.strip() and not m.tool_calls for m in messages):
+            raise BadRow("empty content", "an assistant turn has thoughts and no answer")
         structure = self._structure(conversation, prompt)
         real = render(self, as_dicts(messages, self.text_arguments), conversation.tools, prompt, structure.deferred)
         texts = align(structure, messages, real)
@@ -310,7 +312,9 @@ def _split_thoughts(message: Message) -> Message:
     if message.role != "assistant" or message.reasoning is not None or "</think>" not in message.content:
         return message
     match = THOUGHTS.match(message.content)
-    return replace(message, reasoning=match.group(1).strip("\n").strip(), content=match.group(2)) if match else message
+    if match is None:
+        return message
+    return replace(message, reasoning=match.group(1).strip("\n").strip(), content=match.group(2))
 
 
 def _choose(tokenizer: Any, template_type: str, fallback: str | None) -> tuple[str, str, str | None]:

@@ -31,6 +31,8 @@ SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet", ".
 
 def decode(raw: Raw) -> dict[str, Any]:
     """A raw row as a dict. Raises BadRow when it is no JSON object."""
+    if isinstance(raw, BadRow):
+        raise raw
     if isinstance(raw, dict):
         return raw
     try:

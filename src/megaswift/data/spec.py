@@ -31,7 +31,7 @@ class DatasetSpec:
     @property
     def is_local(self) -> bool:
         """Whether `name` is a file or folder of this machine."""
-        return self.hub is None and Path(self.name).expanduser().exists()
+        return self.hub is None and _exists(self.name)
 
 
 def parse_spec(text: str) -> DatasetSpec:
@@ -63,7 +63,7 @@ def parse_specs(items: list[str]) -> list[DatasetSpec]:
 def _exists(path: str) -> bool:
     try:
         return bool(path) and Path(path).expanduser().exists()
-    except OSError:  # a name too long to be a path
+    except (OSError, ValueError, RuntimeError):  # too long, a NUL, the home of nobody: no path
         return False
 
 

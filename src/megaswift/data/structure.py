@@ -147,6 +147,8 @@ def build(template: Renders, conversation: Conversation, prompt: bool = False) -
         if message.role != "assistant":
             continue
         marks = [match for match in MARK.finditer(text) if int(match.group(2)) == number]
+        if not marks and not message.reasoning:  # an empty answer in the history of a prompt
+            continue
         if message.reasoning and not any(match.group(1) == "r" for match in marks):
             unsupervised.append(number)
             continue
@@ -255,6 +257,8 @@ def _require_all(messages: list[Message], text: str) -> None:
 def _write_reasoning(text: str, number: int) -> str:
     """Write the thoughts of the last turn ourselves, for templates that know thinking only from the prompt's side."""
     before, mark, after = text.partition(f"{OPEN}c{number}{CLOSE}")
+    if not mark:
+        raise BadRow("the chat template leaves out thoughts", f"message {number + 1}; choose another with --template_type")
     for pattern in (THINK_OPENER, re.compile(EMPTY_THINK.pattern + r"\Z")):
         before = pattern.sub("", before)
     return f"{before}<think>\n{OPEN}r{number}{CLOSE}\n</think>\n\n{mark}{after}"

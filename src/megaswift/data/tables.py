@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from megaswift.data.conversation import BadRow
 from megaswift.errors import DataError
 
-Raw = bytes | str | dict[str, Any]
+Raw = bytes | str | dict[str, Any] | BadRow  # JSON text, a row, or why it is none
+BLOCK_BYTES = 1 << 24
 
 
 class Source(Protocol):
@@ -28,18 +31,18 @@ class Source(Protocol):
 class DictRows:
     """Rows that are in memory already."""
 
-    def __init__(self, path: Path, rows: list[Any]) -> None:
-        self.path, self.rows = path, rows
+    def __init__(self, path: Path, rows: list[Any], numbers: list[int] | None = None) -> None:
+        self.path, self.rows, self.numbers = path, rows, numbers
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def raw(self, index: int) -> Raw:
         row = self.rows[index]
-        return row if isinstance(row, dict) else json.dumps(row)
+        return row if isinstance(row, (dict, BadRow)) else json.dumps(row)
 
     def where(self, index: int) -> str:
-        return f"{self.path.name}: row {index + 1}"
+        return f"{self.path.name}: row {self.numbers[index] if self.numbers else index + 1}"
 
 
 class Joined:
@@ -97,7 +100,7 @@ def arrow_rows(path: Path) -> TableRows:
             table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
         except pa.ArrowInvalid:
             table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"not a readable Arrow file: {error}.", where=str(path)) from error
     return TableRows(path.name, table)
 
@@ -112,7 +115,7 @@ class ParquetRows:
         self.path = path
         try:
             self.file = pq.ParquetFile(path, memory_map=True)
-        except (pa.ArrowInvalid, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise DataError(f"not a readable Parquet file: {error}.", where=str(path)) from error
         meta = self.file.metadata
         self.bounds = np.cumsum([0] + [meta.row_group(k).num_rows for k in range(meta.num_row_groups)])
@@ -141,11 +144,14 @@ def csv_rows(path: Path, data: Any, delimiter: str) -> Source:
 
     if not data:
         return DictRows(path, [])
-    wrong: list[Any] = []
+    _require_utf8(path, data)
+    wrong: list[BadRow] = []
+    numbers: list[int] = []
     header = bytes(data[: data.find(b"\n") if data.find(b"\n") > 0 else len(data)])
 
     def remember(row: Any) -> str:
-        wrong.append(row.text)
+        wrong.append(BadRow("wrong number of columns", f"{row.actual_columns} found, {row.expected_columns} expected"))
+        numbers.append(row.number - 1)  # counted with the header as 1
         return "skip"
 
     parse = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=remember)
@@ -156,11 +162,23 @@ def csv_rows(path: Path, data: Any, delimiter: str) -> Source:
             pa.BufferReader(pa.py_buffer(data)),
             parse_options=parse,
             convert_options=convert,
-            read_options=csv.ReadOptions(use_threads=False),
+            read_options=csv.ReadOptions(use_threads=False, block_size=4 * BLOCK_BYTES),  # a row must fit into a block
         )
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, ValueError) as error:
         raise DataError(
             f"not a readable CSV file: {error}.", where=str(path), fix="save it as UTF-8 with one header line"
         ) from error
     rows = TableRows(path.name, table)
-    return Joined([rows, DictRows(path, wrong)]) if wrong else rows
+    return Joined([rows, DictRows(path, wrong, numbers)]) if wrong else rows
+
+
+def _require_utf8(path: Path, data: Any) -> None:
+    decoder, lines = codecs.getincrementaldecoder("utf-8")(), 1
+    for first in range(0, len(data), BLOCK_BYTES):
+        block = data[first : first + BLOCK_BYTES]
+        try:
+            decoder.decode(block, final=first + BLOCK_BYTES >= len(data))
+        except UnicodeDecodeError as error:
+            where = f"{path}:{lines + error.object[: error.start].count(10)}"
+            raise DataError("the CSV file is not UTF-8.", where=where, fix="save it as UTF-8") from error
+        lines += block.count(b"\n")

@@ -7,6 +7,8 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from typing import Any
 
@@ -15,8 +17,9 @@ import numpy as np
 from megaswift.data.conversation import BadRow
 from megaswift.data.pipeline import Encoding, Pipeline, Recipe
 from megaswift.data.tables import Raw, Source
+from megaswift.errors import UserError
 
-ENOUGH = 20_000  # rows above which forked workers pay for their start
+ENOUGH = 4_000  # rows above which forked workers pay for their start
 
 _pipeline: Pipeline | None = None  # in a forked worker: the parent's
 
@@ -36,14 +39,13 @@ class Workers:
         global _pipeline
         if self.processes > 1:
             _pipeline = self.pipeline
-            self._pool = multiprocessing.get_context("fork").Pool(self.processes, _start)
+            self._pool = ProcessPoolExecutor(self.processes, multiprocessing.get_context("fork"), _start)
         return self
 
     def __exit__(self, *_: object) -> None:
         global _pipeline
         if self._pool is not None:
-            self._pool.terminate()
-            self._pool.join()
+            self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool, _pipeline = None, None
 
     def check(self, source: Source, recipe: Recipe, size: int) -> Iterator[tuple[int, tuple[dict[int, BadRow], Counter[str]]]]:
@@ -69,12 +71,23 @@ class Workers:
             return
         pending: list[tuple[int, Any]] = []
         for number, raws in enumerate(chunks):  # a bounded queue: the reader must not run ahead of the writer
-            pending.append((number * size, self._pool.apply_async(_work, (method, raws, recipe))))
+            pending.append((number * size, self._pool.submit(_work, method, raws, recipe)))
             if len(pending) > 3 * self.processes:
                 first, result = pending.pop(0)
-                yield first, result.get()
+                yield first, _result(result)
         for first, result in pending:
-            yield first, result.get()
+            yield first, _result(result)
+
+
+def _result(future: Future[Any]) -> Any:
+    try:
+        return future.result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process that tokenizes was killed, most likely for want of memory.",
+            where="--dataset",
+            fix="free memory and run again",
+        ) from error
 
 
 def _start() -> None:

@@ -1,7 +1,8 @@
-"""Our parts for Megatron-Core's layers: a BackendSpecProvider made of PyTorch, and the layer specification built from it.
+"""Our parts for Megatron-Core's layers: a BackendSpecProvider, and the layer specification built from it.
 
-TransformerEngine and apex are not needed. What Megatron-Core lacks without them and these parts bring: attention that
-is not quadratic in memory and takes packed rows, and a norm that works under sequence parallelism.
+TransformerEngine and apex are not needed. What Megatron-Core lacks without them stands in kernels/: attention that takes
+packed rows and is not quadratic in memory, a norm that works under sequence parallelism, and fused operations whose
+weight gradients go straight into the fp32 buffers. Each has a Triton or cuDNN form and a plain PyTorch one for CPUs.
 """
 
 from __future__ import annotations
@@ -14,17 +15,19 @@ import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from megaswift.engine.kernels.megatron_layer import FusedMLP, FusedSelfAttention, FusedTransformerLayer, RMSNorm
+from megaswift.engine.kernels.parallel_linear import ColumnParallel, RowParallel
 
 
 @dataclass
@@ -33,7 +36,8 @@ class SequenceLayout(PackedSeqParams):
 
     Args:
         cos, sin: rotation tables, [s, b or 1, 1, head_dim], already scaled by the RoPE type's attention factor.
-        segments: lengths of the samples that share the one row, or None for plain causal rows.
+        segments: lengths of the samples that share the one row, or None for plain causal rows; with them `cu_seqlens_q`
+            (int32 on the device) and `max_seqlen_q` are set.
     """
 
     qkv_format: str = "sbhd"
@@ -42,29 +46,12 @@ class SequenceLayout(PackedSeqParams):
     segments: list[int] | None = None
 
 
-class RMSNorm(torch.nn.Module):
-    """Root mean square norm over the last axis (https://arxiv.org/abs/1910.07467), computed in fp32.
-
-    Under sequence parallelism each rank sees a part of the tokens, so its weight gradient must be summed over the
-    tensor-parallel ranks: the `sequence_parallel` mark on the weight asks Megatron-Core for that.
-    """
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__()
-        device = None if config.use_cpu_initialization else torch.cuda.current_device()
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
-
-
 class CoreAttention(torch.nn.Module):
-    """Causal attention by scaled_dot_product_attention, after rotating query and key.
+    """Causal attention by a kernel that the user chose or that is deterministic, after rotating query and key.
 
-    Query is [s, b, heads, d], key and value are [s, b, kv heads, d] of this tensor-parallel rank; the result is
-    [s, b, heads * d]. Samples packed into one row attend only within themselves.
+    Otherwise FusedSelfAttention calls the fastest kernel itself and this module is not used. Query is [s, b, heads, d],
+    key and value are [s, b, kv heads, d] of this tensor-parallel rank; the result is [s, b, heads * d]. Scores are kept
+    in fp32 by all kernels, so apply_query_key_layer_scaling, which guards fp16 scores, has nothing to do here.
     """
 
     def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
@@ -94,28 +81,19 @@ class CoreAttention(torch.nn.Module):
         return mixed.permute(2, 0, 1, 3).reshape(mixed.shape[2], mixed.shape[0], -1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        if self.kernels is None:
-            return F.scaled_dot_product_attention(
-                query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1], scale=self.softmax_scale
-            )
+        grouped = query.shape[1] != key.shape[1]
         with sdpa_kernel(self.kernels, set_priority=True):
-            return F.scaled_dot_product_attention(
-                query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1], scale=self.softmax_scale
-            )
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped, scale=self.softmax_scale)
 
 
-def _kernels(config: TransformerConfig) -> list[SDPBackend] | None:
-    """The attention kernels that may be used, fastest first; None lets PyTorch choose."""
+def _kernels(config: TransformerConfig) -> list[SDPBackend]:
+    """The attention kernels that may be used, the preferred one first."""
     choice = getattr(config, "flash_attention", None)
     if choice is True:
         return [SDPBackend.FLASH_ATTENTION]
     if choice is False:
         return [SDPBackend.MATH]
-    if not torch.cuda.is_available():
-        return None
-    if config.deterministic_mode:
-        return [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-    return [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -125,13 +103,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class PlainProvider(BackendSpecProvider):
-    """The parts that Megatron-Core builds a layer from, made of PyTorch alone."""
+    """The parts that Megatron-Core builds a layer from, from a plain pip install."""
 
     def column_parallel_linear(self) -> type:
-        return ColumnParallelLinear
+        return ColumnParallel
 
     def row_parallel_linear(self) -> type:
-        return RowParallelLinear
+        return RowParallel
 
     def fuse_layernorm_and_linear(self) -> bool:
         return False
@@ -162,11 +140,11 @@ def block_spec(provider: BackendSpecProvider, num_layers: int, qk_layernorm: boo
     norm = provider.layer_norm(rms_norm=True)
     qk_norm = provider.layer_norm(rms_norm=True, for_qk=True) if qk_layernorm else IdentityOp
     layer = ModuleSpec(
-        module=TransformerLayer,
+        module=FusedTransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=ModuleSpec(
-                module=SelfAttention,
+                module=FusedSelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=provider.column_parallel_linear(),
@@ -179,7 +157,7 @@ def block_spec(provider: BackendSpecProvider, num_layers: int, qk_layernorm: boo
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
             mlp=ModuleSpec(
-                module=MLP,
+                module=FusedMLP,
                 submodules=MLPSubmodules(
                     linear_fc1=provider.column_parallel_linear(), linear_fc2=provider.row_parallel_linear()
                 ),

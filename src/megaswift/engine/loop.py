@@ -295,7 +295,7 @@ def _move(group: list[MicroBatch], device: torch.device) -> list[MicroBatch]:
     """Micro batches on the rank's device; borders of packed rows stay on the host, which reads them."""
     if device.type == "cpu":
         return group
-    names = ("tokens", "labels", "position_ids")
+    names = ("tokens", "position_ids")
     return [replace(batch, **{name: getattr(batch, name).to(device, non_blocking=True) for name in names}) for batch in group]
 
 

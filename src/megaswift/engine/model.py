@@ -8,17 +8,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megaswift.engine.backend import PlainProvider, SequenceLayout, block_spec
+from megaswift.engine.kernels.linear_cross_entropy import linear_cross_entropy
+from megaswift.engine.kernels.megatron_fuse import fuse_embedding
 from megaswift.families import family_of
 from megaswift.families.base import is_tied
 
@@ -68,53 +70,45 @@ class ChatModel(GPTModel):
         """
         hidden = self.embedding(input_ids=tokens, position_ids=position_ids) if self.pre_process else None
         cos, sin = self.rope(position_ids, self.config.params_dtype)
-        hidden = self.decoder(
-            hidden_states=hidden,
-            attention_mask=None,
-            packed_seq_params=SequenceLayout(cos=cos, sin=sin, segments=segments),
-        )
+        layout = SequenceLayout(cos=cos, sin=sin, segments=segments)
+        if segments is not None:
+            borders = torch.tensor([0, *segments], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+            layout.cu_seqlens_q, layout.max_seqlen_q = borders.to(tokens.device, non_blocking=True), max(segments)
+        hidden = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=layout)
         if not self.post_process:
             return hidden
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits, _ = self.output_layer(hidden, weight=weight)
-        logits = self._without_padding(logits)
         if labels is None:
-            return logits.transpose(0, 1)
-        return summed_loss(logits, labels.transpose(0, 1))
+            return self._logits(hidden)
+        return self._loss(hidden, labels)
 
-    def _without_padding(self, logits: Tensor) -> Tensor:
-        """Logits of this rank's vocabulary part with padding rows out of the softmax."""
-        rows = logits.shape[-1]
-        first_padding = self.true_vocab - tensor_parallel_rank() * rows
-        if first_padding >= rows:
-            return logits
-        is_padding = torch.arange(rows, device=logits.device) >= first_padding
-        return logits.masked_fill(is_padding, torch.finfo(logits.dtype).min)
+    def _weight(self) -> Tensor:
+        return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
 
+    def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Summed cross entropy, without ever holding the logits of all tokens; vocabulary padding takes no part."""
+        config, weight = self.config, self._weight()
+        if config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden)  # its backward pass sums and scatters
+        # What the schedule multiplies the loss by: Megatron's loss scale under fp16, else nothing.
+        scale = config.grad_scale_func(torch.ones((), device=hidden.device)) if config.fp16 and config.grad_scale_func else 1.0
+        loss, _ = linear_cross_entropy(
+            hidden.reshape(-1, hidden.shape[-1]),
+            weight,
+            labels.t(),
+            vocab_start=self.tp_group.rank() * weight.shape[0],
+            vocab_size=self.true_vocab,
+            tp_group=self.tp_group if self.tp_group.size() > 1 else None,
+            grad_scale=scale,
+            reduce_hidden_grad=not config.sequence_parallel,
+            shared_with_embedding=self.share_embeddings_and_output_weights and self.pre_process,
+        )
+        return loss
 
-def tensor_parallel_rank() -> int:
-    """This process's place in its tensor-parallel group."""
-    from megatron.core import parallel_state
-
-    return parallel_state.get_tensor_model_parallel_rank()
-
-
-def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy in fp32, summed over the tokens whose label is not -100.
-
-    Args:
-        logits: [s, b, vocabulary of this rank].
-        labels: [s, b].
-    """
-    from megatron.core import parallel_state
-
-    supervised = labels != -100
-    targets = labels.masked_fill(~supervised, 0)
-    if parallel_state.get_tensor_model_parallel_world_size() == 1:
-        losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
-    else:
-        losses = vocab_parallel_cross_entropy(logits.float().contiguous(), targets.contiguous())
-    return (losses * supervised).sum()
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Logits [b, s, vocabulary of this rank]; those of vocabulary padding are the smallest number."""
+        logits, _ = self.output_layer(hidden, weight=self._weight())
+        padding = torch.arange(logits.shape[-1], device=logits.device) + self.tp_group.rank() * logits.shape[-1] >= self.true_vocab
+        return logits.masked_fill(padding, torch.finfo(logits.dtype).min).transpose(0, 1)
 
 
 class RotaryTable:
@@ -168,6 +162,7 @@ def transformer_config(config: PreTrainedConfig, options: ModelOptions) -> Trans
         params_dtype=dtype,
         bf16=options.dtype == "bf16",
         fp16=options.dtype == "fp16",
+        apply_query_key_layer_scaling=options.dtype == "fp16",
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,
         calculate_per_token_loss=True,
@@ -203,7 +198,7 @@ def build(config: PreTrainedConfig, options: ModelOptions) -> ChatModel:
         for parameter in model.parameters():
             parameter.zero_()  # rows of vocabulary padding stay zero, whatever the checkpoint brings
     _mark_split_weights(model)
-    return model.to(device)
+    return fuse_embedding(model.to(device))
 
 
 def _mark_split_weights(model: torch.nn.Module) -> None:

@@ -19,6 +19,9 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from megaswift.engine import compat
+from megaswift.engine.kernels.main_grad import settle_main_grads, zero_main_grads
+from megaswift.engine.kernels.megatron_layer import FusedMLP
+from megaswift.engine.kernels.megatron_optimizer import FusedOptimizer, fuse_optimizer
 from megaswift.engine.model import TORCH_DTYPES, ChatModel, run_micro_batch
 
 if TYPE_CHECKING:
@@ -56,43 +59,61 @@ class Trainer:
             wrapped,
         )
         options = optimizer_config(plan)
-        self.optimizer = get_megatron_optimizer(options, [self.model], get_standard_config_overrides(options))
-        for chained in self.optimizer.chained_optimizers:
+        optimizer = get_megatron_optimizer(options, [self.model], get_standard_config_overrides(options))
+        for chained in optimizer.chained_optimizers:
             chained.optimizer.allocate()
+        self.optimizer = fuse_optimizer(optimizer)  # as it was under fp16, whose loss scaler needs Megatron's own step
+        self.fused = isinstance(self.optimizer, FusedOptimizer)
         self.scheduler = schedule(self.optimizer, plan)
         config.grad_scale_func = self.optimizer.scale_loss
-        config.finalize_model_grads_func = finalize_model_grads
+        config.finalize_model_grads_func = self._finalize
         self.run_schedule = get_forward_backward_func()
+        recompute_swiglu(model, plan)
         self.norm_limit = math.inf  # a step with a larger gradient norm changes nothing
 
     def step(self, batches: list[MicroBatch]) -> StepResult:
         """Update the weights once from this rank's micro batches of one global batch."""
-        return self.update(*self.gradients(batches))
+        return self.update(self.gradients(batches))
 
-    def gradients(self, batches: list[MicroBatch]) -> tuple[float, int]:
-        """Forward and backward: gradients of the mean loss, which is returned with the number of supervised tokens."""
+    def gradients(self, batches: list[MicroBatch]) -> Tensor:
+        """Forward and backward over the micro batches.
+
+        Returns [summed loss, supervised tokens] of the global batch, on the device. `gradient_divisor` tells what the
+        gradient buffers must be divided by to be gradients of the mean loss.
+        """
         self.model.train()
-        self.model.zero_grad_buffer()
+        zero_main_grads(self.model)
         self.optimizer.zero_grad()
-        return self._forward_backward(batches, forward_only=False)
+        sums = self._forward_backward(batches, forward_only=False)
+        if self.fused:
+            self.optimizer.tokens = sums[1].float()
+        return sums
 
-    def update(self, loss: float, supervised: int) -> StepResult:
-        """One step of schedule and optimizer with the gradients at hand, unless they are not finite."""
+    def gradient_divisor(self, sums: Tensor) -> float:
+        """1 where the buffers are divided already, else the number of supervised tokens: the update does it then."""
+        return max(float(sums[1]), 1.0) if self.fused else 1.0
+
+    def update(self, sums: Tensor) -> StepResult:
+        """One step of schedule and optimizer with the gradients at hand, unless something is not finite or a spike."""
         self.scheduler.step(increment=1)  # before the update: step k of n uses the rate of step k, so the last one uses min_lr
         rate = max(group["lr"] for group in self.optimizer.param_groups)
-        result = StepResult(loss, None, rate, supervised)
-        if self.optimizer.prepare_grads():  # fp16: gradients overflowed; the loss scaler has lowered the scale
-            result.skipped = True
-            return result
-        result.grad_norm = float(self.optimizer.get_grad_norm())
-        if not _all_finite(loss, result.grad_norm):
-            result.nonfinite = True
-            return result
-        if result.grad_norm > self.norm_limit:
-            result.spike = True
-            return result
-        self._clip(result.grad_norm)
-        self.optimizer.step_with_ready_grads()
+        skipped = self.optimizer.prepare_grads()  # fp16: gradients overflowed; the loss scaler has lowered the scale
+        mean = sums[0] / sums[1].clamp_min(1)
+        if skipped:
+            return StepResult(float(mean), None, rate, int(sums[1]), skipped=True)
+        norm = torch.as_tensor(self.optimizer.get_grad_norm(), dtype=torch.float64, device=sums.device)
+        if self.fused:  # the device decides whether the update happens; the host only reads it afterwards
+            self.optimizer.update(torch.where(mean.isfinite(), norm, math.nan).float(), limit=self.norm_limit)
+        loss, supervised, grad_norm = torch.stack((mean, sums[1], norm)).tolist()
+        result = StepResult(loss, grad_norm, rate, int(supervised))
+        result.nonfinite = not _all_finite(loss, grad_norm)
+        result.spike = not result.nonfinite and grad_norm > self.norm_limit
+        if self.fused:
+            if result.nonfinite or result.spike:
+                self.optimizer.forget_step()
+        elif not (result.nonfinite or result.spike):
+            self._clip(grad_norm)
+            self.optimizer.step_with_ready_grads()
         return result
 
     def _clip(self, grad_norm: float) -> None:
@@ -102,18 +123,23 @@ class Trainer:
             if part.config.clip_grad > 0 and parameters:
                 clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=grad_norm)
 
+    def _finalize(self, chunks: list[Any], num_tokens: Tensor | None = None, **options: Any) -> None:
+        """After the last backward pass: reduce the gradients over ranks; the fused update divides by the tokens itself."""
+        settle_main_grads(self.model)
+        finalize_model_grads(chunks, None if self.fused else num_tokens, **options)
+
     @torch.no_grad()
     def evaluate(self, batches: Iterator[list[MicroBatch]]) -> float:
         """Mean loss over all supervised tokens of the batches."""
         self.model.eval()
         total, count = 0.0, 0
         for group in batches:
-            loss, supervised = self._forward_backward(group, forward_only=True)
-            total, count = total + loss * supervised, count + supervised
+            summed, supervised = self._forward_backward(group, forward_only=True).tolist()
+            total, count = total + summed, count + supervised
         return total / max(count, 1)
 
-    def _forward_backward(self, batches: list[MicroBatch], forward_only: bool) -> tuple[float, int]:
-        """Run Megatron-Core's schedule; the mean loss and the supervised tokens of the whole global batch."""
+    def _forward_backward(self, batches: list[MicroBatch], forward_only: bool) -> Tensor:
+        """Run Megatron-Core's schedule; the summed loss and the supervised tokens of the whole global batch (fp64 [2])."""
         reports = self.run_schedule(
             forward_step_func=forward_step,
             data_iterator=iter(batches),
@@ -133,8 +159,7 @@ class Trainer:
                 parallel_state.get_pipeline_model_parallel_last_rank(),
                 group=parallel_state.get_pipeline_model_parallel_group(),
             )
-        loss, supervised = sums.tolist()
-        return loss / max(supervised, 1.0), int(supervised)
+        return sums
 
 
 def _all_finite(loss: float, grad_norm: float) -> bool:
@@ -148,7 +173,7 @@ def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any
     """Megatron-Core's forward_step_func: the output of one micro batch and the function that makes its loss."""
     batch = next(batches)
     output = run_micro_batch(model, batch)
-    supervised = (batch.labels != -100).sum().to(torch.int32)
+    supervised = (batch.labels != -100).sum().to(output.device, torch.int32, non_blocking=True)
 
     def loss_function(summed: Tensor, *_: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         # Three values ask Megatron-Core for per-token normalisation: gradients of sums, divided once by the number of
@@ -156,6 +181,24 @@ def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any
         return summed, supervised, {"sums": torch.stack((summed.detach().float(), supervised.float()))}
 
     return output, loss_function
+
+
+def recompute_swiglu(model: ChatModel, plan: Plan) -> None:
+    """Keep SwiGLU's result for the backward pass where memory allows (2 x ffn bytes a token and layer), else compute it again.
+
+    What a layer keeps besides is about 6 x hidden + 2 x ffn + queries, keys and values, two bytes each.
+    """
+    config, recompute = model.config, False
+    if torch.cuda.is_available() and not config.recompute_granularity:
+        ffn = config.ffn_hidden_size // config.tensor_model_parallel_size
+        heads = (config.num_attention_heads + 2 * config.num_query_groups) * config.kv_channels // config.tensor_model_parallel_size
+        tokens = plan.max_length * int(plan.megatron["micro_batch_size"])
+        layers = config.num_layers // config.pipeline_model_parallel_size * config.pipeline_model_parallel_size  # of all micro batches in flight
+        needed = 2 * (6 * config.hidden_size + 3 * ffn + heads) * tokens * layers
+        recompute = needed > 0.8 * torch.cuda.mem_get_info()[0]
+    for module in model.modules():
+        if isinstance(module, FusedMLP):
+            module.recompute_activation = recompute
 
 
 def optimizer_config(plan: Plan) -> OptimizerConfig:

@@ -22,10 +22,10 @@ def check_source(source: HFCheckpoint, config: PreTrainedConfig) -> None:
     ignorable = {"lm_head.weight"} if tied else set()
     ignorable |= {name for name in source.names if name.endswith(".rotary_emb.inv_freq")}
     source.check_names(family_of(config.model_type).expected(sizes_of(config), tied), ignorable)
-    if tied and "lm_head.weight" in source.names:
-        if not torch.equal(source.tensor("lm_head.weight"), source.tensor("model.embed_tokens.weight")):
-            raise DataError(
-                "tie_word_embeddings is true, but lm_head.weight is not equal to the embedding.",
-                where="lm_head.weight",
-                fix="set tie_word_embeddings to false in config.json if the output layer is its own",
-            )
+    copied = tied and "lm_head.weight" in source.names
+    if copied and not torch.equal(source.tensor("lm_head.weight"), source.tensor("model.embed_tokens.weight")):
+        raise DataError(
+            "tie_word_embeddings is true, but lm_head.weight is not equal to the embedding.",
+            where="lm_head.weight",
+            fix="set tie_word_embeddings to false in config.json if the output layer is its own",
+        )

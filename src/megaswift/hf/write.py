@@ -105,11 +105,10 @@ def write_checkpoint(
         _audit(temporary, shards, len(contents))
         hashes = {name: value for result in results for name, value in result.tensors.items()}
         size = sum(record.size for record in files.values())
-        result = WriteResult(temporary, files, hashes, size, time.perf_counter() - begin)
+        result = WriteResult(temporary, files, hashes, size, time.perf_counter() - begin, sorted(work.resumed))
         if before_publish is not None:
             before_publish(result)
         publish(temporary, target)
-    result.resumed = sorted(work.resumed)
     result.path, result.seconds = target, time.perf_counter() - begin
     return result
 

@@ -29,14 +29,14 @@ def run(job: Job) -> None:
         torch.use_deterministic_algorithms(True)
     out = Path(plan.megatron["save"])
     with ranks.joined(plan.tp, plan.pp, args.seed) as rank:
-        trainer = loop._trainer(job, args)
+        trainer, _ = loop._restored(job, args)
         batches, _ = loop._batches(job, args, rank)
         stop = _stop_after(out) if job.first_step == 0 else None
         for place in range(job.first_step, stop or plan.train_iters):
-            loss, supervised = trainer.gradients(loop._move(batches.step(place), rank.device))
+            sums = trainer.gradients(loop._move(batches.step(place), rank.device))
             if dumps(out):
-                _save(out / GRADIENTS, place + 1, _Gradients(trainer))
-            result = trainer.update(loss, supervised)
+                _save(out / GRADIENTS, place + 1, _Gradients(trainer, trainer.gradient_divisor(sums)))
+            result = trainer.update(sums)
             if dumps(out):
                 _save(out / WEIGHTS, place + 1, trainer)
             if rank.is_first:
@@ -66,8 +66,8 @@ def _save(root: Path, step: int, state: Any, *, only_model: bool = True, manifes
 class _Gradients:
     """A trainer's gradients in place of its weights, so that they are saved, read and compared in the same way."""
 
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
+    def __init__(self, trainer: Any, divisor: float) -> None:
+        self.trainer, self.divisor = trainer, divisor
         self.bare_model = self
         self.optimizer = self.scheduler = None
 
@@ -80,10 +80,10 @@ class _Gradients:
         result = {}
         for name, item in state.items():
             if isinstance(item, ShardedTensor):
-                gradient = item.data.main_grad
+                gradient = item.data.main_grad / self.divisor
                 result[name] = replace(item, data=gradient, dtype=gradient.dtype)
             elif isinstance(item, ShardedTensorFactory):
-                result[name] = replace(item, data=item.data.main_grad)
+                result[name] = replace(item, data=item.data.main_grad / self.divisor)
             else:
                 result[name] = item
         return result

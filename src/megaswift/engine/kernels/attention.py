@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _is_hopper(device: torch.device) -> bool:
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0) and torch.backends.cudnn.is_available()
+    return (
+        torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0) and torch.backends.cudnn.is_available()
+    )
 
 
 def _cudnn_takes(query: Tensor) -> bool:
@@ -26,7 +28,9 @@ def _cudnn_takes(query: Tensor) -> bool:
     return query.shape[-1] % 8 == 0 and query.shape[-1] <= 128 and query.shape[0] > 1 and _is_hopper(query.device)
 
 
-def dense_causal(query: Tensor, key: Tensor, value: Tensor, softmax_scale: float | None = None, *, backend: str = "auto") -> Tensor:
+def dense_causal(
+    query: Tensor, key: Tensor, value: Tensor, softmax_scale: float | None = None, *, backend: str = "auto"
+) -> Tensor:
     """Causal attention of whole rows.
 
     Args:
@@ -40,7 +44,9 @@ def dense_causal(query: Tensor, key: Tensor, value: Tensor, softmax_scale: float
     q, k, v = (part.permute(1, 2, 0, 3) for part in (query, key, value))
     if backend == "auto" and _cudnn_takes(query):
         needs = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-        mixed = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, needs, 0.0, True, False, scale=softmax_scale)[0]
+        mixed = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, needs, 0.0, True, False, scale=softmax_scale)[
+            0
+        ]
     else:
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=softmax_scale, enable_gqa=heads != key.shape[2])
     return mixed.permute(2, 0, 1, 3).reshape(s, b, heads * dim)
@@ -62,9 +68,22 @@ class _FlashVarlen(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, cu_seqlens, state, unused = ctx.saved_tensors
         dq, dk, dv = torch.ops.aten._flash_attention_backward(
-            grads[0].contiguous(), q, k, v, out, lse, cu_seqlens, cu_seqlens, ctx.longest, ctx.longest, 0.0, True, state, unused,
+            grads[0].contiguous(),
+            q,
+            k,
+            v,
+            out,
+            lse,
+            cu_seqlens,
+            cu_seqlens,
+            ctx.longest,
+            ctx.longest,
+            0.0,
+            True,
+            state,
+            unused,
             scale=ctx.scale,
-        )  # fmt: skip
+        )
         return dq, dk, dv, None, None, None
 
 

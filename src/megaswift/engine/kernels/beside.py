@@ -19,7 +19,7 @@ from megaswift.engine.kernels.triton_support import processors
 _SHARE = 36 / 132
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _set_target() -> Any:
     """cublasSetSmCountTarget of the cuBLAS that torch has loaded, or None."""
     try:
@@ -32,7 +32,7 @@ def _set_target() -> Any:
     return function
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _side(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device, priority=-1)
 

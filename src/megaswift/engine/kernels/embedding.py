@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megaswift.engine.kernels.main_grad import ensure_fresh, has_main_grad, placeholder
+from megaswift.engine.kernels.main_grad import buffer, ensure_fresh, has_main_grad, placeholder
 from megaswift.engine.kernels.triton_support import jit, next_power_of_2, tl, use_triton
 
 
@@ -52,7 +52,7 @@ class _Embedding(torch.autograd.Function):
         grad = grads[0].reshape(-1, grads[0].shape[-1]).contiguous()
         if has_main_grad(weight):
             ensure_fresh(weight)
-            scatter_add(weight.main_grad, grad, ids.reshape(-1), ctx.first_row)
+            scatter_add(buffer(weight), grad, ids.reshape(-1), ctx.first_row)
             return None, placeholder(weight), None, None
         dense = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         scatter_add(dense, grad, ids.reshape(-1), ctx.first_row)

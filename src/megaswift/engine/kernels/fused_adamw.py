@@ -20,7 +20,24 @@ _BLOCK = 2048
 
 
 @jit
-def _update(param, grad, average, square, weight, at, mask, clip, lr, beta1, beta2, eps, decay, step_size, root, HAS_WEIGHT: tl.constexpr):
+def _update(
+    param,
+    grad,
+    average,
+    square,
+    weight,
+    at,
+    mask,
+    clip,
+    lr,
+    beta1,
+    beta2,
+    eps,
+    decay,
+    step_size,
+    root,
+    HAS_WEIGHT: tl.constexpr,
+):
     p = tl.load(param + at, mask=mask)
     g = tl.load(grad + at, mask=mask) * clip
     m = tl.load(average + at, mask=mask)
@@ -51,10 +68,44 @@ def _adamw_kernel(table, factor, lr, beta1, beta2, eps, decay, step_size, root, 
     if tl.abs(clip) < float("inf"):  # false for NaN too
         whole = length // BLOCK * BLOCK
         for start in range(0, whole, BLOCK):
-            _update(param, grad, average, square, weight, start + lane, None, clip, lr, beta1, beta2, eps, decay, step_size, root, HAS_WEIGHT)  # fmt: skip
+            _update(
+                param,
+                grad,
+                average,
+                square,
+                weight,
+                start + lane,
+                None,
+                clip,
+                lr,
+                beta1,
+                beta2,
+                eps,
+                decay,
+                step_size,
+                root,
+                HAS_WEIGHT,
+            )
         if whole < length:
             at = whole + lane
-            _update(param, grad, average, square, weight, at, at < length, clip, lr, beta1, beta2, eps, decay, step_size, root, HAS_WEIGHT)  # fmt: skip
+            _update(
+                param,
+                grad,
+                average,
+                square,
+                weight,
+                at,
+                at < length,
+                clip,
+                lr,
+                beta1,
+                beta2,
+                eps,
+                decay,
+                step_size,
+                root,
+                HAS_WEIGHT,
+            )
 
 
 @jit
@@ -143,21 +194,34 @@ def adamw_step(
         rows = (table or AddressTable()).rows(columns)
         _adamw_kernel[(rows.shape[0],)](
             rows, factor, lr, beta1, beta2, eps, weight_decay, step_size, root, _BLOCK, weights is not None, num_warps=8
-        )  # fmt: skip
+        )
         return
     if not bool(torch.isfinite(factor)):
         return
     steps = [torch.tensor(float(step)) for _ in params]
     torch._fused_adamw_(
-        params, grads, averages, squares, [], steps, amsgrad=False, lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay,
-        eps=eps, maximize=False, grad_scale=factor.reciprocal(), found_inf=torch.zeros((), device=factor.device),
-    )  # fmt: skip
+        params,
+        grads,
+        averages,
+        squares,
+        [],
+        steps,
+        amsgrad=False,
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=weight_decay,
+        eps=eps,
+        maximize=False,
+        grad_scale=factor.reciprocal(),
+        found_inf=torch.zeros((), device=factor.device),
+    )
     if weights is not None:
         torch._foreach_copy_(weights, params)
 
 
 class FusedAdamW(torch.optim.Optimizer):
-    """AdamW in the form in which apex offers it to Megatron-Core: `exp_avg` and `exp_avg_sq` of each parameter, `step` in the group.
+    """AdamW in apex's form for Megatron-Core: `exp_avg` and `exp_avg_sq` of each parameter, `step` in the group.
 
     A parameter may carry `low_precision_weight`, the bf16 tensor that receives its rounded value. `gradient_factor` is the
     device scalar that multiplies the gradients of the next step, and of that one only.
@@ -166,8 +230,14 @@ class FusedAdamW(torch.optim.Optimizer):
     gradient_factor: Tensor | None = None
 
     def __init__(
-        self, params: Any, lr: float = 1e-3, weight_decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, adam_w_mode: bool = True
-    ) -> None:  # fmt: skip
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        adam_w_mode: bool = True,
+    ) -> None:
         if not adam_w_mode:
             raise ValueError("weight decay inside the gradient is not supported")
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, step=0))

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megaswift.engine.kernels.main_grad import add_product, has_main_grad, placeholder, take_stale
+from megaswift.engine.kernels.main_grad import add_product, buffer, has_main_grad, placeholder, take_stale
 from megaswift.engine.kernels.triton_support import jit, processors, tl, use_triton
 
 IGNORED = -100
@@ -77,7 +77,9 @@ def _row_kernel(logits, labels, stats, scale, valid, first, stride, rows, BLOCK:
             for done in range(0, blocks):
                 at = (blocks - 1 - done) * BLOCK + lane
                 x = tl.load(base + at, eviction_policy="evict_first").to(tl.float32)
-                tl.store(base + at, (tl.exp2(x * log2e - shift) * share).to(logits.dtype.element_ty), eviction_policy="evict_first")
+                tl.store(
+                    base + at, (tl.exp2(x * log2e - shift) * share).to(logits.dtype.element_ty), eviction_policy="evict_first"
+                )
             tl.debug_barrier()  # the label's element was written by another thread
             tl.store(base + label, (tl.exp2(target * log2e - shift) * share - factor).to(logits.dtype.element_ty), mask=here)
 
@@ -126,10 +128,14 @@ def _chunk_on_gpu(logits: Tensor, labels: Tensor, scale: Tensor | None, shard: _
     fused = scale is not None and shard.alone
     dummy = stats if scale is None else scale
     grid = (min(rows, _ROW_PROGRAMS * processors(logits.device)),)
-    _row_kernel[grid](logits, labels, stats, dummy, shard.valid, shard.first, width, rows, _ROW_BLOCK, fused, num_warps=_ROW_WARPS)
+    _row_kernel[grid](
+        logits, labels, stats, dummy, shard.valid, shard.first, width, rows, _ROW_BLOCK, fused, num_warps=_ROW_WARPS
+    )
     lse, losses = _combine(stats, shard)
     if scale is not None and not fused:
-        _grad_kernel[(rows, (width + 4095) // 4096)](logits, labels, lse, scale, shard.valid, shard.first, width, 4096, num_warps=8)
+        _grad_kernel[(rows, (width + 4095) // 4096)](
+            logits, labels, lse, scale, shard.valid, shard.first, width, 4096, num_warps=8
+        )
     return losses
 
 
@@ -180,7 +186,8 @@ class _Plan:
     def rows_at_a_time(self, rows: int, width: int, element: int) -> int:
         """Equal chunks whose logits take at most `budget` bytes, a multiple of 128 rows."""
         chunks = max(1, -(-rows * width * element // self.budget))
-        return max(1, min(rows, -(-(-(-rows // chunks)) // 128) * 128))
+        even = (rows + chunks - 1) // chunks
+        return max(1, min(rows, (even + 127) // 128 * 128))
 
 
 def _run(hidden: Tensor, weight: Tensor, labels: Tensor, plan: _Plan) -> tuple[Tensor, Tensor | None]:
@@ -224,7 +231,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         plan.want_hidden, want_weight = ctx.needs_input_grad[:2]
         direct = want_weight and options.promised and has_main_grad(weight)
         if direct:
-            plan.into, plan.overwrite = weight.main_grad, take_stale(weight)
+            plan.into, plan.overwrite = buffer(weight), take_stale(weight)
         elif want_weight:
             plan.into, plan.overwrite = torch.empty(weight.shape, dtype=torch.float32, device=weight.device), True
         losses, dhidden = _run(hidden if rows is None else hidden.index_select(0, rows), weight, labels, plan)
@@ -250,7 +257,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if dweight is not None and not has_main_grad(weight):
             return dhidden, dweight.to(weight.dtype), None, None, None
         if dweight is not None:
-            weight.main_grad.copy_(dweight) if take_stale(weight) else weight.main_grad.add_(dweight)
+            buffer(weight).copy_(dweight) if take_stale(weight) else buffer(weight).add_(dweight)
         elif not ctx.direct:
             return dhidden, None, None, None, None
         return dhidden, None if ctx.options.shared_with_embedding else placeholder(weight), None, None, None

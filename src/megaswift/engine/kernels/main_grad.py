@@ -34,7 +34,7 @@ def _column_sum_kernel(partial, out, rows, cols, ROWS: tl.constexpr, BLOCK: tl.c
 
 
 def column_sum(partial: Tensor, out: Tensor | None = None) -> Tensor:
-    """Sum over the rows of fp32 [programs, n], the parts of a gradient that a kernel's programs left; added to `out` if given."""
+    """Sum over the rows of fp32 [programs, n], parts of a gradient that a kernel's programs left; added to `out` if given."""
     if not use_triton(partial):
         return partial.sum(0) if out is None else out.add_(partial.sum(0))
     rows, cols = partial.shape
@@ -46,6 +46,11 @@ def column_sum(partial: Tensor, out: Tensor | None = None) -> Tensor:
 def has_main_grad(weight: Tensor) -> bool:
     """Whether the weight belongs to Megatron-Core's gradient buffers."""
     return getattr(weight, "main_grad", None) is not None
+
+
+def buffer(weight: Tensor) -> Tensor:
+    """The fp32 buffer of a weight for which `has_main_grad` holds, in the weight's shape."""
+    return weight.main_grad  # type: ignore[attr-defined]
 
 
 def add_product(target: Tensor, grad_output: Tensor, inputs: Tensor, *, overwrite: bool = False, alpha: float = 1.0) -> None:
@@ -86,7 +91,7 @@ def take_stale(weight: Tensor) -> bool:
 
 def accumulate_product(weight: Tensor, grad_output: Tensor, inputs: Tensor) -> Tensor | None:
     """weight.main_grad += grad_output^T @ inputs; returns what autograd shall receive for the weight."""
-    add_product(weight.main_grad, grad_output, inputs, overwrite=take_stale(weight))
+    add_product(buffer(weight), grad_output, inputs, overwrite=take_stale(weight))
     return placeholder(weight)
 
 
@@ -98,17 +103,17 @@ def accumulate_rows(weight: Tensor, partial: Tensor) -> Tensor | None:
     if not has_main_grad(weight):
         return column_sum(partial).to(weight.dtype)
     ensure_fresh(weight)
-    if weight.main_grad.dtype == torch.float32:
-        column_sum(partial, weight.main_grad.view(-1))
+    if buffer(weight).dtype == torch.float32:
+        column_sum(partial, buffer(weight).view(-1))
     else:
-        weight.main_grad.add_(column_sum(partial))
+        buffer(weight).add_(column_sum(partial))
     return placeholder(weight)
 
 
 def ensure_fresh(weight: Tensor) -> None:
     """Zero a buffer that still holds the last step's gradient, before something adds to it."""
     if getattr(weight, "main_grad_stale", False):
-        weight.main_grad.zero_()
+        buffer(weight).zero_()
         weight.main_grad_stale = False  # type: ignore[attr-defined]
 
 
@@ -125,7 +130,7 @@ def placeholder(weight: Tensor) -> Tensor | None:
 
 
 def zero_main_grads(ddp: Any) -> None:
-    """Begin a step: what `DistributedDataParallel.zero_grad_buffer()` does, but weights that are overwritten are only marked."""
+    """Begin a step: what `DistributedDataParallel.zero_grad_buffer()` does, but only mark weights that are overwritten."""
     cleared = []
     for param in ddp.params_with_grad:
         param.grad_added_to_main_grad = False

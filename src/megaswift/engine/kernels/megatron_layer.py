@@ -37,7 +37,7 @@ class RMSNorm(torch.nn.Module):
         super().__init__()
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,9 +65,11 @@ class FusedSelfAttention(SelfAttention):
     `cos` and `sin` [s, b or 1, (1,) d]; for packed rows also `cu_seqlens_q`, `max_seqlen_q` and, on the CPU, `segments`.
     """
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [s, b, h] to ([s, b, h], bias)."""
-        layout = kwargs.get("packed_seq_params")
+        layout: Any = kwargs.get("packed_seq_params")
         if not self._takes(layout, kwargs):
             return super().forward(hidden_states, attention_mask, **kwargs)
         heads, groups = self.num_attention_heads_per_partition, self.num_query_groups_per_partition
@@ -103,10 +105,15 @@ class FusedSelfAttention(SelfAttention):
 
     def _takes(self, layout: Any, arguments: dict[str, Any]) -> bool:
         wanted = getattr(layout, "cos", None) is not None and layout.qkv_format == "sbhd"
-        asks = any(arguments.get(name) is not None for name in ("inference_context", "inference_params", "key_value_states", "attention_bias"))
+        asks = any(
+            arguments.get(name) is not None
+            for name in ("inference_context", "inference_params", "key_value_states", "attention_bias")
+        )
         off = self.checkpoint_core_attention or self.offload_qkv_linear or self.offload_core_attention or self.offload_attn_proj
         shared = self.config.num_query_groups < self.world_size  # key-value heads repeated over ranks
-        return wanted and not (asks or off or shared or self.config.attention_output_gate)
+        # A kernel that the user named, or a deterministic one, is CoreAttention's to choose.
+        named = getattr(self.config, "flash_attention", None) is not None or self.config.deterministic_mode
+        return wanted and not (asks or off or shared or named or self.config.attention_output_gate)
 
 
 class FusedMLP(MLP):
@@ -115,7 +122,9 @@ class FusedMLP(MLP):
     recompute_activation = True
     overlap = False
 
-    def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [s, b, h] to ([s, b, h], bias)."""
         if not self._takes() or per_token_scale is not None:
             return super().forward(hidden_states, per_token_scale, **kwargs)
@@ -170,7 +179,16 @@ class FusedTransformerLayer(TransformerLayer):
 
     def _takes(self, arguments: dict[str, Any]) -> bool:
         norms = isinstance(self.input_layernorm, RMSNorm) and isinstance(self.pre_mlp_layernorm, RMSNorm)
-        asks = any(arguments.get(name) is not None for name in ("inference_context", "inference_params", "context_mask", "attention_bias"))
-        off = self.recompute_input_layernorm or self.recompute_pre_mlp_layernorm or self.recompute_mlp or self.offload_attn_norm or self.offload_mlp_norm
+        asks = any(
+            arguments.get(name) is not None
+            for name in ("inference_context", "inference_params", "context_mask", "attention_bias")
+        )
+        off = (
+            self.recompute_input_layernorm
+            or self.recompute_pre_mlp_layernorm
+            or self.recompute_mlp
+            or self.offload_attn_norm
+            or self.offload_mlp_norm
+        )
         dropout = self.training and self.hidden_dropout > 0.0
         return norms and isinstance(self.cross_attention, IdentityOp) and not (asks or off or dropout or self.is_moe_layer)

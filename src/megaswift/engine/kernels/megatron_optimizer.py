@@ -7,6 +7,7 @@ that the update multiplies by. Parameters, state and checkpoints stay what they 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -39,26 +40,50 @@ class FusedOptimizer(ChainedOptimizer):
     """The chain of optimizers that `get_megatron_optimizer` returns, after `fuse_optimizer`.
 
     `tokens` is the number of tokens that the summed loss stands for, a device scalar; gradients are divided by it. It is
-    used by one step and then forgotten.
+    used by one update and then forgotten.
     """
 
     tokens: Tensor | None = None
 
     @torch.no_grad()
-    def step(self) -> tuple[bool, Tensor | None, None]:
-        """(whether parameters were updated, gradient norm as a device scalar, None)."""
-        if self.prepare_grads():
-            return False, None, None
+    def get_grad_norm(self) -> Tensor:  # type: ignore[override]
+        """Norm of the gradient of the mean loss, before clipping: a device scalar, nothing waits for it."""
         total = torch.stack([inner.squared_norm() for inner in self.chained_optimizers]).sum()
-        share = torch.ones_like(total) if self.tokens is None else self.tokens.to(total).clamp_min(1.0).reciprocal()
-        norm = total.sqrt() * share
-        factor = share
+        return total.sqrt() * self._share(total)
+
+    @torch.no_grad()
+    def update(self, norm: Tensor, limit: float = math.inf) -> None:
+        """Clip and step, from gradients that `prepare_grads` made ready.
+
+        The decision is the device's: where the norm is not finite or beyond `limit`, no tensor changes. A caller that then
+        reads such a norm calls `forget_step`, so that the count of steps follows.
+        """
+        factor = self._share(norm)
         if self.config.clip_grad > 0.0:
-            factor = share * (self.config.clip_grad / (norm + 1e-6)).clamp_max(1.0)
+            factor = factor * (self.config.clip_grad / (norm + 1e-6)).clamp_max(1.0)
+        factor = torch.where(norm <= limit, factor, math.nan)  # false for NaN
         for inner in self.chained_optimizers:
             inner.optimizer.gradient_factor = factor
         self.tokens = None
-        return self.step_with_ready_grads(), norm, None
+        self.step_with_ready_grads()
+
+    def forget_step(self) -> None:
+        """Take back the last update's count; its tensors were left alone."""
+        for inner in self.chained_optimizers:
+            for group in inner.optimizer.param_groups:
+                group["step"] -= 1
+
+    @torch.no_grad()
+    def step(self) -> tuple[bool, Tensor | None, None]:
+        """(whether gradients were usable, gradient norm as a device scalar, None)."""
+        if self.prepare_grads():
+            return False, None, None
+        norm = self.get_grad_norm()
+        self.update(norm)
+        return True, norm, None
+
+    def _share(self, like: Tensor) -> Tensor:
+        return torch.ones_like(like) if self.tokens is None else self.tokens.to(like).clamp_min(1.0).reciprocal()
 
 
 def _link_weights(inner: DistributedOptimizer) -> None:
@@ -83,7 +108,12 @@ def fuse_optimizer(optimizer: Any) -> Any:
         if type(inner) is not DistributedOptimizer or any("step" not in group for group in inner.optimizer.param_groups):
             return optimizer
         config = inner.config
-        if config.optimizer != "adam" or not config.decoupled_weight_decay or config.fp16 or config.use_precision_aware_optimizer:
+        if (
+            config.optimizer != "adam"
+            or not config.decoupled_weight_decay
+            or config.fp16
+            or config.use_precision_aware_optimizer
+        ):
             return optimizer
     for inner in chain:
         _link_weights(inner)

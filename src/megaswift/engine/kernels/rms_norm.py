@@ -17,7 +17,20 @@ from megaswift.engine.kernels.triton_support import jit, next_power_of_2, proces
 
 
 @jit
-def _forward_kernel(x, delta, weight, total, y, rstd, rows, eps, COLS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, HAS_DELTA: tl.constexpr):  # fmt: skip
+def _forward_kernel(
+    x,
+    delta,
+    weight,
+    total,
+    y,
+    rstd,
+    rows,
+    eps,
+    COLS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    HAS_DELTA: tl.constexpr,
+):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK)
     mask = (row < rows)[:, None] & (col < COLS)[None, :]
@@ -35,7 +48,20 @@ def _forward_kernel(x, delta, weight, total, y, rstd, rows, eps, COLS: tl.conste
 
 
 @jit
-def _backward_kernel(dy, dtotal, x, weight, rstd, dx, partial, rows, COLS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, HAS_DTOTAL: tl.constexpr):  # fmt: skip
+def _backward_kernel(
+    dy,
+    dtotal,
+    x,
+    weight,
+    rstd,
+    dx,
+    partial,
+    rows,
+    COLS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    HAS_DTOTAL: tl.constexpr,
+):
     # A persistent grid: each program keeps its share of the weight gradient in registers over all its rows.
     col = tl.arange(0, BLOCK)
     inside = col < COLS
@@ -84,8 +110,20 @@ def forward(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tupl
     tile, block, warps = _tile(cols, *_FORWARD)
     grid = ((rows + tile - 1) // tile,)
     _forward_kernel[grid](
-        x, x if delta is None else delta, weight, total, y, rstd, rows, eps, cols, block, tile, delta is not None, num_warps=warps
-    )  # fmt: skip
+        x,
+        x if delta is None else delta,
+        weight,
+        total,
+        y,
+        rstd,
+        rows,
+        eps,
+        cols,
+        block,
+        tile,
+        delta is not None,
+        num_warps=warps,
+    )
     return total, y, rstd
 
 
@@ -107,8 +145,20 @@ def backward(dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, rstd:
     programs = min((rows + tile - 1) // tile, processors(x.device) * max(1, _WARPS_ON_PROCESSOR // warps))
     partial = torch.empty((programs, cols), dtype=torch.float32, device=x.device)
     _backward_kernel[(programs,)](
-        dy, dy if dtotal is None else dtotal, x, weight, rstd, dx, partial, rows, cols, block, tile, dtotal is not None, num_warps=warps
-    )  # fmt: skip
+        dy,
+        dy if dtotal is None else dtotal,
+        x,
+        weight,
+        rstd,
+        dx,
+        partial,
+        rows,
+        cols,
+        block,
+        tile,
+        dtotal is not None,
+        num_warps=warps,
+    )
     return dx, partial
 
 

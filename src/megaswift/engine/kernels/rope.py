@@ -17,10 +17,14 @@ from megaswift.engine.kernels.main_grad import accumulate_rows
 from megaswift.engine.kernels.triton_support import jit, next_power_of_2, tl, use_triton
 
 
+# fmt: off
 @jit
-def _split_kernel(mixed, bias, partial, q, k, v, cos, sin, tokens, batch, q_s, q_b, q_h, k_s, k_b, k_h, v_s, v_b, v_h, table_s, table_b,
-                  GROUPS: tl.constexpr, REP: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
-                  TILES: tl.constexpr, BACKWARD: tl.constexpr, HAS_BIAS: tl.constexpr):  # fmt: skip
+def _split_kernel(
+    mixed, bias, partial, q, k, v, cos, sin, tokens, batch, q_s, q_b, q_h, k_s, k_b, k_h, v_s, v_b, v_h, table_s, table_b,
+    GROUPS: tl.constexpr, REP: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
+    TILES: tl.constexpr, BACKWARD: tl.constexpr, HAS_BIAS: tl.constexpr,
+):
+    # fmt: on
     # One program: one head of TILES x TOKENS tokens. `mixed` holds, for each group, its REP query heads, its key head and
     # its value head. Backward reads q, k, v and writes mixed; its sums over the tokens are this program's part of the
     # bias' gradient, kept in registers until the end.
@@ -73,8 +77,24 @@ def _split_kernel(mixed, bias, partial, q, k, v, cos, sin, tokens, batch, q_s, q
 
 
 @jit
-def _rotate_kernel(x, y, cos, sin, tokens, batch, x_s, x_b, x_h, table_s, table_b, HEADS: tl.constexpr, HALF: tl.constexpr,
-                   BLOCK: tl.constexpr, TOKENS: tl.constexpr, BACKWARD: tl.constexpr):  # fmt: skip
+def _rotate_kernel(
+    x,
+    y,
+    cos,
+    sin,
+    tokens,
+    batch,
+    x_s,
+    x_b,
+    x_h,
+    table_s,
+    table_b,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BACKWARD: tl.constexpr,
+):
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     at_s, at_b = (token // batch).to(tl.int64), (token % batch).to(tl.int64)
     col = tl.arange(0, BLOCK)
@@ -121,8 +141,8 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _launch_split(
-    mixed: Tensor, bias: Tensor | None, parts: tuple[Tensor, Tensor, Tensor], cos: Tensor, sin: Tensor, *, backward: bool
-) -> Tensor | None:  # fmt: skip
+    mixed: Tensor, bias: Tensor | None, parts: tuple[Tensor, ...], cos: Tensor, sin: Tensor, *, backward: bool
+) -> Tensor | None:
     """Run the kernel; backward returns parts [n, width] in fp32 that add up to the bias' gradient."""
     q, k, v = parts
     half, groups = q.shape[3] // 2, k.shape[2]
@@ -131,20 +151,40 @@ def _launch_split(
     tokens, batch = q.shape[0] * q.shape[1], q.shape[1]
     strides = (stride for part in parts for stride in part.stride()[:3])
     programs = -(-tokens // (per_program * _TILES))
-    sums = backward and bias is not None
-    partial = torch.empty((programs, bias.numel()), dtype=torch.float32, device=q.device) if sums else q  # type: ignore[union-attr]
+    partial = q  # any address, where no sums are written
+    if backward and bias is not None:
+        partial = torch.empty((programs, bias.numel()), dtype=torch.float32, device=q.device)
     _split_kernel[(programs, mixed.numel() // tokens // (2 * half))](
-        mixed, q if bias is None else bias, partial, q, k, v, cos, sin, tokens, batch, *strides, *_table_strides(cos),
-        groups, q.shape[2] // groups, half, block, per_program, _TILES, backward, bias is not None, num_warps=4,
-    )  # fmt: skip
-    return partial if sums else None
+        mixed,
+        q if bias is None else bias,
+        partial,
+        q,
+        k,
+        v,
+        cos,
+        sin,
+        tokens,
+        batch,
+        *strides,
+        *_table_strides(cos),
+        groups,
+        q.shape[2] // groups,
+        half,
+        block,
+        per_program,
+        _TILES,
+        backward,
+        bias is not None,
+        num_warps=4,
+    )
+    return None if partial is q else partial
 
 
 class _SplitRotate(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, mixed: Tensor, bias: Tensor | None, cos: Tensor, sin: Tensor, heads: int, groups: int
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, ...]:
         s, b, width = mixed.shape
         dim = width // (heads + 2 * groups)
         ctx.save_for_backward(cos, sin)
@@ -175,7 +215,7 @@ class _SplitRotate(torch.autograd.Function):
             mixed[..., -1, :] = v
             parts_of_bias = None if bias is None else mixed.view(s * b, -1).sum(0, keepdim=True, dtype=torch.float32)
         wanted = bias is not None and ctx.needs_input_grad[1]
-        dbias = accumulate_rows(bias, parts_of_bias) if wanted else None
+        dbias = accumulate_rows(bias, parts_of_bias) if wanted and parts_of_bias is not None else None
         return mixed.view(s, b, -1), dbias, None, None, None, None
 
 
@@ -201,14 +241,27 @@ def _apply(x: Tensor, cos: Tensor, sin: Tensor, *, backward: bool) -> Tensor:
     per_program = max(1, 1024 // block)
     grid = ((s * b + per_program - 1) // per_program,)
     _rotate_kernel[grid](
-        x, y, cos, sin, s * b, b, *x.stride()[:3], *_table_strides(cos), heads, dim // 2, block, per_program, backward, num_warps=4
-    )  # fmt: skip
+        x,
+        y,
+        cos,
+        sin,
+        s * b,
+        b,
+        *x.stride()[:3],
+        *_table_strides(cos),
+        heads,
+        dim // 2,
+        block,
+        per_program,
+        backward,
+        num_warps=4,
+    )
     return y
 
 
 def split_rotate_qkv(
     mixed: Tensor, cos: Tensor, sin: Tensor, *, heads: int, groups: int, bias: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """Add the bias to a query-key-value product, split it, and rotate query and key.
 
     Args:

@@ -1,4 +1,4 @@
-"""SwiGLU, silu(gate) * up, forward and backward in one pass each; nothing is saved but the input, and its gradient overwrites it.
+"""SwiGLU, silu(gate) * up, in one pass each way; nothing is saved but the input, and its gradient overwrites it.
 
 The input is [..., 2f] with the gate first, as one column-parallel product writes it (https://arxiv.org/abs/2002.05202).
 Roundings as in transformers: silu is rounded to the activation type before the product.

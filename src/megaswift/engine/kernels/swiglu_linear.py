@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megaswift.engine.kernels.beside import beside, can_run_beside
-from megaswift.engine.kernels.main_grad import accumulate_product, add_product, has_main_grad, placeholder, take_stale
+from megaswift.engine.kernels.main_grad import accumulate_product, add_product, buffer, has_main_grad, placeholder, take_stale
 from megaswift.engine.kernels.swiglu import backward_in_place, forward
 
 
@@ -50,7 +50,7 @@ def _backward_beside(grad: Tensor, gate_up: Tensor, weight: Tensor, hidden: Tens
     Its kernel runs beside the weight's product, which does not need it if `hidden` was kept. Otherwise the tokens go in
     two halves: the first half's kernel beside the second half's product, the second half's beside the first's weight product.
     """
-    target, stale = weight.main_grad, take_stale(weight)
+    target, stale = buffer(weight), take_stale(weight)
     dhidden = torch.empty((grad.shape[0], weight.shape[1]), dtype=grad.dtype, device=grad.device)
     if hidden is not None:
         torch.mm(grad, weight, out=dhidden)
@@ -78,7 +78,7 @@ def _backward_beside(grad: Tensor, gate_up: Tensor, weight: Tensor, hidden: Tens
 
 def swiglu_linear(
     x: Tensor, weight: Tensor, *, recompute: bool = True, overlap: bool = False, residual: Tensor | None = None
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """(silu(gate) * up) @ weight^T, plus `residual` [..., n] if given, for x = [gate, up] [..., 2f] and weight [n, f].
 
     x must not be needed by anything else: its gradient overwrites it. With a row-parallel weight the result is this

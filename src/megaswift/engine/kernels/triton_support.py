@@ -41,7 +41,7 @@ def next_power_of_2(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def processors(device: torch.device) -> int:
     """Multiprocessors of the GPU, the unit that persistent grids are sized in; 1 where there is none."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

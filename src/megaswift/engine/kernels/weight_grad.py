@@ -21,7 +21,9 @@ def gather_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, reduce_grad: bool, sequence: bool, group: Any) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, reduce_grad: bool, sequence: bool, group: Any
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.bias = bias
         ctx.reduce_grad, ctx.sequence, ctx.group = reduce_grad, sequence, group

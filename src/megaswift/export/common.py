@@ -1,0 +1,94 @@
+"""What both directions of `swift export` share: names of outputs, sizes, and what is said at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megaswift.args_file import EXPORT_ARGS
+from megaswift.checkpoint import layout
+from megaswift.errors import UserError
+from megaswift.terminal import say
+
+THREADS = 2  # files written at the same time
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size like 5GB, 500MB or 2GiB."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if not match or match.group(2).upper() not in _UNITS or float(match.group(1)) <= 0:
+        raise UserError(f"--max_shard_size {text!r} is no size.", where="--max_shard_size", fix="use for example 5GB or 500MB")
+    return max(1, int(float(match.group(1)) * _UNITS[match.group(2).upper()]))
+
+
+def require_free_name(target: Path, overwrite: bool) -> None:
+    """Raise UserError for a name that is taken, unless it may be replaced and is something that this command made."""
+    if not target.exists() and not target.is_symlink():
+        return
+    if not overwrite:
+        raise UserError("the output directory exists already.", where=str(target), fix="use --overwrite true to replace it, or name another one")
+    known = (layout.TRACKER, layout.MANIFEST, EXPORT_ARGS)
+    if not target.is_dir() or (any(target.iterdir()) and not any((target / name).exists() for name in known)):
+        raise UserError("this was not made by swift export, so it is not replaced.", where=str(target), fix="remove it yourself, or name another one")
+
+
+@contextlib.contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """The name to write under: `target`, or one beside it that takes its place only once it is complete."""
+    if not target.exists():
+        yield target
+        return
+    fresh = target.with_name(f"{target.name}.new")
+    if fresh.exists():  # complete, but its process was killed before it took the place
+        shutil.rmtree(fresh)
+    yield fresh
+    old = target.with_name(f".{target.name}.old-{secrets.token_hex(4)}")
+    target.rename(old)
+    fresh.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def report(parameters: int, tensors: int, size: int, seconds: float, resumed: list[str]) -> None:
+    """Say what was written, and how fast."""
+    say(f"  {parameters:,} parameters in {tensors} tensors, {size / 1e9:.2f} GB, {seconds:.1f} s ({size / 1e9 / max(seconds, 1e-9):.2f} GB/s)")
+    if resumed:
+        say(f"  resumed: {len(resumed)} files of an interrupted conversion were complete and are kept")
+
+
+def report_proof(proof: dict[str, Any] | None) -> None:
+    """The proof as a table, or one line that says there is none."""
+    if proof is None:
+        say("  [yellow]not verified (--verify false)[/yellow]")
+        return
+    from megaswift.proof.page import print_proof
+
+    print_proof(proof)
+
+
+def template_of(model_type: str) -> str:
+    """The chat template of a registered model, else AUTO."""
+    from megaswift.families.model_types import MODEL_TYPES
+
+    return MODEL_TYPES[model_type].template if model_type in MODEL_TYPES else "AUTO"
+
+
+def sign(directory: Path, key: str | None) -> None:
+    """Sign a manifest with --sign KEY, if that was given."""
+    if key:
+        from megaswift.checkpoint.sign import load_private_key, sign_manifest
+
+        sign_manifest(directory, load_private_key(Path(key)))
+
+
+def shown(path: Path) -> str:
+    """A path as short as it can be typed here."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

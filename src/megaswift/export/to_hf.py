@@ -1,0 +1,239 @@
+"""`swift export --to_hf`: converted, trained or old Megatron weights as a Hugging Face model."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megaswift.args_file import LAYOUT_OPTIONS, MODEL_OPTIONS, SFT_ARGS, args_file_in, fill_from_file, read_args_file
+from megaswift.arguments import ExportArguments
+from megaswift.checkpoint import classic, layout
+from megaswift.errors import DataError, UserError
+from megaswift.export.common import THREADS, parse_size, replacing, report, report_proof, require_free_name, shown, sign
+from megaswift.terminal import say
+
+if TYPE_CHECKING:
+    import torch
+
+    from megaswift.convert.model import MegatronReader
+    from megaswift.hf.write import WriteResult
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """Megatron weights, and what goes with them.
+
+    Args:
+        directory: the checkpoint.
+        model_dir: where config.json and tokenizer are.
+        manifest: the checkpoint's; empty for old ones.
+        overrides: fields of config.json that the weights ask to change.
+        args: the options, those of the directory filled in.
+    """
+
+    reader: MegatronReader
+    directory: Path
+    config: Any
+    model_dir: Path
+    manifest: dict[str, Any]
+    overrides: dict[str, Any]
+    args: ExportArguments
+    label: str
+
+
+def to_hf(args: ExportArguments) -> Path:
+    """A Megatron directory -> {ckpt_dir}/{model_type}-hf."""
+    if not args.ckpt_dir:
+        raise UserError("--to_hf needs a Megatron directory.", where="--ckpt_dir", fix="give --ckpt_dir DIR: one made by --to_megatron, or a run of swift sft")
+    root = Path(args.ckpt_dir).absolute()
+    weights = _old_weights(root, args) or _own_weights(root, args)
+    args = weights.args
+    target = Path(args.hf_output_dir or root / f"{args.model_type}-hf").absolute()
+    require_free_name(target, args.overwrite)
+    if args.verify and weights.manifest:
+        _require_untouched(weights, root)
+    from megaswift.convert import DTYPE_NAMES, DTYPES
+
+    stored = weights.reader.dtype("decoder.final_layernorm.weight")
+    dtype = DTYPES[args.dtype] if "dtype" in args.explicit() and args.dtype != "AUTO" else stored
+    say(f"{weights.label} -> Hugging Face model, {DTYPE_NAMES[dtype]}")
+    result, proof = _write(weights, target, dtype, root)
+    report_proof(proof)
+    equal = _equal_to_source(result.tensors, weights.manifest, DTYPE_NAMES[dtype])
+    if equal:
+        say(f"  {equal}")
+    hint = f"--ckpt_dir {shown(target)}" if (root / SFT_ARGS).exists() else f"--model_type {args.model_type} --model_id_or_path {shown(target)}"
+    say(f"[bold]{shown(target)}[/bold] is ready. Next: swift infer {hint}")
+    return target
+
+
+def _own_weights(root: Path, args: ExportArguments) -> _Weights:
+    """Weights in a directory that export or sft made."""
+    checkpoint = layout.find_checkpoint(root, args.iteration)
+    args = fill_from_file(args, read_args_file(root), (*MODEL_OPTIONS, *LAYOUT_OPTIONS))
+    if not args.model_type:
+        raise UserError("the directory does not say its model_type.", where=str(root), fix="give --model_type NAME")
+    from megaswift.checkpoint.manifest import read_manifest
+    from megaswift.checkpoint.torch_dist import Reader
+    from megaswift.hf.config import load_config
+
+    return _Weights(Reader(checkpoint), checkpoint, load_config(root), root, read_manifest(checkpoint), {}, args, shown(checkpoint))
+
+
+def _old_weights(root: Path, args: ExportArguments) -> _Weights | None:
+    """Weights in the classic layout (mp_rank_XX/model_optim_rng.pt), or None where the directory is another kind."""
+    found = classic.find(root, args.iteration)
+    if found is None:
+        return None
+    from megaswift.export.old import open_classic
+
+    old = open_classic(found, root, args)
+    label = f"{shown(found.directory)} (classic, tp {found.tp}, pp {found.pp})"
+    return _Weights(old.reader, found.directory, old.config, old.model_dir, {}, old.overrides, old.args, label)
+
+
+def _require_untouched(weights: _Weights, root: Path) -> None:
+    """Raise DataError unless config.json and every file of the checkpoint are those that were written."""
+    from megaswift.checkpoint.manifest import check_config
+    from megaswift.proof.chain import require_whole
+
+    check_config(root, weights.manifest)
+    require_whole(weights.directory)
+
+
+def _write(weights: _Weights, target: Path, dtype: torch.dtype, root: Path) -> tuple[WriteResult, dict[str, Any] | None]:
+    from megaswift.convert import planned_hf_tensors
+    from megaswift.hf.folder import read_config, side_files
+    from megaswift.hf.write import dtype_override, write_checkpoint
+
+    values = read_config(weights.model_dir)
+    named = str(values.get("dtype", values.get("torch_dtype"))).removeprefix("torch.")
+    overrides = weights.overrides | (dtype_override(values, dtype) if named != str(dtype).removeprefix("torch.") else {})
+    proofs: list[dict[str, Any]] = []
+    begin = time.perf_counter()
+
+    def finish(written: WriteResult) -> None:
+        parameters = sum(math.prod(shape) for shape in _shapes(weights.config))
+        size = sum(record.size for name, record in written.files.items() if name.endswith(".safetensors"))
+        report(parameters, len(written.tensors), size, time.perf_counter() - begin, written.resumed)
+        say("  re-opened and audited: names, shapes, dtypes, number of files")
+        if weights.args.verify:
+            proofs.append(_prove(written.path, weights, dtype))
+        _finish(written, weights, target, dtype, proofs[0] if proofs else None)
+
+    with replacing(target) as fresh:
+        result = write_checkpoint(
+            fresh,
+            planned_hf_tensors(weights.reader, weights.config, dtype),
+            side_files(weights.model_dir),
+            overrides or None,
+            parse_size(weights.args.max_shard_size),
+            THREADS,
+            extra_files=_args_bytes(root),
+            before_publish=finish,
+            plan=json.dumps(["huggingface", str(dtype), str(weights.directory), _identity(weights)]),
+            resume=weights.args.resume,
+        )
+    return result, proofs[0] if proofs else None
+
+
+def _shapes(config: Any) -> list[tuple[int, ...]]:
+    from megaswift.convert import Model
+
+    return list(Model(config).expected().values())
+
+
+def _identity(weights: _Weights) -> Any:
+    """What tells this checkpoint from another one under the same name."""
+    if weights.manifest:
+        from megaswift.checkpoint.manifest import sha256_of
+
+        return sha256_of(weights.directory / layout.MANIFEST)
+    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(weights.directory.rglob("*.pt"))]
+
+
+def _prove(written: Path, weights: _Weights, dtype: torch.dtype) -> dict[str, Any]:
+    """Read the folder back, compare it with the Megatron weights, and both models' logits."""
+    from megaswift.convert import verify_written
+    from megaswift.hf.config import load_config
+    from megaswift.hf.read import HFCheckpoint
+    from megaswift.proof.prove import prove
+
+    source, stored = HFCheckpoint.open(written), weights.reader.dtype("decoder.final_layernorm.weight")
+    equal = verify_written(source, weights.reader, weights.config, dtype)
+    wider = dtype.itemsize >= stored.itemsize
+    return prove(load_config(written), source, weights.reader if wider else _Rounded(weights.reader, dtype), dtype, written, equal)
+
+
+class _Rounded:
+    """A reader whose values are rounded to another precision, as the written folder's are."""
+
+    def __init__(self, reader: Any, dtype: torch.dtype) -> None:
+        self._reader, self._dtype = reader, dtype
+
+    def read(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self._reader.read(*args, **kwargs).to(self._dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reader, name)
+
+
+def _finish(written: WriteResult, weights: _Weights, target: Path, dtype: torch.dtype, proof: dict[str, Any] | None) -> None:
+    """conversion.html, and last the manifest, which names the checkpoint's."""
+    from megaswift.checkpoint.manifest import ancestry, sha256_of, versions, write_manifest
+    from megaswift.convert import DTYPE_NAMES
+    from megaswift.hf.folder import read_config
+
+    files = {name: {"size": record.size, "sha256": record.sha256} for name, record in written.files.items()}
+    verified: dict[str, Any] = {}
+    if proof is not None:
+        from megaswift.proof.prove import PAGE, summary, write_page
+
+        facts = [("made from", weights.label), ("precision", DTYPE_NAMES[dtype]), ("tensors", str(len(written.tensors)))]
+        write_page(written.path, f"{weights.args.model_type}: Megatron to Hugging Face", facts, proof)
+        verified = summary(proof)
+        page = written.path / PAGE
+        files[PAGE] = {"size": page.stat().st_size, "sha256": sha256_of(page)}
+    write_manifest(
+        written.path,
+        {
+            "kind": "huggingface",
+            "model_type": weights.args.model_type,
+            "iteration": weights.manifest.get("iteration"),
+            "made_from": ancestry(weights.directory, target) if weights.manifest else [],
+            "source": weights.manifest.get("source") or {"origin": str(weights.directory)},
+            "dtype": DTYPE_NAMES[dtype],
+            "versions": versions(),
+            "verified": verified,
+            "config": read_config(written.path),
+            "files": files,
+            "hf_tensors": written.tensors,
+        },
+    )
+    sign(written.path, weights.args.sign)
+
+
+def _equal_to_source(tensors: dict[str, str], manifest: dict[str, Any], dtype: str) -> str | None:
+    """For weights that were only converted: whether every tensor came back as it went in. Raises DataError if not."""
+    original = manifest.get("hf_tensors")
+    if not original:
+        return None
+    different = sorted(name for name, value in tensors.items() if original.get(name) != value)
+    if not different:
+        return f"all {len(tensors)} tensors have the SHA-256 that was recorded when they were converted"
+    if manifest.get("dtype") == dtype:
+        raise DataError(f"{len(different)} tensors are not those that were converted.", where=", ".join(different[:5]), fix="use another copy")
+    return f"{len(different)} tensors have other bytes than in {manifest.get('dtype')}, as they must"
+
+
+def _args_bytes(root: Path) -> dict[str, bytes]:
+    """sft_args.json of a run, with sft_type full, so that the model is found by --ckpt_dir alone."""
+    path = args_file_in(root)
+    if path is None or path.name != SFT_ARGS:
+        return {}
+    values = read_args_file(root) | {"sft_type": "full"}
+    return {SFT_ARGS: (json.dumps(values, ensure_ascii=False, indent=2) + "\n").encode()}

@@ -1,0 +1,211 @@
+"""`swift export --to_megatron`: a Hugging Face model, or an old Megatron checkpoint, as Megatron weights of today."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megaswift.args_file import EXPORT_ARGS, write_args_file
+from megaswift.arguments import ExportArguments
+from megaswift.checkpoint import classic, layout
+from megaswift.errors import UserError
+from megaswift.export.common import THREADS, replacing, report, report_proof, require_free_name, shown, sign, template_of
+from megaswift.terminal import say
+
+if TYPE_CHECKING:
+    from megaswift.convert import Conversion
+    from megaswift.hf.publish import Workspace
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What is converted.
+
+    Args:
+        model_dir: where config.json and tokenizer are.
+        config_overrides: fields of config.json that the weights ask to change.
+        convert: writes the weights into a directory.
+        prove: config, directory and conversion -> the proof.
+    """
+
+    model_type: str
+    label: str
+    config: Any
+    model_dir: Path
+    config_overrides: dict[str, Any]
+    dtype: str
+    nbytes: int
+    identity: list[Any]
+    origin: dict[str, Any]
+    convert: Callable[[Path, Workspace], Conversion]
+    prove: Callable[[Path, Conversion], dict[str, Any]]
+
+
+def to_megatron(args: ExportArguments) -> Path:
+    """Hugging Face folder -> {model_type}-tp{tp}-pp{pp}, with config, tokenizer and export_args.json beside the weights."""
+    if not args.model_type and not args.model_id_or_path:
+        raise UserError("no model is named.", where="swift export", fix="give --model_type NAME or --model_id_or_path DIR")
+    from megaswift.hf.locate import locate
+
+    located = locate(args.model_type, args.model_id_or_path, args.model_revision)
+    from megaswift.checkpoint.torch_dist import Reader
+    from megaswift.convert import DTYPES, hf_to_megatron, verify_round_trip
+    from megaswift.hf.config import load_config
+    from megaswift.hf.read import HFCheckpoint
+
+    config = load_config(located.path)
+    source = HFCheckpoint.open(located.path)
+    dtype = _main_dtype(source) if args.dtype == "AUTO" else args.dtype
+
+    def proof(release: Path, done: Conversion) -> dict[str, Any]:
+        from megaswift.proof.prove import prove
+
+        equal = verify_round_trip(Reader(release), config, done.tensors)
+        return prove(config, source, Reader(release), DTYPES[dtype], located.path, equal)
+
+    files = sorted({source.file_of(name) for name in source.names})
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return _write(
+        args,
+        _Source(
+            model_type=located.model_type,
+            label=f"{located.model_type} ({located.origin})",
+            config=config,
+            model_dir=located.path,
+            config_overrides={},
+            dtype=dtype,
+            nbytes=sum(source.entry(name).nbytes * DTYPES[dtype].itemsize // source.dtype(name).itemsize for name in source.names),
+            identity=[located.origin, located.revision, stats],
+            origin={"origin": located.origin, "revision": located.revision, "files": {name: size for name, size, _ in stats}},
+            convert=lambda release, work: hf_to_megatron(source, config, release, dtype, THREADS, work),
+            prove=proof,
+        ),
+    )
+
+
+def classic_to_megatron(args: ExportArguments) -> Path:
+    """A checkpoint of mp_rank_XX/model_optim_rng.pt files -> the layout that training starts from.
+
+    Values are compared bit for bit; there is no Hugging Face model to compare logits with (--to_hf makes and proves one).
+    """
+    root = Path(str(args.ckpt_dir)).absolute()
+    found = classic.find(root, args.iteration)
+    if found is None:
+        raise UserError(
+            "--to_megatron with --ckpt_dir reads old checkpoints (mp_rank_XX/model_optim_rng.pt), and there is none here.",
+            where=str(root),
+            fix="for a Hugging Face model give --model_type NAME or --model_id_or_path DIR",
+        )
+    from megaswift.checkpoint.torch_dist import Reader
+    from megaswift.convert import DTYPE_NAMES, megatron_to_megatron, verify_round_trip
+    from megaswift.export.old import open_classic
+
+    old = open_classic(found, root, args)
+    stored = DTYPE_NAMES[old.reader.dtype("decoder.final_layernorm.weight")]
+    dtype = stored if args.dtype == "AUTO" or "dtype" not in args.explicit() else args.dtype
+    stats = [(str(file.relative_to(found.directory)), file.stat().st_size, file.stat().st_mtime_ns) for _, file in sorted(found.files.items())]
+    model_type = str(old.args.model_type)
+    return _write(
+        old.args,
+        _Source(
+            model_type=model_type,
+            label=f"{shown(found.directory)} (classic, tp {found.tp}, pp {found.pp})",
+            config=old.config,
+            model_dir=old.model_dir,
+            config_overrides=old.overrides,
+            dtype=dtype,
+            nbytes=sum(size for _, size, _ in stats),
+            identity=[str(found.directory), stats],
+            origin={"origin": str(found.directory), "revision": None, "files": {name: size for name, size, _ in stats}},
+            convert=lambda release, work: megatron_to_megatron(old.reader, old.config, release, dtype, THREADS, work),
+            prove=lambda release, done: {"round_trip_tensors": verify_round_trip(Reader(release), old.config, done.tensors)},
+        ),
+    )
+
+
+def _write(args: ExportArguments, source: _Source) -> Path:
+    """Convert, prove, and publish the whole directory."""
+    from megaswift.hf.publish import publish, workspace
+    from megaswift.plan import check_layout
+
+    check_layout(source.config, args.tp, args.pp)
+    target = Path(args.megatron_output_dir or f"{source.model_type}-tp{args.tp}-pp{args.pp}").absolute()
+    require_free_name(target, args.overwrite)
+    plan = json.dumps(["megatron", source.dtype, source.identity])
+    with replacing(target) as fresh, workspace(fresh, source.nbytes + (64 << 20), plan=plan, resume=args.resume) as work:
+        release = work.path / layout.RELEASE
+        release.mkdir(exist_ok=True)
+        say(f"{source.label} -> Megatron weights, {source.dtype}")
+        begin = time.perf_counter()
+        done = source.convert(release, work)
+        seconds = time.perf_counter() - begin
+        report(done.parameters, len(done.tensors), sum(digest.size for digest in done.files.values()), seconds, work.resumed)
+        work.drop_records()
+        proof = source.prove(release, done) if args.verify else None
+        _finish(work.path, args, source, done, proof)
+        publish(work.path, fresh)
+    if proof is None or "logits" in proof:
+        report_proof(proof)
+    else:
+        say(f"  round trip: {proof['round_trip_tensors']} tensors equal, bit for bit")
+    say(f"[bold]{shown(target)}[/bold] is ready. Next: swift sft --resume_from_checkpoint {shown(target)} --dataset NAME")
+    return target
+
+
+def _finish(root: Path, args: ExportArguments, source: _Source, done: Conversion, proof: dict[str, Any] | None) -> None:
+    """Everything beside the weights, and last the manifest."""
+    from megaswift.checkpoint.manifest import digest_files, versions, write_manifest
+    from megaswift.hf.folder import read_config, side_files
+
+    release = root / layout.RELEASE
+    for file in side_files(source.model_dir):
+        shutil.copyfile(file, root / file.name)
+    if source.config_overrides:
+        values = read_config(root) | source.config_overrides
+        (root / "config.json").write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    extra = {"model_type": source.model_type, "dtype": source.dtype, "template_type": template_of(source.model_type)}
+    write_args_file(root, args, extra, name=EXPORT_ARGS)
+    (root / layout.TRACKER).write_text(layout.RELEASE, encoding="utf-8")
+    verified: dict[str, Any] = proof or {}
+    if proof is not None and "logits" in proof:
+        from megaswift.proof.prove import summary, write_page
+
+        facts = [("source", source.label), ("precision", source.dtype), ("parameters", f"{done.parameters:,}"), ("tensors", str(len(done.tensors)))]
+        write_page(root, f"{source.model_type}: Hugging Face to Megatron", facts, proof)
+        verified = summary(proof)
+    content = {
+        "kind": "megatron",
+        "iteration": 0,
+        "optimizer": False,
+        "model_type": source.model_type,
+        "source": source.origin,
+        "made_from": [],
+        "layout": {"tp": args.tp, "pp": args.pp},
+        "dtype": done.dtype,
+        "versions": versions(),
+        "verified": verified,
+        "config": read_config(root),
+        "beside": digest_files(root),
+        "files": {name: vars(digest) for name, digest in done.files.items()},
+        "hf_tensors": done.tensors,
+    }
+    write_manifest(release, content)
+    sign(release, args.sign)
+
+
+def _main_dtype(source: Any) -> str:
+    """The precision that most of a folder's bytes have."""
+    from megaswift.convert import DTYPE_NAMES
+
+    totals: dict[Any, int] = {}
+    for name in source.names:
+        totals[source.dtype(name)] = totals.get(source.dtype(name), 0) + source.entry(name).nbytes
+    main = max(totals, key=lambda dtype: totals[dtype])
+    if main not in DTYPE_NAMES:
+        raise UserError(f"the weights are {main}, which is not a training precision.", where=str(source.path), fix="give --dtype bf16, fp16 or fp32")
+    return DTYPE_NAMES[main]

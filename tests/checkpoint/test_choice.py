@@ -1,0 +1,209 @@
+"""Which run and which checkpoint a resumed run takes, what is deleted, and who may write in a directory."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from megaswift.arguments import SftArguments
+from megaswift.checkpoint import keep, resume
+from megaswift.checkpoint.layout import TRACKER
+from megaswift.checkpoint.lock import LOCK, in_use, locked
+from megaswift.checkpoint.manifest import MANIFEST, digest_files, write_manifest
+from megaswift.errors import DataError, ExitCode, UserError
+
+RESUME = {"seed": 42, "global_batch": 16, "data_fingerprint": "abc-42-10", "train_iters": 9}
+
+
+def checkpoint(run: Path, step: int, eval_loss: float | None = None, optimizer: bool = True, track: bool = True) -> Path:
+    """A directory that looks like a checkpoint; its files hold anything."""
+    path = run / f"iter_{step:07d}"
+    path.mkdir(parents=True)
+    for name in ("__0_0.distcp", ".metadata", "common.pt"):
+        (path / name).write_bytes(os.urandom(2000))
+    write_manifest(path, {"files": digest_files(path), "optimizer": optimizer, "eval_loss": eval_loss, "resume": RESUME})
+    if track:
+        (run / TRACKER).write_text(str(step))
+    return path
+
+
+def flip(path: Path, place: int = 1000) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def name_of(run: Path, **more: Any) -> str:
+    return resume.newest_whole(run, verify=True, **more)[0].name
+
+
+@pytest.mark.parametrize("text", ["", "garbage \0", "7", "release", None])
+def test_the_tracker_is_only_a_hint(text: str | None, tmp_path: Path) -> None:
+    checkpoint(tmp_path, 1)
+    checkpoint(tmp_path, 2)
+    (tmp_path / TRACKER).unlink() if text is None else (tmp_path / TRACKER).write_text(text)
+    path, notes = resume.newest_whole(tmp_path, verify=True)
+    assert path.name == "iter_0000002"
+    assert len(notes) == 1
+    assert TRACKER in notes[0]
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "common.pt"])
+@pytest.mark.parametrize("harm", ["flip", "shorten", "remove"])
+def test_a_damaged_checkpoint_is_passed_over_and_said(name: str, harm: str, tmp_path: Path) -> None:
+    checkpoint(tmp_path, 1)
+    file = checkpoint(tmp_path, 2) / name
+    if harm == "flip":
+        flip(file)
+    elif harm == "shorten":
+        file.write_bytes(file.read_bytes()[:-1])
+    else:
+        file.unlink()
+    path, notes = resume.newest_whole(tmp_path, verify=True)
+    assert path.name == "iter_0000001"
+    assert len(notes) == 1
+    assert "iter_0000002" in notes[0]
+    assert name in notes[0]
+
+
+def test_none_good_stops_with_3(tmp_path: Path) -> None:
+    flip(checkpoint(tmp_path, 1) / "common.pt")
+    (checkpoint(tmp_path, 2) / MANIFEST).unlink()
+    with pytest.raises(DataError, match="no checkpoint of this run is good") as caught:
+        resume.newest_whole(tmp_path, verify=True)
+    assert caught.value.exit_code is ExitCode.DATA
+    assert "iter_0000001" in caught.value.what
+    assert "iter_0000002" in caught.value.what
+
+
+def test_weights_alone_cannot_be_gone_on_with(tmp_path: Path) -> None:
+    checkpoint(tmp_path, 1)
+    checkpoint(tmp_path, 2, optimizer=False)
+    assert name_of(tmp_path) == "iter_0000001"
+    assert name_of(tmp_path, need_optimizer=False) == "iter_0000002"
+
+
+def test_the_newest_run_of_any_layout(tmp_path: Path) -> None:
+    runs = ["tiny-tp1-pp1/v0-20260101-000000", "tiny-tp2-pp1/v0-20260102-000000", "tiny-tp1-pp1/v1-20260103-000000", "other-tp1-pp1/v0-20270101-000000"]
+    for run in runs[:2] + runs[3:]:
+        checkpoint(tmp_path / run, 3)
+    (tmp_path / runs[2]).mkdir(parents=True)  # it never saved
+    (tmp_path / "tiny-tp1-pp1" / "v9-notes").mkdir()
+    assert resume.newest_run(tmp_path, "tiny", True) == tmp_path / runs[1]
+    with locked(tmp_path / runs[2]):  # it has not saved yet
+        assert resume.newest_run(tmp_path, "tiny", True) == tmp_path / runs[2]
+    assert resume.newest_run(tmp_path, "absent", True) is None
+    assert resume.newest_run(tmp_path / "nowhere", "tiny", True) is None
+    assert resume.newest_run(tmp_path / runs[0], "tiny", False) == tmp_path / runs[0]
+
+
+@pytest.mark.parametrize(
+    ("losses", "limit", "kept"),
+    [
+        ([3, 1, 2, 4], 2, [2, 4]),
+        ([3, 1, 2, 4], 1, [2, 4]),
+        ([4, 3, 2, 1], 1, [4]),
+        ([None, None, None, None], 2, [3, 4]),
+        ([1, None, None, None], 3, [1, 3, 4]),
+        ([float("inf"), 2, 2, 3], 2, [3, 4]),
+    ],
+)
+def test_the_newest_and_the_best_stay(losses: list[float | None], limit: int, kept: list[int], tmp_path: Path) -> None:
+    for step, loss in enumerate(losses, 1):
+        checkpoint(tmp_path, step, loss)
+    keep.delete_beyond(tmp_path, limit)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [f"iter_{step:07d}" for step in kept]
+
+
+def test_the_only_good_checkpoint_is_never_deleted(tmp_path: Path) -> None:
+    checkpoint(tmp_path, 1)
+    for step in (2, 3):
+        (checkpoint(tmp_path, step) / "common.pt").unlink()
+    keep.delete_beyond(tmp_path, 1)
+    assert name_of(tmp_path) == "iter_0000001"
+
+
+def test_a_deletion_cut_short_leaves_nothing_that_is_chosen(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        checkpoint(tmp_path, step)
+    with mock.patch("shutil.rmtree", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        keep.delete_beyond(tmp_path, 2)
+    assert name_of(tmp_path) == "iter_0000003"
+    assert not (tmp_path / "iter_0000001").exists()
+    assert len(keep.clean(tmp_path)) == 1
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["iter_0000002", "iter_0000003"]
+
+
+def test_cleaning_takes_only_what_a_save_leaves(tmp_path: Path) -> None:
+    for name in ("iter_0000003.tmp-0a1b2c3d", "trash-iter_0000001-00", "iter_0000004", "images", "my.tmp-notes"):
+        (tmp_path / name).mkdir()
+    assert keep.clean(tmp_path) == ["iter_0000003.tmp-0a1b2c3d", "trash-iter_0000001-00"]
+
+
+def _hold(directory: str, ready: Any) -> None:
+    with locked(Path(directory)):
+        ready.set()
+        signal.pause()
+
+
+def test_a_directory_has_one_live_run_and_a_dead_one_holds_nothing(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    ready = context.Event()
+    holder = context.Process(target=_hold, args=(str(tmp_path), ready))
+    holder.start()
+    assert ready.wait(60)
+    assert in_use(tmp_path)
+    with pytest.raises(UserError, match=f"in use by process {holder.pid}") as caught, locked(tmp_path):
+        pass
+    assert caught.value.exit_code == 2
+    holder.kill()
+    holder.join()
+    assert (tmp_path / LOCK).exists()
+    with locked(tmp_path):
+        assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+    assert not in_use(tmp_path)
+
+
+def test_a_directory_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"), locked(tmp_path / "file" / "run"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "world", "steps"),
+    [({}, 2, 8), ({}, 4, 4), ({"batch_size": 2}, 4, 2), ({"gradient_accumulation_steps": 8}, 2, 8)],
+)
+def test_the_global_batch_is_kept(options: dict[str, Any], world: int, steps: int) -> None:
+    args = resume.with_saved_batch(SftArguments(**options), {"resume": RESUME}, world, "run")
+    assert args.gradient_accumulation_steps == steps
+
+
+@pytest.mark.parametrize(("options", "world", "words"), [({"gradient_accumulation_steps": 3}, 2, "16 rows, not 6"), ({"batch_size": 3}, 2, "use --batch_size 1 or 2 or 4 or 8"), ({}, 5, "a number of processes")])
+def test_another_global_batch_is_refused(options: dict[str, Any], world: int, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        resume.with_saved_batch(SftArguments(**options), {"resume": RESUME}, world, "run")
+    assert words in caught.value.text()
+
+
+def test_what_differs_is_named() -> None:
+    manifest = {"resume": RESUME}
+    assert resume.check_unchanged(SftArguments(), manifest, "abc-42-10", "run") == []
+    with pytest.raises(UserError, match="the seed was 42 and is 7"):
+        resume.check_unchanged(SftArguments(seed=7), manifest, "abc-7-10", "run")
+    with pytest.raises(UserError, match="training rows"):
+        resume.check_unchanged(SftArguments(), manifest, "other-42-10", "run")
+    with pytest.raises(UserError, match="--group_by_length was false and is true"):
+        resume.check_unchanged(SftArguments(group_by_length=True), manifest, "abc-42-11", "run")
+    assert resume.check_unchanged(SftArguments(allow_data_change=True), manifest, "other-42-10", "run")
+    with pytest.raises(UserError, match="dtype fp32, not bf16"):
+        resume.check_same_model(SftArguments(dtype="bf16"), {"model_type": "a"}, {"dtype": "fp32"}, "run")
+    with pytest.raises(UserError, match="model_type a, not b"):
+        resume.check_same_model(SftArguments(model_type="b"), {"model_type": "a"}, {"dtype": "fp32"}, "run")

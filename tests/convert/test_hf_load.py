@@ -1,0 +1,67 @@
+"""Without a conversion: safetensors straight into a sharded model give exactly what the converted checkpoint gives."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megaswift.hf.config import load_config
+from megaswift.plan import padded_vocab
+from tests import tiny
+from tests.ranks import RankFailed, RankPool
+
+
+def both_ways(folder: str, release: str, tp: int, pp: int) -> tuple[list[str], int]:
+    """On one rank: parameters that differ between the two ways, and bytes of the folder that were mapped in."""
+    from megaswift.checkpoint.hf_load import load_hf_weights
+    from megaswift.checkpoint.load import load_weights
+    from megaswift.engine import ranks
+    from megaswift.engine.model import ModelOptions, build
+
+    config = load_config(Path(folder))
+    with ranks.joined(tp, pp, seed=0):
+        options = ModelOptions(tp, pp, "fp32", padded_vocab(config.vocab_size, tp), variable_lengths=pp > 1)
+        direct, converted = build(config, options), build(config, options)
+        load_hf_weights(direct, Path(folder))
+        load_weights(converted, Path(release))
+        pairs = zip(direct.named_parameters(), converted.parameters())
+        return [name for (name, left), right in pairs if not torch.equal(left, right) or not left.abs().sum()], len(list(direct.parameters()))
+
+
+@pytest.mark.parametrize("name", tiny.FAMILIES)
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 2), (4, 1)])
+def test_equal_to_the_converted_checkpoint(name: str, tp: int, pp: int, tiny_folders: Any, pool: RankPool) -> None:
+    folder, release = tiny_folders(name, tie_word_embeddings=name in ("qwen2", "mistral"))
+    for different, count in pool.run(tp * pp, both_ways, str(folder), str(release), tp, pp):
+        assert different == []
+        assert count > 5
+
+
+def load_only(folder: str) -> None:
+    from megaswift.checkpoint.hf_load import load_hf_weights
+    from megaswift.engine import ranks
+    from megaswift.engine.model import ModelOptions, build
+
+    config = load_config(Path(folder))
+    with ranks.joined(1, 1, seed=0):
+        load_hf_weights(build(config, ModelOptions(1, 1, "fp32", config.vocab_size)), Path(folder))
+
+
+def test_missing_and_infinite_tensors_are_named(tiny_folders: Any, pool: RankPool, tmp_path: Path) -> None:
+    folder, _ = tiny_folders("llama", tie_word_embeddings=False)
+    for fault in ("missing", "infinite"):
+        copy = tmp_path / fault
+        shutil.copytree(folder, copy)
+        tensors = load_file(copy / "model.safetensors")
+        if fault == "missing":
+            del tensors["model.layers.2.mlp.up_proj.weight"]
+        else:
+            tensors["model.layers.2.mlp.up_proj.weight"][3, 3] = float("inf")
+        save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+        with pytest.raises(RankFailed, match="model.layers.2.mlp.up_proj.weight"):
+            pool.run(1, load_only, str(copy))

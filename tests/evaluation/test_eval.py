@@ -1,0 +1,235 @@
+"""The verb on a tiny model: result files, resuming, comparison, own benchmarks, and what cannot work."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megaswift.arguments import EvalArguments, parse
+from megaswift.errors import DataError, MegaswiftError, UserError
+from megaswift.eval import eval_main, prepare
+from megaswift.evaluation.run import weights_sha256
+from megaswift.inference.transformers_backend import TransformersBackend
+
+FOUR = ["--eval_dataset", "ceval", "mmlu", "gsm8k", "arc", "--eval_backend", "Native", "--max_new_tokens", "6"]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def run(model: Path, data: Path, *words: str) -> dict[str, Any]:
+    [row] = eval_main(["--ckpt_dir", str(model), "--eval_data_dir", str(data), *words])
+    return row
+
+
+def answers(folder: str = "default") -> list[dict[str, Any]]:
+    newest = max(Path("eval_outputs", folder).glob("*/answers.jsonl"), key=lambda path: path.stat().st_mtime)
+    return [json.loads(line) for line in newest.read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_seeds_command_leaves_its_files(model_dir: Path, data_dir: Path, capsys: pytest.CaptureFixture) -> None:
+    row = run(model_dir, data_dir, *FOUR)
+    assert set(row["result"]) == {"ceval", "mmlu", "gsm8k", "arc"}
+    [file] = Path("eval_outputs/default").glob("*/eval_result.jsonl")
+    assert [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] == [json.loads(json.dumps(row))]
+    details = row["details"]["mmlu"]
+    assert (details["questions"], details["of"], details["split"]) == (3, 3, "test")
+    assert details["scored_by"].startswith("evalscope" if find_spec("evalscope") else "megaswift")
+    assert len(row["weights_sha256"]) == len(details["questions_sha256"]) == 64
+    assert row["seed"] == 42
+    found = answers()
+    assert len(found) == 1 + 3 + 2 + 4
+    assert {answer["finish"] for answer in found} <= {"stop", "length"}
+    assert max(answer["tokens"] for answer in found) <= 6  # a model that never ends is cut
+    assert json.loads((file.parent / "evaluation.json").read_text(encoding="utf-8"))["benchmarks"]["arc"]["questions"] == 4
+    assert "95" not in capsys.readouterr().err
+
+
+def test_answers_do_not_depend_on_the_batch(model_dir: Path, data_dir: Path) -> None:
+    run(model_dir, data_dir, *FOUR, "--eval_batch_size", "1", "--name", "one")
+    run(model_dir, data_dir, *FOUR, "--eval_batch_size", "4", "--name", "four")
+    texts = [{row["key"]: row["response"] for row in answers(name)} for name in ("one", "four")]
+    assert texts[0] == texts[1]
+
+
+def test_an_interrupted_evaluation_goes_on(model_dir: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    whole, asked = TransformersBackend.answer_all, []
+
+    def interrupted(self: Any, prompts: Any, options: Any, *, batch_size: int = 1) -> Any:
+        for number, item in enumerate(whole(self, prompts, options, batch_size=batch_size)):
+            if len(asked) == 2:
+                raise KeyboardInterrupt
+            asked.append(number)
+            yield item
+
+    monkeypatch.setattr(TransformersBackend, "answer_all", interrupted)
+    words = ["--eval_dataset", "arc", "--max_new_tokens", "6", "--eval_batch_size", "1"]
+    with pytest.raises(KeyboardInterrupt):
+        run(model_dir, data_dir, *words)
+    assert "--eval_use_cache true" in capsys.readouterr().err
+    assert len(answers()) == 2
+    with next(Path("eval_outputs/default").glob("*/answers.jsonl")).open("a") as file:
+        file.write('{"torn')
+    monkeypatch.setattr(TransformersBackend, "answer_all", whole)
+    row = run(model_dir, data_dir, *words, "--eval_use_cache", "true")
+    assert row["details"]["arc"]["asked_now"] == 2
+    assert run(model_dir, data_dir, *words, "--eval_use_cache", "true")["details"]["arc"]["asked_now"] == 0
+    assert (
+        run(model_dir, data_dir, *words, "--max_new_tokens", "7", "--eval_use_cache", "true")["details"]["arc"]["asked_now"]
+        == 4
+    )
+
+
+def test_likelihoods_are_those_of_the_whole_text(model_dir: Path, data_dir: Path) -> None:
+    """Against one plain forward pass a choice."""
+    row = run(model_dir, data_dir, "--eval_dataset", "arc", "mmlu", "--eval_method", "loglikelihood", "--eval_batch_size", "3")
+    assert 0 <= row["details"]["arc"]["acc_norm"] <= 1
+    backend = TransformersBackend.load(model_dir)
+    for item, found in zip(prepare(_args(model_dir, data_dir, "arc")).benches[0].items, answers()):
+        context = backend.tokenizer(f"Question: {item.question}\nAnswer:")["input_ids"]
+        for choice, value in zip(item.choices, found["log_likelihoods"], strict=True):
+            ids = backend.tokenizer(f"Question: {item.question}\nAnswer: {choice}")["input_ids"]
+            with torch.no_grad():
+                logs = torch.log_softmax(backend.model(torch.tensor([ids])).logits[0].float(), -1)
+            wanted = sum(float(logs[place - 1, ids[place]]) for place in range(len(context), len(ids)))
+            assert value == pytest.approx(wanted, abs=2e-3)
+
+
+def _args(model: Path, data: Path, *names: str) -> EvalArguments:
+    return EvalArguments(ckpt_dir=str(model), eval_data_dir=str(data), eval_dataset=list(names))
+
+
+def test_equal_weights_give_equal_answers(
+    model_dir: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    copy = shutil.copytree(model_dir, tmp_path / "copy")
+    from tests.inference.conftest import make_model_dir
+
+    make_model_dir(tmp_path / "other", seed=1, context=768)
+    rows = eval_main(
+        ["--compare", f"original={model_dir}", f"converted={copy}", str(tmp_path / "other"), "--eval_data_dir", str(data_dir),
+         "--eval_dataset", "arc", "--eval_method", "loglikelihood"]
+    )  # fmt: skip
+    assert [row["model"] for row in rows] == ["original", "converted", "other"]
+    assert rows[0]["weights_sha256"] == rows[1]["weights_sha256"] != rows[2]["weights_sha256"]
+    text = capsys.readouterr().out
+    assert "converted - original: every answer is the same" in text
+    assert "McNemar p" in text or "other - original: every answer is the same" in text
+    assert "WARNING" not in text
+    [page] = Path("eval_outputs/default").glob("*/comparison.html")
+    assert "<table>" in page.read_text(encoding="utf-8")
+    found = json.loads((page.parent / "comparison.json").read_text(encoding="utf-8"))
+    assert [(pair["first"], pair["second"]) for pair in found["pairs"]] == [
+        ("original", "converted"), ("original", "other"), ("converted", "other"),
+    ]  # fmt: skip
+
+
+def test_equal_weights_with_unequal_answers_are_an_error(model_dir: Path, data_dir: Path, tmp_path: Path, capsys) -> None:
+    copy = shutil.copytree(model_dir, tmp_path / "copy")
+    for file in (copy / "chat_template.jinja", copy / "tokenizer_config.json"):
+        if file.exists():
+            file.write_text(
+                file.read_text(encoding="utf-8").replace("You are helpful.", "Be brief, be rude."), encoding="utf-8"
+            )
+    with pytest.raises(DataError, match="equal weights gave unequal answers"):
+        eval_main(
+            ["--compare", f"original={model_dir}", f"converted={copy}", "--eval_data_dir", str(data_dir), "--eval_dataset",
+             "arc", "--max_new_tokens", "6"]
+        )  # fmt: skip
+    assert "WARNING: converted has exactly the weights of original" in capsys.readouterr().out
+    assert list(Path("eval_outputs/default").glob("*/comparison.html"))
+
+
+def test_own_benchmarks(model_dir: Path, data_dir: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "zoo_val.csv").write_text("question,A,B,answer\nIs a cat an animal?,yes,no,A\n", encoding="utf-8")
+    (own / "faq.jsonl").write_text('{"query": "Who are you?", "response": "A model."}\n', encoding="utf-8")
+    config = [
+        {"name": "zoo", "pattern": "ceval", "dataset": "own", "subset_list": ["zoo"]},
+        {"name": "faq", "pattern": "general_qa", "dataset": "own"},
+    ]
+    (tmp_path / "custom.json").write_text(json.dumps(config))
+    row = run(
+        model_dir,
+        data_dir,
+        "--custom_eval_config",
+        "custom.json",
+        "--eval_dataset",
+        "zoo",
+        "faq",
+        "arc",
+        "--max_new_tokens",
+        "4",
+    )
+    assert set(row["result"]) == {"zoo", "faq", "arc"}
+    assert row["details"]["faq"]["scored_by"].startswith("megaswift")
+
+
+def test_a_prompt_that_does_not_fit_is_counted_as_wrong(model_dir: Path, data_dir: Path) -> None:
+    row = run(model_dir, data_dir, "--eval_dataset", "arc", "--max_model_len", "20", "--max_new_tokens", "4")
+    assert row["details"]["arc"]["too_long"] == 4
+    assert row["result"]["arc"] == 0
+
+
+def test_the_hash_is_of_the_weights_not_of_the_files(model_dir: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(model_dir).save_pretrained(tmp_path / "cut", max_shard_size="30KB")
+    assert len(list((tmp_path / "cut").glob("*.safetensors"))) > 1
+    assert weights_sha256(tmp_path / "cut") == weights_sha256(model_dir)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--eval_backend", "OpenCompass", "--eval_dataset", "arc"], "use --eval_backend Native"),
+        (["--eval_dataset"], "no benchmark is named"),
+        (["--eval_dataset", "mmluu"], "did you mean: mmlu"),
+        (["--eval_dataset", "arc", "--eval_limit", "0"], "legal values: 1 or more"),
+        (["--eval_dataset", "arc", "--eval_batch_size", "0"], "legal values: 1 or more"),
+        (["--eval_dataset", "arc", "--name", "a/b"], "cannot be a directory name"),
+        (["--eval_dataset", "arc_easy"], "arc_easy is not in"),
+        (["--eval_dataset", "arc", "--compare", "x"], "names the models itself"),
+        (["--eval_dataset", "arc", "--custom_eval_config", "none.json"], "cannot read the configuration"),
+        (["--eval_dataset", "arc", "--infer_backend", "vllm"], "vLLM is not installed"),
+        (["--eval_dataset", "arc", "--eval_backend", "lm-eval"], "lm-eval is not installed"),
+    ],
+)
+def test_what_cannot_work_is_told_before_a_model_is_loaded(
+    model_dir: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+) -> None:
+    if ("vllm" in words and find_spec("vllm")) or ("lm-eval" in words and find_spec("lm_eval")):
+        pytest.skip("it is installed")
+    monkeypatch.setattr("megaswift.inference.transformers_backend.load_model", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(MegaswiftError) as caught:
+        eval_main(["--ckpt_dir", str(model_dir), "--eval_data_dir", str(data_dir), *words])
+    assert message in caught.value.text()
+    assert not Path("eval_outputs").exists()
+
+
+def test_without_files_and_network_the_error_says_which_files(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("no network")))
+    with pytest.raises(UserError, match="arc cannot be fetched from the hub") as caught:
+        prepare(parse(EvalArguments, ["--ckpt_dir", str(model_dir), "--eval_dataset", "arc"]))
+    assert "--eval_data_dir" in caught.value.fix
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed (make test-eval installs it)")
+def test_lm_eval_finds_the_same_likelihoods(model_dir: Path, data_dir: Path) -> None:
+    names = ["--eval_dataset", "arc", "mmlu", "gsm8k", "ceval", "--max_new_tokens", "6"]
+    row = run(model_dir, data_dir, *names, "--eval_backend", "lm-eval", "--name", "theirs", "--eval_limit", "3")
+    run(model_dir, data_dir, *names, "--eval_method", "loglikelihood", "--name", "ours", "--eval_limit", "3")
+    assert row["details"]["arc"]["scored_by"].startswith("lm-eval")
+    for theirs, ours in zip(answers("theirs"), answers("ours"), strict=True):
+        if theirs["benchmark"] in ("arc", "mmlu"):
+            assert theirs["log_likelihoods"] == pytest.approx(ours["log_likelihoods"], abs=2e-3)
+            assert theirs["correct"] == ours["correct"]

@@ -1,0 +1,89 @@
+"""Reading answers, and the statistics of comparisons."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+
+from megaswift.evaluation.items import Bench, Item
+from megaswift.evaluation.scoring import OwnScorer, make_scorer, read_letter, read_number, rouge_l
+from megaswift.evaluation.statistics import mcnemar, paired, paired_bootstrap, wilson
+
+FOUR = ("red", "green", "blue", "white")
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("B", "B"), ("B. green", "B"), ("(C)", "C"), ("The answer is D.", "D"), ("Answer: a", "A"), ("答案：B", "B"), ("答案是 C。", "C"),
+        ("A good question. The answer is B", "B"), ("A colour", ""), ("It is green.", "B"), ("red or green", ""), ("", ""), ("E", ""),
+        ("\x00\ud800", ""), ("Beautiful", ""),
+    ],
+)  # fmt: skip
+def test_letters(text: str, letter: str) -> None:
+    assert read_letter(text, FOUR) == letter
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("The answer is 1,234.50.", "1234.5"), ("3 + 4 = 7", "7"), ("#### -12", "-12"), ("\\boxed{18}", "18"), ("none", ""), ("0.0", "0"), ("The answer is $5 of 9", "5")],
+)  # fmt: skip
+def test_numbers(text: str, number: str) -> None:
+    assert read_number(text) == number
+
+
+def test_rouge_l() -> None:
+    assert rouge_l("the cat sat", "the cat sat") == 1
+    assert rouge_l("the cat", "the dog") == pytest.approx(0.5)
+    assert rouge_l("我是小黄", "我是小红") == pytest.approx(0.75)
+    assert rouge_l("", "x") == 0
+
+
+def test_wilson_interval_of_a_textbook_case() -> None:
+    low, high = wilson(81, 263)  # E. B. Wilson's interval for 81 of 263, as in Newcombe, 1998, table I
+    assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
+    assert wilson(0, 0) == (0.0, 1.0)
+    assert wilson(0, 10)[0] == 0
+    assert wilson(10, 10)[1] == pytest.approx(1)
+
+
+def test_mcnemar_is_the_exact_binomial_test() -> None:
+    assert mcnemar(0, 0) == 1
+    assert mcnemar(1, 0) == 1
+    assert mcnemar(0, 6) == pytest.approx(2 / 64)
+    assert mcnemar(3, 12) == pytest.approx(0.03515625)
+
+
+def test_a_pair() -> None:
+    found = paired([1, 0, 1, 0], [1, 1, 1, 1], [(True, True), (False, True), (True, True), (False, True)], 3, 42)
+    assert (found.difference, found.gained, found.lost, found.changed) == (0.5, 2, 0, 3)
+    assert 0 <= found.low <= 0.5 <= found.high <= 1
+    assert not found.significant
+    assert paired_bootstrap([0.0] * 9) == (0.0, 0.0)
+    assert paired_bootstrap([1, -1] * 50, seed=1) == paired_bootstrap([1, -1] * 50, seed=1)
+
+
+def _bench(kind: str, item: Item) -> Bench:
+    return Bench(
+        kind, kind, "test", (item,), {item.subset: (Item(item.subset, "s", "Shot?", item.choices, item.answer, "Because."),)}
+    )
+
+
+@pytest.mark.parametrize("kind", ["arc", "mmlu", "ceval", "gsm8k"])
+@pytest.mark.parametrize("scorer", ["own", "evalscope"])
+def test_scorers_ask_and_judge(kind: str, scorer: str) -> None:
+    if scorer == "evalscope" and find_spec("evalscope") is None:
+        pytest.skip("EvalScope is not installed (make test-eval installs it)")
+    subset = {"arc": "ARC-Challenge", "mmlu": "anatomy", "ceval": "law", "gsm8k": "main"}[kind]
+    item = Item(subset, "7", "What?", () if kind == "gsm8k" else FOUR, "12" if kind == "gsm8k" else "B")
+    made = OwnScorer(_bench(kind, item), 1) if scorer == "own" else make_scorer(_bench(kind, item), 1, 42)
+    assert made.title.startswith(scorer if scorer == "evalscope" else "megaswift")
+    [asked] = made.asked()
+    text = asked.messages[-1]["content"]
+    assert "What?" in text
+    assert "Shot?" in text
+    right = {"gsm8k": "\\boxed{12}", "ceval": "答案：B"}.get(kind, "ANSWER: B")
+    assert made.judge(asked, right).correct
+    assert not made.judge(asked, right.replace("B", "C").replace("12", "13")).correct
+    assert made.judge(asked, "").prediction == ""

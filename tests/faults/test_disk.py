@@ -1,0 +1,96 @@
+"""A full disk: refused before a byte is written, or what was written is taken away; earlier checkpoints stay as they were."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megaswift.checkpoint import save
+from megaswift.engine.loop import Job
+from megaswift.errors import DataError
+from tests.faults.harness import FaultRun, with_plan
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 6 MB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(path)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+    yield path
+    subprocess.run(["umount", str(path)], check=True)
+
+
+def trust_the_disk() -> None:
+    """As if the space had been there when it was measured, and somebody else took it."""
+    save.require_space = lambda directory, needed, what: None
+
+
+def full_after(rank: int, count: int) -> None:
+    """Every file of a rank takes `count` bytes."""
+    from megaswift.checkpoint.torch_dist import HashingFile
+
+    trust_the_disk()
+    plain = HashingFile.write
+
+    def write(self: Any, data: Any) -> int:
+        if int(os.environ["RANK"]) == rank and self.position + len(memoryview(data).cast("B")) > count:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return plain(self, data)
+
+    HashingFile.write = write  # type: ignore[method-assign]
+
+
+def test_too_little_space_is_refused_before_a_byte_is_written(base: Job, small_disk: Path) -> None:
+    case = FaultRun(base, small_disk)
+    ended = case.run()
+    assert ended.codes == [3, 3], ended.output
+    assert "one checkpoint needs 0.00 GB, 0.00 GB are free." in ended.reports[0]["what"]
+    assert sorted(path.name for path in case.run_dir.glob("iter_*")) == ["iter_0000001", "iter_0000002"]
+    assert case.newest() == 2
+
+
+def test_a_disk_that_fills_up_while_saving(base: Job, small_disk: Path, tmp_path: Path, straight: FaultRun) -> None:
+    case = FaultRun(with_plan(base, save_interval=1), small_disk)
+    used = shutil.disk_usage(small_disk)
+    (small_disk / "ballast").write_bytes(os.urandom(max(used.free - 900_000, 0)))
+    ended = case.run(prepare=trust_the_disk)
+    assert ended.codes == [3, 3], ended.output
+    assert ended.reports[0]["what"] == ended.reports[1]["what"]
+    assert "the disk is full" in ended.reports[0]["what"]
+    assert case.newest() == 2
+    assert not list(case.run_dir.glob("*tmp*")), "what was written partly is taken away"
+    (small_disk / "ballast").unlink()
+    shutil.rmtree(case.run_dir / "iter_0000001")
+    again = case.resume()
+    if again.codes != [3, 3]:  # 6 MB hold what is needed, or the space is measured too small: both are an answer
+        assert case.losses() == straight.losses()
+
+
+@pytest.mark.parametrize(("rank", "count"), [(0, 0), (1, 1000), (1, 300_000), (0, 700_000)])
+def test_an_error_after_some_bytes(rank: int, count: int, base: Job, straight: FaultRun, tmp_path: Path) -> None:
+    case = FaultRun(base, tmp_path)
+    ended = case.run(prepare=partial(full_after, rank, count))
+    assert ended.codes == [3, 3], ended.output
+    assert ended.reports[0]["what"] == ended.reports[1]["what"]
+    assert f"rank {rank}: the disk is full" in ended.reports[0]["what"]
+    assert f"__{rank}_0.distcp" in ended.reports[0]["what"]
+    assert not list(case.run_dir.glob("*tmp*"))
+    assert case.newest() == 2
+    assert case.resume().codes == [0, 0]
+    assert case.losses() == straight.losses()
+
+
+def test_needed_and_free_are_said(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"one checkpoint needs \d+\.\d\d GB, \d+\.\d\d GB are free\."):
+        save.require_space(tmp_path, 10**18, "one checkpoint")

@@ -1,0 +1,172 @@
+"""Six steps are three and three: the same losses, rates and rows, at the same layout to the bit, at any other to 1e-5."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megaswift.checkpoint.torch_dist import Reader
+from megaswift.data.batches import Batches
+from megaswift.data.store import TokenRows
+from megaswift.errors import DataError, UserError
+from tests.faults import table
+from tests.ranks import RankPool
+from tests.training import Run, train
+
+# world size, tp, pp, sequence parallel
+LAYOUTS = [(2, 1, 2, False), (1, 1, 1, False), (2, 2, 1, True), (2, 1, 1, False), (4, 2, 2, True)]
+
+
+def options(start: tuple[Path, Path], **more: Any) -> dict[str, Any]:
+    return dict(resume_from_checkpoint=str(start[0]), dataset=[str(start[1])], max_steps=6, save_steps=3, eval_steps=3, dataset_test_ratio=0.1, model_type="tiny-chat") | more
+
+
+@pytest.fixture(scope="module")
+def whole(start: tuple[Path, Path], pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Six steps without a break."""
+    return train(pool, tmp_path_factory.mktemp("whole"), 2, **options(start, pp=2))
+
+
+def half(whole: Run, output: Path) -> Path:
+    """A copy of the run as it was after its third step, under another --output_dir."""
+    run = output / whole.directory.parent.name / whole.directory.name
+    shutil.copytree(whole.directory, run)
+    shutil.rmtree(run / "iter_0000006")
+    (run / "latest_checkpointed_iteration.txt").write_text("3")
+    return run
+
+
+def figures(run: Run) -> list[tuple[Any, ...]]:
+    return [(row["global_step/max_steps"], row["loss"], row["grad_norm"], row["learning_rate"], row["consumed_samples"]) for row in run.rows if "loss" in row]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_three_and_three_are_six(layout: tuple[int, int, int, bool], whole: Run, start: tuple[Path, Path], pool: RankPool, tmp_path: Path) -> None:
+    run = half(whole, tmp_path)
+    world, tp, pp, sequence_parallel = layout
+    again = train(pool, tmp_path, world, **options(start, resume=True, tp=tp, pp=pp, sequence_parallel=sequence_parallel))
+    assert again.directory == run, "the same command goes on in the same run, whatever its layout"
+    exact = layout == LAYOUTS[0]
+    if exact:
+        assert figures(again) == figures(whole)
+        assert again.eval_losses == whole.eval_losses
+    else:
+        assert again.losses == pytest.approx(whole.losses, abs=1e-5)
+        assert again.norms == pytest.approx(whole.norms, rel=2e-5)
+    worst = max(abs(a - b) for a, b in zip(again.losses, whole.losses, strict=True))
+    table.add(f"6 steps = 3 + 3, tp {tp} x pp {pp} on {world} processes", "resumed from tp 1 x pp 2 on 2 processes", f"losses differ by at most {worst:.1e}")
+
+
+@pytest.mark.parametrize("layout", [(1, 1), (2, 1), (1, 2), (4, 1)])
+def test_no_row_twice_and_none_lost(layout: tuple[int, int], start: tuple[Path, Path], whole: Run) -> None:
+    """Steps before the break on one data-parallel layout and after it on another see each row of the epoch once."""
+    job = json.loads((whole.directory / "job.json").read_text())
+    rows = TokenRows.open(job["train_data"])
+    size = 8
+    count = len(rows) // size
+
+    def seen(steps: range, dp: int, micro: int) -> list[int]:
+        found = []
+        for rank in range(dp):
+            batches = Batches(rows, micro_batch_size=micro, global_batch_size=size, dp_rank=rank, dp_size=dp, seed=42, pad_id=0)
+            found += [row for step in steps for batch in batches.step(step) for row in batch.sample_ids]
+        return found
+
+    dp, micro = layout
+    counts = Counter(seen(range(3), 1, 1) + seen(range(3, count), dp, micro))
+    assert set(counts.values()) == {1}
+    assert len(counts) == count * size
+
+
+def test_moments_survive_another_layout(whole: Run, start: tuple[Path, Path], pool: RankPool, tmp_path: Path) -> None:
+    """A state loaded at tp 2 x pp 2 and saved again at once has the same tensors, optimizer moments too, to the bit."""
+    run = half(whole, tmp_path)
+    pool.run(4, _load_and_save, str(run), str(tmp_path / "again"))
+    before, after = Reader(run / "iter_0000003"), Reader(tmp_path / "again" / "iter_0000003")
+    moments = [key for key in before.keys if "exp_avg" in key]
+    assert len(moments) > 10
+    assert set(before.keys) == set(after.keys)
+    for key in before.keys:
+        assert torch.equal(before.read(key), after.read(key)), key
+    assert any(float(before.read(key).abs().max()) > 0 for key in moments)
+    table.add("reshard tp 1 x pp 2 to tp 2 x pp 2", f"{len(before.keys)} tensors, {len(moments)} of them optimizer moments", "equal to the bit")
+
+
+def _load_and_save(run: str, target: str) -> None:
+    from dataclasses import replace
+
+    from megaswift.arguments import SftArguments
+    from megaswift.checkpoint.save import save
+    from megaswift.engine import loop, ranks
+
+    job = loop.Job.read(Path(run) / "job.json")
+    job = replace(job, plan=replace(job.plan, tp=2, pp=2, dp=1, world_size=4), checkpoint=run + "/iter_0000003", first_step=3)
+    with ranks.joined(2, 2, 42):
+        trainer = loop._trainer(job, SftArguments(**job.options))
+        save(Path(target), 3, trainer, only_model=False, extra={}, manifest={})
+
+
+def test_a_requeued_job_needs_one_command(start: tuple[Path, Path], pool: RankPool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing there: it starts, saying so. Finished: nothing to do. More steps asked for: it goes on, saying so."""
+    command = options(start, resume=True, max_steps=2, eval_steps=2, save_steps=2)
+    first = train(pool, tmp_path, 1, **command)
+    assert "starting at step 0" in capsys.readouterr().out
+    again = train(pool, tmp_path, 1, **command)
+    assert again.directory == first.directory
+    assert figures(again) == figures(first)
+    assert "nothing left to do" in capsys.readouterr().out
+    longer = train(pool, tmp_path, 1, **{**command, "max_steps": 3})
+    assert longer.directory == first.directory
+    assert len(longer.losses) == 3
+    assert "now has 3 steps, it had 2" in capsys.readouterr().out
+
+
+def test_a_damaged_checkpoint_is_gone_around(whole: Run, start: tuple[Path, Path], pool: RankPool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / whole.directory.parent.name / whole.directory.name
+    shutil.copytree(whole.directory, run)
+    flip(run / "iter_0000006" / "__1_0.distcp")
+    again = train(pool, tmp_path, 2, **options(start, resume=True, pp=2))
+    assert figures(again) == figures(whole)
+    assert "__1_0.distcp is not the file that was written" in capsys.readouterr().out.replace("\n", " ")
+    for name in ("iter_0000003", "iter_0000006"):
+        flip(run / name / "common.pt", 100)
+    with pytest.raises(DataError, match="no checkpoint of this run is good"):
+        train(pool, tmp_path, 2, **options(start, resume=True, pp=2))
+
+
+def flip(path: Path, place: int = 5000) -> None:
+    data = np.fromfile(path, np.uint8)
+    data[place] ^= 1
+    data.tofile(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"seed": 7}, "the seed was 42 and is 7"),
+        ({"max_length": 24}, "the training rows"),
+        ({"group_by_length": True}, "--group_by_length"),
+        ({"gradient_accumulation_steps": 3}, "global batch of 16 rows, not 6"),
+        ({"dtype": "bf16"}, "dtype fp32, not bf16"),
+        ({"model_type": "tiny-chat", "dataset": "shorter"}, "the training rows"),
+    ],
+    ids=str,
+)
+def test_another_run_is_refused_with_what_differs(changes: dict[str, Any], words: str, whole: Run, start: tuple[Path, Path], pool: RankPool, tmp_path: Path) -> None:
+    run = half(whole, tmp_path)
+    if changes.get("dataset") == "shorter":
+        lines = start[1].read_text(encoding="utf-8").splitlines(keepends=True)
+        (tmp_path / "shorter.jsonl").write_text("".join(lines[:-2]), encoding="utf-8")
+        changes = {**changes, "dataset": [str(tmp_path / "shorter.jsonl")]}
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(UserError) as caught:
+        train(pool, tmp_path, 2, **options(start, resume=True, pp=2) | changes)
+    assert words in caught.value.what
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
