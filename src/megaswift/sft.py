@@ -61,7 +61,7 @@ def _train(args: SftArguments, stop: StopSignals) -> Path:
     from megaswift.engine import launch
 
     place = launch.cluster()
-    start = find_start(args)
+    start = find_start(args, place.leads)
     args = with_saved_batch(start.args, start.manifest, place.world_size, _shown(start.root)) if start.run_dir else start.args
     template = _template(args, start)
     data = prepare(args, template, cache_dir=cache_root(), packing=args.packing)
@@ -115,16 +115,20 @@ class Start:
     first_step: int
 
 
-def find_start(args: SftArguments) -> Start:
-    """Find and check what training starts from: with --resume true the newest run, else --resume_from_checkpoint."""
-    root = (_newest_run(args) if args.resume else None) or _start_root(args)
+def find_start(args: SftArguments, leads: bool = True) -> Start:
+    """Find and check what training starts from: with --resume true the newest run, else --resume_from_checkpoint.
+
+    Args:
+        leads: whether this machine holds the lock of the run; on the others the leading one may have it already.
+    """
+    root = (_newest_run(args, leads) if args.resume else None) or _start_root(args)
     values = read_args_file(root)
     # A run that goes on in another layout is given one: then the old one's other half means nothing.
     relaid = args.explicit() & {"tp", "pp"} and _is_run(root)
     args = fill_from_file(args, values, MODEL_OPTIONS if relaid else (*MODEL_OPTIONS, "tp", "pp"))
     if not args.model_type:
         raise UserError("the directory does not say its model_type.", where=str(root), fix="give --model_type NAME")
-    checkpoint = _checkpoint(args, root)
+    checkpoint = _checkpoint(args, root, leads)
     from megaswift.checkpoint.manifest import read_manifest
     from megaswift.hf.config import load_config
 
@@ -159,10 +163,10 @@ def _start_root(args: SftArguments) -> Path:
     return root
 
 
-def _newest_run(args: SftArguments) -> Path | None:
+def _newest_run(args: SftArguments, leads: bool) -> Path | None:
     """What --resume true goes on with; None, said aloud, where a new run must start."""
     model_type = args.model_type or read_args_file(_start_root(args)).get("model_type")
-    found = newest_run(Path(args.output_dir).absolute(), str(model_type), args.add_output_dir_suffix)
+    found = newest_run(Path(args.output_dir).absolute(), str(model_type), args.add_output_dir_suffix, live=leads)
     if found is None:
         say(f"--resume true: no run of {model_type} under {args.output_dir} has saved a checkpoint; starting at step 0.")
     return found
@@ -173,11 +177,11 @@ def _is_run(root: Path) -> bool:
     return any(layout.iteration_of(path) > 0 for path in layout.candidates(root))
 
 
-def _checkpoint(args: SftArguments, root: Path) -> Path:
+def _checkpoint(args: SftArguments, root: Path, leads: bool) -> Path:
     """The checkpoint in `root` to start from; what is passed over is said."""
     if not _is_run(root):
         return layout.find_checkpoint(root)
-    if in_use(root):
+    if leads and in_use(root):
         raise UserError("this run is in use by another process.", where=_shown(root), fix="wait for it or stop it")
     checkpoint, notes = newest_whole(root, args.verify, need_optimizer=args.resume)
     for note in notes:

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests import tiny
 
 from megaswift.arguments import ExportArguments
 from megaswift.checkpoint import classic
 from megaswift.convert import Model
 from megaswift.errors import DataError, UserError
 from megaswift.export import export_main
-from tests import tiny
 
 
 def write_classic(root: Path, model: Any, tp: int, pp: int, *, local_names: bool = False, separate_output: bool = False, **args: Any) -> Path:
@@ -77,7 +77,7 @@ def test_a_separate_output_layer_of_a_tied_model_is_kept(tmp_path: Path, capsys:
         if change:
             for place in (old / "release").glob("mp_rank_*"):
                 state = torch.load(place / classic.FILE, weights_only=False)
-                state["model"]["output_layer.weight"] += 1
+                state["model"]["output_layer.weight"] = state["model"]["output_layer.weight"] + 1
                 torch.save(state, place / classic.FILE)
         back = export_main(ExportArguments(ckpt_dir=str(old), to_hf=True, model_type="t", verify=True))
         assert json.loads((back / "config.json").read_text())["tie_word_embeddings"] is not change

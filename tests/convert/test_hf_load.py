@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests import tiny
+from tests.ranks import RankFailed, RankPool
 
 from megaswift.hf.config import load_config
 from megaswift.plan import padded_vocab
-from tests import tiny
-from tests.ranks import RankFailed, RankPool
 
 
 def both_ways(folder: str, release: str, tp: int, pp: int) -> tuple[list[str], int]:

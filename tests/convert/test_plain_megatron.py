@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from tests import tiny
 from tests.ranks import RankPool
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests import tiny
 
 from megaswift.checkpoint.torch_dist import Reader
 from megaswift.convert import hf_to_megatron, verify_round_trip
@@ -22,7 +23,6 @@ from megaswift.hf.config import load_config
 from megaswift.hf.read import HFCheckpoint
 from megaswift.proof.parity import Parity, compare
 from megaswift.proof.prove import prove
-from tests import tiny
 
 ATTENTION, MLP = "model.layers.{}.self_attn.", "model.layers.{}.mlp."
 

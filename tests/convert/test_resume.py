@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from tests import tiny
 
 from megaswift.checkpoint import layout, torch_dist
 from megaswift.errors import DataError, UserError
 from megaswift.hf import publish
 from megaswift.hf.output import sha256_of
-from tests import tiny
 
 SLOW = """
 import sys, time

@@ -108,7 +108,7 @@ def _see_to_the_end(processes: list[Any], notes: Path, began: float) -> None:
                     os.kill(process.pid, signal.SIGCONT)
         if failed is None and any(not process.is_alive() and process.exitcode != 0 for process in processes):
             failed = time.monotonic()
-        if failed is not None and time.monotonic() - failed > launch.LAST_WORDS_S or time.monotonic() - began > 300:
+        if (failed is not None and time.monotonic() - failed > launch.LAST_WORDS_S) or time.monotonic() - began > 300:
             for process in processes:
                 process.kill()
     for process in processes:

@@ -17,31 +17,24 @@ from tests.faults.harness import FaultRun, with_plan
 
 
 def poison(step: int, rank: int, factor: float, gradient_only: bool) -> None:
-    """In this process's Trainer: multiply what one micro batch gives (or its gradient) at a step counted from 1."""
+    """In this process: multiply the gradients, and the loss unless `gradient_only`, of a step counted from 1."""
     import os
 
-    from megaswift.engine import step as module
+    from megaswift.engine.step import Trainer
 
-    if int(os.environ["RANK"]) != rank:
-        return
-    plain, steps = module.run_micro_batch, [0]
-    count = module.Trainer.step
+    plain, steps = Trainer.gradients, [0]
 
-    def counted(self: Any, batches: Any) -> Any:
+    def bad(self: Any, batches: Any) -> Any:
+        sums = plain(self, batches)
         steps[0] += 1
-        return count(self, batches)
+        if steps[0] != step:
+            return sums
+        if int(os.environ["RANK"]) == rank:
+            for parameter in self.model.parameters():
+                parameter.main_grad.mul_(factor)
+        return sums if gradient_only else sums * sums.new_tensor([factor, 1.0])
 
-    def bad(model: Any, batch: Any) -> Any:
-        output = plain(model, batch)
-        if steps[0] != step or not model.training:
-            return output
-        if gradient_only:
-            output.register_hook(lambda gradient: gradient * factor)
-            return output
-        return output * factor
-
-    module.Trainer.step = counted  # type: ignore[method-assign]
-    module.run_micro_batch = bad  # type: ignore[assignment]
+    Trainer.gradients = bad  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(("rank", "factor", "gradient_only"), [(1, math.nan, False), (0, math.nan, True), (1, math.inf, False)])

@@ -27,7 +27,7 @@ def test_the_first_signal_saves_and_stops(point: str, rank: str, background: boo
     if point == "loop.evaluate":  # the evaluation is that of the last step: the run is over anyway
         assert ended.codes == [0, 0], ended.output
     else:
-        assert set(ended.codes) <= {75, 0} and 75 in ended.codes or case.newest() == 4, ended.output
+        assert (set(ended.codes) <= {75, 0} and 75 in ended.codes) or case.newest() == 4, ended.output
     assert case.newest() >= WHERE[point]
     again = case.resume()
     assert again.codes == [0, 0], again.output

@@ -135,24 +135,6 @@ def test_beams_do_not_stream_and_say_so(model: Path, monkeypatch, capsys) -> Non
     assert captured.out.startswith("<<< hi\n")
 
 
-def test_a_run_directory_names_the_export_command(swift_infer, model: Path, tmp_path: Path) -> None:
-    run = tmp_path / "output" / "my-tiny-tp1-pp2" / "v0-20240101-000000"
-    run.mkdir(parents=True)
-    (run / "latest_checkpointed_iteration.txt").write_text("5")
-    done = swift_infer(["--ckpt_dir", str(run)])
-    assert done.returncode == 2
-    assert f"swift export --ckpt_dir {run} --to_hf true" in done.stderr.decode()
-    shutil.copytree(model, run / "my-tiny-hf")
-    with pytest.raises(UserError) as error:
-        prepare(InferArguments(ckpt_dir=str(run)))
-    assert f"swift infer --ckpt_dir {run / 'my-tiny-hf'}" in error.value.fix
-    with pytest.raises(UserError) as error:
-        prepare(InferArguments(ckpt_dir=str(run.parent)))
-    assert f"swift export --ckpt_dir {run} --to_hf true" in error.value.fix
-    with pytest.raises(UserError, match="Megatron"):
-        prepare(InferArguments(model_type="x", model_id_or_path=str(run)))
-
-
 @pytest.mark.parametrize(
     ("words", "what"),
     [

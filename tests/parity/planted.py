@@ -39,20 +39,24 @@ def _shifted_labels() -> Any:
 def _mean_over_micro_batches() -> Any:
     import torch
 
-    from megaswift.engine import step
+    from megaswift.engine import model, step
 
-    honest = step.forward_step
+    honest_loss, honest_step = model.linear_cross_entropy, step.forward_step
 
-    def forward_step(batches: Any, model: Any) -> Any:
-        output, loss_function = honest(batches, model)
+    def mean_loss(hidden: Any, weight: Any, labels: Any, **options: Any) -> Any:
+        share = 1.0 / max(int((labels != -100).sum()), 1)
+        loss, count = honest_loss(hidden, weight, labels, **{**options, "grad_scale": share})
+        return loss * share, count
 
-        def mean(summed: Any, *rest: Any) -> Any:
-            total, count, report = loss_function(summed, *rest)
-            return total / count, torch.ones_like(count), report
+    def forward_step(batches: Any, chunk: Any) -> Any:
+        output, _ = honest_step(batches, chunk)
+        one = torch.ones((), dtype=torch.int32)
+        return output, lambda mean, *_: (mean, one, {"sums": torch.stack((mean.detach().float(), one.float()))})
 
-        return output, mean
-
-    return mock.patch.object(step, "forward_step", forward_step)
+    stack = contextlib.ExitStack()
+    stack.enter_context(mock.patch.object(model, "linear_cross_entropy", mean_loss))
+    stack.enter_context(mock.patch.object(step, "forward_step", forward_step))
+    return stack
 
 
 def _norm_gradient_not_reduced() -> Any:
@@ -81,7 +85,7 @@ def _detached(weight: Any, model: Any) -> Any:
     import inspect
 
     # Only the loss sees a copy; Megatron-Core's own set-up must still find the shared weight.
-    return weight.detach().requires_grad_() if any(frame.function == "forward" for frame in inspect.stack()[2:4]) else weight
+    return weight.detach().requires_grad_() if any(frame.function == "_loss" for frame in inspect.stack()[2:5]) else weight
 
 
 def _rope_base_off_by_one() -> Any:

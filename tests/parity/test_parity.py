@@ -64,7 +64,7 @@ def test_the_engine_is_transformers(world: int, options: dict[str, Any], pool: R
     ("fault", "world", "options", "message"),
     [
         ("label shifted by one", 1, {}, "step 1: the loss"),
-        ("mean over micro batches", 1, {}, "step 1: the gradient of model."),
+        ("mean over micro batches", 1, {}, "step 1: the loss"),
         ("norm gradient not reduced under sequence parallelism", 2, {"tp": 2, "sequence_parallel": True}, "norm.weight differs"),
         ("untied head", 1, {}, "step 1: the gradient of model.embed_tokens.weight"),
         ("RoPE base off by one", 1, {}, "step 1: the loss"),

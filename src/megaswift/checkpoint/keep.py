@@ -41,7 +41,7 @@ def best_of(checkpoints: list[Path]) -> Path | None:
 
 
 def delete_beyond(root: Path, limit: int | None) -> list[Path]:
-    """Delete whole checkpoints that do not stay; called by one process. Returns those that are gone.
+    """Delete the checkpoints that do not stay, once `limit` whole ones are there; called by one process. Returns what is gone.
 
     Only checkpoints older than a whole newer one are deleted, so the only good one never is.
     """
@@ -49,7 +49,7 @@ def delete_beyond(root: Path, limit: int | None) -> list[Path]:
         return []
     kept, removed = to_keep(root, limit), []
     for path in candidates(root):
-        if kept and path not in kept and 0 < iteration_of(path) < iteration_of(kept[0]):
+        if len(kept) >= limit and path not in kept and 0 < iteration_of(path) < iteration_of(kept[0]):
             reached("keep.before_trash")
             discard(path)
             removed.append(path)

@@ -15,21 +15,22 @@ from megaswift.errors import DataError, UserError
 _RUN = re.compile(r"v(\d+)-(\d{8}-\d{6})")
 
 
-def newest_run(output_dir: Path, model_type: str, suffix: bool) -> Path | None:
+def newest_run(output_dir: Path, model_type: str, suffix: bool, live: bool = True) -> Path | None:
     """The newest run of a model type under `output_dir` that has saved something or is in use; its tp and pp may be any.
 
     Args:
         suffix: runs stand in {model_type}-tpN-ppM/vN-time; False: `output_dir` is the run.
+        live: count a run that is in use, even if it has saved nothing.
     """
     if not suffix:
-        return output_dir if in_use(output_dir) or _saved(output_dir) else None
+        return output_dir if (live and in_use(output_dir)) or _saved(output_dir) else None
     layout = re.compile(re.escape(model_type) + r"-tp\d+-pp\d+")
     found = []
     for parent in output_dir.iterdir() if output_dir.is_dir() else ():
         if layout.fullmatch(parent.name) and parent.is_dir():
             found += [(match.group(2), int(match.group(1)), path) for path in parent.iterdir() if (match := _RUN.fullmatch(path.name))]
     for _, _, path in sorted(found, reverse=True):
-        if in_use(path) or _saved(path):
+        if (live and in_use(path)) or _saved(path):
             return path
     return None
 

@@ -143,7 +143,13 @@ def _random_state() -> Any:
 def _split(state: dict[str, Any], common: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
     """Sharded items that this rank writes, and the small values that go to common.pt."""
     from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
-    from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase, ShardedTensorFactory, apply_factories, is_main_replica
+    from megatron.core.dist_checkpointing.mapping import (
+        LocalNonpersistentObject,
+        ShardedBase,
+        ShardedTensorFactory,
+        apply_factories,
+        is_main_replica,
+    )
 
     apply_factories(state)
     sharded, rest = extract_matching_values(state, lambda value: isinstance(value, (ShardedBase, LocalNonpersistentObject)))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
@@ -217,7 +217,7 @@ def write_file(
             value = own_storage(chunk.produce().to(chunk.dtype).reshape(chunk.shape).contiguous())
             file.write(bytes(-file.position % _ALIGNMENT))  # so that a mapped chunk can be used in place
             start = file.position
-            torch.save(value, file)
+            torch.save(value, cast(IO[bytes], file))
             storage[MetadataIndex(chunk.key, torch.Size(chunk.offset))] = _StorageInfo(name, start, file.position - start)
             del value
             if chunk.release is not None:

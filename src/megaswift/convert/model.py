@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -26,7 +27,8 @@ _OPTIMIZER = "optimizer."
 class MegatronReader(Protocol):
     """Weights in Megatron's layout, whole tensors by name (torch_dist.Reader, classic.ClassicReader)."""
 
-    directory: object
+    @property
+    def directory(self) -> Path: ...
 
     @property
     def keys(self) -> list[str]: ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,8 +36,8 @@ class _Planned:
     def tensors(self) -> list[PlannedTensor]:
         planned = []
         for number, (name, shape) in enumerate(zip(self.model.names(self.rule, self.layer), self.rule.hf_shapes(self.model.sizes))):
-            make = lambda number=number, name=name: self._make(number, name)  # noqa: E731
-            planned.append(PlannedTensor(name, self.dtype, shape, make, self._prepare, lambda number=number: self._release(number)))
+            make, release = partial(self._make, number, name), partial(self._release, number)
+            planned.append(PlannedTensor(name, self.dtype, shape, make, self._prepare, release))
         return planned
 
     def _make(self, number: int, name: str) -> Tensor:

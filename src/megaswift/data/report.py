@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from megaswift.data.tokens import Encoded
 
 SHOWN = 5  # places named for each reason
+LABEL = 20  # columns of a dataset's name in the table
 
 
 @dataclass
@@ -128,18 +129,18 @@ class DataReport:
 
 def print_report(report: DataReport, console: Console, *, example: bool = True) -> None:
     """Show the counts, what was dropped and why, and one example with its supervised text marked."""
-    from rich import box
     from rich.table import Table
 
     title = "Data" + (" (from the cache)" if report.from_cache else "")
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for name in ("dataset", "rows", "usable", "train", "val", "bad", "long", "tokens", "loss on"):
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    for name in ("dataset", "rows", "usable", "train", "val", "bad", "long", "tokens", "loss"):
         table.add_column(name, justify="left" if name == "dataset" else "right", no_wrap=True)
     for item in report.datasets:
         bad = sum(entry.count for entry in item.dropped.values())
         share = f"{item.supervised / item.tokens:.0%}" if item.tokens else "-"
         counts = (item.rows, item.usable, item.train, item.val, bad, item.too_long.count, item.tokens)
         label = Path(item.item).name if item.item.startswith(item.place) else item.item
+        label = label if len(label) <= LABEL else f"{label[: LABEL // 2]}...{label[3 - LABEL // 2 :]}"  # whole below the table
         table.add_row(label, *(f"{count:,}" for count in counts), share)
     console.print(table)
     for item in report.datasets:

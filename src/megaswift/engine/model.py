@@ -106,7 +106,8 @@ class ChatModel(GPTModel):
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Logits [b, s, vocabulary of this rank]; those of vocabulary padding are the smallest number."""
-        logits, _ = self.output_layer(hidden, weight=self._weight())
+        tied = self.share_embeddings_and_output_weights
+        logits, _ = self.output_layer(hidden, weight=self.shared_embedding_or_output_weight() if tied else None)
         padding = torch.arange(logits.shape[-1], device=logits.device) + self.tp_group.rank() * logits.shape[-1] >= self.true_vocab
         return logits.masked_fill(padding, torch.finfo(logits.dtype).min).transpose(0, 1)
 

@@ -116,5 +116,5 @@ def limited(bench: Bench, limit: int | None) -> Bench:
             if left and taken[subset] < len(items):
                 taken[subset] += 1
                 left -= 1
-    items = tuple(item for subset, items in waiting.items() for item in items[: taken[subset]])
-    return replace(bench, items=items, total=total)
+    kept = tuple(item for subset, items in waiting.items() for item in items[: taken[subset]])
+    return replace(bench, items=kept, total=total)

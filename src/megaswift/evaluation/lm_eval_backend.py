@@ -127,9 +127,9 @@ def _write_task(place: Path, bench: Bench, subset: str, items: list[Item], setti
     files = {}
     for split, group in splits.items():
         files[split] = str(place / f"{bench.name}-{subset}-{split}.jsonl")
-        text = "".join(json.dumps(_record(bench.kind, item), ensure_ascii=False) + "\n" for item in group)
+        text = "".join(json.dumps(record(bench.kind, item), ensure_ascii=False) + "\n" for item in group)
         Path(files[split]).write_text(text, encoding="utf-8")
-    task = {
+    task: dict[str, Any] = {
         "include": str(own),
         "task": f"{bench.name}-{subset}",
         "dataset_path": "json",
@@ -150,7 +150,7 @@ def _write_task(place: Path, bench: Bench, subset: str, items: list[Item], setti
     return file
 
 
-def _record(kind: str, item: Item) -> dict[str, Any]:
+def record(kind: str, item: Item) -> dict[str, Any]:
     """A question in the columns of the hub's data set, which the task files read."""
     if kind == "gsm8k":
         return {"question": item.question, "answer": f"{item.explanation}\n#### {item.answer}"}

@@ -176,8 +176,9 @@ def _arc_row(row: dict[str, Any], where: str, number: int) -> Item:
     stem, options = row.get("question"), row.get("choices")
     if isinstance(stem, dict):
         stem, options = stem.get("stem"), stem.get("choices")
-    if isinstance(options, list) and all(isinstance(option, dict) for option in options):
-        options = {"text": [option.get("text") for option in options], "label": [option.get("label") for option in options]}
+    if isinstance(options, list):
+        pairs = [option for option in options if isinstance(option, dict)]
+        options = {"text": [option.get("text") for option in pairs], "label": [option.get("label") for option in pairs]}
     if not isinstance(options, dict) or not isinstance(stem, str):
         raise DataError("a row of ARC needs question, choices and answerKey.", where=where, fix="mend the row")
     choices, labels = _choices(options.get("text"), where), list(options.get("label") or [])

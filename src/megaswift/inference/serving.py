@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import queue
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,7 +59,7 @@ class Line:
         """End the thread after the answer it is at."""
         self._waiting.put(None)
 
-    async def pieces(self, job: Job) -> AsyncIterator[str | Answer]:
+    async def pieces(self, job: Job) -> AsyncGenerator[str | Answer, None]:
         """Pieces of a job's answer and, last, the whole; leaving early gives the job up."""
         self._waiting.put(job)
         try:

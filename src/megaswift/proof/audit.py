@@ -33,7 +33,8 @@ class Finding:
 
 def audit(config: PreTrainedConfig, reference: Streamed, measured: Streamed) -> list[Finding]:
     """Compare the model that transformers builds with the one that Megatron-Core builds."""
-    theirs, ours = reference.module, measured.module
+    theirs: Any = reference.module
+    ours: Any = measured.module
     layer, twin = ours.decoder.layers[0], theirs.model.layers[0]
     attention, settings = layer.self_attention, ours.config
     shape = theirs.get_input_embeddings().weight.shape

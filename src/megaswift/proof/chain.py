@@ -76,7 +76,7 @@ def _digests_of_checkpoint(directory: Path) -> dict[str, str]:
     from megaswift.hf.config import load_config
 
     model, reader = Model(load_config(directory.parent)), Reader(directory)
-    found = {}
+    found: dict[str, str] = {}
     for rule, layer in model.each():
         try:
             values = model.read_hf(reader, rule, layer)

@@ -86,6 +86,7 @@ def megatron_stream(config: PreTrainedConfig, reader: MegatronReader) -> Streame
     view = Model(config)
     rows = reader.shape("embedding.word_embeddings.weight")[0]
     settings = transformer_config(config, ModelOptions(tp=1, pp=1, dtype="fp32", padded_vocab=rows))
+    settings.plain_layers = True  # type: ignore[attr-defined]  # every module is called, so that its weights can be streamed
     rope = RotaryTable(config, torch.device("cpu"))
     with _META:
         model = ChatModel(

@@ -113,7 +113,7 @@ class FusedSelfAttention(SelfAttention):
         shared = self.config.num_query_groups < self.world_size  # key-value heads repeated over ranks
         # A kernel that the user named, or a deterministic one, is CoreAttention's to choose.
         named = getattr(self.config, "flash_attention", None) is not None or self.config.deterministic_mode
-        return wanted and not (asks or off or shared or named or self.config.attention_output_gate)
+        return wanted and not (_plain(self) or asks or off or shared or named or self.config.attention_output_gate)
 
 
 class FusedMLP(MLP):
@@ -150,7 +150,7 @@ class FusedMLP(MLP):
     def _takes(self) -> bool:
         config = self.config
         silu = config.gated_linear_unit and self.activation_func is F.silu and config.activation_func_clamp_value is None
-        return silu and not config.add_bias_linear and not config.glu_linear_offset
+        return silu and not (_plain(self) or config.add_bias_linear or config.glu_linear_offset)
 
     def _fuses_second(self) -> bool:
         """Whether the second product is a plain one; an adapter around it, for example, is not."""
@@ -191,4 +191,10 @@ class FusedTransformerLayer(TransformerLayer):
             or self.offload_mlp_norm
         )
         dropout = self.training and self.hidden_dropout > 0.0
-        return norms and isinstance(self.cross_attention, IdentityOp) and not (asks or off or dropout or self.is_moe_layer)
+        single = isinstance(self.cross_attention, IdentityOp)
+        return norms and single and not (_plain(self) or asks or off or dropout or self.is_moe_layer)
+
+
+def _plain(module: Any) -> bool:
+    """Whether the config asks for Megatron-Core's own way through every module, as a check that watches modules does."""
+    return bool(getattr(module.config, "plain_layers", False))

@@ -1,0 +1,221 @@
+"""The server as its users see it: the official client, streams, limits, keys; on loopback only."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megaswift.arguments import DeployArguments
+from megaswift.deploy import check, deploy_main, is_loopback
+from megaswift.errors import UserError
+from megaswift.inference.options import GenerationOptions
+from megaswift.inference.transformers_backend import TransformersBackend
+
+uvicorn = pytest.importorskip("uvicorn", reason="the server's packages are not installed (pip install '.[deploy]')")
+pytest.importorskip("fastapi")
+openai = pytest.importorskip("openai", reason="the official client is not installed")
+
+KEY = "secret-key"
+ASK: dict[str, Any] = {
+    "model": "tiny",
+    "messages": [{"role": "user", "content": "who are you"}],
+    "max_tokens": 8,
+    "temperature": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def server(backend: TransformersBackend) -> Iterator[str]:
+    """The address of a running server with small limits."""
+    from megaswift.inference.server import Limits, Service, make_app
+
+    limits = Limits(body_bytes=5000, new_tokens=16, requests=3)
+    service = Service(backend, "tiny", GenerationOptions(max_new_tokens=16, temperature=0), limits, 4)
+    listening = socket.create_server(("127.0.0.1", 0))
+    running = uvicorn.Server(uvicorn.Config(make_app(service, KEY, ["127.0.0.1"]), log_level="error"))
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    running.should_exit = True
+    thread.join(10)
+    service.line.close()
+
+
+@pytest.fixture
+def client(server: str) -> Any:
+    return openai.OpenAI(base_url=f"{server}/v1", api_key=KEY, max_retries=0, timeout=60)
+
+
+def expected(backend: TransformersBackend, text: str = "who are you", **changes: Any) -> str:
+    options = GenerationOptions(**({"max_new_tokens": 8, "temperature": 0} | changes))
+    return backend.generate([[{"role": "user", "content": text}]], options)[0].text
+
+
+def post(server: str, body: bytes, headers: dict[str, str] | None = None) -> tuple[int, dict[str, Any]]:
+    request = urllib.request.Request(
+        f"{server}/v1/chat/completions", body, {"Authorization": f"Bearer {KEY}", **(headers or {})}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def test_the_official_client_gets_an_answer(client: Any, backend: TransformersBackend) -> None:
+    answer = client.chat.completions.create(**ASK)
+    assert answer.choices[0].message.content == expected(backend)
+    assert answer.choices[0].finish_reason in ("stop", "length")
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+    assert [model.id for model in client.models.list()] == ["tiny"]
+
+
+def test_a_stream_joins_to_the_answer(client: Any, backend: TransformersBackend) -> None:
+    chunks = list(client.chat.completions.create(**ASK, stream=True, stream_options={"include_usage": True}))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == expected(backend)
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] in ("stop", "length")
+    assert chunks[-1].usage.completion_tokens > 0
+
+
+def test_requests_at_once_get_their_own_answers(client: Any, backend: TransformersBackend) -> None:
+    texts = ["who are you", "你是谁", "What is the capital of France?"]
+
+    def ask(text: str) -> str:
+        return (
+            client.chat.completions.create(**ASK | {"messages": [{"role": "user", "content": text}]}).choices[0].message.content
+        )
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(ask, texts)) == [expected(backend, text) for text in texts]
+
+
+def test_a_reader_who_leaves_stops_the_answer(client: Any, server: str) -> None:
+    for _ in range(4):  # more than may wait at once: each must have been let go
+        stream = client.chat.completions.create(**ASK | {"max_tokens": 16}, stream=True)
+        next(iter(stream))
+        stream.close()
+    for _ in range(50):
+        if post(server, json.dumps(ASK).encode())[0] == 200:
+            break
+    else:
+        pytest.fail("the server holds on to requests that nobody waits for")
+
+
+def test_tokens_are_limited_whatever_is_asked(client: Any) -> None:
+    answer = client.chat.completions.create(**ASK | {"max_tokens": 100_000})
+    assert answer.usage.completion_tokens <= 16
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "message"),
+    [
+        ({"model": "gpt-4"}, 404, "use 'tiny'"),
+        ({"messages": []}, 400, "at least one message"),
+        ({"messages": [{"role": "user"}]}, 400, "text as its content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "text as its content"),
+        ({"messages": [{"role": "assistant", "content": "hi"}]}, 400, "must be the user's"),
+        ({"messages": [{"role": "user", "content": "a" * 2000}]}, 400, "tokens"),
+        ({"temperature": -1}, 400, "temperature"),
+        ({"temperature": "hot"}, 400, "must be a number"),
+        ({"max_tokens": 0}, 400, "max_tokens"),
+        ({"n": 2}, 400, "n must be 1"),
+        ({"tools": [{}]}, 400, "tools is not supported"),
+        ({"stop": [""]}, 400, "stop"),
+        ({"response_format": {"type": "json_object"}}, 400, "must be text"),
+        ({"padding": "x" * 6000}, 413, "larger than 5000 bytes"),
+    ],
+)
+def test_what_cannot_be_is_refused(server: str, changes: dict[str, Any], status: int, message: str) -> None:
+    code, body = post(server, json.dumps(ASK | changes).encode())
+    assert (code, message in body["error"]["message"]) == (status, True), body
+
+
+def test_odd_bodies_keys_and_names(server: str) -> None:
+    assert post(server, b"{not json")[0] == 400
+    assert post(server, b"[]")[0] == 400
+    assert post(server, json.dumps(ASK).encode(), {"Authorization": "Bearer wrong"})[0] == 401
+    assert post(server, json.dumps(ASK).encode(), {"Host": "evil.example:80"})[0] == 400
+    with urllib.request.urlopen(f"{server}/health", timeout=10) as answer:
+        assert json.load(answer) == {"status": "ok"}
+
+
+def test_too_many_requests_are_told_to_wait(server: str) -> None:
+    body = json.dumps(ASK | {"max_tokens": 16}).encode()
+    with ThreadPoolExecutor(12) as pool:
+        codes = list(pool.map(lambda _: post(server, body)[0], range(12)))
+    assert set(codes) <= {200, 429}
+    assert 200 in codes
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"host": "0.0.0.0"}, "there is no API key"),
+        ({"port": 70000}, "legal values"),
+        ({"max_body_size": "big"}, "is no size"),
+        ({"max_concurrency": 0}, "legal values"),
+        ({"max_model_len": 1}, "legal values"),
+    ],
+)
+def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check(DeployArguments(**options), None)
+
+
+def test_loopback() -> None:
+    assert all(map(is_loopback, ("127.0.0.1", "localhost", "::1", "127.3.2.1")))
+    assert not any(map(is_loopback, ("0.0.0.0", "10.0.0.1", "example.org", "::")))
+    assert check(DeployArguments(host="0.0.0.0"), KEY) == 4_000_000
+
+
+def test_a_port_that_is_taken(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megaswift.inference.transformers_backend.load_model", lambda *_: pytest.fail("the model was loaded"))
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match="cannot listen"):
+        deploy_main(DeployArguments(ckpt_dir=str(model_dir), port=taken.getsockname()[1]))
+
+
+def test_the_command_serves_and_ends_on_sigterm(model_dir: Path) -> None:
+    words = [
+        sys.executable,
+        "-m",
+        "megaswift",
+        "deploy",
+        "--ckpt_dir",
+        str(model_dir),
+        "--port",
+        "0",
+        "--served_model_name",
+        "tiny",
+    ]
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(__file__).parents[2] / "src"),
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        assert "answers at http://127.0.0.1:" in line, line
+        address = line.split("answers at ")[1].split(",")[0]
+        client = openai.OpenAI(base_url=address, api_key="none", max_retries=3)
+        assert client.chat.completions.create(**ASK).usage.completion_tokens > 0
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) in (0, -signal.SIGTERM)
+    finally:
+        process.kill()
+        process.wait()

