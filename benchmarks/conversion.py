@@ -20,9 +20,30 @@ from pathlib import Path
 from typing import Any
 
 SHAPES = {
-    "1b": dict(hidden_size=1536, num_hidden_layers=14, num_attention_heads=12, num_key_value_heads=2, intermediate_size=8960, vocab_size=64000),
-    "2b": dict(hidden_size=2048, num_hidden_layers=12, num_attention_heads=16, num_key_value_heads=2, intermediate_size=11008, vocab_size=64000),
-    "7b": dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, intermediate_size=18944, vocab_size=152064),
+    "1b": dict(
+        hidden_size=1536,
+        num_hidden_layers=14,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        intermediate_size=8960,
+        vocab_size=64000,
+    ),
+    "2b": dict(
+        hidden_size=2048,
+        num_hidden_layers=12,
+        num_attention_heads=16,
+        num_key_value_heads=2,
+        intermediate_size=11008,
+        vocab_size=64000,
+    ),
+    "7b": dict(
+        hidden_size=3584,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        intermediate_size=18944,
+        vocab_size=152064,
+    ),
 }
 PEER = """
 import sys, torch
@@ -43,15 +64,22 @@ def make(folder: Path, shape: str) -> int:
     config.rope_parameters = {"rope_type": "default", "rope_theta": 1e6}
     config.architectures, config.dtype = ["Qwen2ForCausalLM"], "bfloat16"
     generator = torch.Generator().manual_seed(0)
+    pool = torch.randn(1 << 26, generator=generator).mul_(0.02).bfloat16()  # drawing 7 billion values would take minutes
 
     def produce(shape: tuple[int, ...]) -> Any:
         if len(shape) == 1:
             return (torch.rand(shape, generator=generator) + 0.5).bfloat16()
-        block = torch.randn(min(shape[0], 512), shape[1], generator=generator).mul_(0.02).bfloat16()
-        rows = [block.roll(17 * k, 1) for k in range(-(-shape[0] // len(block)))]  # drawing every value would take minutes
-        return torch.cat(rows)[: shape[0]].contiguous()
+        wanted, pieces = shape[0] * shape[1], []
+        while wanted > 0:
+            start = int(torch.randint(len(pool) // 2, (1,), generator=generator))
+            pieces.append(pool[start : start + wanted])
+            wanted -= len(pieces[-1])
+        return torch.cat(pieces).reshape(shape)
 
-    planned = [PlannedTensor(name, torch.bfloat16, shape, lambda shape=shape: produce(shape)) for name, shape in Model(config).expected().items()]
+    planned = [
+        PlannedTensor(name, torch.bfloat16, shape, lambda shape=shape: produce(shape))
+        for name, shape in Model(config).expected().items()
+    ]
     text = json.dumps(config.to_dict() | {"model_type": "qwen2"}, indent=2).encode()
     return write_checkpoint(folder, planned, extra_files={"config.json": text}, threads=1).bytes
 
@@ -115,7 +143,16 @@ def run(place: Path, options: argparse.Namespace) -> dict[str, Any]:
     bound = 3 * largest + 1.5
     print(f"{options.shape}: {size:.2f} GB of bf16, largest tensor {largest:.2f} GB, memory bound {bound:.2f} GB", flush=True)
     swift = [sys.executable, "-m", "megaswift", "export"]
-    there = [*swift, "--to_megatron", "true", "--model_type", "t", "--model_id_or_path", str(place / "hf"), "--megatron_output_dir"]
+    there = [
+        *swift,
+        "--to_megatron",
+        "true",
+        "--model_type",
+        "t",
+        "--model_id_or_path",
+        str(place / "hf"),
+        "--megatron_output_dir",
+    ]
     back = [*swift, "--to_hf", "true", "--ckpt_dir", str(place / "m"), "--hf_output_dir"]
     rows: dict[str, tuple[float, float, float]] = {}
 
@@ -128,18 +165,37 @@ def run(place: Path, options: argparse.Namespace) -> dict[str, Any]:
             shutil.rmtree(made)
 
     add("cp (with sync)", ["cp", "-r", str(place / "hf"), str(place / "copy")], place / "copy", sync=True)
-    add("megaswift to Megatron, --verify false", [*there, str(place / "m"), "--verify", "false"], place / "m", sync=False, keep=True)
+    add(
+        "megaswift to Megatron, --verify false",
+        [*there, str(place / "m"), "--verify", "false"],
+        place / "m",
+        sync=False,
+        keep=True,
+    )
     add("megaswift to Hugging Face, --verify false", [*back, str(place / "h"), "--verify", "false"], place / "h", sync=False)
     add("cp (with sync), again", ["cp", "-r", str(place / "hf"), str(place / "copy")], place / "copy", sync=True)
     if not options.no_peer:
-        add("transformers from_pretrained + save_pretrained", [sys.executable, "-c", PEER, str(place / "hf"), str(place / "peer")], place / "peer", sync=True)
+        add(
+            "transformers from_pretrained + save_pretrained",
+            [sys.executable, "-c", PEER, str(place / "hf"), str(place / "peer")],
+            place / "peer",
+            sync=True,
+        )
     if options.verify:
         add("megaswift to Hugging Face, with the proof", [*back, str(place / "h")], place / "h", sync=False)
         add("megaswift to Megatron, with the proof", [*there, str(place / "v")], place / "v", sync=False)
     copying = (rows["cp (with sync)"][0] + rows["cp (with sync), again"][0]) / 2
     for name in ("megaswift to Megatron, --verify false", "megaswift to Hugging Face, --verify false"):
-        print(f"  {name}: {copying / rows[name][0]:.2f} x cp, memory {'within' if rows[name][2] <= bound else 'ABOVE'} the bound", flush=True)
-    return {"shape": options.shape, "gb": size, "bound_gb": bound, "rows": {name: {"seconds": s, "cpu_seconds": c, "peak_gb": m} for name, (s, c, m) in rows.items()}}
+        print(
+            f"  {name}: {copying / rows[name][0]:.2f} x cp, memory {'within' if rows[name][2] <= bound else 'ABOVE'} the bound",
+            flush=True,
+        )
+    return {
+        "shape": options.shape,
+        "gb": size,
+        "bound_gb": bound,
+        "rows": {name: {"seconds": s, "cpu_seconds": c, "peak_gb": m} for name, (s, c, m) in rows.items()},
+    }
 
 
 if __name__ == "__main__":

@@ -53,13 +53,17 @@ def sft_main(args: SftArguments | list[str]) -> Path:
 
 
 def _stopped_early(name: str) -> None:
-    raise Stopped(f"stopped by {name} before training began.", where="swift sft", fix="the same command with --resume true starts again")
+    raise Stopped(
+        f"stopped by {name} before training began.", where="swift sft", fix="the same command with --resume true starts again"
+    )
 
 
 def _train(args: SftArguments, stop: StopSignals) -> Path:
     from megaswift.data.encode import prepare
     from megaswift.engine import launch
+    from megaswift.engine.versions import check_versions
 
+    check_versions()
     place = launch.cluster()
     start = find_start(args, place.leads)
     args = with_saved_batch(start.args, start.manifest, place.world_size, _shown(start.root)) if start.run_dir else start.args
@@ -194,12 +198,23 @@ def _check_run(args: SftArguments, start: Start, data: PreparedData, plan: Plan)
     """A run goes on only with its own data and seed; a changed number of steps is said."""
     from megaswift.data.batches import Batches
 
-    batches = Batches(data.train, micro_batch_size=1, global_batch_size=1, dp_rank=0, dp_size=1, seed=args.seed, pad_id=0, group_by_length=args.group_by_length)
+    batches = Batches(
+        data.train,
+        micro_batch_size=1,
+        global_batch_size=1,
+        dp_rank=0,
+        dp_size=1,
+        seed=args.seed,
+        pad_id=0,
+        group_by_length=args.group_by_length,
+    )
     for note in check_unchanged(args, start.manifest, batches.fingerprint, _shown(start.root)):
         say(f"[yellow]{note}; the run goes on as --allow_data_change true asks.[/yellow]")
     before = start.manifest.get("resume", {}).get("train_iters")
     if before != plan.train_iters:
-        say(f"[yellow]the run now has {plan.train_iters} steps, it had {before}: the learning rate follows the new number from here on.[/yellow]")
+        say(
+            f"[yellow]the run now has {plan.train_iters} steps, it had {before}: the learning rate follows the new number from here on.[/yellow]"
+        )
 
 
 def _default_start(args: SftArguments) -> str:

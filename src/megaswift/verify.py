@@ -1,7 +1,7 @@
 """`swift verify DIR`: check a directory that this product made, and everything that it was made from.
 
-    swift verify qwen2-7b-instruct-tp2-pp1
-    swift verify output/.../qwen2-7b-instruct-hf --deep true --public_key team.pub
+swift verify qwen2-7b-instruct-tp2-pp1
+swift verify output/.../qwen2-7b-instruct-hf --deep true --public_key team.pub
 """
 
 from __future__ import annotations
@@ -65,7 +65,11 @@ def _targets(root: Path) -> list[Path]:
         return [root]
     found = layout.candidates(root)
     if not found:
-        raise UserError("this directory was not made by swift export or swift sft: it has no manifest.json.", where=str(root), fix="name a directory that was")
+        raise UserError(
+            "this directory was not made by swift export or swift sft: it has no manifest.json.",
+            where=str(root),
+            fix="name a directory that was",
+        )
     return found
 
 

@@ -91,7 +91,12 @@ def test_weights_alone_cannot_be_gone_on_with(tmp_path: Path) -> None:
 
 
 def test_the_newest_run_of_any_layout(tmp_path: Path) -> None:
-    runs = ["tiny-tp1-pp1/v0-20260101-000000", "tiny-tp2-pp1/v0-20260102-000000", "tiny-tp1-pp1/v1-20260103-000000", "other-tp1-pp1/v0-20270101-000000"]
+    runs = [
+        "tiny-tp1-pp1/v0-20260101-000000",
+        "tiny-tp2-pp1/v0-20260102-000000",
+        "tiny-tp1-pp1/v1-20260103-000000",
+        "other-tp1-pp1/v0-20270101-000000",
+    ]
     for run in runs[:2] + runs[3:]:
         checkpoint(tmp_path / run, 3)
     (tmp_path / runs[2]).mkdir(parents=True)  # it never saved
@@ -186,7 +191,14 @@ def test_the_global_batch_is_kept(options: dict[str, Any], world: int, steps: in
     assert args.gradient_accumulation_steps == steps
 
 
-@pytest.mark.parametrize(("options", "world", "words"), [({"gradient_accumulation_steps": 3}, 2, "16 rows, not 6"), ({"batch_size": 3}, 2, "use --batch_size 1 or 2 or 4 or 8"), ({}, 5, "a number of processes")])
+@pytest.mark.parametrize(
+    ("options", "world", "words"),
+    [
+        ({"gradient_accumulation_steps": 3}, 2, "16 rows, not 6"),
+        ({"batch_size": 3}, 2, "use --batch_size 1 or 2 or 4 or 8"),
+        ({}, 5, "a number of processes"),
+    ],
+)
 def test_another_global_batch_is_refused(options: dict[str, Any], world: int, words: str) -> None:
     with pytest.raises(UserError) as caught:
         resume.with_saved_batch(SftArguments(**options), {"resume": RESUME}, world, "run")

@@ -49,7 +49,11 @@ def harmed(tiny_folders: Any, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("kind", [Payload, Dotted])
 def test_the_index_runs_nothing(kind: type, harmed: Path, tmp_path: Path) -> None:
     marker = tmp_path / "marker"
-    for data in (pickle.dumps(kind(marker)), pickle.dumps([kind(marker)], protocol=0), pickle.dumps({"state_dict_metadata": kind(marker)})):
+    for data in (
+        pickle.dumps(kind(marker)),
+        pickle.dumps([kind(marker)], protocol=0),
+        pickle.dumps({"state_dict_metadata": kind(marker)}),
+    ):
         (harmed / INDEX_FILE).write_bytes(data)
         with pytest.raises(DataError, match="not safe to read"):
             Reader(harmed)
@@ -58,7 +62,14 @@ def test_the_index_runs_nothing(kind: type, harmed: Path, tmp_path: Path) -> Non
 
 def test_a_dotted_name_of_an_allowed_module_is_refused(harmed: Path) -> None:
     name = "Metadata.__init__.__globals__"
-    data = b"\x80\x04\x8c" + bytes([len("torch.distributed.checkpoint.metadata")]) + b"torch.distributed.checkpoint.metadata\x8c" + bytes([len(name)]) + name.encode() + b"\x93."
+    data = (
+        b"\x80\x04\x8c"
+        + bytes([len("torch.distributed.checkpoint.metadata")])
+        + b"torch.distributed.checkpoint.metadata\x8c"
+        + bytes([len(name)])
+        + name.encode()
+        + b"\x93."
+    )
     (harmed / INDEX_FILE).write_bytes(data)
     with pytest.raises(DataError, match="not safe to read"):
         load_index(harmed / INDEX_FILE)

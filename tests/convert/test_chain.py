@@ -24,7 +24,11 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_folders: Any) -> Path:
     """A model converted there and back, once: start/ and start/tiny-hf/."""
     root = tmp_path_factory.mktemp("chain")
     folder, _ = tiny_folders("qwen2", tie_word_embeddings=True)
-    start = export_main(ExportArguments(model_type="tiny", model_id_or_path=str(folder), to_megatron=True, megatron_output_dir=str(root / "start")))
+    start = export_main(
+        ExportArguments(
+            model_type="tiny", model_id_or_path=str(folder), to_megatron=True, megatron_output_dir=str(root / "start")
+        )
+    )
     export_main(ExportArguments(ckpt_dir=str(start), to_hf=True))
     return root
 
@@ -66,7 +70,12 @@ def test_what_a_manifest_says(made: Path) -> None:
         assert verified["logits"]["top1"] == 1.0 and len(verified["logits"]["prompts"]) >= 8 and verified["logits"]["limits"]
         assert verified["config"]["rms_norm_eps"]
     assert model["made_from"] == [
-        {"directory": "../release", "kind": "megatron", "iteration": 0, "manifest_sha256": sha256_of(made / "start" / "release" / "manifest.json")}
+        {
+            "directory": "../release",
+            "kind": "megatron",
+            "iteration": 0,
+            "manifest_sha256": sha256_of(made / "start" / "release" / "manifest.json"),
+        }
     ]
     for page in (made / "start" / "conversion.html", made / "start" / "tiny-hf" / "conversion.html"):
         text = page.read_text(encoding="utf-8")
@@ -124,7 +133,10 @@ def test_a_replaced_base_is_found(work: Path) -> None:
         verify_main([str(work / "start" / "tiny-hf")])
 
 
-@pytest.mark.parametrize(("fault", "message"), [("missing", "is missing"), ("longer", "bytes, "), ("stranger", "is not listed in the manifest"), ("manifest", "not JSON")])
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [("missing", "is missing"), ("longer", "bytes, "), ("stranger", "is not listed in the manifest"), ("manifest", "not JSON")],
+)
 def test_other_faults(work: Path, fault: str, message: str) -> None:
     folder = work / "start" / "tiny-hf"
     if fault == "missing":
@@ -151,7 +163,11 @@ def keys(place: Path, name: str) -> tuple[Path, Path]:
 def test_signatures(work: Path, tmp_path: Path) -> None:
     pytest.importorskip("cryptography")
     ours, others = keys(tmp_path, "ours"), keys(tmp_path, "others")
-    signed = export_main(ExportArguments(ckpt_dir=str(work / "start"), to_hf=True, hf_output_dir=str(work / "signed"), sign=str(ours[0]), verify=False))
+    signed = export_main(
+        ExportArguments(
+            ckpt_dir=str(work / "start"), to_hf=True, hf_output_dir=str(work / "signed"), sign=str(ours[0]), verify=False
+        )
+    )
     assert verify_main([str(signed), "--public_key", str(ours[1])])
     assert walk(signed, deep=False)[0].signed_by
     with pytest.raises(DataError, match="signed by another key"):
@@ -159,7 +175,11 @@ def test_signatures(work: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not signed"):
         verify_main([str(work / "start"), "--public_key", str(ours[1])])
     with pytest.raises(UserError, match="signing key cannot be read"):
-        export_main(ExportArguments(ckpt_dir=str(work / "start"), to_hf=True, hf_output_dir=str(work / "no"), sign=str(tmp_path / "absent")))
+        export_main(
+            ExportArguments(
+                ckpt_dir=str(work / "start"), to_hf=True, hf_output_dir=str(work / "no"), sign=str(tmp_path / "absent")
+            )
+        )
     flip(signed / "manifest.json", 30)
     with pytest.raises(DataError):
         verify_main([str(signed)])

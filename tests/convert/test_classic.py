@@ -22,18 +22,25 @@ from megaswift.errors import DataError, UserError
 from megaswift.export import export_main
 
 
-def write_classic(root: Path, model: Any, tp: int, pp: int, *, local_names: bool = False, separate_output: bool = False, **args: Any) -> Path:
+def write_classic(
+    root: Path, model: Any, tp: int, pp: int, *, local_names: bool = False, separate_output: bool = False, **args: Any
+) -> Path:
     """Write a model as the original system did: release/mp_rank_XX[_YYY]/model_optim_rng.pt."""
     view = Model(model.config)
     tensors = model.state_dict()
     parts: dict[tuple[int, int], OrderedDict[str, Any]] = {(t, p): OrderedDict() for t in range(tp) for p in range(pp)}
     each = view.sizes.layers // pp
     for rule, layer in view.family.each(view.sizes, view.tied and not separate_output):
-        source = [tensors[name.format(i=layer)] if name.format(i=layer) in tensors else tensors["model.embed_tokens.weight"] for name in rule.hf]
+        source = [
+            tensors[name.format(i=layer)] if name.format(i=layer) in tensors else tensors["model.embed_tokens.weight"]
+            for name in rule.hf
+        ]
         stage = layer // each if view.layered(rule) else (0 if rule.megatron.startswith("embedding") else pp - 1)
         name = rule.megatron.format(i=layer % each)
         if local_names:
-            name = name.replace("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight").replace("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")
+            name = name.replace("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight").replace(
+                "mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"
+            )
         for t, piece in enumerate(rule.shard(rule.pack(source, view.sizes), tp)):
             parts[t, stage][name] = piece.contiguous()
             if name.endswith("linear_qkv.weight"):
@@ -41,7 +48,9 @@ def write_classic(root: Path, model: Any, tp: int, pp: int, *, local_names: bool
     for (t, p), state in parts.items():
         place = root / "release" / (f"mp_rank_{t:02d}" + (f"_{p:03d}" if pp > 1 else ""))
         place.mkdir(parents=True)
-        told = argparse.Namespace(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, params_dtype=torch.bfloat16, **args)
+        told = argparse.Namespace(
+            tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, params_dtype=torch.bfloat16, **args
+        )
         torch.save({"args": told, "checkpoint_version": 3.0, "iteration": 0, "model": state}, place / classic.FILE)
     (root / "latest_checkpointed_iteration.txt").write_text("release")
     return root
@@ -52,16 +61,25 @@ def equal_folders(one: Path, other: Path) -> bool:
     return set(left) == set(right) and all(torch.equal(left[name], right[name]) for name in left)
 
 
-@pytest.mark.parametrize(("name", "tp", "pp", "local"), [("llama", 2, 1, False), ("qwen2", 2, 2, True), ("qwen3", 1, 4, False), ("mistral", 4, 1, True)])
+@pytest.mark.parametrize(
+    ("name", "tp", "pp", "local"),
+    [("llama", 2, 1, False), ("qwen2", 2, 2, True), ("qwen3", 1, 4, False), ("mistral", 4, 1, True)],
+)
 def test_every_layout_comes_back_bit_for_bit(name: str, tp: int, pp: int, local: bool, tmp_path: Path) -> None:
     model = tiny.save_tiny(tmp_path / "hf", name, vocab_size=132)
     old = write_classic(tmp_path / "old", model, tp, pp, local_names=local)
     shutil.copy(tmp_path / "hf" / "config.json", old)
-    back = export_main(ExportArguments(ckpt_dir=str(old), to_hf=True, model_type="t", hf_output_dir=str(tmp_path / "back"), verify=name == "qwen2"))
+    back = export_main(
+        ExportArguments(
+            ckpt_dir=str(old), to_hf=True, model_type="t", hf_output_dir=str(tmp_path / "back"), verify=name == "qwen2"
+        )
+    )
     assert equal_folders(tmp_path / "hf", back)
 
     # As the start of a training: the layout of today, from there to Hugging Face once more.
-    start = export_main(ExportArguments(ckpt_dir=str(old), to_megatron=True, model_type="t", megatron_output_dir=str(tmp_path / "start")))
+    start = export_main(
+        ExportArguments(ckpt_dir=str(old), to_megatron=True, model_type="t", megatron_output_dir=str(tmp_path / "start"))
+    )
     again = export_main(ExportArguments(ckpt_dir=str(start), to_hf=True, verify=False))
     assert equal_folders(tmp_path / "hf", again)
 

@@ -30,7 +30,9 @@ def both_ways(folder: str, release: str, tp: int, pp: int) -> tuple[list[str], i
         load_hf_weights(direct, Path(folder))
         load_weights(converted, Path(release))
         pairs = zip(direct.named_parameters(), converted.parameters())
-        return [name for (name, left), right in pairs if not torch.equal(left, right) or not left.abs().sum()], len(list(direct.parameters()))
+        return [name for (name, left), right in pairs if not torch.equal(left, right) or not left.abs().sum()], len(
+            list(direct.parameters())
+        )
 
 
 @pytest.mark.parametrize("name", tiny.FAMILIES)

@@ -52,7 +52,9 @@ def plain_logits(release: str, name: str, values: dict[str, Any], tp: int, pp: i
         kept: list[torch.Tensor] = []
 
         def step(_batches: Any, module: Any) -> Any:
-            out = module(TOKENS, torch.arange(TOKENS.shape[1])[None], torch.ones(1, 1, TOKENS.shape[1], TOKENS.shape[1]).triu(1).bool())
+            out = module(
+                TOKENS, torch.arange(TOKENS.shape[1])[None], torch.ones(1, 1, TOKENS.shape[1], TOKENS.shape[1]).triu(1).bool()
+            )
             return out, lambda result: (kept.append(result.detach()), {})[1] or (torch.zeros(()), {})
 
         with torch.no_grad():
@@ -67,14 +69,32 @@ def plain_logits(release: str, name: str, values: dict[str, Any], tp: int, pp: i
 def test_plain_megatron_loads_and_agrees(name: str, tied: bool, tp: int, pp: int, pool: RankPool, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    changes = {"tie_word_embeddings": tied, "vocab_size": 128, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+    changes = {
+        "tie_word_embeddings": tied,
+        "vocab_size": 128,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    }
     folder = tmp_path / "hf"
     tiny.save_tiny(folder, name, **changes)
     release = tiny.to_megatron(folder, tmp_path / "megatron")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     config = model.config
-    values = {key: getattr(config, key) for key in ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "rms_norm_eps", "vocab_size")}
-    values |= {"tie_word_embeddings": tied, "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads}
+    values = {
+        key: getattr(config, key)
+        for key in (
+            "num_hidden_layers",
+            "hidden_size",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "intermediate_size",
+            "rms_norm_eps",
+            "vocab_size",
+        )
+    }
+    values |= {
+        "tie_word_embeddings": tied,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+    }
     with torch.no_grad():
         wanted = model(TOKENS).logits
     found = [result for result in pool.run(tp * pp, plain_logits, str(release), name, values, tp, pp) if result is not None]

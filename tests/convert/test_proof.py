@@ -59,7 +59,10 @@ HONOURED: dict[str, tuple[str, dict[str, Any]]] = {
     "rope_theta": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 77.0}}),
     "linear": ("llama", {"rope_parameters": {**ROPE, "rope_type": "linear", "factor": 8.0}}),
     "dynamic": ("llama", {"rope_parameters": {**ROPE, "rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 512}),
-    "yarn": ("qwen3", {"rope_parameters": {**ROPE, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}}),
+    "yarn": (
+        "qwen3",
+        {"rope_parameters": {**ROPE, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
+    ),
     "llama3": ("mistral", {"rope_parameters": {**tiny.tiny_config("llama").rope_parameters, "factor": 2.0}}),
     "head_dim": ("qwen3", {"head_dim": 24}),
     "one key/value head": ("llama", {"num_key_value_heads": 1}),
@@ -94,7 +97,9 @@ def test_fields_that_are_not_honoured_are_refused(changes: dict[str, Any], tiny_
     shutil.copytree(folder, tmp_path / "hf")
     config = json.loads((folder / "config.json").read_text()) | changes
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=next(iter(changes)).replace("rope_parameters", "longrope").replace("quantization_config", "quantized")):
+    with pytest.raises(
+        UserError, match=next(iter(changes)).replace("rope_parameters", "longrope").replace("quantization_config", "quantized")
+    ):
         load_config(tmp_path / "hf")
 
 
@@ -115,7 +120,9 @@ def test_a_dropped_rope_factor_is_named(tiny_folders: Any, monkeypatch: pytest.M
 
     class NoFactor(model.RotaryTable):
         def __init__(self, config: Any, device: torch.device) -> None:
-            plain = type(config).from_dict(config.to_dict() | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}})
+            plain = type(config).from_dict(
+                config.to_dict() | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+            )
             super().__init__(plain, device)
 
     folder, release = tiny_folders("llama", tie_word_embeddings=False)
@@ -155,10 +162,14 @@ def test_transposed_gate_and_up_are_named(tiny_folders: Any, tmp_path: Path) -> 
     assert "decoder.layers.1.mlp.linear_fc1" in result.where and "gate_proj" in result.where
 
 
-def test_a_wrong_rule_that_survives_the_round_trip_is_caught_by_the_logits(tiny_folders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_rule_that_survives_the_round_trip_is_caught_by_the_logits(
+    tiny_folders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, _ = tiny_folders("llama", tie_word_embeddings=False)
     family = family_of("llama")
-    rules = tuple(GateUp(rule.megatron, (rule.hf[1], rule.hf[0])) if isinstance(rule, GateUp) else rule for rule in family.rules)
+    rules = tuple(
+        GateUp(rule.megatron, (rule.hf[1], rule.hf[0])) if isinstance(rule, GateUp) else rule for rule in family.rules
+    )
     monkeypatch.setattr("megaswift.convert.model.family_of", lambda name: dataclasses.replace(family, rules=rules))
     (tmp_path / "release").mkdir()
     done = hf_to_megatron(HFCheckpoint.open(folder), load_config(folder), tmp_path / "release", "fp32")
@@ -169,6 +180,8 @@ def test_a_wrong_rule_that_survives_the_round_trip_is_caught_by_the_logits(tiny_
 
 def test_embedding_and_output_layer_are_named(tiny_folders: Any, tmp_path: Path) -> None:
     folder, _ = tiny_folders("llama", tie_word_embeddings=False)
-    for number, (name, place) in enumerate({"model.embed_tokens.weight": "embedding", "lm_head.weight": "output_layer"}.items()):
+    for number, (name, place) in enumerate(
+        {"model.embed_tokens.weight": "embedding", "lm_head.weight": "output_layer"}.items()
+    ):
         result = parity(folder, altered(folder, tmp_path / str(number), lambda tensors, name=name: tensors[name].mul_(1.01)))
         assert result.where.startswith(place), result.where

@@ -79,7 +79,18 @@ def not_accepted(place: Path, target: Path) -> None:
 
 
 def test_killed_conversions_go_on_in_both_directions(model: Path, tmp_path: Path) -> None:
-    there = ["--to_megatron", "true", "--model_type", "t", "--model_id_or_path", str(model), "--megatron_output_dir", str(tmp_path / "m"), "--verify", "false"]
+    there = [
+        "--to_megatron",
+        "true",
+        "--model_type",
+        "t",
+        "--model_id_or_path",
+        str(model),
+        "--megatron_output_dir",
+        str(tmp_path / "m"),
+        "--verify",
+        "false",
+    ]
     process = start(there, 0.03)
     kill_when(process, lambda: len(records(tmp_path, "*.distcp.json")) >= 3)
     not_accepted(tmp_path, tmp_path / "m")
@@ -101,7 +112,18 @@ def test_killed_conversions_go_on_in_both_directions(model: Path, tmp_path: Path
     manifest = json.loads((tmp_path / "m" / "release" / "manifest.json").read_text())
     assert all(sha256_of(tmp_path / "m" / "release" / name) == entry["sha256"] for name, entry in manifest["files"].items())
 
-    back = ["--to_hf", "true", "--ckpt_dir", str(tmp_path / "m"), "--hf_output_dir", str(tmp_path / "h"), "--max_shard_size", "60KB", "--verify", "false"]
+    back = [
+        "--to_hf",
+        "true",
+        "--ckpt_dir",
+        str(tmp_path / "m"),
+        "--hf_output_dir",
+        str(tmp_path / "h"),
+        "--max_shard_size",
+        "60KB",
+        "--verify",
+        "false",
+    ]
     process = start(back, 0.03)
     kill_when(process, lambda: len(records(tmp_path, "*.safetensors.json")) >= 3)
     not_accepted(tmp_path, tmp_path / "h")
@@ -112,12 +134,25 @@ def test_killed_conversions_go_on_in_both_directions(model: Path, tmp_path: Path
     from megaswift.hf.read import HFCheckpoint
 
     first, last = HFCheckpoint.open(model), HFCheckpoint.open(tmp_path / "h")
-    assert set(first.names) == set(last.names) and all(torch.equal(first.tensor(name), last.tensor(name)) for name in first.names)
+    assert set(first.names) == set(last.names) and all(
+        torch.equal(first.tensor(name), last.tensor(name)) for name in first.names
+    )
 
 
 @pytest.mark.parametrize("after", [0.05, 0.4, 0.9, 1.6])
 def test_killed_at_any_point_leaves_nothing_acceptable(model: Path, tmp_path: Path, after: float) -> None:
-    words = ["--to_megatron", "true", "--model_type", "t", "--model_id_or_path", str(model), "--megatron_output_dir", str(tmp_path / "m"), "--verify", "false"]
+    words = [
+        "--to_megatron",
+        "true",
+        "--model_type",
+        "t",
+        "--model_id_or_path",
+        str(model),
+        "--megatron_output_dir",
+        str(tmp_path / "m"),
+        "--verify",
+        "false",
+    ]
     process = start(words, 0.02)
     time.sleep(after)
     process.send_signal(signal.SIGKILL)
@@ -147,10 +182,19 @@ def test_a_full_disk_is_seen_first_both_ways(model: Path, tmp_path: Path, monkey
     from megaswift.arguments import ExportArguments
     from megaswift.export import export_main
 
-    good = export_main(ExportArguments(model_type="t", model_id_or_path=str(model), to_megatron=True, megatron_output_dir=str(tmp_path / "m"), verify=False))
+    good = export_main(
+        ExportArguments(
+            model_type="t", model_id_or_path=str(model), to_megatron=True, megatron_output_dir=str(tmp_path / "m"), verify=False
+        )
+    )
     monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10**9, 10**9 - 5000, 5000))
     for options in (
-        {"model_type": "t", "model_id_or_path": str(model), "to_megatron": True, "megatron_output_dir": str(tmp_path / "n" / "m")},
+        {
+            "model_type": "t",
+            "model_id_or_path": str(model),
+            "to_megatron": True,
+            "megatron_output_dir": str(tmp_path / "n" / "m"),
+        },
         {"ckpt_dir": str(good), "to_hf": True, "hf_output_dir": str(tmp_path / "n" / "h")},
     ):
         with pytest.raises(UserError, match="not enough disk space: .* bytes needed, 5,000 free"):

@@ -48,7 +48,7 @@ def make_base(start: tuple[Path, Path], root: Path, world_size: int = 2, **optio
     ended = run_ranks(with_plan(job, train_iters=2), root / "work")
     assert ended.codes == [0] * world_size, ended.output
     run_dir = Path(job.plan.megatron["save"])
-    rows = (run_dir / "logging.jsonl").read_text(encoding="utf-8").replace("/2\"", "/4\"")
+    rows = (run_dir / "logging.jsonl").read_text(encoding="utf-8").replace('/2"', '/4"')
     (run_dir / "logging.jsonl").write_text(rows, encoding="utf-8")
     return job
 

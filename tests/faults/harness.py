@@ -1,8 +1,8 @@
 """Ranks that really die: forked from a server that has everything imported, so that a run costs a second, not ten.
 
-    case = FaultRun(base, tmp_path)              # a copy of a run with a checkpoint after step 2
-    ended = case.run("save.writing:kill:1")      # what each rank's end was; the harness is the launcher here
-    case.newest()                                # the checkpoint that a resumed run would take, every byte verified
+case = FaultRun(base, tmp_path)              # a copy of a run with a checkpoint after step 2
+ended = case.run("save.writing:kill:1")      # what each rank's end was; the harness is the launcher here
+case.newest()                                # the checkpoint that a resumed run would take, every byte verified
 """
 
 from __future__ import annotations
@@ -66,7 +66,13 @@ def _rank(environment: dict[str, str], job: str, errors: str, prepare: Callable[
     os._exit(launch.report_from_rank(lambda: run(Job.read(Path(job)))))
 
 
-def run_ranks(job: Job, work: Path, fault: str = "", prepare: Callable[[], None] | None = None, watch: Callable[[list[Any]], None] | None = None) -> Ended:
+def run_ranks(
+    job: Job,
+    work: Path,
+    fault: str = "",
+    prepare: Callable[[], None] | None = None,
+    watch: Callable[[list[Any]], None] | None = None,
+) -> Ended:
     """Run a job on forked ranks and end what is left of it, as the launcher would.
 
     Args:
@@ -82,20 +88,37 @@ def run_ranks(job: Job, work: Path, fault: str = "", prepare: Callable[[], None]
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     world, began = job.plan.world_size, time.monotonic()
-    common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), launch.ERROR_DIR: str(notes), FAULT: fault, "GLOO_SOCKET_IFNAME": "lo"}
+    common = {
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        launch.ERROR_DIR: str(notes),
+        FAULT: fault,
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
     processes = []
     for rank in range(world):
         environment = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        process = _context.Process(target=_rank, args=(environment, str(work / "job.json"), str(notes / f"stderr{rank}"), prepare, False))
+        process = _context.Process(
+            target=_rank, args=(environment, str(work / "job.json"), str(notes / f"stderr{rank}"), prepare, False)
+        )
         process.start()
         processes.append(process)
     if watch is not None:
         watch(processes)
     _see_to_the_end(processes, notes, began)
     reports = [json.loads(path.read_text()) for path in sorted(notes.glob("rank*.json"))]
-    output = "\n".join(f"[{rank}] {(notes / f'stderr{rank}').read_text()}" for rank in range(world) if (notes / f"stderr{rank}").exists())
+    output = "\n".join(
+        f"[{rank}] {(notes / f'stderr{rank}').read_text()}" for rank in range(world) if (notes / f"stderr{rank}").exists()
+    )
     run_dir = Path(job.plan.megatron["save"])
-    return Ended([process.exitcode for process in processes], reports, output, time.monotonic() - began, len(list(run_dir.glob("hang-rank*.txt"))))
+    return Ended(
+        [process.exitcode for process in processes],
+        reports,
+        output,
+        time.monotonic() - began,
+        len(list(run_dir.glob("hang-rank*.txt"))),
+    )
 
 
 def _see_to_the_end(processes: list[Any], notes: Path, began: float) -> None:
@@ -121,8 +144,12 @@ class FaultRun:
     def __init__(self, base: Job, work: Path, **options: Any) -> None:
         self.work, self.run_dir = work, work / "run"
         shutil.copytree(base.plan.megatron["save"], self.run_dir)
-        plan = replace(base.plan, megatron={**base.plan.megatron, "save": str(self.run_dir), "tensorboard_dir": str(work / "runs")})
-        self.job = replace(base, plan=plan, options={**base.options, **options}, checkpoint=str(self.run_dir / "iter_0000002"), first_step=2)
+        plan = replace(
+            base.plan, megatron={**base.plan.megatron, "save": str(self.run_dir), "tensorboard_dir": str(work / "runs")}
+        )
+        self.job = replace(
+            base, plan=plan, options={**base.options, **options}, checkpoint=str(self.run_dir / "iter_0000002"), first_step=2
+        )
 
     def run(self, fault: str = "", **more: Any) -> Ended:
         return run_ranks(self.job, self.work, fault, **more)

@@ -19,7 +19,7 @@ class Live:
 
     def __init__(self, start: tuple[Path, Path], output: Path, *words: str, processes: int = 2, **environment: str) -> None:
         self.output = output
-        self.log = output.parent / f"{output.name}.log"
+        self.log = output.parent / f"{output.name}{time.monotonic_ns()}.log"
         command = [
             sys.executable, "-m", "megaswift", "sft", "--resume_from_checkpoint", str(start[0]), "--dataset", str(start[1]), "--max_steps", "5000", "--pp", "2",
             "--output_dir", str(output), "--logging_steps", "1", "--learning_rate", "1e-4", "--save_steps", "4000", "--eval_steps", "4000", "--resume", "true", *words,
@@ -67,7 +67,11 @@ class Live:
         while any(alive(pid) for pid in ranks):
             assert time.monotonic() - began < within, f"orphans: {ranks}"
             time.sleep(0.1)
-        add(fault, f"all processes gone after {time.monotonic() - began:.0f} s, exit code {code}", "went on with the same command")
+        add(
+            fault,
+            f"all processes gone after {time.monotonic() - began:.0f} s, exit code {code}",
+            "went on with the same command",
+        )
         return code
 
     def text(self) -> str:

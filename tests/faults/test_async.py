@@ -13,7 +13,17 @@ from megaswift.engine.loop import Job
 from tests.faults.conftest import ALL
 from tests.faults.harness import FaultRun, with_plan
 
-POINTS = ["save.directory", "save.collected", "save.writing", "save.part_written", "save.before_index", "save.before_manifest", "save.before_rename", "save.renamed", "loop.step"]
+POINTS = [
+    "save.directory",
+    "save.collected",
+    "save.writing",
+    "save.part_written",
+    "save.before_index",
+    "save.before_manifest",
+    "save.before_rename",
+    "save.renamed",
+    "loop.step",
+]
 
 
 def slow_disk() -> None:

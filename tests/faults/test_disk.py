@@ -24,7 +24,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 6 MB."""
     path = tmp_path / "disk"
     path.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(path)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(path)], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
     yield path
@@ -38,17 +40,17 @@ def trust_the_disk() -> None:
 
 def full_after(rank: int, count: int) -> None:
     """Every file of a rank takes `count` bytes."""
-    from megaswift.checkpoint.torch_dist import HashingFile
+    from megaswift.hf.output import HashedFile
 
     trust_the_disk()
-    plain = HashingFile.write
+    plain = HashedFile.write
 
     def write(self: Any, data: Any) -> int:
         if int(os.environ["RANK"]) == rank and self.position + len(memoryview(data).cast("B")) > count:
             raise OSError(errno.ENOSPC, "No space left on device")
         return plain(self, data)
 
-    HashingFile.write = write  # type: ignore[method-assign]
+    HashedFile.write = write  # type: ignore[method-assign]
 
 
 def test_too_little_space_is_refused_before_a_byte_is_written(base: Job, small_disk: Path) -> None:

@@ -19,7 +19,9 @@ from tests.ranks import RankPool
 from tests.training import tiny_start, write_rows
 
 pytestmark = pytest.mark.skipif(not ALL, reason="a part of make faults")
-SHAPE = dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=24, num_attention_heads=8, num_key_value_heads=8, head_dim=64)
+SHAPE = dict(
+    hidden_size=512, intermediate_size=1536, num_hidden_layers=24, num_attention_heads=8, num_key_value_heads=8, head_dim=64
+)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,16 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Job:
     """Two steps of a model of 82 million parameters: weights and two moments in fp32 are 1 GB."""
     root = tmp_path_factory.mktemp("large")
     start = tiny_start(root, **SHAPE), write_rows(root / "rows.jsonl")
-    return make_base(start, root / "base", pp=2, gradient_accumulation_steps=1, save_steps=2, eval_steps=100, start_timeout=300.0, step_timeout=300.0)
+    return make_base(
+        start,
+        root / "base",
+        pp=2,
+        gradient_accumulation_steps=1,
+        save_steps=2,
+        eval_steps=100,
+        start_timeout=300.0,
+        step_timeout=300.0,
+    )
 
 
 def test_a_state_of_one_gigabyte(large: Job, pool: RankPool, tmp_path: Path) -> None:
@@ -46,8 +57,13 @@ def test_a_state_of_one_gigabyte(large: Job, pool: RankPool, tmp_path: Path) -> 
     hashed = time.perf_counter() - began
     loaded = max(pool.run(2, _load, str(tmp_path / "False" / "job.json")))
     table.figure("one checkpoint: weights and optimizer in fp32, two processes", f"{size / 1e9:.2f} GB")
-    table.figure("saving it: written, hashed, synced, published", f"{plain['save_seconds']:.2f} s, {size / 1e9 / plain['save_seconds']:.2f} GB/s")
-    table.figure("with --async_save true, training waits for", f"{hidden['save_waited_seconds']:.2f} s of {hidden['save_seconds']:.2f} s")
+    table.figure(
+        "saving it: written, hashed, synced, published",
+        f"{plain['save_seconds']:.2f} s, {size / 1e9 / plain['save_seconds']:.2f} GB/s",
+    )
+    table.figure(
+        "with --async_save true, training waits for", f"{hidden['save_waited_seconds']:.2f} s of {hidden['save_seconds']:.2f} s"
+    )
     table.figure("going on: every byte hashed", f"{hashed:.2f} s, {size / 1e9 / hashed:.2f} GB/s")
     table.figure("going on: loaded into model and optimizer", f"{loaded:.2f} s, {size / 1e9 / loaded:.2f} GB/s")
     assert hidden["save_waited_seconds"] < plain["save_waited_seconds"]

@@ -30,7 +30,12 @@ MANY = settings(
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["files", "size", "sha256", "optimizer", "eval_loss", "resume", "../x", "a"]), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(["files", "size", "sha256", "optimizer", "eval_loss", "resume", "../x", "a"]), inner, max_size=4
+        )
+    ),
     max_leaves=12,
 )
 

@@ -62,7 +62,9 @@ def begin(machine: int, start: tuple[Path, Path], work: Path, steps: int) -> tup
         "MASTER_PORT": "29600", "GLOO_SOCKET_IFNAME": f"megaswift{machine}",
     }  # fmt: skip
     with log.open("w") as file:
-        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True), log
+        return subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+        ), log
 
 
 def test_two_machines_train_and_one_is_cut_off(hosts: None, start: tuple[Path, Path], tmp_path: Path) -> None:
@@ -85,7 +87,11 @@ def test_two_machines_train_and_one_is_cut_off(hosts: None, start: tuple[Path, P
         assert "stood still for" in text or "lost the connection" in text, text
         assert "Traceback" not in text, text
         assert processes[1].wait(120) == 5, logs[1].read_text()
-        table.add("two machines, the network of one is cut", f"the other ended with 5 after {took:.0f} s", "checkpoints of before the cut are whole")
+        table.add(
+            "two machines, the network of one is cut",
+            f"the other ended with 5 after {took:.0f} s",
+            "checkpoints of before the cut are whole",
+        )
     finally:
         for process in processes:
             if process.poll() is None:

@@ -38,7 +38,9 @@ def poison(step: int, rank: int, factor: float, gradient_only: bool) -> None:
 
 
 @pytest.mark.parametrize(("rank", "factor", "gradient_only"), [(1, math.nan, False), (0, math.nan, True), (1, math.inf, False)])
-def test_a_nan_stops_every_rank_before_the_update(rank: int, factor: float, gradient_only: bool, base: Job, straight: FaultRun, tmp_path: Path) -> None:
+def test_a_nan_stops_every_rank_before_the_update(
+    rank: int, factor: float, gradient_only: bool, base: Job, straight: FaultRun, tmp_path: Path
+) -> None:
     case = FaultRun(base, tmp_path)
     ended = case.run(prepare=partial(poison, 2, rank, factor, gradient_only))  # its second step is the run's fourth
     assert ended.codes == [4, 4], ended.output
@@ -68,7 +70,15 @@ def leave_out(place: int) -> None:
 @pytest.fixture(scope="module")
 def constant(start: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Job:
     """A run at one learning rate, so that steps can be compared across runs of different numbers of steps."""
-    return make_base(start, tmp_path_factory.mktemp("constant"), pp=2, lr_scheduler_type="constant", warmup_ratio=0.0, eval_steps=100, save_steps=100)
+    return make_base(
+        start,
+        tmp_path_factory.mktemp("constant"),
+        pp=2,
+        lr_scheduler_type="constant",
+        warmup_ratio=0.0,
+        eval_steps=100,
+        save_steps=100,
+    )
 
 
 @pytest.mark.parametrize("factor", [1e6, math.nan], ids=["spike", "nan"])

@@ -16,7 +16,14 @@ from tests.faults.conftest import ALL
 from tests.faults.harness import GONE_S, FaultRun
 
 SOURCE = Path(__file__).parent.parent.parent / "src" / "megaswift"
-ONE_PROCESS = {"save.before_index", "save.before_manifest", "save.before_rename", "save.renamed", "keep.before_trash", "keep.trashed"}
+ONE_PROCESS = {
+    "save.before_index",
+    "save.before_manifest",
+    "save.before_rename",
+    "save.renamed",
+    "keep.before_trash",
+    "keep.trashed",
+}
 # In `make test`: each stage of a save is killed once; one error, one stop and one signal of each sort.
 SOME = {
     "save.directory:kill:1", "save.writing:kill:0", "save.part_written:kill:1", "save.before_manifest:kill:0", "save.before_rename:kill:0",
@@ -38,7 +45,11 @@ CASES = every() if ALL else [fault for fault in every() if fault in SOME]
 
 def test_every_point_is_known() -> None:
     """The list of points is the list of calls in the source, so a new point is tested without a new test."""
-    called = {name for path in SOURCE.rglob("*.py") for name in re.findall(r"reached\(\"([a-z_.]+)\"\)", path.read_text(encoding="utf-8"))}
+    called = {
+        name
+        for path in SOURCE.rglob("*.py")
+        for name in re.findall(r"reached\(\"([a-z_.]+)\"\)", path.read_text(encoding="utf-8"))
+    }
     assert called - {"save.part_written.example"} == set(POINTS)
 
 
@@ -71,4 +82,8 @@ def test_nothing_is_lost(fault: str, base: Job, straight: FaultRun, tmp_path: Pa
     assert case.newest() == 4
     assert case.losses() == straight.losses()
     assert not [path.name for path in case.run_dir.iterdir() if "tmp" in path.name or "trash" in path.name]
-    table.add(f"{point}, {kind}, rank {rank}", f"ended after {ended.seconds:.0f} s, exit codes {ended.codes[0]} and {ended.codes[1]}", f"went on from step {newest}; losses equal")
+    table.add(
+        f"{point}, {kind}, rank {rank}",
+        f"ended after {ended.seconds:.0f} s, exit codes {ended.codes[0]} and {ended.codes[1]}",
+        f"went on from step {newest}; losses equal",
+    )

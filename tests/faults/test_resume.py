@@ -25,7 +25,18 @@ LAYOUTS = [(2, 1, 2, False), (1, 1, 1, False), (2, 2, 1, True), (2, 1, 1, False)
 
 
 def options(start: tuple[Path, Path], **more: Any) -> dict[str, Any]:
-    return dict(resume_from_checkpoint=str(start[0]), dataset=[str(start[1])], max_steps=6, save_steps=3, eval_steps=3, dataset_test_ratio=0.1, model_type="tiny-chat") | more
+    return (
+        dict(
+            resume_from_checkpoint=str(start[0]),
+            dataset=[str(start[1])],
+            max_steps=6,
+            save_steps=3,
+            eval_steps=3,
+            dataset_test_ratio=0.1,
+            model_type="tiny-chat",
+        )
+        | more
+    )
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +55,17 @@ def half(whole: Run, output: Path) -> Path:
 
 
 def figures(run: Run) -> list[tuple[Any, ...]]:
-    return [(row["global_step/max_steps"], row["loss"], row["grad_norm"], row["learning_rate"], row["consumed_samples"]) for row in run.rows if "loss" in row]
+    return [
+        (row["global_step/max_steps"], row["loss"], row["grad_norm"], row["learning_rate"], row["consumed_samples"])
+        for row in run.rows
+        if "loss" in row
+    ]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_three_and_three_are_six(layout: tuple[int, int, int, bool], whole: Run, start: tuple[Path, Path], pool: RankPool, tmp_path: Path) -> None:
+def test_three_and_three_are_six(
+    layout: tuple[int, int, int, bool], whole: Run, start: tuple[Path, Path], pool: RankPool, tmp_path: Path
+) -> None:
     run = half(whole, tmp_path)
     world, tp, pp, sequence_parallel = layout
     again = train(pool, tmp_path, world, **options(start, resume=True, tp=tp, pp=pp, sequence_parallel=sequence_parallel))
@@ -61,7 +78,11 @@ def test_three_and_three_are_six(layout: tuple[int, int, int, bool], whole: Run,
         assert again.losses == pytest.approx(whole.losses, abs=1e-5)
         assert again.norms == pytest.approx(whole.norms, rel=2e-5)
     worst = max(abs(a - b) for a, b in zip(again.losses, whole.losses, strict=True))
-    table.add(f"6 steps = 3 + 3, tp {tp} x pp {pp} on {world} processes", "resumed from tp 1 x pp 2 on 2 processes", f"losses differ by at most {worst:.1e}")
+    table.add(
+        f"6 steps = 3 + 3, tp {tp} x pp {pp} on {world} processes",
+        "resumed from tp 1 x pp 2 on 2 processes",
+        f"losses differ by at most {worst:.1e}",
+    )
 
 
 @pytest.mark.parametrize("layout", [(1, 1), (2, 1), (1, 2), (4, 1)])
@@ -96,7 +117,11 @@ def test_moments_survive_another_layout(whole: Run, start: tuple[Path, Path], po
     for key in before.keys:
         assert torch.equal(before.read(key), after.read(key)), key
     assert any(float(before.read(key).abs().max()) > 0 for key in moments)
-    table.add("reshard tp 1 x pp 2 to tp 2 x pp 2", f"{len(before.keys)} tensors, {len(moments)} of them optimizer moments", "equal to the bit")
+    table.add(
+        "reshard tp 1 x pp 2 to tp 2 x pp 2",
+        f"{len(before.keys)} tensors, {len(moments)} of them optimizer moments",
+        "equal to the bit",
+    )
 
 
 def _load_and_save(run: str, target: str) -> None:
@@ -113,7 +138,9 @@ def _load_and_save(run: str, target: str) -> None:
         save(Path(target), 3, trainer, only_model=False, extra={}, manifest={})
 
 
-def test_a_requeued_job_needs_one_command(start: tuple[Path, Path], pool: RankPool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_requeued_job_needs_one_command(
+    start: tuple[Path, Path], pool: RankPool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Nothing there: it starts, saying so. Finished: nothing to do. More steps asked for: it goes on, saying so."""
     command = options(start, resume=True, max_steps=2, eval_steps=2, save_steps=2)
     first = train(pool, tmp_path, 1, **command)
@@ -128,7 +155,9 @@ def test_a_requeued_job_needs_one_command(start: tuple[Path, Path], pool: RankPo
     assert "now has 3 steps, it had 2" in capsys.readouterr().out
 
 
-def test_a_damaged_checkpoint_is_gone_around(whole: Run, start: tuple[Path, Path], pool: RankPool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_checkpoint_is_gone_around(
+    whole: Run, start: tuple[Path, Path], pool: RankPool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / whole.directory.parent.name / whole.directory.name
     shutil.copytree(whole.directory, run)
     flip(run / "iter_0000006" / "__1_0.distcp")
@@ -159,7 +188,9 @@ def flip(path: Path, place: int = 5000) -> None:
     ],
     ids=str,
 )
-def test_another_run_is_refused_with_what_differs(changes: dict[str, Any], words: str, whole: Run, start: tuple[Path, Path], pool: RankPool, tmp_path: Path) -> None:
+def test_another_run_is_refused_with_what_differs(
+    changes: dict[str, Any], words: str, whole: Run, start: tuple[Path, Path], pool: RankPool, tmp_path: Path
+) -> None:
     run = half(whole, tmp_path)
     if changes.get("dataset") == "shorter":
         lines = start[1].read_text(encoding="utf-8").splitlines(keepends=True)

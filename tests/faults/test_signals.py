@@ -14,14 +14,24 @@ from megaswift.engine.loop import Job
 from tests.faults.conftest import ALL
 from tests.faults.harness import FaultRun
 
-WHERE = {"loop.start": 2, "loop.step": 3, "loop.boundary": 3, "loop.evaluate": 4, "save.writing": 3, "save.published": 3, "load.done": 2}
+WHERE = {
+    "loop.start": 2,
+    "loop.step": 3,
+    "loop.boundary": 3,
+    "loop.evaluate": 4,
+    "save.writing": 3,
+    "save.published": 3,
+    "load.done": 2,
+}
 CASES = [(point, rank) for point in WHERE for rank in ("0", "1", "all")]
 SOME = [("loop.start", "1"), ("loop.step", "0"), ("loop.evaluate", "1"), ("save.writing", "all")]
 
 
 @pytest.mark.parametrize(("point", "rank"), CASES if ALL else SOME)
 @pytest.mark.parametrize("background", [False, True] if ALL else [False])
-def test_the_first_signal_saves_and_stops(point: str, rank: str, background: bool, base: Job, straight: FaultRun, tmp_path: Path) -> None:
+def test_the_first_signal_saves_and_stops(
+    point: str, rank: str, background: bool, base: Job, straight: FaultRun, tmp_path: Path
+) -> None:
     case = FaultRun(base, tmp_path, async_save=background)
     ended = case.run(f"{point}:term:{rank}")
     if point == "loop.evaluate":  # the evaluation is that of the last step: the run is over anyway

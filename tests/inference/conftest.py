@@ -99,7 +99,12 @@ def swift_infer() -> Callable[..., subprocess.CompletedProcess]:
 
 
 def run_infer(
-    arguments: list[str], typed: str | bytes = "", *, cwd: Path | None = None, env: dict[str, str] | None = None
+    arguments: list[str],
+    typed: str | bytes = "",
+    *,
+    cwd: Path | None = None,
+    env: dict[str, str] | None = None,
+    timeout: float = 120,
 ) -> subprocess.CompletedProcess:
     """The verb in its own process, with `typed` piped in; prints nothing but what the verb prints."""
     code = (
@@ -113,5 +118,5 @@ def run_infer(
     environment = os.environ | {"PYTHONPATH": source, "CUDA_VISIBLE_DEVICES": ""} | (env or {})
     data = typed.encode() if isinstance(typed, str) else typed
     return subprocess.run(
-        [sys.executable, "-c", code, *arguments], input=data, capture_output=True, cwd=cwd, env=environment, timeout=120
+        [sys.executable, "-c", code, *arguments], input=data, capture_output=True, cwd=cwd, env=environment, timeout=timeout
     )

@@ -80,9 +80,9 @@ def test_the_seeds_two_forms(form: str, folder: Path, tmp_path: Path, swift_infe
     model = ["--ckpt_dir", str(folder)] if form == "directory" else ["--model_type", NAME, "--model_id_or_path", str(folder)]
     words = [*model, "--infer_backend", "vllm", "--max_model_len", "512", "--temperature", "0", "--max_new_tokens", "16"]
     if form == "directory":
-        done = swift_infer(words, f"{QUESTIONS[0]}\nexit\n", cwd=tmp_path)
+        done = swift_infer(words, f"{QUESTIONS[0]}\nexit\n", cwd=tmp_path, timeout=500)
     else:
-        done = swift_infer([*words, "--val_dataset", "q.jsonl"], cwd=tmp_path)
+        done = swift_infer([*words, "--val_dataset", "q.jsonl"], cwd=tmp_path, timeout=500)
     assert done.returncode == 0, done.stderr.decode()
     assert "Paris" in done.stdout.decode()
     assert "vLLM 0." in done.stderr.decode()

@@ -1,8 +1,8 @@
 """Old Megatron checkpoints: `mp_rank_XX[_YYY]/model_optim_rng.pt`, one pickle for each tensor and pipeline part, read without running code.
 
-    {directory}/latest_checkpointed_iteration.txt   release, or a number
-    {directory}/release/mp_rank_00/model_optim_rng.pt          tensor part 0
-    {directory}/iter_0000100/mp_rank_01_002/model_optim_rng.pt tensor part 1, pipeline stage 2
+{directory}/latest_checkpointed_iteration.txt   release, or a number
+{directory}/release/mp_rank_00/model_optim_rng.pt          tensor part 0
+{directory}/iter_0000100/mp_rank_01_002/model_optim_rng.pt tensor part 1, pipeline stage 2
 """
 
 from __future__ import annotations
@@ -58,7 +58,11 @@ def find(root: Path, iteration: int | None = None) -> Classic | None:
     """
     if not root.is_dir():
         return None
-    places = [place for place in (root, *sorted(root.glob("iter_*"), reverse=True), root / "release") if any(place.glob(f"mp_rank_*/{FILE}"))]
+    places = [
+        place
+        for place in (root, *sorted(root.glob("iter_*"), reverse=True), root / "release")
+        if any(place.glob(f"mp_rank_*/{FILE}"))
+    ]
     if iteration is not None:
         places = [place for place in places if place.name == f"iter_{iteration:07d}"]
     tracker = root / "latest_checkpointed_iteration.txt"
@@ -76,7 +80,11 @@ def find(root: Path, iteration: int | None = None) -> Classic | None:
     found = Classic(places[0], files)
     missing = [f"mp_rank_{t:02d}_{p:03d}" for t in range(found.tp) for p in range(found.pp) if (t, p) not in files]
     if missing:
-        raise DataError(f"parts of the checkpoint are missing: {', '.join(missing[:5])}.", where=str(places[0]), fix="copy the whole directory")
+        raise DataError(
+            f"parts of the checkpoint are missing: {', '.join(missing[:5])}.",
+            where=str(places[0]),
+            fix="copy the whole directory",
+        )
     return found
 
 
@@ -93,7 +101,9 @@ class ClassicReader:
         self._rules: dict[str, Rule] = {rule.megatron.replace(".{i}", ""): rule for rule in family.rules}
         self._parts: dict[str, dict[int | None, list[Tensor]]] = {}
         if self._sizes.layers % self.pp:
-            raise DataError(f"{self.pp} pipeline stages do not divide the model's {self._sizes.layers} layers.", where=str(self.directory))
+            raise DataError(
+                f"{self.pp} pipeline stages do not divide the model's {self._sizes.layers} layers.", where=str(self.directory)
+            )
         for tensor, stage in sorted(found.files):
             self._add(found.files[tensor, stage], stage)
         self._drop_tied_copies()
@@ -103,10 +113,20 @@ class ClassicReader:
         state = zipped.load(mapped, 0, mapped.size, str(path))
         model = state.get("model") if isinstance(state, dict) else None
         if not isinstance(model, dict):
-            known = "language_model" if isinstance(state, dict) and "language_model" in str(list(state)[:5]) else "no entry 'model'"
-            raise DataError(f"the file holds no Megatron-Core model ({known}).", where=str(path), fix="only checkpoints of Megatron-Core's GPTModel are read")
+            known = (
+                "language_model" if isinstance(state, dict) and "language_model" in str(list(state)[:5]) else "no entry 'model'"
+            )
+            raise DataError(
+                f"the file holds no Megatron-Core model ({known}).",
+                where=str(path),
+                fix="only checkpoints of Megatron-Core's GPTModel are read",
+            )
         if "language_model" in model:
-            raise DataError("the checkpoint was made by Megatron-LM's model from before Megatron-Core.", where=str(path), fix="only checkpoints of Megatron-Core's GPTModel are read")
+            raise DataError(
+                "the checkpoint was made by Megatron-LM's model from before Megatron-Core.",
+                where=str(path),
+                fix="only checkpoints of Megatron-Core's GPTModel are read",
+            )
         self._check_args(state.get("args"), path)
         for name, value in model.items():
             if not isinstance(value, Tensor) or name.endswith("_extra_state") or "rotary" in name:
@@ -119,7 +139,11 @@ class ClassicReader:
         for name, found in (("tensor_model_parallel_size", self.tp), ("pipeline_model_parallel_size", self.pp)):
             told = getattr(args, name, None)
             if isinstance(told, int) and told != found:
-                raise DataError(f"the file was written with {name} {told}, but the directory has {found} parts.", where=str(path), fix="copy the whole directory")
+                raise DataError(
+                    f"the file was written with {name} {told}, but the directory has {found} parts.",
+                    where=str(path),
+                    fix="copy the whole directory",
+                )
 
     def _place(self, name: str, stage: int) -> tuple[str, int | None]:
         """Stacked name and layer of a stage's tensor."""
@@ -164,10 +188,16 @@ class ClassicReader:
         """A whole tensor, put together from the parts of all tensor-parallel ranks."""
         layers = self._entry(key)
         if layer not in layers:
-            raise DataError(f"the checkpoint has no layer {layer} of {key}.", where=str(self.directory), fix="it was made for another model, or it is incomplete")
+            raise DataError(
+                f"the checkpoint has no layer {layer} of {key}.",
+                where=str(self.directory),
+                fix="it was made for another model, or it is incomplete",
+            )
         pieces = layers[layer]
         if len(pieces) != self.tp:
-            raise DataError(f"{key} has {len(pieces)} parts, {self.tp} expected.", where=str(self.directory), fix="copy the whole directory")
+            raise DataError(
+                f"{key} has {len(pieces)} parts, {self.tp} expected.", where=str(self.directory), fix="copy the whole directory"
+            )
         rule = self._rules.get(key)
         whole = pieces[0] if rule is None or len(pieces) == 1 else rule.merge(pieces)
         return whole if rows is None else whole[rows[0] : rows[1]]
@@ -180,7 +210,11 @@ class ClassicReader:
 
     def _entry(self, key: str) -> dict[int | None, list[Tensor]]:
         if key not in self._parts:
-            raise DataError(f"the checkpoint has no tensor {key}.", where=str(self.directory), fix="it was made for another model, or it is incomplete")
+            raise DataError(
+                f"the checkpoint has no tensor {key}.",
+                where=str(self.directory),
+                fix="it was made for another model, or it is incomplete",
+            )
         return self._parts[key]
 
 
@@ -188,4 +222,8 @@ def check_flags(found: Classic, tp: int | None, pp: int | None) -> None:
     """Raise UserError where --tp or --pp was given and is not what the directory holds."""
     for name, given, has in (("tp", tp, found.tp), ("pp", pp, found.pp)):
         if given is not None and given != has:
-            raise UserError(f"--{name} {given} does not fit the checkpoint: it has {name} {has}.", where=str(found.directory), fix=f"leave --{name} out")
+            raise UserError(
+                f"--{name} {given} does not fit the checkpoint: it has {name} {has}.",
+                where=str(found.directory),
+                fix=f"leave --{name} out",
+            )

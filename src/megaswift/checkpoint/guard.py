@@ -36,7 +36,20 @@ _ALLOWED = {
     ("collections", "OrderedDict"),
     ("builtins", "set"),
 }
-_DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool", "float8_e4m3fn", "float8_e5m2")
+_DTYPES = (
+    "float32",
+    "float64",
+    "float16",
+    "bfloat16",
+    "int64",
+    "int32",
+    "int16",
+    "int8",
+    "uint8",
+    "bool",
+    "float8_e4m3fn",
+    "float8_e5m2",
+)
 
 
 class _IndexUnpickler(pickle.Unpickler):
@@ -52,15 +65,23 @@ def load_index(path: Path) -> Any:
         with path.open("rb") as file:
             index = _IndexUnpickler(file).load()
     except FileNotFoundError as error:
-        raise DataError("the checkpoint has no .metadata file.", where=str(path), fix="it is incomplete; use another one") from error
+        raise DataError(
+            "the checkpoint has no .metadata file.", where=str(path), fix="it is incomplete; use another one"
+        ) from error
     except Exception as error:  # a damaged pickle raises almost anything
-        raise DataError(f"the checkpoint index is damaged or not safe to read: {error}", where=str(path), fix="use another checkpoint") from error
+        raise DataError(
+            f"the checkpoint index is damaged or not safe to read: {error}", where=str(path), fix="use another checkpoint"
+        ) from error
     if not hasattr(index, "state_dict_metadata") or not hasattr(index, "storage_data"):
         raise DataError("the checkpoint index has no table of tensors.", where=str(path), fix="use another checkpoint")
     for item in index.storage_data.values():
         name = getattr(item, "relative_path", None)
         if not isinstance(name, str) or name in ("", ".", "..") or any(mark in name for mark in "/\\\0"):
-            raise DataError(f"the index names the file {name!r}, which is not inside the checkpoint.", where=str(path), fix="use another checkpoint")
+            raise DataError(
+                f"the index names the file {name!r}, which is not inside the checkpoint.",
+                where=str(path),
+                fix="use another checkpoint",
+            )
     return index
 
 
@@ -73,4 +94,6 @@ def load_object(data: bytes, where: str) -> Any:
     except Exception as error:
         named = re.search(r"GLOBAL (\S+)", str(error))  # torch's own text advises to switch the guard off
         what = f"it names {named.group(1)}" if named else type(error).__name__
-        raise DataError(f"an object in the checkpoint is damaged or not safe to read: {what}.", where=where, fix="use another checkpoint") from error
+        raise DataError(
+            f"an object in the checkpoint is damaged or not safe to read: {what}.", where=where, fix="use another checkpoint"
+        ) from error

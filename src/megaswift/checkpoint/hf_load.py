@@ -45,7 +45,9 @@ def load_hf_weights(model: Any, folder: Path) -> None:
             continue
         _fill(part, rule, source, sizes)
     if unknown:
-        raise DataError(f"the model has weights that the folder does not: {', '.join(sorted(set(unknown))[:5])}.", where=str(folder))
+        raise DataError(
+            f"the model has weights that the folder does not: {', '.join(sorted(set(unknown))[:5])}.", where=str(folder)
+        )
 
 
 def _parts(model: Any) -> list[Any]:
@@ -90,5 +92,11 @@ def _rows(rule: Rule, source: HFCheckpoint, names: list[str], sizes: Sizes, firs
     if len(names) == 1:
         return source.slice(names[0], first, last)
     if isinstance(rule, GateUp):  # one above the other
-        return torch.cat([source.slice(name, max(first - k * sizes.ffn, 0), last - k * sizes.ffn) for k, name in enumerate(names) if first < (k + 1) * sizes.ffn and last > k * sizes.ffn])
+        return torch.cat(
+            [
+                source.slice(name, max(first - k * sizes.ffn, 0), last - k * sizes.ffn)
+                for k, name in enumerate(names)
+                if first < (k + 1) * sizes.ffn and last > k * sizes.ffn
+            ]
+        )
     return rule.pack([source.tensor(name) for name in names], sizes)[first:last]

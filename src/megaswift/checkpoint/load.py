@@ -12,7 +12,15 @@ from megaswift.checkpoint.manifest import read_manifest
 from megaswift.checkpoint.save import TrainingState, state_dict
 from megaswift.errors import DataError
 
-_OPTIONS = ("max_lr", "min_lr", "betas", "eps", "weight_decay", "wd_mult", "lr_mult")  # of a parameter group: never from a checkpoint
+_OPTIONS = (
+    "max_lr",
+    "min_lr",
+    "betas",
+    "eps",
+    "weight_decay",
+    "wd_mult",
+    "lr_mult",
+)  # of a parameter group: never from a checkpoint
 
 
 def load_weights(model: Any, directory: Path) -> None:
@@ -21,7 +29,10 @@ def load_weights(model: Any, directory: Path) -> None:
     missing, unexpected = model.load_state_dict(loaded["model"], strict=False)
     missing = [name for name in missing if not name.endswith("_extra_state")]
     if missing or unexpected:
-        raise DataError(f"the checkpoint does not fit the model. Missing: {missing[:5]}. Not expected: {list(unexpected)[:5]}.", where=str(directory))
+        raise DataError(
+            f"the checkpoint does not fit the model. Missing: {missing[:5]}. Not expected: {list(unexpected)[:5]}.",
+            where=str(directory),
+        )
 
 
 def load_training_state(state: TrainingState, directory: Path, *, layout: dict[str, int]) -> dict[str, Any]:
@@ -32,7 +43,11 @@ def load_training_state(state: TrainingState, directory: Path, *, layout: dict[s
     """
     manifest = read_manifest(directory)
     if not manifest.get("optimizer"):
-        raise DataError("the checkpoint has no optimizer state.", where=str(directory), fix="it was saved with --save_only_model true: give it as --resume_from_checkpoint of a new run")
+        raise DataError(
+            "the checkpoint has no optimizer state.",
+            where=str(directory),
+            fix="it was saved with --save_only_model true: give it as --resume_from_checkpoint of a new run",
+        )
     wanted = state_dict(state, only_model=False, is_loading=True)
     same_layout = manifest.get("layout") == layout
     if not same_layout:
@@ -76,7 +91,9 @@ def _load(wanted: dict[str, Any], directory: Path) -> dict[str, Any]:
 
 
 def _unreadable(problem: str, directory: Path) -> DataError:
-    return DataError(f"the checkpoint cannot be loaded: {problem}", where=str(directory), fix="check it with its model's config.json")
+    return DataError(
+        f"the checkpoint cannot be loaded: {problem}", where=str(directory), fix="check it with its model's config.json"
+    )
 
 
 def _restore_random_state(states: dict[str, Any]) -> None:

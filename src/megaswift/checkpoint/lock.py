@@ -26,12 +26,18 @@ def locked(directory: Path) -> Iterator[None]:
         directory.mkdir(parents=True, exist_ok=True)
         file = path.open("a+", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"the run's directory cannot be written: {error.strerror}.", where=str(directory), fix="choose another --output_dir") from error
+        raise UserError(
+            f"the run's directory cannot be written: {error.strerror}.", where=str(directory), fix="choose another --output_dir"
+        ) from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"this run is in use by {_owner(path)}.", where=str(directory), fix="wait for it or stop it; or choose another --output_dir") from error
+            raise UserError(
+                f"this run is in use by {_owner(path)}.",
+                where=str(directory),
+                fix="wait for it or stop it; or choose another --output_dir",
+            ) from error
         except OSError:
             pass  # a file system without locks: run without one
         file.truncate(0)

@@ -129,7 +129,9 @@ def check_config(root: Path, content: dict[str, Any]) -> None:
     changed = changed_fields(recorded, read_config(root))
     if changed:
         raise DataError(
-            f"config.json was changed since these weights were made: {'; '.join(changed)}.", where=str(root / "config.json"), fix="put the original file back"
+            f"config.json was changed since these weights were made: {'; '.join(changed)}.",
+            where=str(root / "config.json"),
+            fix="put the original file back",
         )
 
 
@@ -137,9 +139,15 @@ def check_hashes(directory: Path) -> None:
     """Raise DataError unless every file is byte for byte the one that was written."""
     problem = quick_check(directory)
     if problem:
-        raise DataError(f"the checkpoint is incomplete: {problem}.", where=str(directory), fix="use another checkpoint (--iteration N)")
+        raise DataError(
+            f"the checkpoint is incomplete: {problem}.", where=str(directory), fix="use another checkpoint (--iteration N)"
+        )
     files = read_manifest(directory)["files"]
     with ThreadPoolExecutor(2) as pool:
         for name, found in zip(files, pool.map(lambda name: sha256_of(directory / Path(name).name), files)):
             if found != files[name].get("sha256"):
-                raise DataError(f"{name} is not the file that was written: its SHA-256 differs.", where=str(directory / name), fix="use another checkpoint")
+                raise DataError(
+                    f"{name} is not the file that was written: its SHA-256 differs.",
+                    where=str(directory / name),
+                    fix="use another checkpoint",
+                )

@@ -28,7 +28,9 @@ def newest_run(output_dir: Path, model_type: str, suffix: bool, live: bool = Tru
     found = []
     for parent in output_dir.iterdir() if output_dir.is_dir() else ():
         if layout.fullmatch(parent.name) and parent.is_dir():
-            found += [(match.group(2), int(match.group(1)), path) for path in parent.iterdir() if (match := _RUN.fullmatch(path.name))]
+            found += [
+                (match.group(2), int(match.group(1)), path) for path in parent.iterdir() if (match := _RUN.fullmatch(path.name))
+            ]
     for _, _, path in sorted(found, reverse=True):
         if (live and in_use(path)) or _saved(path):
             return path
@@ -48,7 +50,7 @@ def newest_whole(run_dir: Path, verify: bool, need_optimizer: bool = True) -> tu
 
     Raises DataError where no checkpoint is good: a run with damaged checkpoints is never begun anew silently.
     """
-    problems = []
+    problems: list[str] = []
     for path in [path for path in candidates(run_dir) if iteration_of(path) > 0]:
         problem = _problem(path, verify, need_optimizer)
         if problem is None:
@@ -89,7 +91,11 @@ def with_saved_batch(args: SftArguments, manifest: dict[str, Any], world_size: i
     """The options with the accumulation that keeps the run's global batch. Raises UserError where that cannot be kept."""
     saved = manifest.get("resume", {}).get("global_batch")
     if not isinstance(saved, int) or saved < 1:
-        raise DataError("the checkpoint does not say its global batch.", where=where, fix="give the directory as --resume_from_checkpoint of a new run")
+        raise DataError(
+            "the checkpoint does not say its global batch.",
+            where=where,
+            fix="give the directory as --resume_from_checkpoint of a new run",
+        )
     unit = args.batch_size * world_size
     if "gradient_accumulation_steps" in args.explicit() and args.gradient_accumulation_steps:
         if args.gradient_accumulation_steps * unit != saved:
@@ -139,4 +145,6 @@ def check_same_model(args: SftArguments, values: dict[str, Any], manifest: dict[
     for name, saved in (("model_type", values.get("model_type")), ("dtype", manifest.get("dtype"))):
         given = getattr(args, name)
         if name in args.explicit() and given not in ("AUTO", None) and saved is not None and given != saved:
-            raise UserError(f"this run has {name} {saved}, not {given}.", where=where, fix=f"leave --{name} out, or start a new run")
+            raise UserError(
+                f"this run has {name} {saved}, not {given}.", where=where, fix=f"leave --{name} out, or start a new run"
+            )

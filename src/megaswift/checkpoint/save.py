@@ -27,7 +27,11 @@ from megaswift.checkpoint.manifest import sync_directory, write_manifest
 from megaswift.errors import DataError
 
 # How Megatron-Core lays out optimizer state: in the shape of the weights, so that any tp, pp and dp can read it.
-CONTENT = {"distrib_optim_sharding_type": "fully_reshardable", "singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+CONTENT = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "singleton_local_shards": False,
+    "chained_optim_avoid_prefix": True,
+}
 SPARE_BYTES = 64 << 20  # room left on the disk for logs and manifests
 
 
@@ -39,7 +43,16 @@ class TrainingState(Protocol):
     scheduler: Any
 
 
-def save(root: Path, iteration: int, state: TrainingState, *, only_model: bool, extra: dict[str, Any], manifest: dict[str, Any], needed: int = 0) -> Path:
+def save(
+    root: Path,
+    iteration: int,
+    state: TrainingState,
+    *,
+    only_model: bool,
+    extra: dict[str, Any],
+    manifest: dict[str, Any],
+    needed: int = 0,
+) -> Path:
     """Save after `iteration` steps under `root`; called by all ranks, and all raise the same error.
 
     Args:
@@ -80,7 +93,10 @@ class Saving:
         self.thread: threading.Thread | None = None
         try:
             reached("save.directory")
-            sharded, self.common = _split(state_dict(state, only_model), {"iteration": iteration, "checkpoint_version": 3.0, "megaswift": extra, "content_metadata": CONTENT})
+            sharded, self.common = _split(
+                state_dict(state, only_model),
+                {"iteration": iteration, "checkpoint_version": 3.0, "megaswift": extra, "content_metadata": CONTENT},
+            )
             chunks, objects = _contents(sharded, copy=background)
             if background and torch.cuda.is_available():
                 torch.cuda.synchronize()  # the copies are whole before the next step changes what they were made of
@@ -134,7 +150,11 @@ def _random_state() -> Any:
     from megatron.core.dist_checkpointing.mapping import ShardedObject
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-    states = {"torch": torch.get_rng_state(), "device": torch.cuda.get_rng_state(), "tracker": dict(get_cuda_rng_tracker().get_states())}
+    states = {
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(),
+        "tracker": dict(get_cuda_rng_tracker().get_states()),
+    }
     grid = (ps.get_pipeline_model_parallel_world_size(), ps.get_tensor_model_parallel_world_size())
     place = (ps.get_pipeline_model_parallel_rank(), ps.get_tensor_model_parallel_rank())
     return ShardedObject("rng_state", states, grid, place, replica_id=ps.get_data_parallel_rank())
@@ -153,7 +173,9 @@ def _split(state: dict[str, Any], common: dict[str, Any]) -> tuple[list[Any], di
 
     apply_factories(state)
     sharded, rest = extract_matching_values(state, lambda value: isinstance(value, (ShardedBase, LocalNonpersistentObject)))
-    items = [item for item in nested_values(sharded) if isinstance(item, ShardedBase) and not isinstance(item, ShardedTensorFactory)]
+    items = [
+        item for item in nested_values(sharded) if isinstance(item, ShardedBase) and not isinstance(item, ShardedTensorFactory)
+    ]
     return [item for item in items if is_main_replica(item.replica_id)], {**rest, **common}
 
 
@@ -193,7 +215,9 @@ def _contents(items: list[Any], copy: bool) -> tuple[list[torch_dist.Chunk], dic
             continue
         shape = (1,) * item.prepend_axis_num + tuple(item.local_shape)
         data = _host_copy(item.data.detach()) if copy else item.data.detach()
-        chunks.append(torch_dist.Chunk(item.key, tuple(item.global_shape), tuple(item.global_offset), shape, item.dtype, data.cpu))
+        chunks.append(
+            torch_dist.Chunk(item.key, tuple(item.global_shape), tuple(item.global_offset), shape, item.dtype, data.cpu)
+        )
     return chunks, objects
 
 
@@ -231,7 +255,11 @@ def _publish(temporary: Path, target: Path, parts: list[_Part], common: dict[str
     verdict = [problem]
     dist.broadcast_object_list(verdict, src=0)
     if verdict[0]:
-        raise DataError(f"the checkpoint could not be saved: {verdict[0]}", where=str(target), fix="earlier checkpoints are as they were; free space or check the disk")
+        raise DataError(
+            f"the checkpoint could not be saved: {verdict[0]}",
+            where=str(target),
+            fix="earlier checkpoints are as they were; free space or check the disk",
+        )
 
 
 def _complete(temporary: Path, target: Path, parts: list[_Part], common: dict[str, Any], manifest: dict[str, Any]) -> None:
@@ -267,7 +295,11 @@ def require_space(directory: Path, needed: int, what: str) -> None:
     """Raise DataError unless the disk of `directory` has `needed` bytes free, and some to spare."""
     free = shutil.disk_usage(directory).free
     if free < needed + SPARE_BYTES:
-        raise DataError(f"{what} needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free.", where=str(directory), fix="free space, or choose another --output_dir")
+        raise DataError(
+            f"{what} needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free.",
+            where=str(directory),
+            fix="free space, or choose another --output_dir",
+        )
 
 
 def _agreed_directory(target: Path, needed: int) -> Path:
@@ -276,7 +308,14 @@ def _agreed_directory(target: Path, needed: int) -> Path:
     try:
         reached("save.start")
     except OSError as error:
-        answer = [None, DataError(f"the checkpoint directory cannot be made: rank {dist.get_rank()}: {_reason(error)}.", where=str(target), fix="check --output_dir")]
+        answer = [
+            None,
+            DataError(
+                f"the checkpoint directory cannot be made: rank {dist.get_rank()}: {_reason(error)}.",
+                where=str(target),
+                fix="check --output_dir",
+            ),
+        ]
     if dist.get_rank() == 0 and answer[1] is None:
         answer = _fresh_directory(target, needed)
     answers: list[Any] = [None] * dist.get_world_size()
@@ -300,7 +339,14 @@ def _fresh_directory(target: Path, needed: int) -> list[Any]:
     except DataError as error:
         return [None, error]
     except OSError as error:
-        return [None, DataError(f"the checkpoint directory cannot be made: {_reason(error)}.", where=str(target), fix="check the permissions of --output_dir")]
+        return [
+            None,
+            DataError(
+                f"the checkpoint directory cannot be made: {_reason(error)}.",
+                where=str(target),
+                fix="check the permissions of --output_dir",
+            ),
+        ]
 
 
 def _gathered(part: _Part) -> list[_Part]:

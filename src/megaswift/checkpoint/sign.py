@@ -23,9 +23,17 @@ def load_private_key(path: Path) -> Ed25519PrivateKey:
     try:
         key = serialization.load_pem_private_key(path.read_bytes(), password=None)
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"the signing key cannot be read: {error}", where=str(path), fix="make one: openssl genpkey -algorithm ed25519 -out key.pem") from error
+        raise UserError(
+            f"the signing key cannot be read: {error}",
+            where=str(path),
+            fix="make one: openssl genpkey -algorithm ed25519 -out key.pem",
+        ) from error
     if not isinstance(key, ed25519.Ed25519PrivateKey):
-        raise UserError("the signing key is not an Ed25519 key.", where=str(path), fix="make one: openssl genpkey -algorithm ed25519 -out key.pem")
+        raise UserError(
+            "the signing key is not an Ed25519 key.",
+            where=str(path),
+            fix="make one: openssl genpkey -algorithm ed25519 -out key.pem",
+        )
     return key
 
 
@@ -35,7 +43,9 @@ def load_public_key(path: Path) -> Ed25519PublicKey:
     try:
         key = serialization.load_pem_public_key(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise UserError(f"the public key cannot be read: {error}", where=str(path), fix="openssl pkey -in key.pem -pubout -out key.pub") from error
+        raise UserError(
+            f"the public key cannot be read: {error}", where=str(path), fix="openssl pkey -in key.pem -pubout -out key.pub"
+        ) from error
     if not isinstance(key, ed25519.Ed25519PublicKey):
         raise UserError("the public key is not an Ed25519 key.", where=str(path))
     return key
@@ -69,11 +79,15 @@ def check_signature(directory: Path, trusted: Ed25519PublicKey | None = None) ->
         public, signature = base64.b64decode(content["public_key"]), base64.b64decode(content["signature"])
         ed25519.Ed25519PublicKey.from_public_bytes(public).verify(signature, (directory / MANIFEST).read_bytes())
     except InvalidSignature as error:
-        raise DataError("the signature does not fit manifest.json: one of them was changed.", where=str(path), fix="use another copy") from error
+        raise DataError(
+            "the signature does not fit manifest.json: one of them was changed.", where=str(path), fix="use another copy"
+        ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"the signature cannot be read: {error}", where=str(path), fix="use another copy") from error
     if trusted is not None and public != _raw(trusted):
-        raise DataError("the manifest is signed by another key.", where=str(path), fix="use a copy from the owner of --public_key")
+        raise DataError(
+            "the manifest is signed by another key.", where=str(path), fix="use a copy from the owner of --public_key"
+        )
     return _text(public)
 
 

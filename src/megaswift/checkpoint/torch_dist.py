@@ -145,7 +145,10 @@ def _files(chunks: list[Chunk], threads: int) -> list[list[Chunk]]:
 
 def _places_of(storage: dict[Any, Any]) -> list[list[Any]]:
     """Where the items of a file lie, as JSON-ready rows."""
-    return [[index.fqn, None if index.offset is None else list(index.offset), info.offset, info.length] for index, info in storage.items()]
+    return [
+        [index.fqn, None if index.offset is None else list(index.offset), info.offset, info.length]
+        for index, info in storage.items()
+    ]
 
 
 def _storage_of(name: str, places: list[list[Any]]) -> dict[Any, Any]:
@@ -155,7 +158,9 @@ def _storage_of(name: str, places: list[list[Any]]) -> dict[Any, Any]:
     }
 
 
-def write_index(directory: Path, tables: list[dict[str, Any]], storage: list[dict[Any, Any]], common: dict[str, Any]) -> dict[str, FileDigest]:
+def write_index(
+    directory: Path, tables: list[dict[str, Any]], storage: list[dict[Any, Any]], common: dict[str, Any]
+) -> dict[str, FileDigest]:
     """Write common.pt, metadata.json and last the index, from the parts of all writers.
 
     Raises DataError unless the chunks of every tensor cover it exactly.
@@ -199,7 +204,9 @@ def _merged(tables: list[dict[str, Any]]) -> dict[str, Any]:
                 merged[key] = entry
     for key, entry in merged.items():
         if hasattr(entry, "chunks") and sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
-            raise DataError("the parts of a tensor do not cover it exactly once.", where=key, fix="nothing was saved; report it")
+            raise DataError(
+                "the parts of a tensor do not cover it exactly once.", where=key, fix="nothing was saved; report it"
+            )
     return merged
 
 
@@ -303,12 +310,18 @@ class Reader:
             result[tuple(slice(start, start + count) for start, count in zip(offset, part.shape))] = part
             covered += part.numel()
         if result is None or covered != result.numel():
-            raise DataError("chunks do not cover the tensor.", where=f"{self.directory}: {key}", fix="the checkpoint is incomplete")
+            raise DataError(
+                "chunks do not cover the tensor.", where=f"{self.directory}: {key}", fix="the checkpoint is incomplete"
+            )
         return result
 
     def _entry(self, key: str) -> Any:
         if key not in self._tensors:
-            raise DataError(f"the checkpoint has no tensor {key}.", where=str(self.directory), fix="it was made for another model, or it is incomplete")
+            raise DataError(
+                f"the checkpoint has no tensor {key}.",
+                where=str(self.directory),
+                fix="it was made for another model, or it is incomplete",
+            )
         return self._tensors[key]
 
     def release(self, key: str, layer: int | None = None) -> None:

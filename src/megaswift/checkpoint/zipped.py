@@ -62,7 +62,9 @@ class Mapped:
             self.size = path.stat().st_size
             if self.size == 0:
                 raise DataError("the data file is empty.", where=str(path), fix="use another checkpoint")
-            self.map = mmap.mmap(handle.fileno(), 0, flags=mmap.MAP_PRIVATE | _NO_RESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+            self.map = mmap.mmap(
+                handle.fileno(), 0, flags=mmap.MAP_PRIVATE | _NO_RESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE
+            )
 
     def release(self, start: int, length: int) -> None:
         """Give back the memory of a range; views of it stay valid and are read again when used."""
@@ -85,7 +87,11 @@ def load(mapped: Mapped, start: int, length: int, where: str) -> Any:
     Raises DataError for anything damaged, and for a pickle that names what no checkpoint needs.
     """
     if start < 0 or length <= 0 or start + length > mapped.size:
-        raise DataError(f"the data file is too short: bytes {start} to {start + length} of {mapped.size}.", where=where, fix="use another checkpoint")
+        raise DataError(
+            f"the data file is too short: bytes {start} to {start + length} of {mapped.size}.",
+            where=where,
+            fix="use another checkpoint",
+        )
     try:
         archive = _Archive(mapped, start, length)
         return _Unpickler(archive).load()
@@ -93,7 +99,9 @@ def load(mapped: Mapped, start: int, length: int, where: str) -> Any:
         raise
     except Exception as error:  # a damaged archive or pickle raises almost anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DataError(f"an object in the checkpoint is damaged or not safe to read: {reason}", where=where, fix="use another checkpoint") from error
+        raise DataError(
+            f"an object in the checkpoint is damaged or not safe to read: {reason}", where=where, fix="use another checkpoint"
+        ) from error
 
 
 class _Window(io.RawIOBase):

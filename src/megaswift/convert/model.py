@@ -113,7 +113,9 @@ def check_megatron(reader: MegatronReader, model: Model) -> None:
         )
     for key, rule in wanted.items():
         shape, expected = reader.shape(key), model.global_shape(rule)
-        padded = rule.hf_shapes(model.sizes)[0][0] == model.sizes.vocab and shape[0] >= expected[0] and shape[1:] == expected[1:]
+        padded = (
+            rule.hf_shapes(model.sizes)[0][0] == model.sizes.vocab and shape[0] >= expected[0] and shape[1:] == expected[1:]
+        )
         if shape != expected and not padded:
             raise DataError(f"{key} has shape {shape}, {expected} expected.", where=str(reader.directory))
 

@@ -30,7 +30,9 @@ def verify_round_trip(reader: MegatronReader, config: PreTrainedConfig, expected
 
     def compare(rule: Rule, layer: int) -> str | None:
         values = model.read_hf(reader, rule, layer)
-        wrong = next((name for name, value in zip(model.names(rule, layer), values) if digest(value) != expected.get(name)), None)
+        wrong = next(
+            (name for name, value in zip(model.names(rule, layer), values) if digest(value) != expected.get(name)), None
+        )
         reader.release(checkpoint_key(rule), model.place(rule, layer))
         return wrong
 
@@ -38,7 +40,9 @@ def verify_round_trip(reader: MegatronReader, config: PreTrainedConfig, expected
     return len(model.expected())
 
 
-def verify_written(written: HFCheckpoint, reader: MegatronReader, config: PreTrainedConfig, dtype: torch.dtype, threads: int = 2) -> int:
+def verify_written(
+    written: HFCheckpoint, reader: MegatronReader, config: PreTrainedConfig, dtype: torch.dtype, threads: int = 2
+) -> int:
     """Read a Hugging Face folder back, pack it, and compare it with the Megatron checkpoint; the number of equal tensors.
 
     Raises DataError naming the first tensor that differs.

@@ -35,7 +35,9 @@ class _Planned:
 
     def tensors(self) -> list[PlannedTensor]:
         planned = []
-        for number, (name, shape) in enumerate(zip(self.model.names(self.rule, self.layer), self.rule.hf_shapes(self.model.sizes))):
+        for number, (name, shape) in enumerate(
+            zip(self.model.names(self.rule, self.layer), self.rule.hf_shapes(self.model.sizes))
+        ):
             make, release = partial(self._make, number, name), partial(self._release, number)
             planned.append(PlannedTensor(name, self.dtype, shape, make, self._prepare, release))
         return planned

@@ -57,7 +57,12 @@ def hf_to_megatron(
 
 
 def megatron_to_megatron(
-    reader: MegatronReader, config: PreTrainedConfig, directory: Path, dtype: str, threads: int = 2, work: Workspace | None = None
+    reader: MegatronReader,
+    config: PreTrainedConfig,
+    directory: Path,
+    dtype: str,
+    threads: int = 2,
+    work: Workspace | None = None,
 ) -> Conversion:
     """Write the weights of a Megatron checkpoint of any layout that has a reader as a torch_dist checkpoint."""
     model = Model(config)
@@ -87,7 +92,9 @@ def _reread(
     return produce
 
 
-def _write(model: Model, chunks: list[Chunk], directory: Path, threads: int, work: Workspace | None, result: Conversion) -> Conversion:
+def _write(
+    model: Model, chunks: list[Chunk], directory: Path, threads: int, work: Workspace | None, result: Conversion
+) -> Conversion:
     objects = [name for rule, layer in model.each() for name in _extra_states(model, rule, layer)]
     common = {"iteration": 0, "checkpoint_version": 3.0, "num_floating_point_operations_so_far": 0}
     result.files = torch_dist.write(directory, chunks, objects, common, threads, work=work, notes=result.tensors)
@@ -151,7 +158,9 @@ class _FromFolder:
         for start in range(0, count, rows):
             stop = min(start + rows, count)
             block = lambda start=start, stop=stop: produce(start, stop)  # noqa: E731
-            made.append(self._chunk(rule, layer, (first_row + start, 0), (stop - start, columns), (name,), block, stop == count))
+            made.append(
+                self._chunk(rule, layer, (first_row + start, 0), (stop - start, columns), (name,), block, stop == count)
+            )
         return made
 
     def _chunk(
@@ -169,12 +178,18 @@ class _FromFolder:
                 self.source.release(name)
 
         place, size = (*lead, *offset), (*lead_shape, *shape)
-        return Chunk(checkpoint_key(rule), self.model.global_shape(rule), place, size, self.dtype, produce, names, prepare, release)
+        return Chunk(
+            checkpoint_key(rule), self.model.global_shape(rule), place, size, self.dtype, produce, names, prepare, release
+        )
 
 
 def _extra_states(model: Model, rule: Rule, layer: int) -> list[str]:
     """Names of the empty byte items that Megatron-Core keeps beside each linear layer's weight."""
-    if not rule.megatron.endswith(".weight") or len(rule.megatron_shape(model.sizes)) != 2 or rule.megatron.startswith("embedding."):
+    if (
+        not rule.megatron.endswith(".weight")
+        or len(rule.megatron_shape(model.sizes)) != 2
+        or rule.megatron.startswith("embedding.")
+    ):
         return []
     base = checkpoint_key(rule).removesuffix("weight")
     place = f"{layer}_{model.sizes.layers}" if model.layered(rule) else "0_1"

@@ -52,13 +52,26 @@ class Cluster:
 def cluster() -> Cluster:
     """Read the environment. Raises UserError for values that are no numbers or do not belong together."""
     if "RANK" in os.environ or "LOCAL_RANK" in os.environ:
-        raise UserError("swift sft starts its own processes; it was started by torchrun.", where="RANK", fix="run: NPROC_PER_NODE=N swift sft ... without torchrun")
+        raise UserError(
+            "swift sft starts its own processes; it was started by torchrun.",
+            where="RANK",
+            fix="run: NPROC_PER_NODE=N swift sft ... without torchrun",
+        )
     machines, machine = _number("NNODES", 1), _number("NODE_RANK", 0)
-    found = Cluster(_number("NPROC_PER_NODE", 1), machines, machine, os.environ.get("MASTER_ADDR", "127.0.0.1"), _number("MASTER_PORT", 0))
+    found = Cluster(
+        _number("NPROC_PER_NODE", 1), machines, machine, os.environ.get("MASTER_ADDR", "127.0.0.1"), _number("MASTER_PORT", 0)
+    )
     if found.processes < 1 or machines < 1 or not 0 <= machine < machines:
-        raise UserError(f"NPROC_PER_NODE={found.processes}, NNODES={machines}, NODE_RANK={machine} do not fit together.", where="environment")
+        raise UserError(
+            f"NPROC_PER_NODE={found.processes}, NNODES={machines}, NODE_RANK={machine} do not fit together.",
+            where="environment",
+        )
     if machines > 1 and ("MASTER_ADDR" not in os.environ or found.port == 0):
-        raise UserError("several machines need to know where rank 0 is.", where="environment", fix="set MASTER_ADDR and MASTER_PORT alike on all of them")
+        raise UserError(
+            "several machines need to know where rank 0 is.",
+            where="environment",
+            fix="set MASTER_ADDR and MASTER_PORT alike on all of them",
+        )
     return found
 
 
@@ -94,7 +107,11 @@ def start_ranks(place: Cluster, job: Path, stop: StopSignals | None = None, modu
         except ChildFailedError as error:
             raise _cause(Path(directory), error) from None
         except Exception as error:  # torch raises several kinds when the other machines do not come
-            raise RankLostError(f"the processes could not be brought together: {str(error).splitlines()[0]}", where="MASTER_ADDR, MASTER_PORT", fix="start all machines; see that they reach MASTER_ADDR") from error
+            raise RankLostError(
+                f"the processes could not be brought together: {str(error).splitlines()[0]}",
+                where="MASTER_ADDR, MASTER_PORT",
+                fix="start all machines; see that they reach MASTER_ADDR",
+            ) from error
         finally:
             over.set()
             os.environ.pop(ERROR_DIR, None)
@@ -164,7 +181,7 @@ def _oversee(directory: Path, over: threading.Event) -> None:
             for pid in children:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGCONT)
-        if failed is None and any(_ended_badly(pid) for pid in children):
+        if failed is None and (any(directory.glob("rank*.json")) or any(_ended_badly(pid) for pid in children)):
             failed = time.monotonic()
         if failed is not None and time.monotonic() - failed > LAST_WORDS_S:
             for pid in children:
@@ -178,7 +195,14 @@ def _children() -> list[int]:
     for task in Path("/proc/self/task").iterdir():
         with contextlib.suppress(OSError):
             found += [int(word) for word in (task / "children").read_text().split()]
-    return [pid for pid in found if os.getpgid(pid) == pid]
+    return [pid for pid in found if _leads_a_group(pid)]
+
+
+def _leads_a_group(pid: int) -> bool:
+    try:
+        return os.getpgid(pid) == pid
+    except ProcessLookupError:
+        return False
 
 
 def _ended_badly(pid: int) -> bool:
@@ -191,7 +215,11 @@ def _ended_badly(pid: int) -> bool:
 def _cause(directory: Path, failed: Any) -> MegaswiftError:
     """The error that ended the run: one that a rank reported, else what the signals tell."""
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(directory.glob("rank*.json"))]
-    killed = {rank: failure for rank, failure in failed.failures.items() if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM}
+    killed = {
+        rank: failure
+        for rank, failure in failed.failures.items()
+        if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM
+    }
     own = [report for report in reports if report["kind"] != "RankLostError"]
     lost = [report for report in reports if report["kind"] == "RankLostError" and not report["second"]]
     for report in own or ([] if killed else lost):
@@ -243,7 +271,19 @@ def _die_with_launcher() -> None:
 def _connection_lost(error: Exception) -> RankLostError | None:
     """Another rank is gone: a consequence, told only if nobody reports the cause."""
     text = str(error)
-    if not any(mark in text for mark in ("Connection closed by peer", "Connection reset", "Broken pipe", "Timed out waiting", "NCCL", "Socket Timeout", "connectFullMesh", "timed out after")):
+    if not any(
+        mark in text
+        for mark in (
+            "Connection closed by peer",
+            "Connection reset",
+            "Broken pipe",
+            "Timed out waiting",
+            "NCCL",
+            "Socket Timeout",
+            "connectFullMesh",
+            "timed out after",
+        )
+    ):
         return None
     return RankLostError(
         f"rank {os.environ.get('RANK', '0')} lost the connection to another rank: {text.splitlines()[0][:200]}",

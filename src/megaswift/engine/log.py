@@ -70,7 +70,10 @@ class RunLog:
         if self.active:
             row = {"checkpoint": directory.name, "save_seconds": round(seconds, 3), "save_waited_seconds": round(waited, 3)}
             self._write(row | {"global_step/max_steps": f"{step}/{self.plan.train_iters}"})
-            self.line.show(f"step {step}/{self.plan.train_iters}  saved {directory.name} in {seconds:.1f} s, training waited {waited:.1f} s", keep=True)
+            self.line.show(
+                f"step {step}/{self.plan.train_iters}  saved {directory.name} in {seconds:.1f} s, training waited {waited:.1f} s",
+                keep=True,
+            )
 
     def note(self, text: str) -> None:
         """A line that stays in the terminal."""

@@ -1,6 +1,6 @@
 """The training loop of one rank: load, step, evaluate, save, log. `swift sft` starts it on every rank.
 
-    python -m megaswift.engine.loop JOB.json      (what torchrun runs; swift sft writes the file)
+python -m megaswift.engine.loop JOB.json      (what torchrun runs; swift sft writes the file)
 """
 
 from __future__ import annotations
@@ -93,7 +93,14 @@ class Training:
         extra: dict[str, Any],
     ) -> None:
         self.job, self.plan, self.args, self.rank, self.trainer = job, job.plan, args, rank, trainer
-        self.train, self.validation, self.run_dir, self.log, self.stop, self.watchdog = train, validation, run_dir, log, stop, watchdog
+        self.train, self.validation, self.run_dir, self.log, self.stop, self.watchdog = (
+            train,
+            validation,
+            run_dir,
+            log,
+            stop,
+            watchdog,
+        )
         self.saving: Saving | None = None  # the checkpoint that is being written in the background
         self.began, self.waited = 0.0, 0.0  # when it was begun; seconds that training waited for it
         self.eval_loss: tuple[int, float] | None = None  # step and loss of the last evaluation
@@ -142,8 +149,16 @@ class Training:
     def _stopped(self, step: int) -> None:
         what = f"stopped by {self.stop.asked or 'a signal to another rank'} "
         if step == self.job.first_step:
-            raise Stopped(what + "before a step was made.", where=str(self.run_dir), fix="the same command with --resume true starts again")
-        raise Stopped(what + f"after step {step}, whose checkpoint is saved.", where=str(self.run_dir), fix="the same command with --resume true goes on from there")
+            raise Stopped(
+                what + "before a step was made.",
+                where=str(self.run_dir),
+                fix="the same command with --resume true starts again",
+            )
+        raise Stopped(
+            what + f"after step {step}, whose checkpoint is saved.",
+            where=str(self.run_dir),
+            fix="the same command with --resume true goes on from there",
+        )
 
     def _judge(self, step: int, result: Any) -> None:
         """Count a step that made no update because of its numbers, or stop the run for it; note which rows it saw."""
@@ -154,7 +169,10 @@ class Training:
         path = self.run_dir / f"{'nonfinite' if result.nonfinite else 'spike'}_step_{step}.json"
         if self.rank.is_first:
             rows = [int(row) for row in self.train.sample_ids(step - 1)]
-            path.write_text(json.dumps({"step": step, "loss": result.loss, "grad_norm": result.grad_norm, "rows": rows}, default=str), encoding="utf-8")
+            path.write_text(
+                json.dumps({"step": step, "loss": result.loss, "grad_norm": result.grad_norm, "rows": rows}, default=str),
+                encoding="utf-8",
+            )
         what = f"loss {result.loss:.4g} and gradient norm {result.grad_norm:.4g} at step {step} "
         what += "are not both finite" if result.nonfinite else f"are a spike: the norm is above {self.trainer.norm_limit:.4g}"
         self.skipped += 1
@@ -168,7 +186,9 @@ class Training:
                 where=f"the rows of this step are listed in {path}",
                 fix="look at these rows, lower --learning_rate, or use --dtype bf16 in place of fp16",
             )
-        self.log.note(f"step {step}/{self.plan.train_iters}  {what}: skipped ({self.skipped} of at most {self.args.max_skipped_steps}), rows in {path.name}")
+        self.log.note(
+            f"step {step}/{self.plan.train_iters}  {what}: skipped ({self.skipped} of at most {self.args.max_skipped_steps}), rows in {path.name}"
+        )
 
     def _evaluate(self, step: int, validation: EvalBatches) -> None:
         """The validation loss, unless a signal cuts it short."""
@@ -193,13 +213,19 @@ class Training:
         """Begin a checkpoint; it is finished here, or with --async_save at a later boundary."""
         self.watchdog.long(f"saving after step {step}")
         self.began = time.perf_counter()
-        extra = {"consumed_samples": step * self.plan.global_batch, "data_fingerprint": self.train.fingerprint, "seed": self.args.seed}
+        extra = {
+            "consumed_samples": step * self.plan.global_batch,
+            "data_fingerprint": self.train.fingerprint,
+            "seed": self.args.seed,
+        }
         manifest = {
             "model_type": self.plan.model_type,
             "dtype": self.plan.dtype,
             "layout": {"tp": self.rank.tp, "pp": self.rank.pp, "dp": self.rank.dp},
             "resume": extra | {"global_batch": self.plan.global_batch, "train_iters": self.plan.train_iters},
-            "eval_loss": self.eval_loss[1] if self.eval_loss and self.eval_loss[0] == step and math.isfinite(self.eval_loss[1]) else None,
+            "eval_loss": self.eval_loss[1]
+            if self.eval_loss and self.eval_loss[0] == step and math.isfinite(self.eval_loss[1])
+            else None,
             "started_from": Path(self.job.checkpoint).parent.name,
         }
         self.saving = Saving(
@@ -231,7 +257,9 @@ class Training:
                 problem = [f"an old checkpoint could not be deleted: {error}"]
         dist.broadcast_object_list(problem, src=0)
         if problem[0]:
-            raise DataError(problem[0], where=str(self.run_dir), fix="the newest checkpoint is safe; delete the old one yourself")
+            raise DataError(
+                problem[0], where=str(self.run_dir), fix="the newest checkpoint is safe; delete the old one yourself"
+            )
         ended = time.perf_counter()
         self.waited += ended - begun
         self.log.saved(saving.iteration, target, ended - self.began, self.waited)
@@ -285,7 +313,9 @@ def _batches(job: Job, args: SftArguments, rank: ranks.Rank) -> tuple[Batches, E
         padding_free=args.padding_free,
         pad_id=job.pad_id,
     )
-    train = Batches(TokenRows.open(job.train_data), seed=args.seed, shuffle=True, group_by_length=args.group_by_length, **common)
+    train = Batches(
+        TokenRows.open(job.train_data), seed=args.seed, shuffle=True, group_by_length=args.group_by_length, **common
+    )
     if job.val_data is None:
         return train, None
     return train, EvalBatches(TokenRows.open(job.val_data), **common)

@@ -72,7 +72,9 @@ def joined(tp: int, pp: int, seed: int, sequence_parallel: bool = False, start_t
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one process needs no network
             dist.init_process_group("nccl" if on_gpu else "gloo", rank=0, world_size=1, store=store, timeout=timeout)
         else:
-            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)  # with device_id every group would reserve memory now
+            dist.init_process_group(
+                "nccl" if on_gpu else "gloo", timeout=timeout
+            )  # with device_id every group would reserve memory now
         stack.callback(_leave)
         yield _model_parallel(tp, pp, seed, rank, world, local_rank, device)
 

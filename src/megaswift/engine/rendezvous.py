@@ -26,7 +26,9 @@ def register() -> str:
             if self._store is None:
                 listener = socket.create_server(("127.0.0.1", 0))
                 self.master_addr, self.master_port = "127.0.0.1", listener.getsockname()[1]
-                self._store = TCPStore(self.master_addr, self.master_port, 1, True, self.timeout, master_listen_fd=listener.detach())
+                self._store = TCPStore(
+                    self.master_addr, self.master_port, 1, True, self.timeout, master_listen_fd=listener.detach()
+                )
             return super().next_rendezvous()
 
     def make(parameters: Any) -> Loopback:

@@ -82,7 +82,9 @@ class Watchdog:
         file = self.directory / f"hang-rank{self.rank}.txt"
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("w", encoding="utf-8") as stacks:
-            stacks.write(f"rank {self.rank}, process {os.getpid()}, {datetime.datetime.now():%Y-%m-%d %H:%M:%S}: {late:.1f} s in {what}\n\n")
+            stacks.write(
+                f"rank {self.rank}, process {os.getpid()}, {datetime.datetime.now():%Y-%m-%d %H:%M:%S}: {late:.1f} s in {what}\n\n"
+            )
             stacks.flush()
             faulthandler.dump_traceback(stacks, all_threads=True)
         return file

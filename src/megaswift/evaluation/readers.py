@@ -174,8 +174,9 @@ def _arc_row(row: dict[str, Any], where: str, number: int) -> Item:
         choices = _choices(row.get("choices"), where)
         return Item(subset, str(number), question, choices, _letter(row.get("gold"), where, len(choices)))
     stem, options = row.get("question"), row.get("choices")
-    if isinstance(stem, dict):
-        stem, options = stem.get("stem"), stem.get("choices")
+    nested = stem if isinstance(stem, dict) else None
+    if nested is not None:
+        stem, options = nested.get("stem"), nested.get("choices")
     if isinstance(options, list):
         pairs = [option for option in options if isinstance(option, dict)]
         options = {"text": [option.get("text") for option in pairs], "label": [option.get("label") for option in pairs]}

@@ -32,10 +32,18 @@ def require_free_name(target: Path, overwrite: bool) -> None:
     if not target.exists() and not target.is_symlink():
         return
     if not overwrite:
-        raise UserError("the output directory exists already.", where=str(target), fix="use --overwrite true to replace it, or name another one")
+        raise UserError(
+            "the output directory exists already.",
+            where=str(target),
+            fix="use --overwrite true to replace it, or name another one",
+        )
     known = (layout.TRACKER, layout.MANIFEST, EXPORT_ARGS)
     if not target.is_dir() or (any(target.iterdir()) and not any((target / name).exists() for name in known)):
-        raise UserError("this was not made by swift export, so it is not replaced.", where=str(target), fix="remove it yourself, or name another one")
+        raise UserError(
+            "this was not made by swift export, so it is not replaced.",
+            where=str(target),
+            fix="remove it yourself, or name another one",
+        )
 
 
 @contextlib.contextmanager
@@ -56,7 +64,9 @@ def replacing(target: Path) -> Iterator[Path]:
 
 def report(parameters: int, tensors: int, size: int, seconds: float, resumed: list[str]) -> None:
     """Say what was written, and how fast."""
-    say(f"  {parameters:,} parameters in {tensors} tensors, {size / 1e9:.2f} GB, {seconds:.1f} s ({size / 1e9 / max(seconds, 1e-9):.2f} GB/s)")
+    say(
+        f"  {parameters:,} parameters in {tensors} tensors, {size / 1e9:.2f} GB, {seconds:.1f} s ({size / 1e9 / max(seconds, 1e-9):.2f} GB/s)"
+    )
     if resumed:
         say(f"  resumed: {len(resumed)} files of an interrupted conversion were complete and are kept")
 

@@ -41,11 +41,19 @@ def open_classic(found: Classic, root: Path, args: ExportArguments) -> Old:
     given = args.explicit()
     classic.check_flags(found, args.tp if "tp" in given else None, args.pp if "pp" in given else None)
     # Options that the original system kept here have names of its own for what is not filled in.
-    args = fill_from_file(args, {name: value for name, value in read_args_file(root).items() if name in ("model_type", "model_revision")}, MODEL_OPTIONS)
+    args = fill_from_file(
+        args,
+        {name: value for name, value in read_args_file(root).items() if name in ("model_type", "model_revision")},
+        MODEL_OPTIONS,
+    )
     model_dir = root
     if not (root / "config.json").exists():
         if not args.model_type and not args.model_id_or_path:
-            raise UserError("the checkpoint has no config.json beside it.", where=str(root), fix="give --model_type NAME or --model_id_or_path DIR of the original model")
+            raise UserError(
+                "the checkpoint has no config.json beside it.",
+                where=str(root),
+                fix="give --model_type NAME or --model_id_or_path DIR of the original model",
+            )
         from megaswift.hf.locate import locate
 
         located = locate(args.model_type, args.model_id_or_path, args.model_revision)

@@ -48,7 +48,11 @@ class _Weights:
 def to_hf(args: ExportArguments) -> Path:
     """A Megatron directory -> {ckpt_dir}/{model_type}-hf."""
     if not args.ckpt_dir:
-        raise UserError("--to_hf needs a Megatron directory.", where="--ckpt_dir", fix="give --ckpt_dir DIR: one made by --to_megatron, or a run of swift sft")
+        raise UserError(
+            "--to_hf needs a Megatron directory.",
+            where="--ckpt_dir",
+            fix="give --ckpt_dir DIR: one made by --to_megatron, or a run of swift sft",
+        )
     root = Path(args.ckpt_dir).absolute()
     weights = _old_weights(root, args) or _own_weights(root, args)
     args = weights.args
@@ -66,7 +70,11 @@ def to_hf(args: ExportArguments) -> Path:
     equal = _equal_to_source(result.tensors, weights.manifest, DTYPE_NAMES[dtype])
     if equal:
         say(f"  {equal}")
-    hint = f"--ckpt_dir {shown(target)}" if (root / SFT_ARGS).exists() else f"--model_type {args.model_type} --model_id_or_path {shown(target)}"
+    hint = (
+        f"--ckpt_dir {shown(target)}"
+        if (root / SFT_ARGS).exists()
+        else f"--model_type {args.model_type} --model_id_or_path {shown(target)}"
+    )
     say(f"[bold]{shown(target)}[/bold] is ready. Next: swift infer {hint}")
     return target
 
@@ -81,7 +89,9 @@ def _own_weights(root: Path, args: ExportArguments) -> _Weights:
     from megaswift.checkpoint.torch_dist import Reader
     from megaswift.hf.config import load_config
 
-    return _Weights(Reader(checkpoint), checkpoint, load_config(root), root, read_manifest(checkpoint), {}, args, shown(checkpoint))
+    return _Weights(
+        Reader(checkpoint), checkpoint, load_config(root), root, read_manifest(checkpoint), {}, args, shown(checkpoint)
+    )
 
 
 def _old_weights(root: Path, args: ExportArguments) -> _Weights | None:
@@ -166,7 +176,9 @@ def _prove(written: Path, weights: _Weights, dtype: torch.dtype) -> dict[str, An
     source, stored = HFCheckpoint.open(written), weights.reader.dtype("decoder.final_layernorm.weight")
     equal = verify_written(source, weights.reader, weights.config, dtype)
     wider = dtype.itemsize >= stored.itemsize
-    return prove(load_config(written), source, weights.reader if wider else _Rounded(weights.reader, dtype), dtype, written, equal)
+    return prove(
+        load_config(written), source, weights.reader if wider else _Rounded(weights.reader, dtype), dtype, written, equal
+    )
 
 
 class _Rounded:
@@ -226,7 +238,11 @@ def _equal_to_source(tensors: dict[str, str], manifest: dict[str, Any], dtype: s
     if not different:
         return f"all {len(tensors)} tensors have the SHA-256 that was recorded when they were converted"
     if manifest.get("dtype") == dtype:
-        raise DataError(f"{len(different)} tensors are not those that were converted.", where=", ".join(different[:5]), fix="use another copy")
+        raise DataError(
+            f"{len(different)} tensors are not those that were converted.",
+            where=", ".join(different[:5]),
+            fix="use another copy",
+        )
     return f"{len(different)} tensors have other bytes than in {manifest.get('dtype')}, as they must"
 
 

@@ -79,7 +79,9 @@ def to_megatron(args: ExportArguments) -> Path:
             model_dir=located.path,
             config_overrides={},
             dtype=dtype,
-            nbytes=sum(source.entry(name).nbytes * DTYPES[dtype].itemsize // source.dtype(name).itemsize for name in source.names),
+            nbytes=sum(
+                source.entry(name).nbytes * DTYPES[dtype].itemsize // source.dtype(name).itemsize for name in source.names
+            ),
             identity=[located.origin, located.revision, stats],
             origin={"origin": located.origin, "revision": located.revision, "files": {name: size for name, size, _ in stats}},
             convert=lambda release, work: hf_to_megatron(source, config, release, dtype, THREADS, work),
@@ -108,7 +110,10 @@ def classic_to_megatron(args: ExportArguments) -> Path:
     old = open_classic(found, root, args)
     stored = DTYPE_NAMES[old.reader.dtype("decoder.final_layernorm.weight")]
     dtype = stored if args.dtype == "AUTO" or "dtype" not in args.explicit() else args.dtype
-    stats = [(str(file.relative_to(found.directory)), file.stat().st_size, file.stat().st_mtime_ns) for _, file in sorted(found.files.items())]
+    stats = [
+        (str(file.relative_to(found.directory)), file.stat().st_size, file.stat().st_mtime_ns)
+        for _, file in sorted(found.files.items())
+    ]
     model_type = str(old.args.model_type)
     return _write(
         old.args,
@@ -175,7 +180,12 @@ def _finish(root: Path, args: ExportArguments, source: _Source, done: Conversion
     if proof is not None and "logits" in proof:
         from megaswift.proof.prove import summary, write_page
 
-        facts = [("source", source.label), ("precision", source.dtype), ("parameters", f"{done.parameters:,}"), ("tensors", str(len(done.tensors)))]
+        facts = [
+            ("source", source.label),
+            ("precision", source.dtype),
+            ("parameters", f"{done.parameters:,}"),
+            ("tensors", str(len(done.tensors))),
+        ]
         write_page(root, f"{source.model_type}: Hugging Face to Megatron", facts, proof)
         verified = summary(proof)
     content = {
@@ -207,5 +217,9 @@ def _main_dtype(source: Any) -> str:
         totals[source.dtype(name)] = totals.get(source.dtype(name), 0) + source.entry(name).nbytes
     main = max(totals, key=lambda dtype: totals[dtype])
     if main not in DTYPE_NAMES:
-        raise UserError(f"the weights are {main}, which is not a training precision.", where=str(source.path), fix="give --dtype bf16, fp16 or fp32")
+        raise UserError(
+            f"the weights are {main}, which is not a training precision.",
+            where=str(source.path),
+            fix="give --dtype bf16, fp16 or fp32",
+        )
     return DTYPE_NAMES[main]

@@ -13,6 +13,7 @@ from megaswift.hf.folder import read_config
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+
 def load_config(directory: Path) -> PreTrainedConfig:
     """The config of a model folder, its family known and every field honoured or neutral.
 
@@ -24,7 +25,9 @@ def load_config(directory: Path) -> PreTrainedConfig:
     values = read_config(directory)
     family = family_of(str(values.get("model_type")), str(path))
     if "quantization_config" in values:
-        raise UserError("the weights are quantized.", where=f"{path}: quantization_config", fix="give the model in bf16, fp16 or fp32")
+        raise UserError(
+            "the weights are quantized.", where=f"{path}: quantization_config", fix="give the model in bf16, fp16 or fp32"
+        )
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     try:

@@ -43,7 +43,12 @@ class HashedFile(io.RawIOBase):
     """
 
     def __init__(
-        self, path: Path, cancel: threading.Event | None = None, progress: Callable[[int], None] | None = None, *, fresh: bool = True
+        self,
+        path: Path,
+        cancel: threading.Event | None = None,
+        progress: Callable[[int], None] | None = None,
+        *,
+        fresh: bool = True,
     ) -> None:
         flags = os.O_WRONLY | os.O_CREAT | (os.O_EXCL if fresh else os.O_TRUNC)
         self._handle = os.open(path, flags, 0o644)

@@ -20,6 +20,7 @@ from megaswift.hf.output import FileRecord, HashedFile
 if TYPE_CHECKING:
     import torch
 
+
 @dataclass(frozen=True)
 class PlannedTensor:
     """A tensor to be written, known by size before its data exists.

@@ -22,7 +22,7 @@ from megaswift.cache import cache_root
 from megaswift.checkpoint.layout import iteration_directory
 from megaswift.engine.launch import Cluster, cluster
 from megaswift.errors import DataError
-from megaswift.parity.compare import StepDifference, relative, verdict, worst
+from megaswift.parity.compare import StepDifference, overall, relative, verdict, worst
 from megaswift.parity.layouts import Layout, parse_layouts
 from megaswift.parity.rank import GRADIENTS, LOG, STATE, STOP_AFTER, WEIGHTS
 from megaswift.parity.show import draw, print_layouts, print_reference
@@ -118,7 +118,7 @@ class _Runs:
         for row, wanted in zip(rows, reference.run(self.data.train, [batches.sample_ids(step) for step in range(steps)])):
             groups: dict[str, float] = {}
             gradient = worst(self._pairs(GRADIENTS, row["step"], wanted.gradients), groups)
-            weight = worst(self._pairs(WEIGHTS, row["step"], wanted.weights))
+            weight = (worst if self.start.dtype == "fp32" else overall)(self._pairs(WEIGHTS, row["step"], wanted.weights))
             norm = row["grad_norm"] if row["grad_norm"] is not None else float("inf")
             yield StepDifference(
                 row["step"], (wanted.loss, row["loss"]), (wanted.grad_norm, norm),

@@ -31,7 +31,7 @@ class StepDifference:
     grad_norm_difference: float
     gradient_groups: dict[str, float] = field(default_factory=dict)  # group -> largest difference of a tensor in it
     worst_gradient: tuple[float, str] = (0.0, "")
-    worst_weight: tuple[float, str] = (0.0, "")
+    worst_weight: tuple[float, str] = (0.0, "")  # in half precisions: of all weights together
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -63,6 +63,19 @@ def worst(pairs: Iterable[tuple[str, Tensor, Tensor]], groups: dict[str, float] 
         if difference > largest or not where:
             largest, where = difference, name
     return largest, where
+
+
+def overall(pairs: Iterable[tuple[str, Tensor, Tensor]]) -> tuple[float, str]:
+    """The relative difference of all tensors as one vector.
+
+    In half precision a single tensor may move by the sign of noise: Adam's first steps have the size of the learning rate
+    however small the gradient is, so a bias that starts at zero tells nothing.
+    """
+    difference = norm = 0.0
+    for _, value, wanted in pairs:
+        difference += float(torch.linalg.vector_norm(value.double() - wanted.double())) ** 2
+        norm += float(torch.linalg.vector_norm(wanted.double())) ** 2
+    return (difference / max(norm, 1e-30)) ** 0.5, "all weights together"
 
 
 def verdict(differences: list[StepDifference], dtype: str) -> str | None:

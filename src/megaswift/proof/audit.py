@@ -41,8 +41,16 @@ def audit(config: PreTrainedConfig, reference: Streamed, measured: Streamed) -> 
     rows: list[tuple[str, Any, Any]] = [
         ("num_hidden_layers", len(theirs.model.layers), len(ours.decoder.layers)),
         ("hidden_size", shape[1], ours.embedding.word_embeddings.weight.shape[1]),
-        ("num_attention_heads", twin.self_attn.q_proj.weight.shape[0] // twin.self_attn.head_dim, attention.num_attention_heads_per_partition),
-        ("num_key_value_heads", twin.self_attn.k_proj.weight.shape[0] // twin.self_attn.head_dim, attention.num_query_groups_per_partition),
+        (
+            "num_attention_heads",
+            twin.self_attn.q_proj.weight.shape[0] // twin.self_attn.head_dim,
+            attention.num_attention_heads_per_partition,
+        ),
+        (
+            "num_key_value_heads",
+            twin.self_attn.k_proj.weight.shape[0] // twin.self_attn.head_dim,
+            attention.num_query_groups_per_partition,
+        ),
         ("head_dim", twin.self_attn.head_dim, attention.hidden_size_per_attention_head),
         ("intermediate_size", twin.mlp.gate_proj.weight.shape[0], layer.mlp.linear_fc1.weight.shape[0] // 2),
         ("vocab_size", shape[0], ours.true_vocab),
@@ -62,9 +70,15 @@ def audit(config: PreTrainedConfig, reference: Streamed, measured: Streamed) -> 
 
 def require_equal(findings: list[Finding], where: str) -> None:
     """Raise DataError naming every field that the Megatron model does not honour."""
-    wrong = [f"{item.field} is {item.config} in config.json and {item.megatron} in the Megatron model" for item in findings if not item.equal]
+    wrong = [
+        f"{item.field} is {item.config} in config.json and {item.megatron} in the Megatron model"
+        for item in findings
+        if not item.equal
+    ]
     if wrong:
-        raise DataError(f"config audit: {'; '.join(wrong)}.", where=where, fix="nothing was made; report it with this config.json")
+        raise DataError(
+            f"config audit: {'; '.join(wrong)}.", where=where, fix="nothing was made; report it with this config.json"
+        )
 
 
 def neutral_fields(config: PreTrainedConfig) -> list[str]:
@@ -73,7 +87,13 @@ def neutral_fields(config: PreTrainedConfig) -> list[str]:
 
 
 def _epsilons(model: torch.nn.Module, attribute: str) -> list[float]:
-    return sorted({float(getattr(module, attribute)) for module in model.modules() if "Norm" in type(module).__name__ and hasattr(module, attribute)})
+    return sorted(
+        {
+            float(getattr(module, attribute))
+            for module in model.modules()
+            if "Norm" in type(module).__name__ and hasattr(module, attribute)
+        }
+    )
 
 
 def _name(function: Any) -> str:

@@ -34,13 +34,19 @@ def require_whole(directory: Path) -> None:
     """Raise DataError unless every file is byte for byte the one that was written; names the changed tensors where it can."""
     problem = quick_check(directory)
     if problem:
-        raise DataError(f"the checkpoint is incomplete: {problem}.", where=str(directory), fix="use another checkpoint (--iteration N)")
+        raise DataError(
+            f"the checkpoint is incomplete: {problem}.", where=str(directory), fix="use another checkpoint (--iteration N)"
+        )
     content = read_manifest(directory)
     changed = _changed(directory, content["files"])
     if changed:
         tensors = changed_tensors(directory, content)
         named = f" Changed tensors: {', '.join(tensors[:5])}{' ...' if len(tensors) > 5 else ''}." if tensors else ""
-        raise DataError(f"{changed[0]} is not the file that was written: its SHA-256 differs.{named}", where=str(directory / changed[0]), fix="use another copy")
+        raise DataError(
+            f"{changed[0]} is not the file that was written: its SHA-256 differs.{named}",
+            where=str(directory / changed[0]),
+            fix="use another copy",
+        )
 
 
 def _changed(directory: Path, files: dict[str, Any]) -> list[str]:
@@ -130,7 +136,9 @@ def _require_no_strangers(directory: Path, content: dict[str, Any]) -> None:
     """Raise DataError for weight files that the manifest does not list."""
     known = set(content["files"]) | set(_OURS)
     weights = (".safetensors", ".distcp", ".bin", ".pt")
-    strangers = sorted(path.name for path in directory.iterdir() if path.is_file() and path.name not in known and path.name.endswith(weights))
+    strangers = sorted(
+        path.name for path in directory.iterdir() if path.is_file() and path.name not in known and path.name.endswith(weights)
+    )
     if strangers:
         raise DataError(f"{strangers[0]} is not listed in the manifest.", where=str(directory))
 
@@ -156,10 +164,20 @@ def walk(directory: Path, deep: bool, trusted: Ed25519PublicKey | None = None) -
     for entry in chain if isinstance(chain, list) else []:
         place = (directory / str(entry.get("directory"))).resolve()
         if not (place / MANIFEST).is_file():
-            links.append(Link(place, str(entry.get("kind")), f"not here any more; manifest {str(entry.get('manifest_sha256'))[:12]}", "", ""))
+            links.append(
+                Link(
+                    place,
+                    str(entry.get("kind")),
+                    f"not here any more; manifest {str(entry.get('manifest_sha256'))[:12]}",
+                    "",
+                    "",
+                )
+            )
             continue
         found = examine(place, deep)
         if not found.problem and sha256_of(place / MANIFEST) != entry.get("manifest_sha256"):
-            found = Link(place, found.kind, found.note, found.signed_by, "its manifest is not the one that this chain was made from")
+            found = Link(
+                place, found.kind, found.note, found.signed_by, "its manifest is not the one that this chain was made from"
+            )
         links.append(found)
     return links

@@ -24,11 +24,18 @@ def print_proof(proof: dict[str, Any]) -> None:
     table = Table(title="Megatron form against transformers, every position, fp32", title_justify="left")
     for name in ("prompt", "tokens", "max |difference|", "mean KL (nats)", "same top-1"):
         table.add_column(name, justify="left" if name == "prompt" else "right")
-    for row in [*parity["prompts"], {"name": "all", "tokens": parity["positions"], **{key: parity[key] for key in ("max_abs", "mean_kl", "top1")}}]:
+    for row in [
+        *parity["prompts"],
+        {"name": "all", "tokens": parity["positions"], **{key: parity[key] for key in ("max_abs", "mean_kl", "top1")}},
+    ]:
         table.add_row(row["name"], str(row["tokens"]), f"{row['max_abs']:.1e}", f"{row['mean_kl']:.1e}", f"{row['top1']:.2%}")
-    table.add_row("limit", "", f"{_logit_limit(parity):.1e}", f"{parity['limits']['mean_kl']:.0e}", f"{parity['limits']['top1']:.2%}")
+    table.add_row(
+        "limit", "", f"{_logit_limit(parity):.1e}", f"{parity['limits']['mean_kl']:.0e}", f"{parity['limits']['top1']:.2%}"
+    )
     console().print(table)
-    say(f"  round trip: {proof['round_trip_tensors']} tensors equal, bit for bit; config audit: {len(proof['config'])} fields honoured")
+    say(
+        f"  round trip: {proof['round_trip_tensors']} tensors equal, bit for bit; config audit: {len(proof['config'])} fields honoured"
+    )
 
 
 def _logit_limit(parity: dict[str, Any]) -> float:
@@ -38,11 +45,20 @@ def _logit_limit(parity: dict[str, Any]) -> float:
 def page(title: str, facts: list[tuple[str, str]], proof: dict[str, Any]) -> str:
     """conversion.html: one file, no script, nothing fetched."""
     parity = proof["logits"]
-    rows = [[item["name"], str(item["tokens"]), f"{item['max_abs']:.2e}", f"{item['mean_kl']:.2e}", f"{item['top1']:.2%}"] for item in parity["prompts"]]
-    rows.append(["all", str(parity["positions"]), f"{parity['max_abs']:.2e}", f"{parity['mean_kl']:.2e}", f"{parity['top1']:.2%}"])
+    rows = [
+        [item["name"], str(item["tokens"]), f"{item['max_abs']:.2e}", f"{item['mean_kl']:.2e}", f"{item['top1']:.2%}"]
+        for item in parity["prompts"]
+    ]
+    rows.append(
+        ["all", str(parity["positions"]), f"{parity['max_abs']:.2e}", f"{parity['mean_kl']:.2e}", f"{parity['top1']:.2%}"]
+    )
     limits = f"largest logit {parity['largest_logit']:.3g}; limits: difference {_logit_limit(parity):.2e}, mean KL {parity['limits']['mean_kl']:.0e} nats, top-1 {parity['limits']['top1']:.0%}"
-    layers = [["embedding" if number == 0 else f"layer {number - 1}", f"{value:.2e}"] for number, value in enumerate(parity["layers"])]
-    audit = [[item["field"], item["config"], item["megatron"], "equal" if item["equal"] else "DIFFERENT"] for item in proof["config"]]
+    layers = [
+        ["embedding" if number == 0 else f"layer {number - 1}", f"{value:.2e}"] for number, value in enumerate(parity["layers"])
+    ]
+    audit = [
+        [item["field"], item["config"], item["megatron"], "equal" if item["equal"] else "DIFFERENT"] for item in proof["config"]
+    ]
     parts = [
         f"<h1>{html.escape(title)}</h1>",
         _table(["", ""], [list(fact) for fact in facts], set()),
@@ -65,5 +81,8 @@ def _table(names: list[str], rows: list[list[str]], numbers: set[int]) -> str:
     """An HTML table; columns in `numbers` are set to the right."""
     mark = lambda place: " class=n" if place in numbers else ""  # noqa: E731
     head = "".join(f"<th{mark(place)}>{html.escape(name)}</th>" for place, name in enumerate(names)) if any(names) else ""
-    body = "".join("<tr>" + "".join(f"<td{mark(place)}>{html.escape(str(cell))}</td>" for place, cell in enumerate(row)) + "</tr>" for row in rows)
+    body = "".join(
+        "<tr>" + "".join(f"<td{mark(place)}>{html.escape(str(cell))}</td>" for place, cell in enumerate(row)) + "</tr>"
+        for row in rows
+    )
     return f"<table><tr>{head}</tr>{body}</table>"

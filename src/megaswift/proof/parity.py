@@ -71,7 +71,9 @@ class Parity:
         return values | {"positions": self.positions, "limits": limits}
 
 
-def compare(config: PreTrainedConfig, source: HFCheckpoint, reader: MegatronReader, dtype: torch.dtype, model_dir: Path) -> Parity:
+def compare(
+    config: PreTrainedConfig, source: HFCheckpoint, reader: MegatronReader, dtype: torch.dtype, model_dir: Path
+) -> Parity:
     """Run both models.
 
     Args:
@@ -120,7 +122,10 @@ def _flat(value: Any) -> Tensor:
 def _states(model: Streamed, batch: _Batch) -> tuple[list[Tensor], Tensor]:
     """Results of the embedding and of every layer, and the logits."""
     kept: list[Tensor] = []
-    handles = [module.register_forward_hook(lambda _m, _i, out: kept.append(_flat(out).clone())) for module in (model.embedding, *model.layers)]
+    handles = [
+        module.register_forward_hook(lambda _m, _i, out: kept.append(_flat(out).clone()))
+        for module in (model.embedding, *model.layers)
+    ]
     try:
         logits = batch.run(model)
     finally:
@@ -129,7 +134,9 @@ def _states(model: Streamed, batch: _Batch) -> tuple[list[Tensor], Tensor]:
     return kept, logits
 
 
-def _compare_states(model: Streamed, batch: _Batch, states: list[Tensor], wanted: Tensor, rows: dict[str, list[int]], result: Parity) -> None:
+def _compare_states(
+    model: Streamed, batch: _Batch, states: list[Tensor], wanted: Tensor, rows: dict[str, list[int]], result: Parity
+) -> None:
     """Run the second model; each of its states is compared as it comes, and the reference's is dropped."""
     states.reverse()
     keep = lambda _m, _i, out: result.layers.append(relative(states.pop(), _flat(out)))  # noqa: E731
@@ -162,7 +169,13 @@ def _prompt(name: str, wanted: Tensor, found: Tensor, bound: float) -> PromptRes
         likeliest = measured.argmax(-1, keepdim=True)
         short = reference.max(-1).values - reference.gather(-1, likeliest)[:, 0]
         same += int((short <= bound).sum())
-    return PromptResult(name, len(wanted), worst, max(divergence / len(wanted), 0.0) if math.isfinite(divergence) else math.inf, same / len(wanted))
+    return PromptResult(
+        name,
+        len(wanted),
+        worst,
+        max(divergence / len(wanted), 0.0) if math.isfinite(divergence) else math.inf,
+        same / len(wanted),
+    )
 
 
 def _verdict(result: Parity, bound: float) -> str:
@@ -199,7 +212,11 @@ def _first_difference(config: PreTrainedConfig, reference: Streamed, measured: S
     view = Model(config)
     if layer < 0:
         return "embedding.word_embeddings (model.embed_tokens): the rows of the tokens differ"
-    modules = [(rule, number) for rule, number in view.each() if rule.megatron.endswith("weight") and number == (layer if view.layered(rule) else 0)]
+    modules = [
+        (rule, number)
+        for rule, number in view.each()
+        if rule.megatron.endswith("weight") and number == (layer if view.layered(rule) else 0)
+    ]
     inside = layer < view.sizes.layers
     chosen = [rule for rule, _ in modules if view.layered(rule) == inside and not rule.megatron.startswith("embedding.")]
     found = _captured(measured, [local_name(rule.megatron.format(i=layer)) for rule in chosen], batch, layer)

@@ -44,7 +44,9 @@ def token_rows(model_dir: Path, vocab: int, limit: int) -> dict[str, list[int]]:
 
 
 def _encoder(model_dir: Path):  # type: ignore[no-untyped-def]
-    if not any((model_dir / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")):
+    if not any(
+        (model_dir / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+    ):
         return lambda text: list(text.encode("utf-8"))
     from transformers import AutoTokenizer
 

@@ -42,7 +42,9 @@ def prove(
             raise
         raise DataError(f"{error.what}\n  {failed}", where=parity.where, fix=error.fix) from error
     if failed:
-        raise DataError(failed, where=parity.where, fix="nothing was made; report it with this config.json (--verify false skips the proof)")
+        raise DataError(
+            failed, where=parity.where, fix="nothing was made; report it with this config.json (--verify false skips the proof)"
+        )
     return {
         "round_trip_tensors": round_trip,
         "logits": parity.to_dict(),

@@ -42,7 +42,9 @@ class Streamed:
         embedding: the module that looks tokens up.
     """
 
-    def __init__(self, module: torch.nn.Module, run: Callable[[Tensor, Tensor, list[int]], Tensor], layers: Any, embedding: Any) -> None:
+    def __init__(
+        self, module: torch.nn.Module, run: Callable[[Tensor, Tensor, list[int]], Tensor], layers: Any, embedding: Any
+    ) -> None:
         self.module, self.run, self.layers, self.embedding = module, run, layers, embedding
 
 
@@ -129,7 +131,9 @@ def local_name(name: str) -> str:
     return name
 
 
-def _stream(module: torch.nn.Module, own: dict[str, str], load: Callable[[str], Tensor], release: Callable[[str], None]) -> None:
+def _stream(
+    module: torch.nn.Module, own: dict[str, str], load: Callable[[str], Tensor], release: Callable[[str], None]
+) -> None:
     """Let a module have its weights only while it runs."""
     empty = dict(module.named_parameters(recurse=False))
     lookup = "Embedding" in type(module).__name__  # touches few rows: it works on the stored values, and its result is cast
@@ -179,7 +183,11 @@ def one_process() -> Iterator[None]:
     """Megatron-Core's process groups for this process alone, on the CPU, whatever the machine has and torchrun said."""
     from megaswift.engine import ranks
 
-    clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    }
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     with mock.patch.dict(os.environ, clean, clear=True), mock.patch.object(torch.cuda, "is_available", lambda: False):
         try:

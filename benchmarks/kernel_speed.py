@@ -1,6 +1,6 @@
 """Speed of each part of a training step on one GPU, beside what the card's memory or matrix units allow.
 
-python benchmarks/kernels.py [--shapes 0.5b,1.5b,3b] [--parts norm,swiglu,...] [--tune]
+python benchmarks/kernel_speed.py [--shapes 0.5b,1.5b,3b] [--parts norm,swiglu,...] [--tune]
 
 Times are medians of triton.testing.do_bench (cold L2 cache) on random data. `tune` also times other block sizes.
 """

@@ -1,0 +1,36 @@
+"""Packages of versions that were never tried are named with what is needed."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+import pytest
+
+from megaswift.engine.versions import check_versions
+from megaswift.errors import UserError
+
+
+def test_this_environment_is_good() -> None:
+    check_versions()
+
+
+@pytest.mark.parametrize(
+    ("version", "words"), [("1.0", "1.0 is installed"), (None, "none is installed"), ("99", "99 is installed")]
+)
+def test_found_and_needed_are_said(version: str | None, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(name: str) -> str:
+        if version is None:
+            raise metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(metadata, "requires", lambda package: ["torch<2.14,>=2.11", "gguf>=0.1", 'vllm>=0.11; extra == "vllm"'])
+    monkeypatch.setattr(metadata, "version", found)
+    with pytest.raises(UserError) as caught:
+        check_versions(("torch", "vllm"))
+    assert "torch <2.14,>=2.11 is needed" in caught.value.what
+    assert words in caught.value.what
+    assert "vllm" not in caught.value.what
+
+
+def test_a_source_tree_declares_nothing() -> None:
+    check_versions(package="no-such-package")
