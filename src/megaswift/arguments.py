@@ -110,7 +110,6 @@ class DataArguments(TemplateArguments):
     model_name: list[str] = option([], "Name that self-cognition rows teach: Chinese and English, or one for both.")
     model_author: list[str] = option([], "Author that self-cognition rows teach: Chinese and English, or one for both.")
     custom_dataset_info: str | None = option(None, "More registered datasets: a JSON file, or JSON text.")
-    data_cache: bool = option(True, "Keep tokenized rows in the cache and use them again.")
 
 
 @dataclass(kw_only=True)
@@ -215,6 +214,8 @@ class SftArguments(ModelArguments, LayoutArguments, DataArguments):
     )
     packing: bool = option(False, "Join whole rows up to max_length; attention stays within each row.")
     padding_free: bool = option(True, "Lay the rows of a micro batch end to end; false: pad them to the longest.")
+    data_cache: bool = option(True, "Keep tokenized rows in the cache and use them again.")
+    streaming: bool = option(False, "Read training data from its front, only as far as --max_steps needs it: for data without a length.")
     group_by_length: bool = option(False, "Draw rows of similar length into one global batch.")
     gradient_checkpointing: bool = option(
         False, "Recompute activations in the backward pass: less memory, about a third more work."

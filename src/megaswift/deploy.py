@@ -63,7 +63,9 @@ def deploy_main(arguments: DeployArguments | list[str]) -> None:
     service = Service(backend, name, options, limits, args.infer_batch_size)
     address = f"http://{_shown(args.host)}:{listening.getsockname()[1]}/v1"
     note(f"{name} ({backend.description}) answers at {address}{'' if key else ', without an API key'}; Ctrl-C ends it")
-    _serve(make_app(service, key, _LOOPBACK_NAMES if is_loopback(args.host) else None), listening)
+    _serve(
+        make_app(service, key, _LOOPBACK_NAMES if is_loopback(args.host) else None), listening, 4 * args.max_concurrency + 16
+    )
     service.line.close()
 
 
@@ -130,10 +132,17 @@ def _listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def _serve(app: Any, listening: socket.socket) -> None:
+def _serve(app: Any, listening: socket.socket, connections: int) -> None:
     import uvicorn
 
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=30, timeout_graceful_shutdown=5)
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        limit_concurrency=connections,  # requests whose body never comes wait for nothing, but each holds a connection
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=5,
+    )
     uvicorn.Server(config).run(sockets=[listening])
 
 

@@ -115,11 +115,19 @@ def prepare(args: EvalArguments) -> Request:
 
 
 def _check(args: EvalArguments) -> None:
+    from megaswift.inference.backends import pick_backend
+
     if args.eval_backend == "OpenCompass":
         raise UserError(
             "--eval_backend OpenCompass is not available: it needs a server, its own data package and its own prompts.",
             where="--eval_backend",
             fix="use --eval_backend Native (the same four benchmarks and hundreds of EvalScope's prompts) or lm-eval",
+        )
+    if pick_backend(args.infer_backend) == "vllm" and (args.eval_backend == "lm-eval" or args.eval_method == "loglikelihood"):
+        raise UserError(
+            "log-likelihoods need the pt backend.",
+            where="--infer_backend",
+            fix="use --infer_backend pt, or --eval_method generate",
         )
     checks = (
         ("eval_limit", args.eval_limit is None or args.eval_limit >= 1, "1 or more"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,9 +98,12 @@ def _export(root: Path, checkpoint: Path, model_type: str | None) -> Path:
         return target
     shutil.rmtree(target, ignore_errors=True)
     words: dict[str, Any] = {"model_type": model_type} if model_type else {}
-    export_main(
-        ExportArguments(ckpt_dir=str(root), to_hf=True, iteration=iteration_of(checkpoint), hf_output_dir=str(target), **words)
-    )
+    with contextlib.redirect_stdout(sys.stderr):  # stdout holds questions and answers
+        export_main(
+            ExportArguments(
+                ckpt_dir=str(root), to_hf=True, iteration=iteration_of(checkpoint), hf_output_dir=str(target), **words
+            )
+        )
     for old in _older(place, root.resolve().name):
         shutil.rmtree(old, ignore_errors=True)
     return target

@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megaswift import mapping
 from megaswift.args_file import MODEL_OPTIONS, fill_from_file, read_args_file, write_args_file
 from megaswift.arguments import SftArguments, parse
 from megaswift.cache import cache_root
 from megaswift.checkpoint import layout
 from megaswift.checkpoint.keep import clean
-from megaswift.checkpoint.lock import LOCK, in_use, locked
+from megaswift.checkpoint.lock import LOCK, locked, refuse_if_in_use
 from megaswift.checkpoint.resume import check_same_model, check_unchanged, newest_run, newest_whole, with_saved_batch
 from megaswift.errors import Stopped, UserError
 from megaswift.plan import Plan, check_layout, check_numbers, make_plan, usable_length
@@ -68,7 +69,8 @@ def _train(args: SftArguments, stop: StopSignals) -> Path:
     start = find_start(args, place.leads)
     args = with_saved_batch(start.args, start.manifest, place.world_size, _shown(start.root)) if start.run_dir else start.args
     template = _template(args, start)
-    data = prepare(args, template, cache_dir=cache_root(), packing=args.packing)
+    rows = _streamed_rows(args, place.world_size)
+    data = prepare(args, template, cache_dir=cache_root(), packing=args.packing, stream_rows=rows)
     run_dir = start.run_dir or new_run_dir(args)
     plan = _plan(args, start, data, place, run_dir)
     if start.run_dir is not None:
@@ -173,6 +175,8 @@ def _newest_run(args: SftArguments, leads: bool) -> Path | None:
     found = newest_run(Path(args.output_dir).absolute(), str(model_type), args.add_output_dir_suffix, live=leads)
     if found is None:
         say(f"--resume true: no run of {model_type} under {args.output_dir} has saved a checkpoint; starting at step 0.")
+    elif leads:
+        refuse_if_in_use(found)
     return found
 
 
@@ -185,8 +189,8 @@ def _checkpoint(args: SftArguments, root: Path, leads: bool) -> Path:
     """The checkpoint in `root` to start from; what is passed over is said."""
     if not _is_run(root):
         return layout.find_checkpoint(root)
-    if leads and in_use(root):
-        raise UserError("this run is in use by another process.", where=_shown(root), fix="wait for it or stop it")
+    if leads:
+        refuse_if_in_use(root)
     checkpoint, notes = newest_whole(root, args.verify, need_optimizer=args.resume)
     for note in notes:
         say(f"[yellow]{note}[/yellow]")
@@ -241,6 +245,15 @@ def _dtype(args: SftArguments, stored: str) -> str:
     if stored == "fp32":
         return "fp32" if args.dtype == "fp32" else "bf16"
     return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+
+
+def _streamed_rows(args: SftArguments, world_size: int) -> int | None:
+    """Training rows that a streamed run needs; None where all data is read."""
+    if not args.streaming:
+        return None
+    if args.max_steps <= 0:
+        raise UserError("streamed data has no length, so the number of steps must be given.", where="--streaming", fix="add --max_steps N")
+    return args.max_steps * mapping.accumulation(args, world_size) * args.batch_size * world_size
 
 
 def _template(args: SftArguments, start: Start) -> ChatTemplate:

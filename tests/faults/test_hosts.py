@@ -54,7 +54,7 @@ def begin(machine: int, start: tuple[Path, Path], work: Path, steps: int) -> tup
     log = work / f"machine{machine}.log"
     command = [
         "ip", "netns", "exec", NAMES[machine], sys.executable, "-m", "megaswift", "sft", "--resume_from_checkpoint", str(start[0]), "--dataset", str(start[1]),
-        "--pp", "2", "--max_steps", str(steps), "--output_dir", str(work / "output"), "--logging_steps", "1", "--save_steps", "2", "--eval_steps", "4000",
+        "--pp", "2", "--max_steps", str(steps), "--output_dir", str(work / "output"), "--logging_steps", "1", "--save_steps", "4000", "--eval_steps", "4000",
         "--step_timeout", "10", "--start_timeout", "120", "--resume", "true",
     ]  # fmt: skip
     environment = {

@@ -50,7 +50,9 @@ def ask(run: Path) -> str:
 
 def test_a_run_answers_as_its_export_does(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     answer = ask(run)
-    assert f"{run.resolve()}/iter_0000002" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert f"{run.resolve()}/iter_0000002" in said.err
+    assert said.out.startswith("[QUERY]who are you"), "the export is told on stderr"
     [result] = (run / "infer_result").glob("*.jsonl")
     assert json.loads(result.read_text(encoding="utf-8"))["response"] == answer
     assert not list(run.glob("*-hf"))

@@ -33,17 +33,27 @@ def locked(directory: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(
-                f"this run is in use by {_owner(path)}.",
-                where=str(directory),
-                fix="wait for it or stop it; or choose another --output_dir",
-            ) from error
+            raise _taken(directory) from error
         except OSError:
             pass  # a file system without locks: run without one
         file.truncate(0)
         file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
         file.flush()
         yield
+
+
+def refuse_if_in_use(directory: Path) -> None:
+    """Raise UserError while a live process holds the lock."""
+    if in_use(directory):
+        raise _taken(directory)
+
+
+def _taken(directory: Path) -> UserError:
+    return UserError(
+        f"this run is in use by {_owner(directory / LOCK)}.",
+        where=str(directory),
+        fix="wait for it or stop it; or choose another --output_dir",
+    )
 
 
 def in_use(directory: Path) -> bool:

@@ -13,7 +13,7 @@ from megaswift.errors import DataError
 from megaswift.hf.output import sha256_of
 
 __all__ = [
-    "MANIFEST", "ancestry", "changed_fields", "check_config", "check_hashes", "digest_files", "link", "quick_check", "read_manifest",
+    "MANIFEST", "ancestry", "changed_fields", "check_config", "check_hashes", "digest_files", "link", "older_links", "quick_check", "read_manifest",
     "sha256_of", "sync_directory", "versions", "write_manifest",
 ]  # fmt: skip
 
@@ -63,6 +63,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise DataError("manifest.json is not JSON.", where=str(path)) from error
     if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
         raise DataError("manifest.json lists no files.", where=str(path))
+    if not all(isinstance(entry, dict) for entry in content["files"].values()):
+        raise DataError("manifest.json lists files in a form that is not known.", where=str(path))
     return content
 
 
@@ -83,9 +85,16 @@ def quick_check(directory: Path) -> str | None:
 
 def versions() -> dict[str, str]:
     """Versions of what made a file."""
-    from importlib.metadata import version
+    from contextlib import suppress
+    from importlib.metadata import PackageNotFoundError, version
 
-    return {name: version(name) for name in ("megaswift", "torch", "megatron-core", "transformers", "safetensors")}
+    from megaswift import __version__
+
+    found = {"megaswift": __version__}
+    for name in ("torch", "megatron-core", "transformers", "safetensors"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def link(directory: Path, seen_from: Path | None = None) -> dict[str, Any]:
@@ -100,6 +109,16 @@ def link(directory: Path, seen_from: Path | None = None) -> dict[str, Any]:
     }
 
 
+def older_links(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """The links of a manifest to what it was made from, newest first; empty for a base."""
+    links = content.get("made_from")
+    return (
+        [item for item in links if isinstance(item, dict) and isinstance(item.get("directory"), str)]
+        if isinstance(links, list)
+        else []
+    )
+
+
 def ancestry(directory: Path, seen_from: Path | None = None) -> list[dict[str, Any]]:
     """The chain of a directory that is made from `directory`: that one, what it was made from, and so on to the base.
 
@@ -107,7 +126,7 @@ def ancestry(directory: Path, seen_from: Path | None = None) -> list[dict[str, A
         seen_from: the new directory; links then hold relative paths, so that the chain survives a move of all together.
     """
     chain = [link(directory, seen_from)]
-    for older in read_manifest(directory).get("made_from") or []:
+    for older in older_links(read_manifest(directory)):
         path = directory / older["directory"]
         chain.append({**older, "directory": os.path.relpath(path, seen_from) if seen_from is not None else str(path)})
     return chain[:_LONGEST_CHAIN]

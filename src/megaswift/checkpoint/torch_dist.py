@@ -13,6 +13,7 @@ import pickle
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -90,7 +91,7 @@ def write(
         Size and SHA-256 of every file written.
     """
     notes = {} if notes is None else notes
-    cancel = threading.Event()
+    cancel, turn = threading.Event(), threading.Semaphore(threads)
     empty = dict.fromkeys(objects)
 
     def one(number: int, queue: list[Chunk]) -> tuple[str, FileDigest, dict[Any, Any]]:
@@ -102,7 +103,7 @@ def write(
             if done is not None:
                 notes.update(done["notes"])
                 return name, FileDigest(done["size"], done["sha256"]), _storage_of(name, done["places"])
-            result = write_file(directory, name, queue, {} if number else empty, cancel=cancel, progress=progress)
+            result = write_file(directory, name, queue, {} if number else empty, cancel=cancel, progress=progress, turn=turn)
             if work is not None:
                 kept = {item: notes[item] for chunk in queue for item in chunk.names}
                 work.record(name, result[1], notes=kept, places=_places_of(result[2]))
@@ -112,7 +113,7 @@ def write(
             raise
 
     queues = _files(chunks, threads)
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(2 * threads) as pool:  # half of them may wait for the disk
         jobs = [pool.submit(one, number, queue) for number, queue in enumerate(queues)]
         try:
             failures = [error for job in jobs if (error := job.exception()) is not None]
@@ -213,27 +214,37 @@ def _merged(tables: list[dict[str, Any]]) -> dict[str, Any]:
 def write_file(
     directory: Path, name: str, queue: list[Chunk], objects: dict[str, Any], *,
     cancel: threading.Event | None = None, progress: Callable[[int], None] | None = None,
+    turn: AbstractContextManager[Any] | None = None,
 ) -> tuple[str, FileDigest, dict[Any, Any]]:  # fmt: skip
-    """Write one data file and sync it: its name, digest and where each item lies in it."""
+    """Write one data file and sync it: its name, digest and where each item lies in it.
+
+    `turn` is held while data is made and written, not while the disk is waited for: another file can go on meanwhile.
+    """
     storage: dict[Any, Any] = {}
     with HashedFile(directory / name, cancel, progress) as file:
-        for number, chunk in enumerate(queue):
-            for following in queue[number + 1 : number + 2]:
-                if following.prepare is not None:
-                    following.prepare()
-            value = own_storage(chunk.produce().to(chunk.dtype).reshape(chunk.shape).contiguous())
-            file.write(bytes(-file.position % _ALIGNMENT))  # so that a mapped chunk can be used in place
-            start = file.position
-            torch.save(value, cast(IO[bytes], file))
-            storage[MetadataIndex(chunk.key, torch.Size(chunk.offset))] = _StorageInfo(name, start, file.position - start)
-            del value
-            if chunk.release is not None:
-                chunk.release()
-        for item, content in objects.items():
-            start = file.position
-            file.write(_saved([content]))  # Megatron-Core keeps a list of one
-            storage[MetadataIndex(item)] = _StorageInfo(name, start, file.position - start)
+        with turn or nullcontext():
+            _fill(file, name, queue, objects, storage)
         return name, file.finish(), storage
+
+
+def _fill(file: HashedFile, name: str, queue: list[Chunk], objects: dict[str, Any], storage: dict[Any, Any]) -> None:
+    """Write chunks and byte items one after the other, and note their places."""
+    for number, chunk in enumerate(queue):
+        for following in queue[number + 1 : number + 2]:
+            if following.prepare is not None:
+                following.prepare()
+        value = own_storage(chunk.produce().to(chunk.dtype).reshape(chunk.shape).contiguous())
+        file.write(bytes(-file.position % _ALIGNMENT))  # so that a mapped chunk can be used in place
+        start = file.position
+        torch.save(value, cast(IO[bytes], file))
+        storage[MetadataIndex(chunk.key, torch.Size(chunk.offset))] = _StorageInfo(name, start, file.position - start)
+        del value
+        if chunk.release is not None:
+            chunk.release()
+    for item, content in objects.items():
+        start = file.position
+        file.write(_saved([content]))  # Megatron-Core keeps a list of one
+        storage[MetadataIndex(item)] = _StorageInfo(name, start, file.position - start)
 
 
 def own_storage(value: Tensor) -> Tensor:

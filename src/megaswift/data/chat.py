@@ -16,7 +16,7 @@ import numpy as np
 
 from megaswift.data.conversation import BadRow, Conversation, Message
 from megaswift.data.structure import NO_SYSTEM, Structure, align, as_dicts, build, render
-from megaswift.data.templates import TEMPLATES, TemplateRaised, compile_template
+from megaswift.data.templates import TEMPLATES, TemplateRaised, compile_template, template_name
 from megaswift.data.tokens import Encoded, Kind, Piece, PieceEncoder, tokenizer_json
 from megaswift.data.tools import tools_as_text
 from megaswift.errors import UserError, nearest
@@ -323,6 +323,7 @@ def _choose(tokenizer: Any, template_type: str, fallback: str | None) -> tuple[s
     if template_type == "AUTO" and isinstance(own, str) and own.strip():
         return own, "AUTO", None
     name = fallback if template_type == "AUTO" else template_type
+    name = template_name(name) if name is not None else None
     if name is None:
         raise UserError(
             "the tokenizer brings no chat template.", where="--template_type", fix=f"choose one: {', '.join(TEMPLATES)}"

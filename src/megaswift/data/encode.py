@@ -17,7 +17,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from megaswift.arguments import DataArguments
+from megaswift.arguments import DataArguments, SftArguments
 from megaswift.cache import published
 from megaswift.data.build import Build
 from megaswift.data.chat import ChatTemplate
@@ -41,7 +41,7 @@ class PreparedData:
 
 
 def prepare(
-    args: DataArguments,
+    args: SftArguments,
     template: ChatTemplate,
     *,
     cache_dir: Path,

@@ -152,3 +152,19 @@ def _tojson(
 ) -> str:
     """Plain JSON; Jinja's own filter would escape HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+# Names of ms-swift that stand for one of the templates above.
+ALIASES = {
+    "default-generation": "default",
+    "llama": "llama2",
+    "llama3_2": "llama3",
+    "mistral-nemo": "mistral",
+    "qwen2_5_math": "qwen2_5",
+    "qwen3_thinking": "qwen3",
+    "qwen3_nothinking": "qwen3",
+}
+
+
+def template_name(name: str) -> str:
+    """The name of a template in `TEMPLATES`, or `name` itself where it is not known."""
+    return ALIASES.get(name, name)

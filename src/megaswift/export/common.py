@@ -81,13 +81,6 @@ def report_proof(proof: dict[str, Any] | None) -> None:
     print_proof(proof)
 
 
-def template_of(model_type: str) -> str:
-    """The chat template of a registered model, else AUTO."""
-    from megaswift.families.model_types import MODEL_TYPES
-
-    return MODEL_TYPES[model_type].template if model_type in MODEL_TYPES else "AUTO"
-
-
 def sign(directory: Path, key: str | None) -> None:
     """Sign a manifest with --sign KEY, if that was given."""
     if key:

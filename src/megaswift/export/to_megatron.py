@@ -14,7 +14,7 @@ from megaswift.args_file import EXPORT_ARGS, write_args_file
 from megaswift.arguments import ExportArguments
 from megaswift.checkpoint import classic, layout
 from megaswift.errors import UserError
-from megaswift.export.common import THREADS, replacing, report, report_proof, require_free_name, shown, sign, template_of
+from megaswift.export.common import THREADS, replacing, report, report_proof, require_free_name, shown, sign
 from megaswift.terminal import say
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def _finish(root: Path, args: ExportArguments, source: _Source, done: Conversion
     if source.config_overrides:
         values = read_config(root) | source.config_overrides
         (root / "config.json").write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    extra = {"model_type": source.model_type, "dtype": source.dtype, "template_type": template_of(source.model_type)}
+    extra = {"model_type": source.model_type, "dtype": source.dtype}
     write_args_file(root, args, extra, name=EXPORT_ARGS)
     (root / layout.TRACKER).write_text(layout.RELEASE, encoding="utf-8")
     verified: dict[str, Any] = proof or {}

@@ -10,9 +10,10 @@ import json
 import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megaswift.hf.folder import WEIGHTS
 from megaswift.hf.output import FileRecord, HashedFile
@@ -116,25 +117,32 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 def write_shard(
-    shard: Shard, path: Path, *, cancel: threading.Event | None = None, progress: Callable[[int], None] | None = None
+    shard: Shard,
+    path: Path,
+    *,
+    cancel: threading.Event | None = None,
+    progress: Callable[[int], None] | None = None,
+    turn: AbstractContextManager[Any] | None = None,
 ) -> ShardResult:
     """Write one shard to `path`, which must not exist, and fsync it.
 
     Holds one tensor at a time. Args: `cancel` stops it between chunks (raises Cancelled); `progress` is called with the
-    number of bytes of each chunk. Raises OSError from the disk, ValueError where `produce` breaks its promise.
+    number of bytes of each chunk; `turn` is held while data is made and written, not while the disk is waited for, so that
+    another shard can go on meanwhile. Raises OSError from the disk, ValueError where `produce` breaks its promise.
     """
     with HashedFile(path, cancel, progress) as output:
-        output.write(shard.header)
         hashes: dict[str, str] = {}
-        for number, tensor in enumerate(shard.tensors):
-            for following in shard.tensors[number + 1 : number + 2]:
-                if following.prepare is not None:
-                    following.prepare()
-            own = hashlib.sha256()
-            output.write(_bytes(tensor, tensor.produce()), also=own)
-            hashes[tensor.name] = own.hexdigest()
-            if tensor.release is not None:
-                tensor.release()
+        with turn or nullcontext():
+            output.write(shard.header)
+            for number, tensor in enumerate(shard.tensors):
+                for following in shard.tensors[number + 1 : number + 2]:
+                    if following.prepare is not None:
+                        following.prepare()
+                own = hashlib.sha256()
+                output.write(_bytes(tensor, tensor.produce()), also=own)
+                hashes[tensor.name] = own.hexdigest()
+                if tensor.release is not None:
+                    tensor.release()
         return ShardResult(output.finish(), hashes)
 
 

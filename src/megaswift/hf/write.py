@@ -149,8 +149,8 @@ def _write_small(path: Path, content: bytes | Path) -> FileRecord:
 def _write_shards(
     shards: Sequence[Shard], work: Workspace, threads: int, progress: Callable[[int], None] | None
 ) -> list[ShardResult]:
-    """Write all shards, `threads` at a time. The first failure stops the others and is raised."""
-    cancel = threading.Event()
+    """Write all shards, `threads` at a time while others wait for the disk. The first failure stops the others and is raised."""
+    cancel, turn = threading.Event(), threading.Semaphore(max(1, threads))
 
     def one(shard: Shard) -> ShardResult:
         if cancel.is_set():
@@ -159,14 +159,14 @@ def _write_shards(
         if done is not None:
             return ShardResult(FileRecord(done["size"], done["sha256"]), done["tensors"])
         try:
-            result = write_shard(shard, work.path / shard.file, cancel=cancel, progress=progress)
+            result = write_shard(shard, work.path / shard.file, cancel=cancel, progress=progress, turn=turn)
             work.record(shard.file, result.record, tensors=result.tensors)
             return result
         except BaseException:
             cancel.set()
             raise
 
-    with ThreadPoolExecutor(max_workers=max(1, threads), thread_name_prefix="shard") as pool:
+    with ThreadPoolExecutor(max_workers=2 * max(1, threads), thread_name_prefix="shard") as pool:
         futures = [pool.submit(one, shard) for shard in shards]
         try:
             failures = [error for future in futures if (error := future.exception()) is not None]

@@ -9,7 +9,6 @@ from typing import Any
 from megaswift.data.chat import ChatTemplate
 from megaswift.data.conversation import BadRow, Conversation
 from megaswift.data.messages import read_messages
-from megaswift.data.templates import TEMPLATES
 from megaswift.families.model_types import MODEL_TYPES
 from megaswift.inference.options import PromptError
 
@@ -79,4 +78,4 @@ class Prompts:
 def fallback_template(model_type: str | None) -> str | None:
     """The named template of a registered model, for a tokenizer that brings none; None where nothing is known."""
     entry = MODEL_TYPES.get(model_type or "")
-    return entry.template if entry is not None and entry.template in TEMPLATES else None
+    return entry.template if entry is not None else None

@@ -8,6 +8,7 @@ import hmac
 import json
 import time
 import uuid
+import weakref
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -59,7 +60,7 @@ class Service:
         self.name, self.limits = name, limits
         self._backend, self._options = backend, options
         self.line = Line(backend, batch_size)
-        self.running = 0
+        self.running: weakref.WeakSet[Job] = weakref.WeakSet()  # a job that nobody holds any more takes no place
         self.born = int(time.time())
 
     def job(self, request: Any) -> Job:
@@ -208,18 +209,18 @@ def make_app(service: Service, api_key: str | None, hosts: list[str] | None) -> 
         except ValueError as error:
             raise Refused(400, "the body is not JSON") from error
         job = service.job(body)
-        if service.running >= service.limits.requests:
+        if len(service.running) >= service.limits.requests:
             raise Refused(429, "too many requests are waiting; try again later", "rate_limit_exceeded", "rate_limit_error")
-        service.running += 1
+        service.running.add(job)
         if job.streams:
             usage = bool((body.get("stream_options") or {}).get("include_usage"))
-            return StreamingResponse(_counted(service, service.events(job, usage)), media_type="text/event-stream")
+            return StreamingResponse(_counted(service, job, service.events(job, usage)), media_type="text/event-stream")
         try:
             return JSONResponse(await _unless_gone(request, service.whole(job)))
         except (MegaswiftError, RuntimeError) as error:
             raise Refused(500, _first_line(error), kind="server_error") from error
         finally:
-            service.running -= 1
+            service.running.discard(job)
 
     # Annotations are texts here, and `Request` is no name of the module: FastAPI would take it for a field of the body.
     chat.__annotations__ = {"request": Request}
@@ -227,12 +228,12 @@ def make_app(service: Service, api_key: str | None, hosts: list[str] | None) -> 
     return _Gate(app, service.limits.body_bytes, api_key, hosts)
 
 
-async def _counted(service: Service, events: AsyncIterator[str]) -> AsyncIterator[str]:
+async def _counted(service: Service, job: Job, events: AsyncIterator[str]) -> AsyncIterator[str]:
     try:
         async for event in events:
             yield event
     finally:
-        service.running -= 1
+        service.running.discard(job)
 
 
 async def _unless_gone(request: Any, work: Any) -> Any:

@@ -15,7 +15,7 @@ from megaswift.inference.backends import Backend
 from megaswift.inference.options import Answer, GenerationOptions
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """One request on its way.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megaswift.checkpoint.layout import MANIFEST
-from megaswift.checkpoint.manifest import check_config, quick_check, read_manifest, sha256_of
+from megaswift.checkpoint.manifest import check_config, older_links, quick_check, read_manifest, sha256_of
 from megaswift.checkpoint.sign import SIGNATURE, check_signature
 from megaswift.errors import DataError, MegaswiftError
 
@@ -122,13 +122,14 @@ def examine(directory: Path, deep: bool, trusted: Ed25519PublicKey | None = None
 
 def _note(content: dict[str, Any]) -> str:
     parts = [f"{len(content.get('files', {}))} files"]
-    if content.get("hf_tensors"):
+    if isinstance(content.get("hf_tensors"), dict):
         parts.append(f"{len(content['hf_tensors'])} tensors")
     if content.get("iteration"):
         parts.append(f"step {content['iteration']}")
     verified = content.get("verified")
-    if isinstance(verified, dict) and isinstance(verified.get("logits"), dict):
-        parts.append(f"logits within {verified['logits']['max_abs']:.1e}")
+    logits = verified.get("logits") if isinstance(verified, dict) else None
+    if isinstance(logits, dict) and isinstance(logits.get("max_abs"), float):
+        parts.append(f"logits within {logits['max_abs']:.1e}")
     return ", ".join(parts)
 
 
@@ -147,7 +148,7 @@ def _check_beside(root: Path, content: dict[str, Any], deep: bool) -> None:
     """The config and tokenizer files beside a converted checkpoint are those of the conversion."""
     beside = content.get("beside")
     for name, entry in (beside if isinstance(beside, dict) else {}).items():
-        path = root / Path(name).name
+        path, entry = root / Path(name).name, entry if isinstance(entry, dict) else {}
         if not path.is_file():
             raise DataError(f"{name} is missing.", where=str(root))
         if path.stat().st_size != entry.get("size") or (deep and sha256_of(path) != entry.get("sha256")):
@@ -158,11 +159,11 @@ def walk(directory: Path, deep: bool, trusted: Ed25519PublicKey | None = None) -
     """A directory and everything that it was made from, newest first."""
     links = [examine(directory, deep, trusted)]
     try:
-        chain = read_manifest(directory).get("made_from")
+        chain = older_links(read_manifest(directory))
     except DataError:
         return links
-    for entry in chain if isinstance(chain, list) else []:
-        place = (directory / str(entry.get("directory"))).resolve()
+    for entry in chain:
+        place = (directory / entry["directory"]).resolve()
         if not (place / MANIFEST).is_file():
             links.append(
                 Link(
