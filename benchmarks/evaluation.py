@@ -25,7 +25,9 @@ task = {"include": str(Path(lm_eval.tasks.__file__).parent / "arc/arc_challenge.
         "dataset_name": None, "dataset_kwargs": {"data_files": {"test": rows}}, "training_split": None, "validation_split": None}
 (place / "plain.yaml").write_text(yaml.safe_dump(task))
 from lm_eval.models.huggingface import HFLM
-lm = HFLM(pretrained=model, batch_size=batch, dtype="auto" if __import__("torch").cuda.is_available() else "float32")
+import torch
+gpu = torch.cuda.is_available()
+lm = HFLM(pretrained=model, batch_size=batch, dtype="auto" if gpu else "float32", device="cuda" if gpu else "cpu")
 began = time.perf_counter()
 found = lm_eval.simple_evaluate(model=lm, tasks=[str(place / "plain.yaml")], bootstrap_iters=0)
 seconds = time.perf_counter() - began

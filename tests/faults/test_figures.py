@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,9 @@ def test_a_state_of_one_gigabyte(large: Job, pool: RankPool, tmp_path: Path) -> 
     saves = {kind: [row for row in found if "checkpoint" in row][1:] for kind, found in rows.items()}  # the first is the base's
     plain, hidden = saves[False][0], saves[True][0]
     began = time.perf_counter()
-    newest_whole(tmp_path / "False" / "run", verify=True)
+    newest, _ = newest_whole(tmp_path / "False" / "run", verify=True)
     hashed = time.perf_counter() - began
-    loaded = max(pool.run(2, _load, str(tmp_path / "False" / "job.json")))
+    loaded = max(pool.run(2, _load, str(tmp_path / "False" / "job.json"), str(newest)))
     table.figure("one checkpoint: weights and optimizer in fp32, two processes", f"{size / 1e9:.2f} GB")
     table.figure(
         "saving it: written, hashed, synced, published",
@@ -69,8 +70,8 @@ def test_a_state_of_one_gigabyte(large: Job, pool: RankPool, tmp_path: Path) -> 
     assert hidden["save_waited_seconds"] < plain["save_waited_seconds"]
 
 
-def _load(path: str) -> float:
-    job = Job.read(Path(path))
+def _load(path: str, checkpoint: str) -> float:
+    job = replace(Job.read(Path(path)), checkpoint=checkpoint)
     with ranks.joined(job.plan.tp, job.plan.pp, 42):
         began = time.perf_counter()
         loop._restored(job, SftArguments(**job.options))
