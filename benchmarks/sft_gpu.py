@@ -30,7 +30,12 @@ def make_model(folder: Path, shape: str, vocab: int, positions: int) -> None:
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(
-        vocab_size=vocab, max_position_embeddings=positions, tie_word_embeddings=True, eos_token_id=1, pad_token_id=2, **SHAPES[shape]
+        vocab_size=vocab,
+        max_position_embeddings=positions,
+        tie_word_embeddings=True,
+        eos_token_id=1,
+        pad_token_id=2,
+        **SHAPES[shape],
     )
     config.rope_parameters = {"rope_type": "default", "rope_theta": 1e6}
     torch.manual_seed(0)
@@ -63,7 +68,9 @@ def make_rows(path: Path, tokens: int, longest: int) -> None:
 
 def swift(work: Path, *words: str) -> str:
     """Run a command and return what it printed."""
-    done = subprocess.run([sys.executable, "-m", "megaswift", *words], cwd=work, capture_output=True, text=True, check=False, env=os.environ)
+    done = subprocess.run(
+        [sys.executable, "-m", "megaswift", *words], cwd=work, capture_output=True, text=True, check=False, env=os.environ
+    )
     if done.returncode:
         print(done.stdout[-3000:], done.stderr[-3000:], flush=True)
         sys.exit(f"swift {words[0]} ended with exit code {done.returncode}")
@@ -85,8 +92,31 @@ def main() -> None:
         make_model(work / "model", options.shape, options.vocab, 32768)
         per_step = options.micro * options.length
         make_rows(work / "rows.jsonl", per_step * (options.steps + 2), options.length)
-        print(swift(work, "export", "--model_type", "bench", "--model_id_or_path", "model", "--to_megatron", "true", "--verify", "false"), flush=True)
-        common = ["--resume_from_checkpoint", "bench-tp1-pp1", "--dataset", "rows.jsonl", "--packing", "true", "--learning_rate", "1e-4"]
+        print(
+            swift(
+                work,
+                "export",
+                "--model_type",
+                "bench",
+                "--model_id_or_path",
+                "model",
+                "--to_megatron",
+                "true",
+                "--verify",
+                "false",
+            ),
+            flush=True,
+        )
+        common = [
+            "--resume_from_checkpoint",
+            "bench-tp1-pp1",
+            "--dataset",
+            "rows.jsonl",
+            "--packing",
+            "true",
+            "--learning_rate",
+            "1e-4",
+        ]
         common += ["--max_length", str(options.length), "--gradient_accumulation_steps", "1", "--dtype", "bf16"]
         swift(
             work, "sft", *common, "--batch_size", str(options.micro), "--max_steps", str(options.steps), "--logging_steps", "1",
@@ -96,7 +126,14 @@ def main() -> None:
         rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
         rows = [row for row in rows if "loss" in row]
         for row in rows:
-            print(row["global_step/max_steps"], row["loss"], row["grad_norm"], row["tokens_per_second"], row["supervised_tokens_per_second"], row["memory_gb"])
+            print(
+                row["global_step/max_steps"],
+                row["loss"],
+                row["grad_norm"],
+                row["tokens_per_second"],
+                row["supervised_tokens_per_second"],
+                row["memory_gb"],
+            )
         middle = sorted(row["tokens_per_second"] for row in rows[3:])[len(rows[3:]) // 2]
         print(f"{options.shape} x {options.micro}, packed to {options.length}: median {middle:,.0f} tokens/s", flush=True)
         print(swift(work, "parity", *common, "--batch_size", "1", "--steps", "3", "--output_dir", "parity")[-1500:], flush=True)

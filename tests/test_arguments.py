@@ -81,13 +81,32 @@ def test_the_list_of_options_is_frozen() -> None:
     """A new option changes tests/golden/options.json in the same commit, and the docs."""
     found = {
         cls.__name__: sorted(item.name for item in dataclasses.fields(cls))
-        for cls in (ExportArguments, SftArguments, InferArguments, VerifyArguments, EvalArguments, DeployArguments, InspectArguments, ParityArguments)
+        for cls in (
+            ExportArguments,
+            SftArguments,
+            InferArguments,
+            VerifyArguments,
+            EvalArguments,
+            DeployArguments,
+            InspectArguments,
+            ParityArguments,
+        )
     }
     assert found == json.loads(GOLDEN.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize(
-    "cls", [ExportArguments, SftArguments, InferArguments, VerifyArguments, EvalArguments, DeployArguments, InspectArguments, ParityArguments]
+    "cls",
+    [
+        ExportArguments,
+        SftArguments,
+        InferArguments,
+        VerifyArguments,
+        EvalArguments,
+        DeployArguments,
+        InspectArguments,
+        ParityArguments,
+    ],
 )
 def test_every_option_has_a_help_sentence(cls: type) -> None:
     for item in dataclasses.fields(cls):

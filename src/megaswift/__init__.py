@@ -1,6 +1,6 @@
 """megaswift: fine-tune a Hugging Face chat model with Megatron-Core on any machine, and get a Hugging Face model back.
 
-    from megaswift import ExportArguments, SftArguments, InferArguments, export_main, sft_main, infer_main
+from megaswift import ExportArguments, SftArguments, InferArguments, export_main, sft_main, infer_main
 """
 
 from __future__ import annotations

@@ -123,7 +123,9 @@ class ExportArguments(ModelArguments, LayoutArguments):
     hf_output_dir: str | None = option(None, "Where the Hugging Face model goes; default: {ckpt_dir}/{model_type}-hf.")
     iteration: int | None = option(None, "Which checkpoint of a run to convert; default: the newest complete one.")
     overwrite: bool = option(False, "Replace an output directory that exists.")
-    verify: bool = option(True, "Prove the result: every tensor bit for bit, every config field, and logits against transformers.")
+    verify: bool = option(
+        True, "Prove the result: every tensor bit for bit, every config field, and logits against transformers."
+    )
     resume: bool = option(False, "Go on with a conversion that was interrupted: files that it completed are kept.")
     sign: str | None = option(None, "Ed25519 private key (PEM file) to sign the manifest with.")
     max_shard_size: str = option("5GB", "Largest safetensors file, for example 500MB or 5GB.")
@@ -135,7 +137,9 @@ class VerifyArguments(BaseArguments):
 
     FIRST_WORD: ClassVar[str] = "directory"
 
-    directory: str | None = option(None, "Megatron directory, run or exported Hugging Face model; may stand without --directory.")
+    directory: str | None = option(
+        None, "Megatron directory, run or exported Hugging Face model; may stand without --directory."
+    )
     deep: bool = option(False, "Hash every file again; otherwise sizes and records are compared.")
     public_key: str | None = option(None, "Ed25519 public key (PEM file) that must have signed the directory's manifest.")
 
@@ -215,7 +219,9 @@ class SftArguments(ModelArguments, LayoutArguments, DataArguments):
     packing: bool = option(False, "Join whole rows up to max_length; attention stays within each row.")
     padding_free: bool = option(True, "Lay the rows of a micro batch end to end; false: pad them to the longest.")
     data_cache: bool = option(True, "Keep tokenized rows in the cache and use them again.")
-    streaming: bool = option(False, "Read training data from its front, only as far as --max_steps needs it: for data without a length.")
+    streaming: bool = option(
+        False, "Read training data from its front, only as far as --max_steps needs it: for data without a length."
+    )
     group_by_length: bool = option(False, "Draw rows of similar length into one global batch.")
     gradient_checkpointing: bool = option(
         False, "Recompute activations in the backward pass: less memory, about a third more work."

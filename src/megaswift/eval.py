@@ -201,7 +201,7 @@ def _evaluate(title: str, chosen: Chosen, request: Request, store: Any) -> Model
     sha256 = weights_sha256(located.path)
     backend = load_backend(chosen.args, located.path, located.model_type)
     note(f"{title}: {located.model_type} from {located.origin if chosen.megatron else located.path} ({backend.description})")
-    key, results = f"{sha256} {backend.description}", []
+    key, results = f"{sha256} {_config_sha256(located.path)} {backend.description}", []
     line = LiveLine()
     for bench in request.benches:
 
@@ -220,6 +220,14 @@ def _evaluate(title: str, chosen: Chosen, request: Request, store: Any) -> Model
     gc.collect()
     _empty_gpu()
     return Model(title, place, sha256, tuple(results))
+
+
+def _config_sha256(path: Path) -> str:
+    """Hash of what beside weights and prompts decides an answer: a changed config must not find the old one's answers."""
+    import hashlib
+
+    files = [path / name for name in ("config.json", "generation_config.json")]
+    return hashlib.sha256(b"\0".join(file.read_bytes() if file.is_file() else b"" for file in files)).hexdigest()
 
 
 def _empty_gpu() -> None:

@@ -117,8 +117,6 @@ def _older(place: Path, name: str) -> list[Path]:
 
 def _model_directory(args: BackendArguments) -> tuple[Path | None, bool]:
     """The local directory of the model (None for a model that is looked up by name), and whether it is Megatron's."""
-    from megaswift.checkpoint.layout import is_megatron_directory
-
     if args.ckpt_dir is None:
         if args.model_type is None and args.model_id_or_path is None:
             fix = "give --ckpt_dir DIR, or --model_type NAME, or --model_id_or_path DIR"
@@ -126,7 +124,7 @@ def _model_directory(args: BackendArguments) -> tuple[Path | None, bool]:
         path = Path(args.model_id_or_path).expanduser() if args.model_id_or_path else None
         if path is None or not path.is_dir():
             return None, False
-        return path, is_megatron_directory(path)
+        return path, _is_megatron(path)
     if args.model_id_or_path is not None:
         raise UserError(
             "--ckpt_dir and --model_id_or_path both name a model.", where="command line", fix="leave one of them out"
@@ -137,7 +135,7 @@ def _model_directory(args: BackendArguments) -> tuple[Path | None, bool]:
         raise UserError(
             f"{path} {what}.", where="--ckpt_dir", fix="give a run of swift sft, or a directory made by swift export"
         )
-    if is_megatron_directory(path):
+    if _is_megatron(path):
         return path, True
     if (path / "adapter_config.json").is_file():
         raise UserError(
@@ -150,6 +148,13 @@ def _model_directory(args: BackendArguments) -> tuple[Path | None, bool]:
             f"{path} holds no config.json, so it is no Hugging Face model.", where="--ckpt_dir", fix=_nearby_models(path)
         )
     return path, False
+
+
+def _is_megatron(path: Path) -> bool:
+    """Whether a directory holds Megatron weights; one with safetensors is a Hugging Face model, whatever else lies in it."""
+    from megaswift.checkpoint.layout import is_megatron_directory
+
+    return is_megatron_directory(path) and not any(path.glob("*.safetensors"))
 
 
 def _nearby_models(path: Path) -> str:

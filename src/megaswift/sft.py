@@ -252,7 +252,9 @@ def _streamed_rows(args: SftArguments, world_size: int) -> int | None:
     if not args.streaming:
         return None
     if args.max_steps <= 0:
-        raise UserError("streamed data has no length, so the number of steps must be given.", where="--streaming", fix="add --max_steps N")
+        raise UserError(
+            "streamed data has no length, so the number of steps must be given.", where="--streaming", fix="add --max_steps N"
+        )
     return args.max_steps * mapping.accumulation(args, world_size) * args.batch_size * world_size
 
 

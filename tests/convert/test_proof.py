@@ -185,3 +185,30 @@ def test_embedding_and_output_layer_are_named(tiny_folders: Any, tmp_path: Path)
     ):
         result = parity(folder, altered(folder, tmp_path / str(number), lambda tensors, name=name: tensors[name].mul_(1.01)))
         assert result.where.startswith(place), result.where
+
+
+def test_a_failed_proof_makes_nothing_and_exits_3(
+    tiny_folders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from megaswift.cli import main
+
+    folder, _ = tiny_folders("llama", tie_word_embeddings=False)
+    family = family_of("llama")
+    wrong = dataclasses.replace(family, settings=lambda config: family.settings(config) | {"layernorm_epsilon": 1e-6})
+    monkeypatch.setattr("megaswift.engine.model.family_of", lambda name: wrong)
+    words = [
+        "export",
+        "--to_megatron",
+        "true",
+        "--model_type",
+        "t",
+        "--model_id_or_path",
+        str(folder),
+        "--megatron_output_dir",
+        str(tmp_path / "m"),
+    ]
+    assert main(words) == 3
+    assert "rms_norm_eps" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    assert main([*words, "--verify", "false"]) == 0
+    assert "not verified (--verify false)" in capsys.readouterr().out

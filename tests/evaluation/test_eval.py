@@ -88,6 +88,16 @@ def test_an_interrupted_evaluation_goes_on(model_dir: Path, data_dir: Path, monk
     )
 
 
+def test_another_config_finds_no_earlier_answers(model_dir: Path, data_dir: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(model_dir, tmp_path / "copy")
+    words = ["--eval_dataset", "arc", "--max_new_tokens", "3", "--eval_use_cache", "true"]
+    run(copy, data_dir, *words)
+    assert run(copy, data_dir, *words)["details"]["arc"]["asked_now"] == 0
+    config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    (copy / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}), encoding="utf-8")
+    assert run(copy, data_dir, *words)["details"]["arc"]["asked_now"] == 4
+
+
 def test_likelihoods_are_those_of_the_whole_text(model_dir: Path, data_dir: Path) -> None:
     """Against one plain forward pass a choice."""
     row = run(model_dir, data_dir, "--eval_dataset", "arc", "mmlu", "--eval_method", "loglikelihood", "--eval_batch_size", "3")

@@ -58,6 +58,8 @@ def test_a_run_answers_as_its_export_does(run: Path, tmp_path: Path, capsys: pyt
     assert not list(run.glob("*-hf"))
     folder = export_main(ExportArguments(ckpt_dir=str(run), to_hf=True, hf_output_dir=str(tmp_path / "hf")))
     assert ask(folder) == answer
+    shutil.copy(run / "latest_checkpointed_iteration.txt", folder)
+    assert not prepare(InferArguments(ckpt_dir=str(folder))).chosen.megatron, "a folder with safetensors is what it is"
 
 
 def test_the_export_is_made_once_for_each_checkpoint(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,9 @@ def _shifted_labels() -> Any:
     from megaswift.engine import step
 
     honest = step.run_micro_batch
-    return mock.patch.object(step, "run_micro_batch", lambda model, batch: honest(model, replace(batch, labels=batch.labels.roll(1, dims=1))))
+    return mock.patch.object(
+        step, "run_micro_batch", lambda model, batch: honest(model, replace(batch, labels=batch.labels.roll(1, dims=1)))
+    )
 
 
 def _mean_over_micro_batches() -> Any:

@@ -27,7 +27,9 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return tiny_start(root, "qwen2", **config), write_rows(root / "rows.jsonl")
 
 
-def parity(pool: RankPool, start: tuple[Path, Path], output: Path, world: int, fault: str = "", **options: Any) -> dict[str, Any]:
+def parity(
+    pool: RankPool, start: tuple[Path, Path], output: Path, world: int, fault: str = "", **options: Any
+) -> dict[str, Any]:
     """Run `swift parity` on pooled ranks; what parity.json says."""
     folder, rows = start
     options = {"steps": 3, "learning_rate": 1e-3, "gradient_accumulation_steps": 8 // world, **options}
@@ -36,7 +38,10 @@ def parity(pool: RankPool, start: tuple[Path, Path], output: Path, world: int, f
     def start_ranks(place: Any, job: Path, module: str = "") -> None:
         pool.run(place.world_size, run_rank, str(job), fault)
 
-    with mock.patch("megaswift.engine.launch.start_ranks", start_ranks), mock.patch.dict(os.environ, {"NPROC_PER_NODE": str(world)}):
+    with (
+        mock.patch("megaswift.engine.launch.start_ranks", start_ranks),
+        mock.patch.dict(os.environ, {"NPROC_PER_NODE": str(world)}),
+    ):
         parity_main(args)
     return json.loads(next(output.rglob("parity.json")).read_text(encoding="utf-8"))
 
@@ -51,7 +56,9 @@ def parity(pool: RankPool, start: tuple[Path, Path], output: Path, world: int, f
     ],
     ids=str,
 )
-def test_the_engine_is_transformers(world: int, options: dict[str, Any], pool: RankPool, start: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_engine_is_transformers(
+    world: int, options: dict[str, Any], pool: RankPool, start: tuple[Path, Path], tmp_path: Path
+) -> None:
     """Losses, norms, every gradient and every weight after three steps, packed rows included."""
     found = parity(pool, start, tmp_path, world, **options)
     assert found["problem"] is None
@@ -65,7 +72,12 @@ def test_the_engine_is_transformers(world: int, options: dict[str, Any], pool: R
     [
         ("label shifted by one", 1, {}, "step 1: the loss"),
         ("mean over micro batches", 1, {}, "step 1: the loss"),
-        ("norm gradient not reduced under sequence parallelism", 2, {"tp": 2, "sequence_parallel": True}, "norm.weight differs"),
+        (
+            "norm gradient not reduced under sequence parallelism",
+            2,
+            {"tp": 2, "sequence_parallel": True},
+            "norm.weight differs",
+        ),
         ("untied head", 1, {}, "step 1: the gradient of model.embed_tokens.weight"),
         ("RoPE base off by one", 1, {}, "step 1: the loss"),
     ],

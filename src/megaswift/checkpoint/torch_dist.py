@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.metadata import (
 from megaswift.checkpoint import zipped
 from megaswift.checkpoint.guard import load_index
 from megaswift.errors import DataError
-from megaswift.hf.output import Cancelled, FileRecord, HashedFile, write_small
+from megaswift.hf.output import Cancelled, FileRecord, HashedFile, reading_ahead, write_small
 from megaswift.hf.publish import Workspace
 
 FORMAT_FILE, COMMON_FILE, INDEX_FILE = "metadata.json", "common.pt", ".metadata"
@@ -51,7 +51,7 @@ class Chunk:
         global_shape, offset, shape: where the part lies; all of the global tensor's rank.
         produce: makes the values, reshapeable to `shape`; called once, when they are written.
         names: what the values stand for; chunks with the same names are written to one file, in their order.
-        prepare, release: called one chunk ahead, and once the chunk is written.
+        prepare, release: called some chunks ahead, and once the chunk is written.
     """
 
     key: str
@@ -229,10 +229,7 @@ def write_file(
 
 def _fill(file: HashedFile, name: str, queue: list[Chunk], objects: dict[str, Any], storage: dict[Any, Any]) -> None:
     """Write chunks and byte items one after the other, and note their places."""
-    for number, chunk in enumerate(queue):
-        for following in queue[number + 1 : number + 2]:
-            if following.prepare is not None:
-                following.prepare()
+    for chunk in reading_ahead(queue):
         value = own_storage(chunk.produce().to(chunk.dtype).reshape(chunk.shape).contiguous())
         file.write(bytes(-file.position % _ALIGNMENT))  # so that a mapped chunk can be used in place
         start = file.position
@@ -320,6 +317,9 @@ class Reader:
                 result = torch.empty(shape, dtype=part.dtype)
             result[tuple(slice(start, start + count) for start, count in zip(offset, part.shape))] = part
             covered += part.numel()
+            del part
+            path, begin, length = self._place(key, chunk)
+            self._mapped(path).release(begin, length)  # it was copied
         if result is None or covered != result.numel():
             raise DataError(
                 "chunks do not cover the tensor.", where=f"{self.directory}: {key}", fix="the checkpoint is incomplete"

@@ -153,6 +153,7 @@ def _tojson(
     """Plain JSON; Jinja's own filter would escape HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
+
 # Names of ms-swift that stand for one of the templates above.
 ALIASES = {
     "default-generation": "default",

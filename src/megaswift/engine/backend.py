@@ -83,7 +83,9 @@ class CoreAttention(torch.nn.Module):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         grouped = query.shape[1] != key.shape[1]
         with sdpa_kernel(self.kernels, set_priority=True):
-            return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped, scale=self.softmax_scale)
+            return F.scaled_dot_product_attention(
+                query, key, value, is_causal=True, enable_gqa=grouped, scale=self.softmax_scale
+            )
 
 
 def _kernels(config: TransformerConfig) -> list[SDPBackend]:

@@ -82,7 +82,9 @@ class ChatModel(GPTModel):
         return self._loss(hidden, labels)
 
     def _weight(self) -> Tensor:
-        return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+        return (
+            self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+        )
 
     def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Summed cross entropy, without ever holding the logits of all tokens; vocabulary padding takes no part."""
@@ -108,7 +110,9 @@ class ChatModel(GPTModel):
         """Logits [b, s, vocabulary of this rank]; those of vocabulary padding are the smallest number."""
         tied = self.share_embeddings_and_output_weights
         logits, _ = self.output_layer(hidden, weight=self.shared_embedding_or_output_weight() if tied else None)
-        padding = torch.arange(logits.shape[-1], device=logits.device) + self.tp_group.rank() * logits.shape[-1] >= self.true_vocab
+        padding = (
+            torch.arange(logits.shape[-1], device=logits.device) + self.tp_group.rank() * logits.shape[-1] >= self.true_vocab
+        )
         return logits.masked_fill(padding, torch.finfo(logits.dtype).min).transpose(0, 1)
 
 

@@ -191,9 +191,13 @@ def recompute_swiglu(model: ChatModel, plan: Plan) -> None:
     config, recompute = model.config, False
     if torch.cuda.is_available() and not config.recompute_granularity:
         ffn = config.ffn_hidden_size // config.tensor_model_parallel_size
-        heads = (config.num_attention_heads + 2 * config.num_query_groups) * config.kv_channels // config.tensor_model_parallel_size
+        heads = (
+            (config.num_attention_heads + 2 * config.num_query_groups) * config.kv_channels // config.tensor_model_parallel_size
+        )
         tokens = plan.max_length * int(plan.megatron["micro_batch_size"])
-        layers = config.num_layers // config.pipeline_model_parallel_size * config.pipeline_model_parallel_size  # of all micro batches in flight
+        layers = (
+            config.num_layers // config.pipeline_model_parallel_size * config.pipeline_model_parallel_size
+        )  # of all micro batches in flight
         needed = 2 * (6 * config.hidden_size + 3 * ffn + heads) * tokens * layers
         recompute = needed > 0.8 * torch.cuda.mem_get_info()[0]
     for module in model.modules():

@@ -7,14 +7,28 @@ import hashlib
 import io
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 CHUNK = 4 * 2**20  # bytes hashed and written at a time: large for the disk, small enough to stay in the processor's cache
 WRITEBACK = 64 * 2**20  # bytes after which the disk is asked to begin
+
+
+READ_AHEAD = 256 * 2**20  # bytes that the disk is asked for before they are needed
+T = TypeVar("T", bound="Readable")
+
+
+class Readable(Protocol):
+    """Data of known size that can be read in the background."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    @property
+    def prepare(self) -> Callable[[], None] | None: ...
 
 
 class Cancelled(Exception):
@@ -114,6 +128,23 @@ def _start_writeback(handle: int, start: int, count: int) -> None:
     request = getattr(ctypes.CDLL(None), "sync_file_range", None)
     if request is not None:
         request(handle, ctypes.c_int64(start), ctypes.c_int64(count), ctypes.c_uint(2))  # 2: SYNC_FILE_RANGE_WRITE
+
+
+def reading_ahead(items: Sequence[T]) -> Iterator[T]:
+    """The items in order; those that make up the next READ_AHEAD bytes are prepared (read in the background) before their turn.
+
+    An item has `nbytes` and `prepare`, which may be None.
+    """
+    ahead, waiting = 1, 0  # the first is needed at once
+    for number, item in enumerate(items):
+        waiting -= item.nbytes if 0 < number < ahead else 0
+        while ahead < len(items) and (ahead <= number + 1 or waiting < READ_AHEAD):
+            following = items[ahead]
+            if following.prepare is not None:
+                following.prepare()
+            waiting += following.nbytes
+            ahead += 1
+        yield item
 
 
 def write_small(path: Path, data: bytes) -> FileRecord:

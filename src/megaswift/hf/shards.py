@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megaswift.hf.folder import WEIGHTS
-from megaswift.hf.output import FileRecord, HashedFile
+from megaswift.hf.output import FileRecord, HashedFile, reading_ahead
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,7 @@ class PlannedTensor:
         dtype: dtype in the file.
         shape: shape in the file.
         produce: makes the tensor when its turn comes; must return this dtype and shape, on any device.
-        prepare: called one tensor ahead, for example to start reading the source.
+        prepare: called some tensors ahead, for example to start reading the source.
         release: called once the tensor is written, for example to give back mapped pages.
     """
 
@@ -134,10 +134,7 @@ def write_shard(
         hashes: dict[str, str] = {}
         with turn or nullcontext():
             output.write(shard.header)
-            for number, tensor in enumerate(shard.tensors):
-                for following in shard.tensors[number + 1 : number + 2]:
-                    if following.prepare is not None:
-                        following.prepare()
+            for tensor in reading_ahead(shard.tensors):
                 own = hashlib.sha256()
                 output.write(_bytes(tensor, tensor.produce()), also=own)
                 hashes[tensor.name] = own.hexdigest()

@@ -54,7 +54,11 @@ def parity_main(args: ParityArguments | list[str]) -> Path:
                 shutil.rmtree(path, ignore_errors=True)
     say(f"details: {out / 'parity.json'}")
     if problem:
-        raise DataError(f"parity does not hold: {problem}.", where=str(out / "parity.json"), fix="do not trust this layout's losses; report it with that file")
+        raise DataError(
+            f"parity does not hold: {problem}.",
+            where=str(out / "parity.json"),
+            fix="do not trust this layout's losses; report it with that file",
+        )
     say("[bold]parity holds[/bold]")
     return out
 
@@ -93,7 +97,15 @@ class _Runs:
         from megaswift.export import export_main
 
         folder = self.out / "model"
-        export_main(ExportArguments(ckpt_dir=str(self.start.root), to_hf=True, hf_output_dir=str(folder), model_type=self.start.args.model_type, verify=False))
+        export_main(
+            ExportArguments(
+                ckpt_dir=str(self.start.root),
+                to_hf=True,
+                hf_output_dir=str(folder),
+                model_type=self.start.args.model_type,
+                verify=False,
+            )
+        )
         say(f"engine: {place.world_size} processes, tp {self.start.args.tp}, pp {self.start.args.pp}, {self.start.dtype}")
         rows = self.engine("engine", self.start.args, place, dump=True)
         say("reference: transformers and torch.optim.AdamW, sample by sample")
@@ -101,7 +113,10 @@ class _Runs:
         problem = verdict(differences, self.start.dtype)
         self._write({"reference": [item.to_dict() for item in differences], "dtype": self.start.dtype, "problem": problem})
         print_reference(differences, self.start.dtype)
-        draw(self.out / "parity.png", [("transformers", [item.loss[0] for item in differences]), ("engine", [item.loss[1] for item in differences])])
+        draw(
+            self.out / "parity.png",
+            [("transformers", [item.loss[0] for item in differences]), ("engine", [item.loss[1] for item in differences])],
+        )
         return problem
 
     def _differences(self, rows: list[dict[str, Any]], folder: Path) -> Any:
@@ -113,7 +128,9 @@ class _Runs:
             self.data.train, micro_batch_size=1, global_batch_size=self.batches, dp_rank=0, dp_size=1, seed=args.seed, pad_id=self.pad_id,
             group_by_length=args.group_by_length,
         )  # fmt: skip
-        warmup = json.loads((self.out / "engine" / "job.json").read_text(encoding="utf-8"))["plan"]["megatron"]["lr_warmup_iters"]
+        warmup = json.loads((self.out / "engine" / "job.json").read_text(encoding="utf-8"))["plan"]["megatron"][
+            "lr_warmup_iters"
+        ]
         reference = Reference(folder, args, self.start.dtype, steps, warmup)
         for row, wanted in zip(rows, reference.run(self.data.train, [batches.sample_ids(step) for step in range(steps)])):
             groups: dict[str, float] = {}

@@ -52,7 +52,12 @@ class Layout:
                 where="--layouts",
                 fix="choose --gradient_accumulation_steps and --batch_size so that it does",
             )
-        values: dict[str, object] = {"tp": self.tp, "pp": self.pp, "batch_size": batch, "gradient_accumulation_steps": global_batch // unit}
+        values: dict[str, object] = {
+            "tp": self.tp,
+            "pp": self.pp,
+            "batch_size": batch,
+            "gradient_accumulation_steps": global_batch // unit,
+        }
         for switch in self.switches:
             values |= _SWITCHES[switch]
         return args.changed(**values)
@@ -78,5 +83,9 @@ def parse_layouts(text: str) -> list[Layout]:
                 )
         found.append(Layout(word, switches=tuple(switches), **sizes))
     if len(found) < 2:
-        raise UserError("at least two layouts are needed to compare.", where="--layouts", fix='for example: --layouts "tp1 tp2 pp2 tp2,pp2,sp"')
+        raise UserError(
+            "at least two layouts are needed to compare.",
+            where="--layouts",
+            fix='for example: --layouts "tp1 tp2 pp2 tp2,pp2,sp"',
+        )
     return found

@@ -1,6 +1,6 @@
 """One rank of a parity run: a few steps of the engine, with gradients and weights written down after each.
 
-    python -m megaswift.parity.rank JOB.json
+python -m megaswift.parity.rank JOB.json
 """
 
 from __future__ import annotations
@@ -40,11 +40,18 @@ def run(job: Job) -> None:
             if dumps(out):
                 _save(out / WEIGHTS, place + 1, trainer)
             if rank.is_first:
-                row = {"step": place + 1, "loss": result.loss, "grad_norm": result.grad_norm, "learning_rate": result.learning_rate}
+                row = {
+                    "step": place + 1,
+                    "loss": result.loss,
+                    "grad_norm": result.grad_norm,
+                    "learning_rate": result.learning_rate,
+                }
                 with (out / LOG).open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
         if stop:
-            _save(out / STATE, stop, trainer, only_model=False, manifest={"layout": {"tp": plan.tp, "pp": plan.pp, "dp": plan.dp}})
+            _save(
+                out / STATE, stop, trainer, only_model=False, manifest={"layout": {"tp": plan.tp, "pp": plan.pp, "dp": plan.dp}}
+            )
 
 
 def _stop_after(out: Path) -> int | None:

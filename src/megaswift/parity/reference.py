@@ -46,9 +46,10 @@ class Reference:
 
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.args, self.steps, self.warmup = args, steps, warmup
-        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], local_files_only=True, trust_remote_code=False)
+        load: Any = AutoModelForCausalLM.from_pretrained
+        self.model: Any = load(folder, dtype=DTYPES[dtype], local_files_only=True, trust_remote_code=False)
         self.model.to(self.device).train()
-        self.names = dict(self.model.named_parameters())
+        self.names: dict[str, Any] = dict(self.model.named_parameters())
         self.masters = {name: parameter.detach().float().clone() for name, parameter in self.names.items()}
         decayed = [master for master in self.masters.values() if master.ndim > 1]
         spared = [master for master in self.masters.values() if master.ndim == 1]

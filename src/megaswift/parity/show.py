@@ -12,7 +12,9 @@ def print_reference(differences: list[StepDifference], dtype: str) -> None:
     """One line a step: losses, and the largest relative differences with the tensor that has them."""
     out = console()
     limits = LIMITS[dtype]
-    out.print(f"\n{'step':>4}  {'loss, reference':>15}  {'engine':>12}  {'difference':>10}  {'grad norm':>10}  worst gradient, worst weight")
+    out.print(
+        f"\n{'step':>4}  {'loss, reference':>15}  {'engine':>12}  {'difference':>10}  {'grad norm':>10}  worst gradient, worst weight"
+    )
     for item in differences:
         out.print(
             f"{item.step:>4}  {item.loss[0]:>15.6f}  {item.loss[1]:>12.6f}  {item.loss_difference:>10.1e}  {item.grad_norm_difference:>10.1e}  "
@@ -20,7 +22,10 @@ def print_reference(differences: list[StepDifference], dtype: str) -> None:
         )
     groups = sorted({group for item in differences for group in item.gradient_groups})
     first = differences[0].gradient_groups
-    out.print("largest relative gradient difference in step 1: " + ", ".join(f"{group} {first[group]:.1e}" for group in groups if group in first))
+    out.print(
+        "largest relative gradient difference in step 1: "
+        + ", ".join(f"{group} {first[group]:.1e}" for group in groups if group in first)
+    )
     out.print(
         f"limits for {dtype} in step 1: loss {limits['loss']:.0e}, grad norm {limits['grad_norm']:.0e}, gradient {limits['gradient']:.0e}, "
         f"weight {limits['weight']:.0e}; they grow by {limits['growth']:g} with each step\n"
