@@ -19,7 +19,7 @@ demo: $(VENV)/ready
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/ready-dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 faults: $(VENV)/ready-dev
 	MEGASWIFT_FAULTS=all $(BIN)/python -m pytest tests/faults tests/checkpoint
