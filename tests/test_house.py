@@ -31,6 +31,7 @@ ORDER = [
     "proof",
     "export",
     "verify",
+    "start",
     "sft",
     "inspect_data",
     "parity",

@@ -39,7 +39,11 @@ def tiny_start(root: Path, name: str = "llama", **changes: Any) -> Path:
     tiny.write_tokenizer(root / "hf")
     return export_main(
         ExportArguments(
-            model_type="tiny-chat", model_id_or_path=str(root / "hf"), to_megatron=True, megatron_output_dir=str(root / "start")
+            model_type="tiny-chat",
+            model_id_or_path=str(root / "hf"),
+            to_megatron=True,
+            verify=False,
+            megatron_output_dir=str(root / "start"),
         )
     )
 

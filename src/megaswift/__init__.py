@@ -9,20 +9,38 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megaswift.arguments import ExportArguments, InferArguments, SftArguments
+    from megaswift.arguments import DeployArguments, EvalArguments, ExportArguments, InferArguments, SftArguments
+    from megaswift.deploy import deploy_main
     from megaswift.errors import MegaswiftError
+    from megaswift.eval import eval_main
     from megaswift.export import export_main
     from megaswift.infer import infer_main
     from megaswift.sft import sft_main
 
 __version__ = "0.1.0"
-__all__ = ["ExportArguments", "InferArguments", "MegaswiftError", "SftArguments", "export_main", "infer_main", "sft_main"]
+__all__ = [
+    "DeployArguments",
+    "EvalArguments",
+    "ExportArguments",
+    "InferArguments",
+    "MegaswiftError",
+    "SftArguments",
+    "deploy_main",
+    "eval_main",
+    "export_main",
+    "infer_main",
+    "sft_main",
+]
 
 _HOMES = {
+    "DeployArguments": "arguments",
+    "EvalArguments": "arguments",
     "ExportArguments": "arguments",
     "InferArguments": "arguments",
     "SftArguments": "arguments",
     "MegaswiftError": "errors",
+    "deploy_main": "deploy",
+    "eval_main": "eval",
     "export_main": "export",
     "infer_main": "infer",
     "sft_main": "sft",

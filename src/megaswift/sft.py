@@ -12,21 +12,20 @@ import datetime
 import re
 import shutil
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megaswift import mapping
-from megaswift.args_file import MODEL_OPTIONS, fill_from_file, read_args_file, write_args_file
+from megaswift.args_file import write_args_file
 from megaswift.arguments import SftArguments, parse
 from megaswift.cache import cache_root
-from megaswift.checkpoint import layout
 from megaswift.checkpoint.keep import clean
-from megaswift.checkpoint.lock import LOCK, locked, refuse_if_in_use
-from megaswift.checkpoint.resume import check_same_model, check_unchanged, newest_run, newest_whole, with_saved_batch
+from megaswift.checkpoint.lock import LOCK, locked
+from megaswift.checkpoint.resume import check_unchanged, with_saved_batch
 from megaswift.errors import Stopped, UserError
-from megaswift.plan import Plan, check_layout, check_numbers, make_plan, usable_length
-from megaswift.terminal import console, say
+from megaswift.plan import Plan, make_plan
+from megaswift.start import Start, find_start
+from megaswift.terminal import console, say, shown
 
 if TYPE_CHECKING:
     from megaswift.data.chat import ChatTemplate
@@ -67,7 +66,7 @@ def _train(args: SftArguments, stop: StopSignals) -> Path:
     check_versions()
     place = launch.cluster()
     start = find_start(args, place.leads)
-    args = with_saved_batch(start.args, start.manifest, place.world_size, _shown(start.root)) if start.run_dir else start.args
+    args = with_saved_batch(start.args, start.manifest, place.world_size, shown(start.root)) if start.run_dir else start.args
     template = _template(args, start)
     rows = _streamed_rows(args, place.world_size)
     data = prepare(args, template, cache_dir=cache_root(), packing=args.packing, stream_rows=rows)
@@ -80,11 +79,11 @@ def _train(args: SftArguments, stop: StopSignals) -> Path:
             _print_plan(plan, data, args)
             _fill_run_dir(run_dir, args, plan, start)
         if start.first_step >= plan.train_iters:
-            say(f"[bold]{_shown(run_dir)}[/bold] has made all of its {plan.train_iters} steps: there is nothing left to do.")
+            say(f"[bold]{shown(run_dir)}[/bold] has made all of its {plan.train_iters} steps: there is nothing left to do.")
         else:
             _start(run_dir, _job(args, start, data, plan, template.pad_id), place, stop)
     if place.leads:
-        say(f"[bold]{_shown(run_dir)}[/bold] is ready. Next: swift export --ckpt_dir {_shown(run_dir)} --to_hf true")
+        say(f"[bold]{shown(run_dir)}[/bold] is ready. Next: swift export --ckpt_dir {shown(run_dir)} --to_hf true")
     return run_dir
 
 
@@ -107,97 +106,6 @@ def _start(run_dir: Path, job: Any, place: Cluster, stop: StopSignals) -> None:
             _draw(run_dir)
 
 
-@dataclass(frozen=True)
-class Start:
-    """What training starts from."""
-
-    args: SftArguments  # options, those of the directory filled in
-    root: Path  # Megatron directory with config.json and tokenizer
-    checkpoint: Path  # torch_dist directory in it
-    config: Any
-    dtype: str
-    manifest: dict[str, Any]  # of the checkpoint
-    run_dir: Path | None  # the run to go on with, if it is one
-    first_step: int
-
-
-def find_start(args: SftArguments, leads: bool = True) -> Start:
-    """Find and check what training starts from: with --resume true the newest run, else --resume_from_checkpoint.
-
-    Args:
-        leads: whether this machine holds the lock of the run; on the others the leading one may have it already.
-    """
-    root = (_newest_run(args, leads) if args.resume else None) or _start_root(args)
-    values = read_args_file(root)
-    # A run that goes on in another layout is given one: then the old one's other half means nothing.
-    relaid = args.explicit() & {"tp", "pp"} and _is_run(root)
-    args = fill_from_file(args, values, MODEL_OPTIONS if relaid else (*MODEL_OPTIONS, "tp", "pp"))
-    if not args.model_type:
-        raise UserError("the directory does not say its model_type.", where=str(root), fix="give --model_type NAME")
-    checkpoint = _checkpoint(args, root, leads)
-    from megaswift.checkpoint.manifest import read_manifest
-    from megaswift.hf.config import load_config
-
-    config = load_config(root)
-    check_numbers(args)
-    check_layout(config, args.tp, args.pp, None, args.sequence_parallel)
-    manifest = read_manifest(checkpoint)
-    goes_on = bool(manifest.get("optimizer")) and layout.iteration_of(checkpoint) > 0
-    if goes_on:
-        check_same_model(args, values, manifest, _shown(root))
-    return Start(
-        args=args.changed(max_length=usable_length(config, args.max_length, given="max_length" in args.explicit())),
-        root=root,
-        checkpoint=checkpoint,
-        config=config,
-        dtype=str(manifest["dtype"]) if goes_on and manifest.get("dtype") else _dtype(args, str(manifest.get("dtype"))),
-        manifest=manifest,
-        run_dir=root if goes_on else None,
-        first_step=layout.iteration_of(checkpoint) if goes_on else 0,
-    )
-
-
-def _start_root(args: SftArguments) -> Path:
-    root = Path(args.resume_from_checkpoint or _default_start(args)).absolute()
-    if not layout.is_megatron_directory(root):
-        name = args.model_type or "NAME"
-        raise UserError(
-            f"{_shown(root)} is not a directory of Megatron weights.",
-            where="--resume_from_checkpoint",
-            fix=f"make one with: swift export --model_type {name} --to_megatron true --tp {args.tp} --pp {args.pp}",
-        )
-    return root
-
-
-def _newest_run(args: SftArguments, leads: bool) -> Path | None:
-    """What --resume true goes on with; None, said aloud, where a new run must start."""
-    model_type = args.model_type or read_args_file(_start_root(args)).get("model_type")
-    found = newest_run(Path(args.output_dir).absolute(), str(model_type), args.add_output_dir_suffix, live=leads)
-    if found is None:
-        say(f"--resume true: no run of {model_type} under {args.output_dir} has saved a checkpoint; starting at step 0.")
-    elif leads:
-        refuse_if_in_use(found)
-    return found
-
-
-def _is_run(root: Path) -> bool:
-    """Whether training saved something in a directory, as opposed to converted weights."""
-    return any(layout.iteration_of(path) > 0 for path in layout.candidates(root))
-
-
-def _checkpoint(args: SftArguments, root: Path, leads: bool) -> Path:
-    """The checkpoint in `root` to start from; what is passed over is said."""
-    if not _is_run(root):
-        return layout.find_checkpoint(root)
-    if leads:
-        refuse_if_in_use(root)
-    checkpoint, notes = newest_whole(root, args.verify, need_optimizer=args.resume)
-    for note in notes:
-        say(f"[yellow]{note}[/yellow]")
-    say(f"going on from {_shown(checkpoint)}")
-    return checkpoint
-
-
 def _check_run(args: SftArguments, start: Start, data: PreparedData, plan: Plan) -> None:
     """A run goes on only with its own data and seed; a changed number of steps is said."""
     from megaswift.data.batches import Batches
@@ -212,39 +120,13 @@ def _check_run(args: SftArguments, start: Start, data: PreparedData, plan: Plan)
         pad_id=0,
         group_by_length=args.group_by_length,
     )
-    for note in check_unchanged(args, start.manifest, batches.fingerprint, _shown(start.root)):
+    for note in check_unchanged(args, start.manifest, batches.fingerprint, shown(start.root)):
         say(f"[yellow]{note}; the run goes on as --allow_data_change true asks.[/yellow]")
     before = start.manifest.get("resume", {}).get("train_iters")
     if before != plan.train_iters:
         say(
             f"[yellow]the run now has {plan.train_iters} steps, it had {before}: the learning rate follows the new number from here on.[/yellow]"
         )
-
-
-def _default_start(args: SftArguments) -> str:
-    if not args.model_type:
-        raise UserError(
-            "nothing says which weights to train.",
-            where="swift sft",
-            fix="give --resume_from_checkpoint DIR or --model_type NAME",
-        )
-    return f"{args.model_type}-tp{args.tp}-pp{args.pp}"
-
-
-def _dtype(args: SftArguments, stored: str) -> str:
-    """The training precision: the flag, else bf16 on a GPU that has it and fp32 on a CPU."""
-    import torch
-
-    on_gpu = torch.cuda.is_available()
-    if "dtype" in args.explicit() and args.dtype != "AUTO":
-        if not on_gpu and args.dtype != "fp32":
-            say(f"[yellow]{args.dtype} on a CPU is many times slower than fp32; leave --dtype out for fp32.[/yellow]")
-        return args.dtype
-    if not on_gpu:
-        return "fp32"
-    if stored == "fp32":
-        return "fp32" if args.dtype == "fp32" else "bf16"
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
 
 
 def _streamed_rows(args: SftArguments, world_size: int) -> int | None:
@@ -320,8 +202,8 @@ def _print_plan(plan: Plan, data: PreparedData, args: SftArguments) -> None:
     print_report(data.report, out)
     out.print("\n[bold]What Megatron-Core is told[/bold] (and the option or formula that it comes from)")
     for megatron, expression, value in plan.table:
-        shown = _shown(Path(value)) if value.startswith("/") else value
-        out.print(f"  {megatron:38} [bold]{shown:12}[/bold]  {expression}")
+        text = shown(Path(value)) if value.startswith("/") else value
+        out.print(f"  {megatron:38} [bold]{text:12}[/bold]  {expression}")
     out.print()
     out.print(
         f"{plan.world_size} processes = tp {plan.tp} x pp {plan.pp} x dp {plan.dp}, {plan.dtype}\n"
@@ -355,7 +237,7 @@ def _fill_run_dir(run_dir: Path, args: SftArguments, plan: Plan, start: Start) -
         raise UserError(
             f"the run's directory cannot be written: {error.strerror}.", where=str(run_dir), fix="choose another --output_dir"
         ) from error
-    say(f"run directory: {_shown(run_dir)}\n")
+    say(f"run directory: {shown(run_dir)}\n")
 
 
 def _empty(run_dir: Path) -> None:
@@ -389,9 +271,3 @@ def _draw(run_dir: Path) -> None:
 
     with suppress(OSError):
         write_images(run_dir)
-
-
-def _shown(path: Path) -> str:
-    with suppress(ValueError):
-        return str(path.relative_to(Path.cwd()))
-    return str(path)

@@ -19,8 +19,11 @@ import torch.distributed as dist
 
 from megaswift.arguments import SftArguments
 from megaswift.checkpoint.faults import reached
+from megaswift.checkpoint.hf_load import is_hf_folder, load_hf_weights
 from megaswift.checkpoint.keep import delete_beyond
+from megaswift.checkpoint.layout import MANIFEST, iteration_directory
 from megaswift.checkpoint.load import load_training_state, load_weights
+from megaswift.checkpoint.manifest import ancestry
 from megaswift.checkpoint.save import Saving
 from megaswift.data.batches import Batches, EvalBatches, MicroBatch, prefetch
 from megaswift.data.store import TokenRows
@@ -31,6 +34,7 @@ from megaswift.engine.spikes import NormHistory
 from megaswift.engine.watchdog import Watchdog
 from megaswift.errors import DataError, NonFiniteError, Stopped
 from megaswift.hf.config import load_config
+from megaswift.hf.folder import read_config
 from megaswift.plan import Plan
 
 
@@ -73,6 +77,7 @@ def run(job: Job) -> None:
                 Training(job, args, rank, trainer, train, validation, run_dir, log, stop, watchdog, extra).run()
             finally:
                 log.close()
+                trainer.close()
 
 
 class Training:
@@ -226,7 +231,8 @@ class Training:
             "eval_loss": self.eval_loss[1]
             if self.eval_loss and self.eval_loss[0] == step and math.isfinite(self.eval_loss[1])
             else None,
-            "started_from": Path(self.job.checkpoint).parent.name,
+            "config": read_config(Path(self.job.model_dir)),
+            **_origin(Path(self.job.checkpoint), iteration_directory(self.run_dir, step)),
         }
         self.saving = Saving(
             self.run_dir,
@@ -266,6 +272,13 @@ class Training:
         self.watchdog.beat(f"step {saving.iteration + 1}")
 
 
+def _origin(start: Path, target: Path) -> dict[str, Any]:
+    """What a checkpoint was made from: the chain of manifests, or the Hugging Face folder that has none."""
+    if (start / MANIFEST).exists():
+        return {"made_from": ancestry(start, target)}
+    return {"made_from": [], "source": {"origin": str(start)}}
+
+
 def _agreed_run_dir(plan: Plan) -> Path:
     """The run's directory as rank 0 names it; on several machines the others learn it here."""
     name = [plan.megatron["save"]]
@@ -297,7 +310,8 @@ def _restored(job: Job, args: SftArguments) -> tuple[Any, dict[str, Any]]:
     )
     model = build(load_config(Path(job.model_dir)), options)
     if job.first_step == 0:
-        load_weights(model, Path(job.checkpoint))
+        start = Path(job.checkpoint)
+        (load_hf_weights if is_hf_folder(start) else load_weights)(model, start)
         return Trainer(model, plan), {}
     trainer = Trainer(model, plan)
     return trainer, load_training_state(trainer, Path(job.checkpoint), layout={"tp": plan.tp, "pp": plan.pp, "dp": plan.dp})

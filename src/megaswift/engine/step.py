@@ -71,6 +71,10 @@ class Trainer:
         recompute_swiglu(model, plan)
         self.norm_limit = math.inf  # a step with a larger gradient norm changes nothing
 
+    def close(self) -> None:
+        """Let go of the model: Megatron-Core's wrapper and its gradient hooks hold each other, out of Python's sight."""
+        self.model.grad_accs.clear()
+
     def step(self, batches: list[MicroBatch]) -> StepResult:
         """Update the weights once from this rank's micro batches of one global batch."""
         return self.update(self.gradients(batches))

@@ -1,0 +1,164 @@
+"""What a run starts from: Megatron weights, a run to go on with, or a Hugging Face folder that needs no conversion."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megaswift.args_file import MODEL_OPTIONS, fill_from_file, read_args_file
+from megaswift.arguments import SftArguments
+from megaswift.checkpoint import layout
+from megaswift.checkpoint.lock import refuse_if_in_use
+from megaswift.checkpoint.resume import check_same_model, newest_run, newest_whole
+from megaswift.errors import UserError
+from megaswift.plan import check_layout, check_numbers, usable_length
+from megaswift.terminal import say, shown
+
+
+@dataclass(frozen=True)
+class Start:
+    """What training starts from."""
+
+    args: SftArguments  # options, those of the directory filled in
+    root: Path  # directory with config.json and tokenizer
+    checkpoint: Path  # torch_dist directory in it, or `root` itself where that is a Hugging Face folder
+    config: Any
+    dtype: str
+    manifest: dict[str, Any]  # of the checkpoint
+    run_dir: Path | None  # the run to go on with, if it is one
+    first_step: int
+
+
+def find_start(args: SftArguments, leads: bool = True) -> Start:
+    """Find and check what training starts from: with --resume true the newest run, else --resume_from_checkpoint.
+
+    Args:
+        leads: whether this machine holds the lock of the run; on the others the leading one may have it already.
+    """
+    from megaswift.checkpoint.hf_load import is_hf_folder
+
+    root = _newest_run(args, leads) if args.resume else None
+    if root is None:
+        root, args = _start_root(args)
+    values = read_args_file(root)
+    # A run that goes on in another layout is given one: then the old one's other half means nothing.
+    relaid = args.explicit() & {"tp", "pp"} and _is_run(root)
+    args = fill_from_file(args, values, MODEL_OPTIONS if relaid else (*MODEL_OPTIONS, "tp", "pp"))
+    if not args.model_type:
+        raise UserError("the directory does not say its model_type.", where=str(root), fix="give --model_type NAME")
+    from megaswift.checkpoint.manifest import read_manifest
+    from megaswift.hf.config import load_config
+
+    converted = not is_hf_folder(root)
+    checkpoint = _checkpoint(args, root, leads) if converted else root
+
+    config = load_config(root)
+    check_numbers(args)
+    check_layout(config, args.tp, args.pp, None, args.sequence_parallel)
+    manifest = read_manifest(checkpoint) if converted else {"dtype": _folder_dtype(root)}
+    goes_on = bool(manifest.get("optimizer")) and layout.iteration_of(checkpoint) > 0
+    if goes_on:
+        check_same_model(args, values, manifest, shown(root))
+    return Start(
+        args=args.changed(max_length=usable_length(config, args.max_length, given="max_length" in args.explicit())),
+        root=root,
+        checkpoint=checkpoint,
+        config=config,
+        dtype=str(manifest["dtype"]) if goes_on and manifest.get("dtype") else _dtype(args, str(manifest.get("dtype"))),
+        manifest=manifest,
+        run_dir=root if goes_on else None,
+        first_step=layout.iteration_of(checkpoint) if goes_on else 0,
+    )
+
+
+def _start_root(args: SftArguments) -> tuple[Path, SftArguments]:
+    """The directory to start from, and the options with the model type that it tells.
+
+    --resume_from_checkpoint names it; else it is the converted model in {model_type}-tp{tp}-pp{pp}, or without one the
+    Hugging Face model itself, whose weights are then loaded straight into the ranks.
+    """
+    from megaswift.checkpoint.hf_load import is_hf_folder
+
+    named = args.resume_from_checkpoint
+    if named is None and not args.model_type and not args.model_id_or_path:
+        raise UserError(
+            "nothing says which weights to train.",
+            where="swift sft",
+            fix="give --resume_from_checkpoint DIR, --model_type NAME or --model_id_or_path DIR",
+        )
+    default = Path(f"{args.model_type}-tp{args.tp}-pp{args.pp}")
+    if named is None and (args.model_id_or_path or not layout.is_megatron_directory(default)):
+        from megaswift.hf.locate import locate
+
+        found = locate(args.model_type, args.model_id_or_path, args.model_revision)
+        say(f"starting from {found.model_type} ({found.origin}), without a conversion")
+        return found.path, args.changed(model_type=found.model_type)
+    root = Path(named or default).absolute()
+    if layout.is_megatron_directory(root) or is_hf_folder(root):
+        return root, args
+    name = args.model_type or "NAME"
+    raise UserError(
+        f"{shown(root)} is not a directory of Megatron weights.",
+        where="--resume_from_checkpoint",
+        fix=f"make one with: swift export --model_type {name} --to_megatron true --tp {args.tp} --pp {args.pp}",
+    )
+
+
+def _newest_run(args: SftArguments, leads: bool) -> Path | None:
+    """What --resume true goes on with; None, said aloud, where a new run must start."""
+    model_type = args.model_type or _model_type(args)
+    found = newest_run(Path(args.output_dir).absolute(), str(model_type), args.add_output_dir_suffix, live=leads)
+    if found is None:
+        say(f"--resume true: no run of {model_type} under {args.output_dir} has saved a checkpoint; starting at step 0.")
+    elif leads:
+        refuse_if_in_use(found)
+    return found
+
+
+def _model_type(args: SftArguments) -> str | None:
+    root, args = _start_root(args)
+    return read_args_file(root).get("model_type") or args.model_type
+
+
+def _is_run(root: Path) -> bool:
+    """Whether training saved something in a directory, as opposed to converted weights."""
+    return any(layout.iteration_of(path) > 0 for path in layout.candidates(root))
+
+
+def _checkpoint(args: SftArguments, root: Path, leads: bool) -> Path:
+    """The checkpoint in `root` to start from; what is passed over is said."""
+    if not _is_run(root):
+        return layout.find_checkpoint(root)
+    if leads:
+        refuse_if_in_use(root)
+    checkpoint, notes = newest_whole(root, args.verify, need_optimizer=args.resume)
+    for note in notes:
+        say(f"[yellow]{note}[/yellow]")
+    say(f"going on from {shown(checkpoint)}")
+    return checkpoint
+
+
+def _folder_dtype(folder: Path) -> str:
+    """Precision of a Hugging Face folder's weights."""
+    from megaswift.convert import DTYPE_NAMES
+    from megaswift.hf.read import HFCheckpoint
+
+    source = HFCheckpoint.open(folder)
+    return DTYPE_NAMES.get(source.dtype(source.names[0]), "fp32")
+
+
+def _dtype(args: SftArguments, stored: str) -> str:
+    """The training precision: the flag, else bf16 on a GPU that has it and fp32 on a CPU."""
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    if "dtype" in args.explicit() and args.dtype != "AUTO":
+        if not on_gpu and args.dtype != "fp32":
+            say(f"[yellow]{args.dtype} on a CPU is many times slower than fp32; leave --dtype out for fp32.[/yellow]")
+        return args.dtype
+    if not on_gpu:
+        return "fp32"
+    if stored == "fp32":
+        return "fp32" if args.dtype == "fp32" else "bf16"
+    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
