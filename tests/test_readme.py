@@ -28,7 +28,7 @@ def commands(text: str) -> list[tuple[dict[str, str], list[str]]]:
     """The swift commands of a shell block: environment and words."""
     found = []
     for line in text.replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True)
+        words = shlex.split(re.sub(r"(^|\s)#.*", "", line))  # shlex takes the # of name#500 for a comment
         environment = {}
         while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
             name, _, value = words.pop(0).partition("=")
