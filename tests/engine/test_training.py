@@ -153,3 +153,22 @@ def test_no_conversion_is_needed(llama: tuple[Path, Path], pool: RankPool, tmp_p
     more = options(start, rows, 2, 2, True, model_type="tiny-chat", model_id_or_path=str(start.parent / "hf"))
     direct = train(pool, tmp_path / "direct", 4, **{**more, "resume_from_checkpoint": None})
     assert direct.losses == pytest.approx(converted.losses, abs=1e-5)
+
+
+def test_a_run_leaves_nothing_in_its_process(llama: tuple[Path, Path], pool: RankPool, tmp_path: Path) -> None:
+    """A notebook may train again and again: model, process groups and their threads of an earlier run are gone."""
+    counts = []
+    for k in range(3):
+        reference(pool, tmp_path / str(k), llama, max_steps=1)
+        counts.append(pool.run(1, left_behind)[0])
+    assert [models for models, _ in counts] == [0, 0, 0]
+    assert counts[2][1] <= counts[0][1]
+
+
+def left_behind() -> tuple[int, int]:
+    """Models that are alive in this process, and its threads."""
+    import gc
+    import os
+
+    gc.collect()
+    return sum(type(item).__name__ == "ChatModel" for item in gc.get_objects()), len(os.listdir("/proc/self/task"))

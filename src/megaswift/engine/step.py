@@ -72,8 +72,15 @@ class Trainer:
         self.norm_limit = math.inf  # a step with a larger gradient norm changes nothing
 
     def close(self) -> None:
-        """Let go of the model: Megatron-Core's wrapper and its gradient hooks hold each other, out of Python's sight."""
+        """Let go of model, optimizer and process groups, which would otherwise live as long as this process.
+
+        The wrapper and its gradient hooks hold each other out of Python's sight, and Megatron-Core keeps every config alive,
+        whose functions are bound to the trainer.
+        """
         self.model.grad_accs.clear()
+        config = self.bare_model.config
+        for name in ("grad_scale_func", "finalize_model_grads_func", "no_sync_func", "grad_sync_func", "param_sync_func"):
+            setattr(config, name, None)
 
     def step(self, batches: list[MicroBatch]) -> StepResult:
         """Update the weights once from this rank's micro batches of one global batch."""
