@@ -106,9 +106,10 @@ def build(shape: str, seq: int, way: str) -> tuple[Any, Any, Any]:
     compat.use_our_adamw()
     options = dict(bf16=True, params_dtype=torch.bfloat16, use_distributed_optimizer=True, clip_grad=1.0, weight_decay=0.0)
     optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-5, **options), [ddp])
+    optimizer = fuse_optimizer(optimizer, "8bit" if "8" in way else "bf16" if "b" in way else "fp32")
     for inner in optimizer.chained_optimizers:
         inner.optimizer.allocate()
-    return config, ddp, fuse_optimizer(optimizer)
+    return config, ddp, optimizer
 
 
 def tables(seq: int, dim: int) -> tuple[Any, Any]:
@@ -173,7 +174,7 @@ def profile(step: Any, first: int) -> tuple[list[tuple[str, float, int]], dict[s
         torch.cuda.synchronize()
     events = [e for e in recorded.events() if str(e.device_type).endswith("CUDA")]
     events.sort(key=lambda e: e.time_range.start)
-    updates = [index for index, event in enumerate(events) if "_adamw_kernel" in event.name]  # the last kernels of a step
+    updates = [index for index, event in enumerate(events) if "adamw_kernel" in event.name]  # the last kernels of a step
     events = events[updates[len(updates) * 4 // 6 - 1] + 1 :]
     totals: dict[str, list[float]] = {}
     busy, end, gaps = 0.0, events[0].time_range.start, []
@@ -257,7 +258,7 @@ def main() -> None:
     parser.add_argument(
         "--shapes",
         default="0.5b:8:k,1.5b:4:k,3b:2",
-        help="SHAPE:MICRO_BATCH[:k keeps SwiGLU's result, o overlaps its gradient], comma separated",
+        help="SHAPE:MICRO_BATCH[:k keeps SwiGLU's result, o overlaps its gradient, b bf16 moments, 8 8-bit ones], comma separated",
     )
     parser.add_argument("--seq", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=20)
@@ -272,6 +273,7 @@ def main() -> None:
         child(shape, options.seq, int(micro), options.steps, way, options.profile)
         return
     results: list[dict[str, Any]] = []
+    measured: set[tuple[str, str]] = set()  # the peer runs once for a shape, whatever the number of our ways
     for entry in options.shapes.split(","):
         shape, micro, way = (entry + ":").split(":")[:3]
         command = [
@@ -287,7 +289,9 @@ def main() -> None:
             way or "-",
         ]
         commands = [command + (["--profile"] if options.profile else [])]
-        if options.peer and shape not in options.without_peer.split(","):
+        peer = (shape, micro)
+        if options.peer and shape not in options.without_peer.split(",") and peer not in measured:
+            measured.add(peer)
             commands.append([sys.executable, str(options.peer), shape, str(options.seq), micro, "1", "0", str(options.steps)])
         for each in commands:
             results.append(run(each))

@@ -8,21 +8,30 @@ import tempfile
 from pathlib import Path
 
 from tests import tiny
-from tests.engine.test_training import GOLDEN, options
+from tests.engine.test_golden import GOLDEN, LAYOUTS, golden_run
 from tests.ranks import RankPool
-from tests.training import tiny_start, train, write_rows
+from tests.training import tiny_start, write_rows
 
 
 def main(names: list[str]) -> None:
-    """One run at tp 1, pp 1, dp 1 for each family."""
+    """50 steps at three layouts for each family."""
     pool = RankPool()
     for name in names or tiny.FAMILIES:
         with tempfile.TemporaryDirectory() as directory:
             root = Path(directory)
-            run = train(pool, root / "out", 1, **options(tiny_start(root, name), write_rows(root / "rows.jsonl")))
-            content = {"loss": run.losses, "eval_loss": run.eval_losses, "grad_norm": run.norms}
-            (GOLDEN / f"losses_{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            start, rows = tiny_start(root, name), write_rows(root / "rows.jsonl")
+            runs = {layout: golden_run(pool, start, rows, root / layout, layout) for layout in LAYOUTS}
+        (GOLDEN / f"losses_{name}.json").write_text(text_of(runs), encoding="utf-8")
     pool.close()
+
+
+def text_of(runs: dict[str, dict[str, list[float]]]) -> str:
+    """JSON with one list a line, so that a change reads well in a diff."""
+    layouts = [
+        f" {json.dumps(layout)}: {{\n" + ",\n".join(f"  {json.dumps(kind)}: {json.dumps(run[kind])}" for kind in run) + "\n }"
+        for layout, run in runs.items()
+    ]
+    return "{\n" + ",\n".join(layouts) + "\n}\n"
 
 
 if __name__ == "__main__":

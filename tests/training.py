@@ -32,10 +32,10 @@ def write_rows(path: Path, count: int = ROWS) -> Path:
     return path
 
 
-def tiny_start(root: Path, name: str = "llama", **changes: Any) -> Path:
+def tiny_start(root: Path, name: str = "llama", seed: int = 0, **changes: Any) -> Path:
     """A tiny chat model with a tokenizer, converted by `swift export`; the Megatron directory."""
     config = {"vocab_size": 300, "eos_token_id": 1, "pad_token_id": 2, **changes}
-    tiny.save_tiny(root / "hf", name, **config)
+    tiny.save_tiny(root / "hf", name, seed, **config)
     tiny.write_tokenizer(root / "hf")
     return export_main(
         ExportArguments(

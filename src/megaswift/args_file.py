@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import tempfile
 import typing
 from collections.abc import Iterable, Mapping
@@ -60,7 +61,7 @@ def read_args_file(directory: Path | str) -> dict[str, Any]:
         return {}
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(
             f"cannot read the options file: {error}", where=str(path), fix="delete it and give --model_type"
         ) from error
@@ -126,11 +127,25 @@ def fill_from_file(args: A, values: Mapping[str, Any], names: Iterable[str]) -> 
                 f"the options file says {name} = {value!r}, which is not a value for --{name}.", fix=f"give --{name} yourself"
             )
         setattr(result, name, value)
+    _require_plain_name(result)
     try:
         result.check_choices()
     except UserError as error:
         raise DataError(f"the options file holds a value that is not known: {error.what}", fix=error.fix) from error
     return result
+
+
+def _require_plain_name(args: BaseArguments) -> None:
+    """model_type becomes a part of directory names: one that leads elsewhere is refused, whoever gave it."""
+    name = getattr(args, "model_type", None)
+    if not name or re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, re.ASCII):
+        return
+    given = "model_type" in args.explicit()
+    raise (UserError if given else DataError)(
+        f"{'' if given else 'the options file says '}model_type {name!r}{'' if given else ', which'} cannot be part of a directory name.",
+        where="--model_type",
+        fix="use letters, digits, - _ ." if given else "give --model_type yourself",
+    )
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -126,6 +126,14 @@ class ExportArguments(ModelArguments, LayoutArguments):
     verify: bool = option(
         True, "Prove the result: every tensor bit for bit, every config field, and logits against transformers."
     )
+    allow_nonfinite: bool = option(
+        False,
+        "Convert weights that have NaN or infinite values; otherwise they are refused by name. Logits are not compared then.",
+    )
+    allow_pickle: bool = option(
+        False,
+        "Read a local folder that has only pytorch_model.bin files. Of the pickle nothing but tensors is read; no code runs.",
+    )
     resume: bool = option(False, "Go on with a conversion that was interrupted: files that it completed are kept.")
     sign: str | None = option(None, "Ed25519 private key (PEM file) to sign the manifest with.")
     max_shard_size: str = option("5GB", "Largest safetensors file, for example 500MB or 5GB.")
@@ -175,7 +183,11 @@ class SftArguments(ModelArguments, LayoutArguments, DataArguments):
     )
     warmup_ratio: float = option(0.05, "Share of the steps in which the learning rate rises.")
     warmup_steps: int = option(0, "Steps in which the learning rate rises; above 0 it replaces warmup_ratio.")
-    optim: str = option("adamw_torch", "Optimizer.", ("adamw_torch", "adamw_torch_fused"))
+    optim: str = option(
+        "adamw_torch",
+        "Optimizer: AdamW with fp32 moments, or with moments in bf16 or in 8 bits, which save 4 and 6 bytes a parameter.",
+        ("adamw_torch", "adamw_torch_fused", "adamw_bf16", "adamw_8bit"),
+    )
     weight_decay: float = option(0.1, "Decoupled weight decay; norms and biases are spared.")
     max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm; 0: never.")
     adam_beta1: float = option(0.9, "Adam's decay of the mean of gradients.")
@@ -185,6 +197,10 @@ class SftArguments(ModelArguments, LayoutArguments, DataArguments):
     save_steps: int | None = option(None, "Steps between two checkpoints; one more comes at the end; default: eval_steps.")
     save_only_model: bool = option(
         False, "Leave optimizer and random states out of checkpoints; the run cannot be resumed then."
+    )
+    save_safetensors: bool = option(
+        False,
+        "Make a Hugging Face model of each checkpoint too (iter_NNNNNNN-hf), while training goes on; the last one is proven.",
     )
     save_total_limit: int | None = option(
         None, "Checkpoints to keep: the newest, and the best by validation loss even where that is one more; default: all."
@@ -244,7 +260,7 @@ class BackendArguments(ModelArguments, TemplateArguments):
 
     ckpt_dir: str | None = option(
         None,
-        "Directory of the model: one made by `swift export --to_hf`, or a Megatron directory (the newest complete checkpoint).",
+        "Directory of the model: one made by `swift export --to_hf`, a Megatron directory (the newest complete checkpoint), or a LoRA adapter.",
     )
     infer_backend: str = option(
         "AUTO",
@@ -350,4 +366,7 @@ class ParityArguments(SftArguments):
     layouts: str | None = option(
         None, 'Layouts to compare with the first, for example "tp1 tp2,sp pp2 tp2,pp2,dp2 recompute padded".'
     )
-    keep_dumps: bool = option(False, "Keep the gradients and weights of every step.")
+    learning: bool = option(
+        False, "Train the whole run both ways, here and in transformers, and compare curves and final validation losses."
+    )
+    keep_dumps: bool = option(False, "Keep the gradients and weights of every step; with --learning the two trained models.")

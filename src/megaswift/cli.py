@@ -5,6 +5,7 @@ swift export | sft | infer [--options]
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import sys
@@ -37,6 +38,9 @@ VERBS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command line and return its exit code."""
+    gc.set_threshold(
+        50_000, 20, 20
+    )  # imports make half a million lasting objects: looking for garbage among them costs a second
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         if not words or words[0] in ("-h", "--help"):

@@ -215,7 +215,7 @@ def _evaluate(title: str, chosen: Chosen, request: Request, store: Any) -> Model
         results.append(result)
         line.show(_line(title, result), keep=True)
     line.close()
-    place = located.origin if chosen.directory is None or chosen.megatron else str(chosen.directory)
+    place = located.origin if chosen.directory is None or chosen.megatron or chosen.adapter else str(chosen.directory)
     del backend
     gc.collect()
     _empty_gpu()
@@ -330,7 +330,7 @@ def _description(request: Request) -> dict[str, Any]:
             bench.name: {"source": bench.source, "split": bench.split, "questions": len(bench.items), "of": bench.total, "sha256": bench.sha256}
             for bench in request.benches
         },
-        "models": {title: str(chosen.directory or chosen.args.model_id_or_path or chosen.args.model_type) for title, chosen in request.models.items()},
+        "models": {title: str(chosen.home or chosen.args.model_id_or_path or chosen.args.model_type) for title, chosen in request.models.items()},
         "versions": _versions(),
     }  # fmt: skip
 

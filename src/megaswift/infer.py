@@ -68,7 +68,7 @@ class Request:
         """
         if self.args.result_dir is not None:
             return Path(self.args.result_dir).expanduser()
-        return (self.chosen.directory or Path()) / "infer_result"
+        return (self.chosen.home or Path()) / "infer_result"
 
     @cached_property
     def located(self) -> Located:

@@ -12,7 +12,8 @@ from typing import Any
 
 from megaswift.arguments import SftArguments
 
-OPTIMIZERS = {"adamw_torch": "adam", "adamw_torch_fused": "adam"}
+OPTIMIZERS = {"adamw_torch": "adam", "adamw_torch_fused": "adam", "adamw_bf16": "adam", "adamw_8bit": "adam"}
+MOMENTS = {"adamw_bf16": "bf16", "adamw_8bit": "8bit"}  # how the moments are kept where not in fp32
 DECAY_STYLES = {
     "cosine": "cosine",
     "linear": "linear",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from dataclasses import field, fields
@@ -65,7 +66,7 @@ def parse(cls: type[T], argv: list[str]) -> T:
     values: dict[str, Any] = {}
     argv = [word for word in argv if word == "" or word.strip()]  # "\\ " at the end of a pasted command gives a blank word
     if argv and argv[0].endswith((".json", ".yaml", ".yml")):
-        values.update(_read_option_file(cls, argv[0], known))
+        values.update(_read_option_file(cls, argv[0], known, hints))
         argv = argv[1:]
     first = getattr(cls, "FIRST_WORD", None)  # an option that may stand without its name
     if first and argv and not argv[0].startswith("--"):
@@ -102,7 +103,7 @@ def _require_known(cls: type[Any], name: str, known: dict[str, Any]) -> None:
     raise UserError(f"unknown option --{name}.", where="command line", fix=f"did you mean: {nearest(name, list(known))}?")
 
 
-def _read_option_file(cls: type[Any], path: str, known: dict[str, Any]) -> dict[str, Any]:
+def _read_option_file(cls: type[Any], path: str, known: dict[str, Any], hints: dict[str, Any]) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
         if path.endswith(".json"):
@@ -111,15 +112,35 @@ def _read_option_file(cls: type[Any], path: str, known: dict[str, Any]) -> dict[
             import yaml
 
             values = yaml.safe_load(text)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read the option file: {error}", where=path) from error
     except Exception as error:  # yaml's own error classes; yaml is imported only here
         raise UserError(f"the option file is not valid YAML: {error}", where=path) from error
     if not isinstance(values, dict):
         raise UserError("an option file must hold one mapping from option to value.", where=path)
     for name in values:
-        _require_known(cls, name, known)
-    return values
+        _require_known(cls, str(name), known)
+    return {name: _from_file(name, hints[name], value, path) for name, value in values.items()}
+
+
+def _from_file(name: str, hint: Any, value: Any, path: str) -> Any:
+    """A value of a JSON or YAML file as the option's type; text is read as on the command line (YAML takes 1e-5 for text)."""
+    base, is_list = _base_type(hint)
+    if value is None and type(None) in typing.get_args(hint):
+        return None
+    if isinstance(value, str):
+        return _convert(name, hint, [value])
+    if is_list and isinstance(value, list) and all(isinstance(part, (str, int, float)) for part in value):
+        return [str(part) for part in value]
+    if base is bool and isinstance(value, bool):
+        return value
+    if not is_list and base is not bool and isinstance(value, (int, float)) and not isinstance(value, bool):
+        try:
+            return _scalar(base, str(value))
+        except ValueError:
+            pass
+    wanted = "a list of texts" if is_list else _TYPE_NAMES.get(base, "a text")
+    raise UserError(f"--{name} {str(value)[:60]!r} is not {wanted}.", where=f"{path}: {name}")
 
 
 def _convert(name: str, hint: Any, words: list[str]) -> Any:
@@ -166,5 +187,7 @@ def _scalar(base: type, word: str) -> Any:
             return True
         if lowered in ("false", "0", "no"):
             return False
+        raise ValueError(word)
+    if base is float and not math.isfinite(float(word)):
         raise ValueError(word)
     return base(word)

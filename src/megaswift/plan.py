@@ -43,6 +43,7 @@ class Plan:
     val_rows: int
     decay_steps: int
     wsd_decay_steps: int
+    moments: str  # how the optimizer keeps them: fp32, bf16 or 8bit
     rank_bytes: dict[str, int]  # on the fullest rank: weights, gradients, optimizer
     checkpoint_bytes: int
     megatron: dict[str, Any]  # the filled table of mapping.py
@@ -191,7 +192,14 @@ def make_plan(
     if steps < 1:
         raise UserError("the run would have no step.", where="--num_train_epochs, --max_steps", fix="ask for at least one step")
     accumulation = mapping.accumulation(args, world_size)
-    weights, optimizer = _bytes(config, args.tp, args.pp, world_size, dtype)
+    moments = mapping.MOMENTS.get(args.optim, "fp32")
+    if moments != "fp32" and dtype == "fp16":
+        raise UserError(
+            f"--optim {args.optim} does not work with fp16: its loss scaler needs Megatron-Core's own update.",
+            where="--optim, --dtype",
+            fix="use --dtype bf16, or --optim adamw_torch",
+        )
+    weights, optimizer = _bytes(config, args.tp, args.pp, world_size, dtype, moments)
     total = parameter_count(config)
     return Plan(
         model_type=model_type,
@@ -212,6 +220,7 @@ def make_plan(
         wsd_decay_steps=max(1, math.ceil(0.1 * (steps - warmup))),
         rank_bytes={"weights": weights * BYTES[dtype], "gradients": weights * 4, "optimizer": optimizer},
         checkpoint_bytes=total * BYTES[dtype] + (0 if args.save_only_model else total * 12),
+        moments=moments,
         megatron=values,
         table=mapping.filled_rows(args, facts),
     )
@@ -223,7 +232,7 @@ def parameter_count(config: PreTrainedConfig) -> int:
     return sum(math.prod(shape) for shape in shapes)
 
 
-def _bytes(config: PreTrainedConfig, tp: int, pp: int, world_size: int, dtype: str) -> tuple[int, int]:
+def _bytes(config: PreTrainedConfig, tp: int, pp: int, world_size: int, dtype: str, moments: str) -> tuple[int, int]:
     """Parameters, and bytes of optimizer state, on the fullest rank: its layers, and embedding and output layer."""
     sizes = sizes_of(config)
     tables = sizes.vocab * sizes.hidden * (1 if is_tied(config) else 2)
@@ -231,8 +240,9 @@ def _bytes(config: PreTrainedConfig, tp: int, pp: int, world_size: int, dtype: s
     ends = tables if pp == 1 else sizes.vocab * sizes.hidden
     weights = (layers // pp + ends) // tp
     data_parallel = world_size // (tp * pp)
-    # Two fp32 moments, and an fp32 copy of the weights unless they are fp32 already; shared out over data-parallel ranks.
-    return weights, weights * (8 if dtype == "fp32" else 12) // data_parallel
+    # Two moments, and an fp32 copy of the weights unless they are fp32 already; shared out over data-parallel ranks.
+    each = {"fp32": 8, "bf16": 4, "8bit": 2}[moments] + (0 if dtype == "fp32" else 4)
+    return weights, weights * each // data_parallel
 
 
 def _divisors(number: int) -> list[int]:

@@ -75,7 +75,7 @@ def read_log(run_dir: Path | str) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict):
             rows.append(row)
@@ -86,7 +86,7 @@ def read_plan(run_dir: Path | str) -> dict[str, Any]:
     """plan.json, or an empty dict where it is missing or torn: pictures need it for a subtitle only."""
     try:
         plan = json.loads((Path(run_dir) / "plan.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return plan if isinstance(plan, dict) else {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import shutil
 import sys
 from collections.abc import Iterable
@@ -14,6 +15,7 @@ from megaswift.args_file import MODEL_OPTIONS, fill_from_file, read_args_file
 from megaswift.arguments import BackendArguments, ExportArguments
 from megaswift.cache import cache_root
 from megaswift.errors import DataError, UserError
+from megaswift.hf.folder import ADAPTER_CONFIG, is_adapter, read_json
 
 if TYPE_CHECKING:
     from megaswift.hf.locate import Located
@@ -30,15 +32,29 @@ class Chosen:
         directory: the local directory that was named, or None for a model that is looked up by name.
         megatron: whether that directory holds Megatron weights.
         values: what the directory's options file says.
+        adapter: directory of a LoRA adapter that is merged into the model.
     """
 
     args: Any
     directory: Path | None
     megatron: bool
     values: dict[str, Any]
+    adapter: Path | None = None
+
+    @property
+    def home(self) -> Path | None:
+        """The directory that was named, where results may go: the adapter's where there is one."""
+        return self.adapter or self.directory
 
     def locate(self) -> Located:
-        """Where the Hugging Face folder is; for Megatron weights it is made first. Raises UserError or DataError."""
+        """Where the Hugging Face folder is; for Megatron weights, and with an adapter, it is made first.
+
+        Raises UserError or DataError.
+        """
+        found = self._locate_model()
+        return found if self.adapter is None else _with_adapter(found, self.adapter)
+
+    def _locate_model(self) -> Located:
         from dataclasses import replace
 
         from megaswift.hf.locate import locate
@@ -62,11 +78,76 @@ def choose(args: BackendArguments, more: Iterable[str] = ()) -> Chosen:
 
     Raises UserError for options that name no model or two, or a directory without a model. Loads nothing.
     """
+    if args.ckpt_dir is not None and is_adapter(Path(args.ckpt_dir).expanduser()):
+        return _choose_adapter(args, Path(args.ckpt_dir).expanduser(), more)
     directory, megatron = _model_directory(args)
     if directory is None:
         return Chosen(args, None, False, {})
     values = read_args_file(directory)
     return Chosen(fill_from_file(args, values, (*MODEL_OPTIONS, *more)), directory, megatron, values)
+
+
+def _choose_adapter(args: BackendArguments, adapter: Path, more: Iterable[str]) -> Chosen:
+    """An adapter, with the base model that the options name, or else the one that the adapter's config names."""
+    from dataclasses import replace
+
+    base = args.model_id_or_path
+    if base is None and args.model_type is None:
+        named = read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
+        if not isinstance(named, str) or not named:
+            raise UserError(
+                "the adapter does not say which model it was trained on.",
+                where=str(adapter / ADAPTER_CONFIG),
+                fix="name it: --model_type NAME or --model_id_or_path DIR",
+            )
+        base = named
+    chosen = choose(replace(args, ckpt_dir=None, model_id_or_path=base), more)
+    return replace(chosen, args=replace(chosen.args, ckpt_dir=args.ckpt_dir), adapter=adapter)
+
+
+def _with_adapter(base: Located, adapter: Path) -> Located:
+    """Base and adapter merged, in the cache; made once for each pair."""
+    from dataclasses import replace
+
+    from megaswift.checkpoint.manifest import quick_check, sha256_of, versions, write_manifest
+    from megaswift.convert.lora import WEIGHTS, Adapter, merge_adapter
+    from megaswift.hf.folder import read_config
+    from megaswift.hf.read import HFCheckpoint
+    from megaswift.terminal import say
+
+    opened, model = Adapter.open(adapter), HFCheckpoint.open(base.path)
+    stats = [(entry.name, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in sorted(base.path.glob("*.safetensors"))]
+    digest = sha256_of(adapter / WEIGHTS)
+    key = hashlib.sha256(repr((digest, (adapter / ADAPTER_CONFIG).read_bytes(), str(base.path.resolve()), stats)).encode())
+    target = cache_root() / "merged" / f"{adapter.resolve().name}-{key.hexdigest()[:16]}"
+    if not (target.is_dir() and quick_check(target) is None):
+        shutil.rmtree(target, ignore_errors=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+
+        def manifest(written: Any) -> None:
+            write_manifest(
+                written.path,
+                {
+                    "kind": "huggingface",
+                    "model_type": base.model_type,
+                    "made_from": [],
+                    "source": {
+                        "origin": base.origin,
+                        "revision": base.revision,
+                        "adapter": str(adapter),
+                        "adapter_sha256": digest,
+                    },
+                    "versions": versions(),
+                    "config": read_config(written.path),
+                    "files": {name: vars(record) for name, record in written.files.items()},
+                    "hf_tensors": written.tensors,
+                },
+            )
+
+        with contextlib.redirect_stdout(sys.stderr):
+            say(f"merging {len(opened.pairs)} LoRA matrices of {adapter} into {base.origin}")
+        merge_adapter(opened, model, target, manifest)
+    return replace(base, path=target, origin=f"{base.origin} + {adapter.resolve()}")
 
 
 def exported(root: Path, model_type: str | None = None) -> tuple[Path, str]:
@@ -76,7 +157,9 @@ def exported(root: Path, model_type: str | None = None) -> tuple[Path, str]:
     one after it is taken then.
     """
     from megaswift.checkpoint import layout
+    from megaswift.hf.publish import refuse_unfinished
 
+    refuse_unfinished(root)
     checkpoint = layout.find_checkpoint(root)
     try:
         return _export(root, checkpoint, model_type), checkpoint.name
@@ -137,12 +220,6 @@ def _model_directory(args: BackendArguments) -> tuple[Path | None, bool]:
         )
     if _is_megatron(path):
         return path, True
-    if (path / "adapter_config.json").is_file():
-        raise UserError(
-            f"{path} holds a LoRA adapter, not a whole model.",
-            where="--ckpt_dir",
-            fix="merge it into its base model first (peft: merge_and_unload, then save_pretrained)",
-        )
     if not (path / "config.json").is_file():
         raise UserError(
             f"{path} holds no config.json, so it is no Hugging Face model.", where="--ckpt_dir", fix=_nearby_models(path)

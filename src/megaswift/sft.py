@@ -59,12 +59,14 @@ def _stopped_early(name: str) -> None:
 
 
 def _train(args: SftArguments, stop: StopSignals) -> Path:
+    from megaswift.data.batches import require_rows
     from megaswift.data.encode import prepare
     from megaswift.engine import launch
-    from megaswift.engine.versions import check_versions
+    from megaswift.engine.versions import check_devices, check_versions
 
     check_versions()
     place = launch.cluster()
+    check_devices(place.processes)
     start = find_start(args, place.leads)
     args = with_saved_batch(start.args, start.manifest, place.world_size, shown(start.root)) if start.run_dir else start.args
     template = _template(args, start)
@@ -74,6 +76,7 @@ def _train(args: SftArguments, stop: StopSignals) -> Path:
     plan = _plan(args, start, data, place, run_dir)
     if start.run_dir is not None:
         _check_run(args, start, data, plan)
+    require_rows(len(data.train), plan.global_batch)
     with locked(run_dir) if place.leads else nullcontext():
         if place.leads:
             _print_plan(plan, data, args)
@@ -83,8 +86,22 @@ def _train(args: SftArguments, stop: StopSignals) -> Path:
         else:
             _start(run_dir, _job(args, start, data, plan, template.pad_id), place, stop)
     if place.leads:
-        say(f"[bold]{shown(run_dir)}[/bold] is ready. Next: swift export --ckpt_dir {shown(run_dir)} --to_hf true")
+        _say_ready(args, run_dir, plan)
     return run_dir
+
+
+def _say_ready(args: SftArguments, run_dir: Path, plan: Plan) -> None:
+    """The next command; with --save_safetensors the model of the last step is there already, or is made now."""
+    if not args.save_safetensors:
+        say(f"[bold]{shown(run_dir)}[/bold] is ready. Next: swift export --ckpt_dir {shown(run_dir)} --to_hf true")
+        return
+    from megaswift.checkpoint.layout import hf_copy_of, iteration_directory
+    from megaswift.engine.hf_copies import copy_now
+
+    copy = hf_copy_of(iteration_directory(run_dir, plan.train_iters))
+    if not copy.exists():
+        copy_now(run_dir, plan.train_iters)
+    say(f"[bold]{shown(run_dir)}[/bold] is ready. Next: swift infer --ckpt_dir {shown(copy)}")
 
 
 def _start(run_dir: Path, job: Any, place: Cluster, stop: StopSignals) -> None:
@@ -96,14 +113,26 @@ def _start(run_dir: Path, job: Any, place: Cluster, stop: StopSignals) -> None:
     job.write(path)
     try:
         if place.world_size == 1:
-            from megaswift.engine.loop import run
-
-            run(job)
+            _run_here(job)
         else:
             launch.start_ranks(place, path, stop)
     finally:
         if place.leads:
             _draw(run_dir)
+
+
+def _run_here(job: Any) -> None:
+    """The only rank, in this process. Raises what it raises; memory that is too small is the user's to mend."""
+    from megaswift.engine import launch
+    from megaswift.engine.loop import run
+
+    try:
+        run(job)
+    except (RuntimeError, MemoryError) as error:
+        known = launch.out_of_memory(error)
+        if known is None:
+            raise
+        raise known from error
 
 
 def _check_run(args: SftArguments, start: Start, data: PreparedData, plan: Plan) -> None:
@@ -241,14 +270,16 @@ def _fill_run_dir(run_dir: Path, args: SftArguments, plan: Plan, start: Start) -
 
 
 def _empty(run_dir: Path) -> None:
-    """Remove an earlier run from a directory that is to be used again."""
-    if not (run_dir / "plan.json").exists():
+    """Remove an earlier run from a directory that is to be used again; the lock, which this process holds, stays."""
+    inside = [path for path in run_dir.iterdir() if path.name != LOCK]
+    if inside and not (run_dir / "plan.json").exists():
         raise UserError(
             "this directory holds no run, so it is not replaced.",
             where=str(run_dir),
             fix="remove it yourself, or choose another --output_dir",
         )
-    shutil.rmtree(run_dir)
+    for path in inside:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _job(args: SftArguments, start: Start, data: PreparedData, plan: Plan, pad_id: int) -> Any:

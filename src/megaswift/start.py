@@ -10,8 +10,9 @@ from megaswift.args_file import MODEL_OPTIONS, fill_from_file, read_args_file
 from megaswift.arguments import SftArguments
 from megaswift.checkpoint import layout
 from megaswift.checkpoint.lock import refuse_if_in_use
-from megaswift.checkpoint.resume import check_same_model, newest_run, newest_whole
+from megaswift.checkpoint.resume import check_same_base, check_same_model, newest_run, newest_whole
 from megaswift.errors import UserError
+from megaswift.hf.publish import refuse_unfinished
 from megaswift.plan import check_layout, check_numbers, usable_length
 from megaswift.terminal import say, shown
 
@@ -41,13 +42,14 @@ def find_start(args: SftArguments, leads: bool = True) -> Start:
     root = _newest_run(args, leads) if args.resume else None
     if root is None:
         root, args = _start_root(args)
+    refuse_unfinished(root)
     values = read_args_file(root)
     # A run that goes on in another layout is given one: then the old one's other half means nothing.
     relaid = args.explicit() & {"tp", "pp"} and _is_run(root)
     args = fill_from_file(args, values, MODEL_OPTIONS if relaid else (*MODEL_OPTIONS, "tp", "pp"))
     if not args.model_type:
         raise UserError("the directory does not say its model_type.", where=str(root), fix="give --model_type NAME")
-    from megaswift.checkpoint.manifest import read_manifest
+    from megaswift.checkpoint.manifest import check_config, read_manifest
     from megaswift.hf.config import load_config
 
     converted = not is_hf_folder(root)
@@ -56,10 +58,13 @@ def find_start(args: SftArguments, leads: bool = True) -> Start:
     config = load_config(root)
     check_numbers(args)
     check_layout(config, args.tp, args.pp, None, args.sequence_parallel)
+    _check_tensors(root, checkpoint if converted else None, config)
     manifest = read_manifest(checkpoint) if converted else {"dtype": _folder_dtype(root)}
     goes_on = bool(manifest.get("optimizer")) and layout.iteration_of(checkpoint) > 0
     if goes_on:
         check_same_model(args, values, manifest, shown(root))
+        check_config(root, manifest)
+        check_same_base(_named(args), checkpoint, manifest)
     return Start(
         args=args.changed(max_length=usable_length(config, args.max_length, given="max_length" in args.explicit())),
         root=root,
@@ -121,6 +126,12 @@ def _model_type(args: SftArguments) -> str | None:
     return read_args_file(root).get("model_type") or args.model_type
 
 
+def _named(args: SftArguments) -> Path | None:
+    """The directory of weights that the command names."""
+    given = args.resume_from_checkpoint or args.model_id_or_path
+    return Path(given).expanduser().absolute() if given else None
+
+
 def _is_run(root: Path) -> bool:
     """Whether training saved something in a directory, as opposed to converted weights."""
     return any(layout.iteration_of(path) > 0 for path in layout.candidates(root))
@@ -137,6 +148,20 @@ def _checkpoint(args: SftArguments, root: Path, leads: bool) -> Path:
         say(f"[yellow]{note}[/yellow]")
     say(f"going on from {shown(checkpoint)}")
     return checkpoint
+
+
+def _check_tensors(root: Path, checkpoint: Path | None, config: Any) -> None:
+    """Raise DataError unless names and shapes of the weights are those of config.json: before a rank builds that model."""
+    if checkpoint is None:
+        from megaswift.hf.names import check_source
+        from megaswift.hf.read import HFCheckpoint
+
+        check_source(HFCheckpoint.open(root), config)
+        return
+    from megaswift.checkpoint.torch_dist import Reader
+    from megaswift.convert import Model, check_megatron
+
+    check_megatron(Reader(checkpoint), Model(config))
 
 
 def _folder_dtype(folder: Path) -> str:

@@ -167,7 +167,7 @@ def test_the_cache(run: Callable[..., PreparedData], jsonl: Jsonl, tmp_path: Pat
     assert first.train.fingerprint == second.train.fingerprint and second.train.path == first.train.path
     assert {**second.report.to_dict(), "from_cache": False} == first.report.to_dict()
     assert DataReport.from_dict(json.loads(json.dumps(first.report.to_dict()))) == first.report
-    for change in ({"max_length": 100}, {"dataset_test_ratio": 0.2}, {"columns": '{"a": "b"}'}, {"packing": True}):
+    for change in ({"max_length": 100}, {"dataset_test_ratio": 0.2}, {"columns": '{"query": "prompt"}'}, {"packing": True}):
         assert not run(path, **change).report.from_cache
     jsonl(rows(21))
     assert not run(path).report.from_cache
@@ -210,6 +210,12 @@ def test_columns(run: Callable[..., PreparedData], template: ChatTemplate, jsonl
     for wrong in ("{", "[1]", '{"a": 1}'):
         with pytest.raises(UserError, match="--columns"):
             run(path, columns=wrong)
+    slip = '{"aks": "query", "reply": "response"}'  # would make pre-training of it
+    with pytest.raises(UserError, match="no row has the column 'aks'"):
+        run(path, columns=slip)
+    with pytest.raises(UserError, match="no row has the column 'aks'"):
+        run(path, columns=slip, stream_rows=2)
+    run(path, jsonl([{"aks": "q", "reply": "a"}], "other.jsonl"), columns=slip)  # one of several datasets has it
 
 
 BAD = [

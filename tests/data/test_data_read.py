@@ -83,6 +83,9 @@ def test_parquet_and_arrow(tmp_path: Path) -> None:
         writer.write_table(table)
     for name in ("a.parquet", "s.arrow", "f.arrow"):
         assert rows_of(tmp_path / name) == ROWS
+        packed = write(tmp_path / f"{name}.gz", gzip.compress((tmp_path / name).read_bytes()))
+        assert rows_of(packed) == ROWS
+        assert open_path(packed).where(1) == f"{name}.gz: row 2"
     assert decode(open_path(tmp_path / "a.parquet").raw(4)) == ROWS[4]
     assert open_path(tmp_path / "a.parquet").where(4) == "a.parquet: row 5"
 

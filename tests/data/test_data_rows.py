@@ -70,7 +70,7 @@ def test_questions_need_no_answer() -> None:
     assert turns({"messages": [Q]}, answered=False) == [("user", "q")]
 
 
-@pytest.mark.parametrize("name", ["loss", "weight", "train"])
+@pytest.mark.parametrize("name", ["loss", "loss_scale", "weight", "train"])
 def test_loss_per_message(name: str) -> None:
     messages = to_conversation({"messages": [Q, A | {name: 0}, Q, A | {name: True}]}).messages
     assert [message.loss for message in messages if message.role == "assistant"] == [False, True]

@@ -9,16 +9,21 @@ import sys
 import time
 from pathlib import Path
 
+from megaswift.checkpoint.layout import candidates, iteration_of
+from megaswift.checkpoint.resume import newest_whole
+from megaswift.errors import DataError
 from tests.faults.table import add
 
 PATIENCE_S = 150.0  # start-up on a busy machine
+# 127.0.0.1, ::1 and ::ffff:127.0.0.1 as /proc/net writes them
+LOOPBACK = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
 
 
 class Live:
     """`swift sft` on a tiny model, in a session of its own as a terminal would make it."""
 
     def __init__(self, start: tuple[Path, Path], output: Path, *words: str, processes: int = 2, **environment: str) -> None:
-        self.output = output
+        self.output, self.fault = output, ""
         self.log = output.parent / f"{output.name}{time.monotonic_ns()}.log"
         command = [
             sys.executable, "-m", "megaswift", "sft", "--resume_from_checkpoint", str(start[0]), "--dataset", str(start[1]), "--max_steps", "5000", "--pp", "2",
@@ -67,12 +72,19 @@ class Live:
         while any(alive(pid) for pid in ranks):
             assert time.monotonic() - began < within, f"orphans: {ranks}"
             time.sleep(0.1)
-        add(
-            fault,
-            f"all processes gone after {time.monotonic() - began:.0f} s, exit code {code}",
-            "went on with the same command",
-        )
+        self.fault = fault
+        add(fault, f"all processes gone after {time.monotonic() - began:.0f} s, exit code {code}", self.left())
         return code
+
+    def left(self) -> str:
+        """What a resumed run would find, every byte of it read."""
+        if not list(self.output.rglob("job.json")):
+            return "no run had begun"
+        try:
+            return f"the checkpoint of step {iteration_of(newest_whole(self.run_dir, verify=True)[0])} is whole"
+        except DataError:
+            assert not candidates(self.run_dir), "a checkpoint that is not whole"
+            return "no checkpoint had been due"
 
     def text(self) -> str:
         return self.log.read_text(encoding="utf-8")

@@ -96,3 +96,17 @@ def test_an_error_after_some_bytes(rank: int, count: int, base: Job, straight: F
 def test_needed_and_free_are_said(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"one checkpoint needs \d+\.\d\d GB, \d+\.\d\d GB are free\."):
         save.require_space(tmp_path, 10**18, "one checkpoint")
+
+
+def test_a_directory_that_cannot_be_written(
+    start: tuple[Path, Path], small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A real read-only file system, and a file in the place of a directory: exit 2 before any rank starts."""
+    from megaswift.cli import main
+
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    words = ["sft", "--resume_from_checkpoint", str(start[0]), "--dataset", str(start[1]), "--output_dir"]
+    assert main([*words, str(small_disk / "output")]) == 2
+    assert "error: the run's directory cannot be written: Read-only file system." in capsys.readouterr().err
+    assert main([*words, str(start[1])]) == 2
+    assert "error: the run's directory cannot be written: Not a directory." in capsys.readouterr().err

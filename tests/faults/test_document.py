@@ -36,3 +36,12 @@ def test_exit_codes_are_real() -> None:
     codes = {int(row.rsplit("|", 2)[1]) for row in TABLE.splitlines() if re.search(r"`error: .*\| \d+ \|$", row)}
     assert codes <= {int(code) for code in ExitCode}
     assert {2, 3, 4, 5, 75} <= codes
+
+
+def test_the_named_tests_exist() -> None:
+    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8").split("## Where it is tested")[1].split("\n## ")[0]
+    named = re.findall(r"`([a-z_/]+(?:\.py|/))`", text)
+    assert len(named) > 20
+    assert [word for word in named if not (ROOT / "tests" / word).exists()] == []
+    files = {path.name for path in (ROOT / "tests" / "faults").glob("test_*.py")} - {"test_document.py", "test_figures.py"}
+    assert files <= {Path(word).name for word in named}, "a file of the fault suite is not in the table"

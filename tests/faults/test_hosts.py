@@ -29,6 +29,7 @@ def ip(*words: str) -> None:
 @pytest.fixture
 def hosts() -> Iterator[None]:
     """Two namespaces that reach each other."""
+    remove()  # what a killed test run left
     try:
         for name in NAMES:
             ip("netns", "add", name)

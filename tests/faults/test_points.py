@@ -87,3 +87,40 @@ def test_nothing_is_lost(fault: str, base: Job, straight: FaultRun, tmp_path: Pa
         f"ended after {ended.seconds:.0f} s, exit codes {ended.codes[0]} and {ended.codes[1]}",
         f"went on from step {newest}; losses equal",
     )
+
+
+def skip_a_collective() -> None:
+    """Rank 1 leaves out one agreement at a step boundary: from there on the ranks wait for different things."""
+    import os
+
+    import torch
+    import torch.distributed as dist
+
+    plain, calls = dist.all_reduce, [0]
+
+    def all_reduce(tensor: torch.Tensor, *arguments: object, **more: object) -> object:
+        if tensor.shape == (2,) and tensor.dtype == torch.float32:
+            calls[0] += 1
+            if calls[0] == 2 and os.environ["RANK"] == "1":
+                return None
+        return plain(tensor, *arguments, **more)  # type: ignore[arg-type]
+
+    dist.all_reduce = all_reduce
+
+
+def test_a_rank_that_leaves_out_a_collective(base: Job, straight: FaultRun, tmp_path: Path) -> None:
+    case = FaultRun(base, tmp_path)
+    ended = case.run(prepare=skip_a_collective)
+    assert ended.seconds < GONE_S, ended
+    assert all(ended.codes), ended.codes
+    assert ended.own, ended.output
+    newest = case.newest()
+    assert newest >= 2
+    again = case.resume()
+    assert again.codes == [0, 0], again.output
+    assert case.losses() == straight.losses()
+    table.add(
+        "rank 1 leaves out one collective",
+        f"ended after {ended.seconds:.0f} s, exit codes {ended.codes[0]} and {ended.codes[1]}",
+        f"went on from step {newest}; losses equal",
+    )

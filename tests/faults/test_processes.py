@@ -14,10 +14,10 @@ import pytest
 
 from megaswift.checkpoint.layout import iteration_of
 from megaswift.checkpoint.resume import newest_whole
+from tests.faults import table
 from tests.faults.conftest import ALL
-from tests.faults.live import Live, listening, send
+from tests.faults.live import LOOPBACK, Live, listening, send
 
-LOOPBACK = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
 thorough = pytest.mark.skipif(not ALL, reason="a part of make faults")
 
 
@@ -45,6 +45,22 @@ def goes_on(run: Live, live: Callable[..., Live], least: int) -> None:
     steps = again.steps()
     assert steps == list(range(1, len(steps) + 1)), "each step stands in the log once"
     assert len(steps) > least
+    table.add(f"{run.fault}: the same command again", f"went on from step {least}", "each step stands in the log once")
+
+
+@thorough
+def test_a_job_that_is_requeued_again_and_again(live: Callable[..., Live]) -> None:
+    """Three times the same command and SIGTERM: every time it goes on, and each step stands in the log once."""
+    last = 0
+    for _ in range(3):
+        run = live()
+        run.wait_for_steps(1)
+        send(run.process.pid, signal.SIGTERM)
+        assert run.end("the same command ended by SIGTERM, three times") == 75, run.text()
+        steps = run.steps()
+        assert steps == list(range(1, len(steps) + 1))
+        assert len(steps) > last
+        last = len(steps)
 
 
 def test_sigterm_to_the_launcher(live: Callable[..., Live]) -> None:

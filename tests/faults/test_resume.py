@@ -15,10 +15,10 @@ import torch
 from megaswift.checkpoint.torch_dist import Reader
 from megaswift.data.batches import Batches
 from megaswift.data.store import TokenRows
-from megaswift.errors import DataError, UserError
+from megaswift.errors import DataError, MegaswiftError, UserError
 from tests.faults import table
 from tests.ranks import RankPool
-from tests.training import Run, train
+from tests.training import Run, tiny_start, train
 
 # world size, tp, pp, sequence parallel
 LAYOUTS = [(2, 1, 2, False), (1, 1, 1, False), (2, 2, 1, True), (2, 1, 1, False), (4, 2, 2, True)]
@@ -201,3 +201,64 @@ def test_another_run_is_refused_with_what_differs(
         train(pool, tmp_path, 2, **options(start, resume=True, pp=2) | changes)
     assert words in caught.value.what
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def change_config(run: Path, start: Path) -> dict[str, Any]:
+    file = run / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rms_norm_eps": 0.25}))
+    return {}
+
+
+def other_weights(run: Path, start: Path) -> dict[str, Any]:
+    return {"resume_from_checkpoint": str(tiny_start(run.parent / "other", seed=1))}
+
+
+def other_folder(run: Path, start: Path) -> dict[str, Any]:
+    """A Hugging Face folder of another shape."""
+    tiny_start(run.parent / "other", num_hidden_layers=2)
+    return {"resume_from_checkpoint": None, "model_id_or_path": str(run.parent / "other" / "hf")}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (change_config, "rms_norm_eps was .*, is 0.25"),
+        (other_weights, "this run cannot go on with other weights: it began from .*release"),
+        (other_folder, "this run cannot go on with other weights: num_hidden_layers was 4, is 2"),
+    ],
+)
+def test_another_model_is_refused_with_what_differs(
+    change: Any, words: str, whole: Run, start: tuple[Path, Path], pool: RankPool, tmp_path: Path
+) -> None:
+    run = half(whole, tmp_path)
+    changes = change(run, start[0])
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(MegaswiftError, match=words) as caught:
+        train(pool, tmp_path, 2, **options(start, resume=True, pp=2) | changes)
+    assert caught.value.exit_code in (2, 3)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_weights_alone_begin_a_new_run_and_cannot_be_gone_on_with(
+    start: tuple[Path, Path], pool: RankPool, tmp_path: Path
+) -> None:
+    command = options(start, max_steps=2, save_steps=2, eval_steps=2, save_only_model=True)
+    first = train(pool, tmp_path, 1, **command)
+    reader = Reader(first.directory / "iter_0000002")
+    assert not [key for key in reader.keys if "exp_avg" in key]
+    with pytest.raises(DataError, match="it has weights only"):
+        train(pool, tmp_path, 1, **command, resume=True)
+    second = train(pool, tmp_path / "new", 1, **command | {"resume_from_checkpoint": str(first.directory)})
+    assert second.directory != first.directory
+    assert len(second.losses) == 2
+    manifest = json.loads((second.directory / "iter_0000002" / "manifest.json").read_text())
+    assert [link["iteration"] for link in manifest["made_from"]] == [2, 0], "from the run's weights, and from their base"
+
+
+def test_fewer_rows_than_a_global_batch(start: tuple[Path, Path], pool: RankPool, tmp_path: Path) -> None:
+    """Told before any rank starts and before a directory is made."""
+    rows = tmp_path / "few.jsonl"
+    rows.write_text("".join(start[1].read_text(encoding="utf-8").splitlines(keepends=True)[:3]), encoding="utf-8")
+    with pytest.raises(DataError, match="3 training rows are fewer than one global batch of 16"):
+        train(pool, tmp_path / "out", 2, **options(start, pp=2, dataset=[str(rows)], dataset_test_ratio=0.0))
+    assert not (tmp_path / "out").exists()

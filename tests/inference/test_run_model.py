@@ -93,9 +93,3 @@ def test_a_directory_without_a_complete_checkpoint_is_told(run: Path) -> None:
     with pytest.raises(UserError) as caught:
         prepare(InferArguments(ckpt_dir=str(run.parent)))
     assert f"--ckpt_dir {run}" in caught.value.fix
-
-
-def test_an_adapter_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match="LoRA adapter"):
-        prepare(InferArguments(ckpt_dir=str(tmp_path)))

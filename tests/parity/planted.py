@@ -29,6 +29,14 @@ def run_rank(job: str, fault: str) -> None:
         run(Job.read(Path(job)))
 
 
+def run_sft_rank(job: str, fault: str) -> None:
+    """One rank of a whole run with a fault planted."""
+    from megaswift.engine.loop import Job, run
+
+    with planted(fault):
+        run(Job.read(Path(job)))
+
+
 def _shifted_labels() -> Any:
     from megaswift.engine import step
 
@@ -109,4 +117,13 @@ _FAULTS = {
     "norm gradient not reduced under sequence parallelism": _norm_gradient_not_reduced,
     "untied head": _untied_head,
     "RoPE base off by one": _rope_base_off_by_one,
+}
+
+# fault -> (processes, options of `swift parity` under which it shows, part of the message that must name it)
+CASES: dict[str, tuple[int, dict[str, Any], str]] = {
+    "label shifted by one": (1, {}, "step 1: the loss"),
+    "mean over micro batches": (1, {}, "step 1: the loss"),
+    "norm gradient not reduced under sequence parallelism": (2, {"tp": 2, "sequence_parallel": True}, "norm.weight differs"),
+    "untied head": (1, {}, "step 1: the gradient of model.embed_tokens.weight"),
+    "RoPE base off by one": (1, {}, "step 1: the hidden states after model.layers.0 differ"),
 }

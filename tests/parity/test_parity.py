@@ -15,7 +15,7 @@ from megaswift.errors import DataError, UserError
 from megaswift.parity.command import parity_main
 from megaswift.parity.layouts import parse_layouts
 from tests import tiny
-from tests.parity.planted import run_rank
+from tests.parity.planted import CASES, run_rank, run_sft_rank
 from tests.ranks import RankPool
 from tests.training import tiny_start, write_rows
 
@@ -67,27 +67,14 @@ def test_the_engine_is_transformers(
     assert set(found["reference"][0]["gradient_groups"]) == {"embedding", "attention", "mlp", "norm"}
 
 
-@pytest.mark.parametrize(
-    ("fault", "world", "options", "message"),
-    [
-        ("label shifted by one", 1, {}, "step 1: the loss"),
-        ("mean over micro batches", 1, {}, "step 1: the loss"),
-        (
-            "norm gradient not reduced under sequence parallelism",
-            2,
-            {"tp": 2, "sequence_parallel": True},
-            "norm.weight differs",
-        ),
-        ("untied head", 1, {}, "step 1: the gradient of model.embed_tokens.weight"),
-        ("RoPE base off by one", 1, {}, "step 1: the loss"),
-    ],
-)
-def test_planted_faults_are_named(
-    fault: str, world: int, options: dict[str, Any], message: str, pool: RankPool, start: tuple[Path, Path], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("fault", CASES)
+def test_planted_faults_are_named(fault: str, pool: RankPool, start: tuple[Path, Path], tmp_path: Path) -> None:
+    world, options, message = CASES[fault]
+    options = {"tp": 1, "pp": 1, **options}
     with pytest.raises(DataError) as caught:
-        parity(pool, start, tmp_path, world, fault, **{"tp": 1, "pp": 1, **options})
+        parity(pool, start, tmp_path / "bad", world, fault, **options)
     assert message in caught.value.what
+    assert parity(pool, start, tmp_path / "good", world, **options)["problem"] is None
 
 
 def test_layouts_are_compared(pool: RankPool, start: tuple[Path, Path], tmp_path: Path) -> None:
@@ -95,23 +82,77 @@ def test_layouts_are_compared(pool: RankPool, start: tuple[Path, Path], tmp_path
     found = parity(pool, start, tmp_path, 1, layouts=layouts, gradient_accumulation_steps=8, steps=6)
     assert found["problem"] is None
     assert list(found["layouts"]) == layouts.split()
-    with pytest.raises(DataError, match=r"layout tp2, step \d"):
-        # The head of tied models is what differs: at tp 1 both layouts would have the same fault.
-        _one_faulty(pool, start, tmp_path / "faulty")
+    assert all(milliseconds > 0 for milliseconds in found["milliseconds"].values())
+    with pytest.raises(DataError, match=r"layout tp2, step 1: the loss differs by .* from tp1, allowed 1.0e-06"):
+        one_faulty(pool, start, tmp_path / "faulty", "RoPE base off by one")
 
 
-def _one_faulty(pool: RankPool, start: tuple[Path, Path], output: Path) -> None:
+def one_faulty(pool: RankPool, start: tuple[Path, Path], output: Path, fault: str, **options: Any) -> None:
+    """Compare a layout of two processes that has a fault with one of one process that has none."""
     folder, rows = start
-    args = ParityArguments(
-        resume_from_checkpoint=str(folder), dataset=[str(rows)], output_dir=str(output), steps=2, learning_rate=1e-3,
-        gradient_accumulation_steps=8, layouts="tp1 tp2",
-    )  # fmt: skip
+    options = {"steps": 2, "learning_rate": 1e-3, "gradient_accumulation_steps": 8, "layouts": "tp1 tp2", **options}
+    args = ParityArguments(resume_from_checkpoint=str(folder), dataset=[str(rows)], output_dir=str(output), **options)
 
     def start_ranks(place: Any, job: Path, module: str = "") -> None:
-        pool.run(place.world_size, run_rank, str(job), "RoPE base off by one" if place.world_size == 2 else "")
+        pool.run(place.world_size, run_rank, str(job), fault if place.world_size == 2 else "")
 
     with mock.patch("megaswift.engine.launch.start_ranks", start_ranks):
         parity_main(args)
+
+
+def test_in_bf16_the_noise_is_measured(pool: RankPool, start: tuple[Path, Path], tmp_path: Path) -> None:
+    """The limit of each step comes from two seeds; honest layouts are within it, a fault is not."""
+    more = {"dtype": "bf16", "gradient_accumulation_steps": 8}
+    found = parity(pool, start, tmp_path / "good", 1, layouts="tp1 tp2,sp pp2 mbs4,padded", steps=5, **more)
+    assert found["problem"] is None
+    assert len(found["noise"]) == 2 and found["noise"][0] != found["noise"][1]
+    limits, plain = found["limits"], found["layouts"]["tp1"]
+    assert limits == sorted(limits) and limits[0] > 1e-6 and limits[-1] < 0.05
+    for noisy in found["noise"]:
+        assert all(3 * abs(a - b) / b <= limit * (1 + 1e-9) for a, b, limit in zip(noisy, plain, limits))
+    for fault in ("label shifted by one", "mean over micro batches"):
+        with pytest.raises(DataError, match=r"layout tp2, step \d: the loss differs"):
+            one_faulty(pool, start, tmp_path / fault, fault, **more)
+
+
+def test_a_whole_run_both_ways(pool: RankPool, start: tuple[Path, Path], tmp_path: Path) -> None:
+    """--learning true: every step's loss and the validation losses, packed, on two pipeline stages; both models are kept."""
+    found = learning(pool, start, tmp_path, "", keep_dumps=True)
+    assert found["problem"] is None
+    curves = found["learning"]
+    assert len(curves["loss"]) == 6 and list(curves["eval_loss"]) == ["3", "6"]
+    assert all(engine == pytest.approx(reference, rel=2e-6) for engine, reference in curves["loss"])
+    assert curves["difference"] < 1e-5 and curves["limit"] == 5e-3
+    assert curves["eval_loss"]["6"][0] < curves["loss"][0][0]
+    assert list(tmp_path.rglob("reference/model.safetensors")) and list(tmp_path.rglob("engine/iter_0000006"))
+
+
+def test_a_run_that_learns_something_else_is_told(pool: RankPool, start: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"the validation loss is .* in the engine and .* in transformers: they differ by"):
+        learning(pool, start, tmp_path, "label shifted by one")
+    assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("iter_*"))  # no --keep_dumps
+    with pytest.raises(UserError, match="no validation rows"):
+        learning(pool, start, tmp_path / "other", "", dataset_test_ratio=0.0)
+
+
+def learning(pool: RankPool, start: tuple[Path, Path], output: Path, fault: str, **options: Any) -> dict[str, Any]:
+    """Run `swift parity --learning true` on two pooled ranks; what parity.json says."""
+    folder, rows = start
+    options = {"dataset_test_ratio": 0.2, "packing": True, "max_length": 64, "eval_steps": 3, **options}
+    args = ParityArguments(
+        resume_from_checkpoint=str(folder), dataset=[str(rows)], output_dir=str(output), learning=True, pp=2, max_steps=6,
+        learning_rate=1e-3, gradient_accumulation_steps=2, **options,
+    )  # fmt: skip
+
+    def start_ranks(place: Any, job: Path, *_: Any) -> None:
+        pool.run(place.world_size, run_sft_rank, str(job), fault)
+
+    with (
+        mock.patch("megaswift.engine.launch.start_ranks", start_ranks),
+        mock.patch.dict(os.environ, {"NPROC_PER_NODE": "2"}),
+    ):
+        parity_main(args)
+    return json.loads(next(output.rglob("parity.json")).read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("name", tiny.FAMILIES)
@@ -127,3 +168,16 @@ def test_layout_names() -> None:
     for text, message in (("tp1", "at least two"), ("tp1 tp2,xx", "'xx' is not known"), ("tp1 tp0", "not known")):
         with pytest.raises(UserError, match=message):
             parse_layouts(text)
+
+
+def test_ranks_of_a_comparison_leave_nothing(pool: RankPool, start: tuple[Path, Path], tmp_path: Path) -> None:
+    """Models, process groups and their threads are gone when it is over."""
+    from tests.engine.test_training import left_behind
+
+    threads = []
+    for k in range(3):
+        parity(pool, start, tmp_path / str(k), 2, tp=2, pp=1, steps=1)
+        models, count = pool.run(2, left_behind)[0]
+        assert models == 0
+        threads.append(count)
+    assert threads[2] <= threads[0]

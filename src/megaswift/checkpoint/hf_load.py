@@ -73,7 +73,11 @@ def _fill(part: Any, rule: Rule, source: HFCheckpoint, sizes: Sizes) -> None:
     value = _rows(rule, source, names, sizes, offset[0], stop[0])
     value = value[(slice(None), *(slice(first, last) for first, last in zip(offset[1:], stop[1:])))]
     if nonfinite(value.contiguous()):
-        raise DataError("the tensor has NaN or infinite values.", where=", ".join(names), fix="use another model")
+        raise DataError(
+            f"tensor {names[0]}{' or one fused with it' if names[1:] else ''} has NaN or infinite values.",
+            where=f"{source.path}: {', '.join(names)}",
+            fix="use another model",
+        )
     with torch.no_grad():
         part.data[tuple(slice(0, last - first) for first, last in zip(offset, stop))].copy_(value)
     del value

@@ -10,11 +10,11 @@ import shutil
 from pathlib import Path
 
 from megaswift.checkpoint.faults import reached
-from megaswift.checkpoint.layout import candidates, iteration_of
+from megaswift.checkpoint.layout import candidates, hf_copy_of, iteration_of
 from megaswift.checkpoint.manifest import quick_check, read_manifest, sync_directory
 from megaswift.errors import DataError
 
-_DEBRIS = re.compile(r"iter_\d{7,}\.tmp-[0-9a-f]+|trash-.+")
+_DEBRIS = re.compile(r"iter_\d{7,}\.tmp-[0-9a-f]+|\.iter_\d{7,}-hf\.tmp-[0-9a-f]+|trash-.+")
 
 
 def to_keep(root: Path, limit: int) -> list[Path]:
@@ -57,7 +57,12 @@ def delete_beyond(root: Path, limit: int | None) -> list[Path]:
 
 
 def discard(path: Path) -> None:
-    """Take a directory out of sight by one rename, then delete it; what cannot be deleted now goes at the next start."""
+    """Take a directory out of sight by one rename, then delete it; what cannot be deleted now goes at the next start.
+
+    The Hugging Face copy of a checkpoint goes with it.
+    """
+    if hf_copy_of(path).is_dir():
+        discard(hf_copy_of(path))
     trash = path.with_name(f"trash-{path.name}-{secrets.token_hex(4)}")
     path.rename(trash)
     sync_directory(path.parent)

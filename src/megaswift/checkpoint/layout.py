@@ -7,6 +7,7 @@
 output/{name}-tp{tp}-pp{pp}/vN-time/  made by `swift sft`
     latest_checkpointed_iteration.txt   10
     iter_0000010/                       torch_dist files and manifest.json
+    iter_0000010-hf/                    its Hugging Face copy (--save_safetensors true)
     sft_args.json, plan.json, logging.jsonl, runs/, images/, config.json, tokenizer files
 """
 
@@ -26,6 +27,11 @@ _ITERATION = re.compile(r"iter_(\d{7,})")
 def iteration_directory(root: Path, iteration: int) -> Path:
     """Directory of the checkpoint after `iteration` steps."""
     return root / f"iter_{iteration:07d}"
+
+
+def hf_copy_of(checkpoint: Path) -> Path:
+    """Where the Hugging Face copy of a checkpoint lies (--save_safetensors)."""
+    return checkpoint.with_name(f"{checkpoint.name}-hf")
 
 
 def iteration_of(directory: Path) -> int:

@@ -18,7 +18,7 @@ __all__ = [
 ]  # fmt: skip
 
 FORMAT_VERSION = 1
-_LONGEST_CHAIN = 100  # links; a run that was resumed often keeps the newest ones
+LONGEST_CHAIN = 100  # links; a run that was resumed often keeps the newest ones
 
 
 def digest_files(directory: Path, known: dict[str, Any] | None = None, threads: int = 2) -> dict[str, dict[str, Any]]:
@@ -59,7 +59,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise DataError("manifest.json is missing: the directory was not finished.", where=str(directory)) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError("manifest.json is not JSON.", where=str(path)) from error
     if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
         raise DataError("manifest.json lists no files.", where=str(path))
@@ -129,7 +129,7 @@ def ancestry(directory: Path, seen_from: Path | None = None) -> list[dict[str, A
     for older in older_links(read_manifest(directory)):
         path = directory / older["directory"]
         chain.append({**older, "directory": os.path.relpath(path, seen_from) if seen_from is not None else str(path)})
-    return chain[:_LONGEST_CHAIN]
+    return chain[:LONGEST_CHAIN]
 
 
 def changed_fields(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -7,10 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from megaswift.arguments import SftArguments
-from megaswift.checkpoint.layout import TRACKER, candidates, iteration_of
+from megaswift.checkpoint.layout import MANIFEST, TRACKER, candidates, is_megatron_directory, iteration_of
 from megaswift.checkpoint.lock import in_use
-from megaswift.checkpoint.manifest import check_hashes, quick_check, read_manifest
+from megaswift.checkpoint.manifest import (
+    LONGEST_CHAIN,
+    changed_fields,
+    check_hashes,
+    older_links,
+    quick_check,
+    read_manifest,
+    sha256_of,
+)
 from megaswift.errors import DataError, UserError
+from megaswift.hf.folder import read_config
 
 _RUN = re.compile(r"v(\d+)-(\d{8}-\d{6})")
 
@@ -138,6 +147,33 @@ def check_unchanged(args: SftArguments, manifest: dict[str, Any], fingerprint: s
             fix="give the data, template and seed of the run again; or accept rows seen twice or never with --allow_data_change true",
         )
     return differs
+
+
+def check_same_base(named: Path | None, checkpoint: Path, manifest: dict[str, Any]) -> None:
+    """Raise UserError where the weights that a command names are not those that the run began from.
+
+    Args:
+        named: directory of --resume_from_checkpoint or --model_id_or_path; None, or the run itself: nothing to compare.
+        checkpoint: of the run; links in its manifest carry the SHA-256 of its ancestors' manifests.
+    """
+    run_dir = checkpoint.parent
+    if named is None or not named.is_dir() or named.resolve() == run_dir.resolve():
+        return
+    links, differs = older_links(manifest), ""
+    if is_megatron_directory(named):
+        named_ones = {sha256_of(path / MANIFEST) for path in candidates(named) if (path / MANIFEST).is_file()}
+        if not links:
+            differs = f"it began from {dict(manifest.get('source') or {}).get('origin', 'other weights')}"
+        elif len(links) < LONGEST_CHAIN and not named_ones & {link.get("manifest_sha256") for link in links}:
+            differs = f"it began from {(checkpoint / links[-1]['directory']).resolve()}"
+    elif isinstance(manifest.get("config"), dict):
+        differs = "; ".join(changed_fields(manifest["config"], read_config(named)))
+    if differs:
+        raise UserError(
+            f"this run cannot go on with other weights: {differs}.",
+            where=f"{run_dir}; {named}",
+            fix=f"name the run itself, --resume_from_checkpoint {run_dir}; or leave --resume out to begin a new one",
+        )
 
 
 def check_same_model(args: SftArguments, values: dict[str, Any], manifest: dict[str, Any], where: str) -> None:

@@ -82,7 +82,7 @@ def check_signature(directory: Path, trusted: Ed25519PublicKey | None = None) ->
         raise DataError(
             "the signature does not fit manifest.json: one of them was changed.", where=str(path), fix="use another copy"
         ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"the signature cannot be read: {error}", where=str(path), fix="use another copy") from error
     if trusted is not None and public != _raw(trusted):
         raise DataError(

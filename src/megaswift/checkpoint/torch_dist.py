@@ -221,8 +221,8 @@ def write_file(
     `turn` is held while data is made and written, not while the disk is waited for: another file can go on meanwhile.
     """
     storage: dict[Any, Any] = {}
-    with HashedFile(directory / name, cancel, progress) as file:
-        with turn or nullcontext():
+    with HashedFile(directory / name, cancel, progress, expected=sum(chunk.nbytes for chunk in queue)) as file:
+        with turn or nullcontext(), zipped.without_checksums():
             _fill(file, name, queue, objects, storage)
         return name, file.finish(), storage
 
@@ -269,7 +269,7 @@ class Reader:
             found = json.loads((directory / FORMAT_FILE).read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise DataError("this is no torch_dist checkpoint: metadata.json is missing.", where=str(directory)) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError("metadata.json is not JSON.", where=str(directory / FORMAT_FILE)) from error
         if not isinstance(found, dict) or found.get("sharded_backend") != "torch_dist":
             raise DataError("the checkpoint's format is not torch_dist.", where=str(directory / FORMAT_FILE))

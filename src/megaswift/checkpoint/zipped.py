@@ -12,9 +12,12 @@ import mmap
 import pickle
 import struct
 import sys
+import threading
 import types
 import zipfile
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ import torch
 from torch import Tensor
 
 from megaswift.errors import DataError
+from megaswift.hf.output import read_in_background
 
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 _STORAGES = {
@@ -68,17 +72,14 @@ class Mapped:
 
     def release(self, start: int, length: int) -> None:
         """Give back the memory of a range; views of it stay valid and are read again when used."""
-        self._advise("MADV_DONTNEED", start, length)
-
-    def prefetch(self, start: int, length: int) -> None:
-        """Ask the system to read a range in the background."""
-        self._advise("MADV_WILLNEED", start, length)
-
-    def _advise(self, advice: str, start: int, length: int) -> None:
-        option = getattr(mmap, advice, None)
+        option = getattr(mmap, "MADV_DONTNEED", None)
         first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + length) // mmap.PAGESIZE * mmap.PAGESIZE
         if option is not None and last > first:
             self.map.madvise(option, first, last - first)
+
+    def prefetch(self, start: int, length: int) -> None:
+        """Ask the system to read a range in the background."""
+        read_in_background(self.path, start, length)
 
 
 def load(mapped: Mapped, start: int, length: int, where: str) -> Any:
@@ -213,3 +214,28 @@ _KNOWN: dict[tuple[str, str], Any] = {
     ("builtins", "complex"): complex,
     ("builtins", "slice"): slice,
 }
+
+
+_plain_lock, _plain_users = threading.Lock(), [0, True]
+
+
+@contextmanager
+def without_checksums() -> Iterator[None]:
+    """torch.save without the CRC-32 of its records, which costs as much as writing them; the manifest has SHA-256 sums.
+
+    The setting is the process's, so it is put back when the last thread is done.
+    """
+    from torch.serialization import get_crc32_options, set_crc32_options
+
+    with _plain_lock:
+        if _plain_users[0] == 0:
+            _plain_users[1] = get_crc32_options()
+            set_crc32_options(False)
+        _plain_users[0] += 1
+    try:
+        yield
+    finally:
+        with _plain_lock:
+            _plain_users[0] -= 1
+            if _plain_users[0] == 0:
+                set_crc32_options(bool(_plain_users[1]))

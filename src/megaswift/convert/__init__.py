@@ -4,12 +4,12 @@ No model is built and no process group is opened. Memory holds one tensor for ea
 size. Both directions compute the SHA-256 of every Hugging Face tensor, so that the result can be compared with its source.
 """
 
-from megaswift.convert.model import DTYPE_NAMES, DTYPES, Model, check_megatron, checkpoint_key, digest, require_finite
+from megaswift.convert.model import DTYPE_NAMES, DTYPES, FiniteCheck, Model, check_megatron, checkpoint_key, digest
 from megaswift.convert.round_trip import verify_round_trip, verify_written
 from megaswift.convert.to_hf import planned_hf_tensors
 from megaswift.convert.to_megatron import Conversion, hf_to_megatron, megatron_to_megatron
 
 __all__ = [
-    "DTYPES", "DTYPE_NAMES", "Conversion", "Model", "check_megatron", "checkpoint_key", "digest", "hf_to_megatron",
-    "megatron_to_megatron", "planned_hf_tensors", "require_finite", "verify_round_trip", "verify_written",
+    "DTYPES", "DTYPE_NAMES", "Conversion", "FiniteCheck", "Model", "check_megatron", "checkpoint_key", "digest", "hf_to_megatron",
+    "megatron_to_megatron", "planned_hf_tensors", "verify_round_trip", "verify_written",
 ]  # fmt: skip

@@ -120,10 +120,24 @@ def check_megatron(reader: MegatronReader, model: Model) -> None:
             raise DataError(f"{key} has shape {shape}, {expected} expected.", where=str(reader.directory))
 
 
-def require_finite(name: str, value: Tensor) -> None:
-    """Raise DataError for NaN or infinite values."""
-    if nonfinite(value):
-        raise DataError("the tensor has NaN or infinite values.", where=name, fix="use another checkpoint")
+class FiniteCheck:
+    """Refuses NaN and infinite values by the tensor's name; where they are allowed it notes the names in `found`."""
+
+    def __init__(self, allowed: bool = False) -> None:
+        self.allowed = allowed
+        self.found: set[str] = set()
+
+    def __call__(self, name: str, value: Tensor) -> None:
+        """Raises DataError for NaN or infinite values that are not allowed; safe to call from several threads."""
+        if not nonfinite(value):
+            return
+        if not self.allowed:
+            raise DataError(
+                f"tensor {name} has NaN or infinite values.",
+                where=name,
+                fix="use another checkpoint; --allow_nonfinite true converts it as it is",
+            )
+        self.found.add(name)
 
 
 def raw(value: Tensor) -> memoryview:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from megaswift.convert.model import MegatronReader, Model, check_megatron, checkpoint_key, require_finite
+from megaswift.convert.model import FiniteCheck, MegatronReader, Model, check_megatron, checkpoint_key
 from megaswift.families.rules import GateUp, Rule
 from megaswift.hf.shards import PlannedTensor
 
@@ -16,21 +16,29 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
-def planned_hf_tensors(reader: MegatronReader, config: PreTrainedConfig, dtype: torch.dtype) -> list[PlannedTensor]:
+def planned_hf_tensors(
+    reader: MegatronReader, config: PreTrainedConfig, dtype: torch.dtype, finite: FiniteCheck | None = None
+) -> list[PlannedTensor]:
     """Every Hugging Face tensor with the way to get its values, in the order of the computation.
+
+    Args:
+        finite: judges every tensor; default: NaN and infinity are refused.
 
     Parts of one fused tensor are unpacked together and kept only until the last of them was taken.
     """
     model = Model(config)
     check_megatron(reader, model)
-    return [tensor for rule, layer in model.each() for tensor in _Planned(reader, model, rule, layer, dtype).tensors()]
+    check = finite or FiniteCheck()
+    return [tensor for rule, layer in model.each() for tensor in _Planned(reader, model, rule, layer, dtype, check).tensors()]
 
 
 class _Planned:
     """The Hugging Face tensors of one rule and layer."""
 
-    def __init__(self, reader: MegatronReader, model: Model, rule: Rule, layer: int, dtype: torch.dtype) -> None:
-        self.reader, self.model, self.rule, self.layer, self.dtype = reader, model, rule, layer, dtype
+    def __init__(
+        self, reader: MegatronReader, model: Model, rule: Rule, layer: int, dtype: torch.dtype, finite: FiniteCheck
+    ) -> None:
+        self.reader, self.model, self.rule, self.layer, self.dtype, self.finite = reader, model, rule, layer, dtype, finite
         self.shared: dict[int, Tensor] = {}
 
     def tensors(self) -> list[PlannedTensor]:
@@ -50,7 +58,7 @@ class _Planned:
                 self.shared.update(enumerate(self.model.read_hf(self.reader, self.rule, self.layer)))
             value = self.shared.pop(number)
         value = value.to(self.dtype).contiguous()
-        require_finite(name, value)
+        self.finite(name, value)
         return value
 
     def _prepare(self) -> None:

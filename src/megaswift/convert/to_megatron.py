@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megaswift.checkpoint import torch_dist
 from megaswift.checkpoint.torch_dist import Chunk
-from megaswift.convert.model import DTYPES, MegatronReader, Model, check_megatron, checkpoint_key, digest, raw, require_finite
+from megaswift.convert.model import DTYPES, FiniteCheck, MegatronReader, Model, check_megatron, checkpoint_key, digest, raw
 from megaswift.families.rules import Copy, GateUp, Rule
 from megaswift.hf.names import check_source
 
@@ -34,23 +34,32 @@ class Conversion:
     tensors: dict[str, str] = field(default_factory=dict)  # Hugging Face name -> SHA-256 of its values as written
     parameters: int = 0
     dtype: str = ""
+    nonfinite: set[str] = field(default_factory=set)  # tensors with NaN or infinite values, where these were allowed
 
 
 def hf_to_megatron(
-    source: HFCheckpoint, config: PreTrainedConfig, directory: Path, dtype: str, threads: int = 2, work: Workspace | None = None
+    source: HFCheckpoint,
+    config: PreTrainedConfig,
+    directory: Path,
+    dtype: str,
+    threads: int = 2,
+    work: Workspace | None = None,
+    allow_nonfinite: bool = False,
 ) -> Conversion:
     """Write the weights of a Hugging Face folder as a torch_dist checkpoint.
 
     Args:
         directory: empty, but for files that `work` knows as complete.
         dtype: fp32, bf16 or fp16; values are cast on the way.
+        allow_nonfinite: note tensors with NaN or infinite values in the result and go on.
 
     Raises DataError for a missing, extra or misshapen tensor, and for NaN or infinite weights.
     """
     check_source(source, config)
     model = Model(config)
-    result = Conversion(dtype=dtype)
-    cut = _FromFolder(source, model, DTYPES[dtype], result.tensors)
+    finite = FiniteCheck(allow_nonfinite)
+    result = Conversion(dtype=dtype, nonfinite=finite.found)
+    cut = _FromFolder(source, model, DTYPES[dtype], result.tensors, finite)
     groups = [(cut.position(rule, layer), cut.chunks(rule, layer)) for rule, layer in model.each()]
     groups.sort(key=lambda group: group[0])  # reading follows the source files
     return _write(model, [chunk for _, group in groups for chunk in group], directory, threads, work, result)
@@ -63,16 +72,18 @@ def megatron_to_megatron(
     dtype: str,
     threads: int = 2,
     work: Workspace | None = None,
+    allow_nonfinite: bool = False,
 ) -> Conversion:
     """Write the weights of a Megatron checkpoint of any layout that has a reader as a torch_dist checkpoint."""
     model = Model(config)
     check_megatron(reader, model)
-    result = Conversion(dtype=dtype)
+    finite = FiniteCheck(allow_nonfinite)
+    result = Conversion(dtype=dtype, nonfinite=finite.found)
     chunks = []
     for rule, layer in model.each():
         lead, lead_shape = _lead(model, rule, layer)
         shape = rule.megatron_shape(model.sizes)
-        produce = _reread(reader, model, rule, layer, DTYPES[dtype], result.tensors)
+        produce = _reread(reader, model, rule, layer, DTYPES[dtype], result.tensors, finite)
         names = tuple(model.names(rule, layer))
         offset, size = (*lead, *(0 for _ in shape)), (*lead_shape, *shape)
         chunks.append(Chunk(checkpoint_key(rule), model.global_shape(rule), offset, size, DTYPES[dtype], produce, names))
@@ -80,12 +91,12 @@ def megatron_to_megatron(
 
 
 def _reread(
-    reader: MegatronReader, model: Model, rule: Rule, layer: int, dtype: torch.dtype, notes: dict[str, str]
+    reader: MegatronReader, model: Model, rule: Rule, layer: int, dtype: torch.dtype, notes: dict[str, str], finite: FiniteCheck
 ) -> Callable[[], Tensor]:  # fmt: skip
     def produce() -> Tensor:
         parts = [part.to(dtype) for part in model.read_hf(reader, rule, layer)]
         for name, part in zip(model.names(rule, layer), parts):
-            require_finite(name, part)
+            finite(name, part)
             notes[name] = digest(part)
         return rule.pack(parts, model.sizes)
 
@@ -115,6 +126,7 @@ class _FromFolder:
     model: Model
     dtype: torch.dtype
     notes: dict[str, str]
+    finite: FiniteCheck
 
     def position(self, rule: Rule, layer: int) -> tuple[str, int]:
         """Where the first of a rule's tensors lies."""
@@ -136,7 +148,7 @@ class _FromFolder:
     def _packed(self, rule: Rule, names: list[str]) -> Tensor:
         parts = [self.source.tensor(name).to(self.dtype) for name in names]
         for name, part in zip(names, parts):
-            require_finite(name, part)
+            self.finite(name, part)
             self.notes[name] = digest(part)
         return rule.pack(parts, self.model.sizes)
 
@@ -148,7 +160,7 @@ class _FromFolder:
 
         def produce(start: int, stop: int) -> Tensor:
             part = self.source.tensor(name)[start:stop].to(self.dtype).contiguous()
-            require_finite(name, part)
+            self.finite(name, part)
             running.update(raw(part))
             if stop == count:
                 self.notes[name] = running.hexdigest()

@@ -18,7 +18,7 @@ from megaswift.data.resolve import Dataset
 from megaswift.data.sampling import sample_validation, split_and_sample
 from megaswift.data.store import RowWriter
 from megaswift.data.workers import Workers
-from megaswift.errors import DataError
+from megaswift.errors import DataError, UserError
 from megaswift.terminal import LiveLine
 
 T = TypeVar("T")
@@ -40,6 +40,7 @@ class Build:
     def __init__(self, args: DataArguments, recipes: dict[int, Recipe], report: DataReport, workers: Workers) -> None:
         self.args, self.recipes, self.report, self.workers = args, recipes, report, workers
         self.seed = args.seed if args.dataset_seed is None else args.dataset_seed
+        self.columns: set[str] = set()  # those of --columns that some row has
 
     def run(self, directory: Path, train: list[Dataset], val: list[Dataset], packing: bool, stream_rows: int | None) -> None:
         """Write directory/train and directory/val. Raises DataError when no usable row is left."""
@@ -64,6 +65,7 @@ class Build:
             chosen = sample_validation(len(usable), dataset.spec.count, self.seed, dataset.spec.text)
             entry.val = len(chosen)
             orders["val"].append(self._encode(dataset, entry, usable, chosen, writers["val"]))
+        self._require_columns()
         self._finish(writers, orders, packing)
 
     def _entry(self, dataset: Dataset) -> DatasetReport:
@@ -98,7 +100,8 @@ class Build:
         entry.rows = len(source)
         good = np.ones(len(source), bool)
         checked = self.workers.check(source, recipe, CHUNK)
-        for first, (bad, shapes) in self._watch(checked, f"reading {entry.item}", len(source)):
+        for first, (bad, shapes, found) in self._watch(checked, f"reading {entry.item}", len(source)):
+            self.columns |= found
             for number, error in bad.items():
                 good[first + number] = False
                 self._drop(entry, partial(source.where, first + number), error)
@@ -132,6 +135,7 @@ class Build:
     def _add(self, entry: DatasetReport, encoding: Encoding, writer: RowWriter, source: Any, rows: np.ndarray) -> None:
         """Write the samples of these rows of a source, and count the rows that gave none."""
         writer.add(encoding.ids, encoding.kept, encoding.sizes)
+        self.columns |= encoding.found
         entry.unsupervised_turns += encoding.unsupervised
         for number, error in encoding.bad.items():
             self._drop(entry, partial(source.where, int(rows[number])), error)
@@ -173,6 +177,17 @@ class Build:
         if not report.train_rows:
             for entry in report.datasets:
                 self._require_some(entry, entry.samples)
+
+    def _require_columns(self) -> None:
+        """Raise UserError for a column of --columns that no row of any dataset has: a slip would change what rows mean."""
+        asked = frozenset[str]().union(*(recipe.asked for recipe in self.recipes.values()))
+        if missing := sorted(asked - self.columns):
+            shapes = ", ".join(sorted({shape for entry in self.report.datasets for shape in entry.shapes}))
+            raise UserError(
+                f"no row has the column {', '.join(map(repr, missing))}; rows were read as: {shapes}.",
+                where="--columns",
+                fix="write the names as they stand in the data",
+            )
 
     def _drop(self, entry: DatasetReport, place: Callable[[], str], error: BadRow) -> None:
         if self.args.strict:

@@ -92,11 +92,11 @@ def prepare(
 
 def recipe_of(dataset: Dataset, args: DataArguments) -> Recipe:
     """How the rows of a dataset are read under these options. Raises UserError for wrong --columns or missing names."""
-    columns = dict(dataset.columns)
+    columns, asked = dict(dataset.columns), frozenset[str]()
     if args.columns:
         try:
             own = json.loads(args.columns)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(
                 f"not valid JSON: {error}.", where="--columns", fix='--columns \'{"prompt_text": "query"}\''
             ) from error
@@ -105,8 +105,9 @@ def recipe_of(dataset: Dataset, args: DataArguments) -> Recipe:
                 "expected an object from column to name.", where="--columns", fix='--columns \'{"prompt_text": "query"}\''
             )
         columns |= own
+        asked = frozenset(own)
     names = (_pair(args.model_name, "model_name"), _pair(args.model_author, "model_author")) if dataset.self_cognition else None
-    return Recipe(columns, dataset.converter, names)
+    return Recipe(columns, asked, dataset.converter, names)
 
 
 def _check(args: DataArguments, packing: bool) -> None:

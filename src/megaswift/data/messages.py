@@ -90,7 +90,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise BadRow("wrong type", f"{where}: arguments of {function['name']} are no JSON") from None
     return {"name": function["name"], "arguments": {} if arguments is None else arguments}
 
@@ -130,8 +130,8 @@ def _result_text(content: Any, where: str) -> str:
 
 
 def _loss(item: dict[str, Any], role: str, where: str) -> bool:
-    """`loss` (ours, ms-swift's), `weight` (OpenAI's) or `train` (Axolotl's): 0 or 1."""
-    for name in ("loss", "weight", "train"):
+    """`loss` and `loss_scale` (ms-swift's), `weight` (OpenAI's) or `train` (Axolotl's): 0 or 1."""
+    for name in ("loss", "loss_scale", "weight", "train"):
         value = item.get(name)
         if value is None:
             continue

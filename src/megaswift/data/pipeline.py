@@ -27,11 +27,13 @@ class Recipe:
 
     Attributes:
         columns: column -> name under which it is read; "-" drops it.
+        asked: those of --columns, each of which some row must have.
         converter: name of a row function, or None.
         names: {{NAME}} and {{AUTHOR}} as (Chinese, English) pairs; None for data that is not self-cognition.
     """
 
     columns: dict[str, str] = field(default_factory=dict)
+    asked: frozenset[str] = frozenset()
     converter: str | None = None
     names: tuple[tuple[str, str], tuple[str, str]] | None = None
 
@@ -48,6 +50,7 @@ class Encoding:
         long: row number -> tokens it had, for rows above max_length.
         shapes: shape -> rows.
         unsupervised: assistant turns without loss because the template leaves out their thoughts.
+        found: columns of the recipe that some row had.
     """
 
     ids: np.ndarray
@@ -58,6 +61,10 @@ class Encoding:
     long: dict[int, int]
     shapes: Counter[str]
     unsupervised: int = 0
+    found: frozenset[str] = frozenset()
+
+
+Checked = tuple[dict[int, BadRow], Counter[str], frozenset[str]]  # see Pipeline.check
 
 
 class Pipeline:
@@ -66,11 +73,13 @@ class Pipeline:
     def __init__(self, template: ChatTemplate, max_length: int, truncation: str) -> None:
         self.template, self.max_length, self.truncation = template, max_length, truncation
 
-    def conversation(self, raw: Raw, recipe: Recipe, *, answered: bool = True) -> Conversation:
-        """One row as a conversation. Raises BadRow."""
+    def conversation(self, raw: Raw, recipe: Recipe, *, answered: bool = True, found: set[str] | None = None) -> Conversation:
+        """One row as a conversation; adds the recipe's columns that it has to `found`. Raises BadRow."""
         row = decode(raw)
         for source, target in recipe.columns.items():
             if source in row:
+                if found is not None:
+                    found.add(source)
                 row = {key: value for key, value in row.items() if key not in (source, target)} | (
                     {} if target == "-" else {target: row[source]}
                 )
@@ -80,24 +89,24 @@ class Pipeline:
             row = _fill_in(row, recipe.names)
         return to_conversation(row, answered=answered)
 
-    def check(self, raws: list[Raw], recipe: Recipe) -> tuple[dict[int, BadRow], Counter[str]]:
-        """Rows that cannot be used, by number; and how many rows had each shape."""
-        bad, shapes = {}, Counter[str]()
+    def check(self, raws: list[Raw], recipe: Recipe) -> Checked:
+        """Rows that cannot be used, by number; how many rows had each shape; and which of the recipe's columns are there."""
+        bad, shapes, found = {}, Counter[str](), set[str]()
         for number, raw in enumerate(raws):
             try:
-                shapes[self.conversation(raw, recipe).shape] += 1
+                shapes[self.conversation(raw, recipe, found=found).shape] += 1
             except BadRow as error:
                 bad[number] = error
-        return bad, shapes
+        return bad, shapes, frozenset(found)
 
     def encode(self, raws: list[Raw], recipe: Recipe) -> Encoding:
         """Samples of these rows."""
         conversations: list[Conversation] = []
         numbers, bad, long, unsupervised = [], {}, {}, 0
-        shapes = Counter[str]()
+        shapes, found = Counter[str](), set[str]()
         for number, raw in enumerate(raws):
             try:
-                conversation = self.conversation(raw, recipe)
+                conversation = self.conversation(raw, recipe, found=found)
                 shapes[conversation.shape] += 1
                 if self._surely_long(conversation):
                     long[number] = -1
@@ -124,7 +133,8 @@ class Pipeline:
             parts.extend(pieces)
         ids = np.concatenate([part.ids for part in parts]) if parts else np.zeros(0, np.int32)
         kept = np.concatenate([part.kept for part in parts]) if parts else np.zeros(0, bool)
-        return Encoding(ids, kept, [len(part.ids) for part in parts], counts, bad, long, shapes, unsupervised)
+        sizes = [len(part.ids) for part in parts]
+        return Encoding(ids, kept, sizes, counts, bad, long, shapes, unsupervised, frozenset(found))
 
     def _cut(self, item: Encoded) -> list[Encoded]:
         size = self.max_length

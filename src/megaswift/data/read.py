@@ -1,4 +1,4 @@
-"""Files and folders as numbered raw rows: jsonl, json, csv, tsv, txt, parquet, arrow, and gz of the text ones.
+"""Files and folders as numbered raw rows: jsonl, json, csv, tsv, txt, parquet, arrow, and gz of these.
 
 A source answers `len`, `raw(i)` and `where(i)` without holding parsed rows, so a file of a million rows costs its size
 in the page cache and 16 bytes a row. `decode` turns a raw row into a dict; it is separate so that another process can
@@ -14,7 +14,7 @@ import re
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -60,12 +60,10 @@ def open_path(path: Path, subsets: tuple[str, ...] = ()) -> Source:
         raise DataError(
             f"files of type {suffix or 'none'!r} cannot be read.",
             where=str(path),
-            fix=f"use one of {' '.join(SUFFIXES)}, or .gz of a text one",
+            fix=f"use one of {' '.join(SUFFIXES)}, or .gz of one",
         )
-    if suffix == ".parquet":
-        return tables.ParquetRows(path)
-    if suffix == ".arrow":
-        return tables.arrow_rows(path)
+    if suffix in (".parquet", ".arrow"):
+        return _open_table(path, tables.ParquetRows if suffix == ".parquet" else tables.arrow_rows, packed)
     data = _bytes_of(path, packed)
     start = 3 if data[:3] == BOM else 0
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
@@ -144,6 +142,19 @@ def _bytes_of(path: Path, packed: bool) -> Any:
         raise DataError(f"cannot read the file: {error}.", where=str(path)) from error
 
 
+def _open_table(path: Path, kind: Callable[[Path, Path], Source], packed: bool) -> Source:
+    """A table file; a packed one is unpacked into a file that lives as long as its map."""
+    if not packed:
+        return kind(path, path)
+    try:
+        with tempfile.NamedTemporaryFile() as unpacked, gzip.open(path, "rb") as source:
+            shutil.copyfileobj(source, unpacked, 1 << 20)
+            unpacked.flush()
+            return kind(Path(unpacked.name), path)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"cannot read the file: {error}.", where=str(path)) from error
+
+
 def _mapped(handle: IO[bytes]) -> Any:
     """The whole file as a read-only map, which outlives the handle."""
     handle.seek(0, 2)
@@ -176,11 +187,11 @@ def _wrapped_list(data: Any, start: int) -> list[Any] | None:
         json.loads(data[start : newline if newline > 0 else len(data)])
         if newline > 0 and data[newline:].strip():
             return None
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     try:
         value = json.loads(data[start:])
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     lists = [item for item in value.values() if isinstance(item, list) and item and isinstance(item[0], dict)]
     if len(lists) == 1 and not {"messages", "conversations", "conversation"} & set(value):

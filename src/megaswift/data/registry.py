@@ -61,7 +61,7 @@ def entries(custom: str | None) -> dict[str, Entry]:
             raise UserError(f"cannot read the file of datasets: {error}.", where=f"--custom_dataset_info {custom}") from error
     try:
         table = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"not valid JSON: {error}.", where="--custom_dataset_info") from error
     if isinstance(table, list):  # ms-swift's newer form: a list of entries, named by dataset_name or their id
         table = {

@@ -138,7 +138,7 @@ def _history(row: dict[str, Any]) -> list[Message]:
 def _literal(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     try:
         return ast.literal_eval(text)
@@ -154,7 +154,7 @@ def _unpack_json_columns(row: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, str):
             try:
                 row[name] = json.loads(value)
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise BadRow("wrong type", f"{name} is text that is no JSON") from None
     return row
 

@@ -91,8 +91,8 @@ class TableRows:
         return f"{self.name}: row {index + 1}"
 
 
-def arrow_rows(path: Path) -> TableRows:
-    """An Arrow file as `datasets` writes it (stream form) or the file form; memory-mapped."""
+def arrow_rows(path: Path, shown: Path) -> TableRows:
+    """An Arrow file as `datasets` writes it (stream form) or the file form; memory-mapped. Messages name `shown`."""
     import pyarrow as pa
 
     try:
@@ -101,22 +101,22 @@ def arrow_rows(path: Path) -> TableRows:
         except pa.ArrowInvalid:
             table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise DataError(f"not a readable Arrow file: {error}.", where=str(path)) from error
-    return TableRows(path.name, table)
+        raise DataError(f"not a readable Arrow file: {error}.", where=str(shown)) from error
+    return TableRows(shown.name, table)
 
 
 class ParquetRows:
-    """A Parquet file; one row group is in memory at a time."""
+    """A Parquet file; one row group is in memory at a time. Messages name `shown`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, shown: Path) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        self.path = path
+        self.path = shown
         try:
             self.file = pq.ParquetFile(path, memory_map=True)
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise DataError(f"not a readable Parquet file: {error}.", where=str(path)) from error
+            raise DataError(f"not a readable Parquet file: {error}.", where=str(shown)) from error
         meta = self.file.metadata
         self.bounds = np.cumsum([0] + [meta.row_group(k).num_rows for k in range(meta.num_row_groups)])
         self.group, self.rows = -1, TableRows("", None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -14,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from megaswift.data.conversation import BadRow
-from megaswift.data.pipeline import Encoding, Pipeline, Recipe
+from megaswift.data.pipeline import Checked, Encoding, Pipeline, Recipe
 from megaswift.data.tables import Raw, Source
 from megaswift.errors import UserError
 
@@ -48,8 +46,8 @@ class Workers:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool, _pipeline = None, None
 
-    def check(self, source: Source, recipe: Recipe, size: int) -> Iterator[tuple[int, tuple[dict[int, BadRow], Counter[str]]]]:
-        """(first row, (bad rows, shapes)) of each chunk of all rows."""
+    def check(self, source: Source, recipe: Recipe, size: int) -> Iterator[tuple[int, Checked]]:
+        """(first row, what Pipeline.check found) of each chunk of all rows."""
         return self._map("check", source, np.arange(len(source)), recipe, size)
 
     def encode(self, source: Source, rows: np.ndarray, recipe: Recipe, size: int) -> Iterator[tuple[int, Encoding]]:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 _DTYPE_NAMES = {
@@ -62,6 +63,17 @@ def _type_name(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any)
 _TENSOR_TYPE = torch.Tensor.type
 
 
+def _unless_alone(collective: Any) -> Any:
+    """A collective on a view of its own result: with one rank in the group there is nothing to do."""
+
+    def call(output: torch.Tensor, source: torch.Tensor, *, group: Any, async_op: bool = False, **options: Any) -> Any:
+        if dist.get_world_size(group) == 1 and not async_op:
+            return None
+        return collective(output, source, group=group, async_op=async_op, **options)
+
+    return call
+
+
 @contextlib.contextmanager
 def cpu_engine() -> Iterator[None]:
     """Run Megatron-Core on the CPU inside this context; everything is put back at its end."""
@@ -87,9 +99,14 @@ def cpu_engine() -> Iterator[None]:
         (torch.Tensor, "cuda", lambda self, *args, **kwargs: self),
         (torch.Tensor, "type", _type_name),
     ]
+    import megatron.core.distributed.param_and_grad_buffer as buffers
     import megatron.core.tensor_parallel.random as megatron_random
 
     replacements.append((megatron_random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state)))
+    # The distributed optimizer's reduction and gathering: of one rank gloo copies all gradients, and all weights, twice,
+    # into memory that it asks for anew in every step. NCCL does nothing then.
+    for name in ("dist_reduce_scatter_func", "dist_all_gather_func"):
+        replacements.append((buffers, name, _unless_alone(getattr(buffers, name))))
     saved = [(owner, name, getattr(owner, name)) for owner, name, _ in replacements]
     for owner, name, value in replacements:
         setattr(owner, name, value)

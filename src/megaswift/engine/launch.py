@@ -248,7 +248,7 @@ def report_from_rank(work: Callable[[], None]) -> int:
         report(error)
         return int(error.exit_code)
     except Exception as error:
-        known = _out_of_memory(error) or _connection_lost(error)
+        known = out_of_memory(error) or _connection_lost(error)
         if known is not None:
             report(known, second=isinstance(known, RankLostError))
             return int(known.exit_code)
@@ -292,13 +292,19 @@ def _connection_lost(error: Exception) -> RankLostError | None:
     )
 
 
-def _out_of_memory(error: Exception) -> UserError | None:
+def out_of_memory(error: Exception) -> UserError | None:
+    """The user's way out of a failed allocation, on the device or on the host; None for another error."""
     import torch
 
-    if not isinstance(error, torch.OutOfMemoryError):
+    first = (str(error) or type(error).__name__).splitlines()[0]
+    if isinstance(error, torch.OutOfMemoryError):
+        what = f"the GPU is out of memory: {first}"
+    elif isinstance(error, MemoryError) or "DefaultCPUAllocator" in first:
+        what = f"this machine is out of memory: {first}"
+    else:
         return None
     return UserError(
-        f"the GPU is out of memory: {str(error).splitlines()[0]}",
+        what,
         where=f"rank {os.environ.get('RANK', '0')}",
         fix="use a smaller --batch_size or --max_length, --gradient_checkpointing true, or more --tp / --pp",
     )

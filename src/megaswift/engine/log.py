@@ -75,6 +75,16 @@ class RunLog:
                 keep=True,
             )
 
+    def determinism(self, step: int, with_it: float, without: float) -> None:
+        """What deterministic operations cost: milliseconds of one micro batch's forward and backward pass, with and without."""
+        if self.active:
+            row = {"deterministic_ms": round(with_it, 3), "not_deterministic_ms": round(without, 3)}
+            self._write(row | {"global_step/max_steps": f"{step}/{self.plan.train_iters}"})
+            self.note(
+                f"deterministic operations: {with_it:.1f} ms for a micro batch's forward and backward pass, {without:.1f} ms "
+                f"without them, so they cost {100.0 * (with_it / without - 1.0):+.0f} %"
+            )
+
     def note(self, text: str) -> None:
         """A line that stays in the terminal."""
         if self.active:
@@ -104,6 +114,7 @@ class RunLog:
             "global_step/max_steps": f"{step}/{self.plan.train_iters}",
             "tokens_per_second": round(sum(result.tokens for result in results) / sum(times), 1),
             "supervised_tokens_per_second": round(supervised / sum(times), 1),
+            **({} if results[-1].loss_scale is None else {"loss_scale": results[-1].loss_scale}),
             "skipped_steps": sum(result.skipped or result.nonfinite or result.spike for result in results),
             "memory_gb": round(memory_gb(self.on_gpu), 2),
             "elapsed_s": round(elapsed, 1),

@@ -28,6 +28,8 @@ from megaswift.checkpoint.save import Saving
 from megaswift.data.batches import Batches, EvalBatches, MicroBatch, prefetch
 from megaswift.data.store import TokenRows
 from megaswift.engine import launch, ranks
+from megaswift.engine.determinism import deterministic, measure_cost
+from megaswift.engine.hf_copies import HFCopies
 from megaswift.engine.log import RunLog
 from megaswift.engine.signals import StopSignals
 from megaswift.engine.spikes import NormHistory
@@ -63,18 +65,24 @@ class Job:
 def run(job: Job) -> None:
     """Train as the job says, as one rank. Raises MegaswiftError; all ranks raise alike."""
     plan, args = job.plan, SftArguments(**job.options)
-    if args.deterministic:
-        torch.use_deterministic_algorithms(True, warn_only=False)
     # The watchdog ends a rank that stands still, and leaves its stacks; the limit of the process groups is only the last resort.
     patience = max(args.start_timeout, args.step_timeout) + 60
-    with StopSignals(launch.stop_file()) as stop, ranks.joined(plan.tp, plan.pp, args.seed, start_timeout_s=patience) as rank:
+    with (
+        StopSignals(launch.stop_file()) as stop,
+        deterministic(args.deterministic),
+        ranks.joined(plan.tp, plan.pp, args.seed, start_timeout_s=patience) as rank,
+    ):
         run_dir = _agreed_run_dir(plan)
         with Watchdog(run_dir, rank.rank, args.start_timeout, args.step_timeout) as watchdog:
             trainer, extra = _restored(job, args)
             train, validation = _batches(job, args, rank)
             log = RunLog(run_dir, plan, rank.is_first, rank.on_gpu, job.first_step)
             try:
-                Training(job, args, rank, trainer, train, validation, run_dir, log, stop, watchdog, extra).run()
+                training = Training(job, args, rank, trainer, train, validation, run_dir, log, stop, watchdog, extra)
+                try:
+                    training.run()
+                finally:
+                    training.copies.stop()
             finally:
                 log.close()
                 trainer.close()
@@ -111,6 +119,7 @@ class Training:
         self.eval_loss: tuple[int, float] | None = None  # step and loss of the last evaluation
         self.norms = NormHistory(args.skip_spikes, extra.get("norms", ()))
         self.skipped = int(extra.get("skipped", 0))
+        self.copies = HFCopies(run_dir, active=args.save_safetensors and rank.is_first)
 
     def run(self) -> None:
         """Raises NonFiniteError, Stopped or DataError, on all ranks alike."""
@@ -119,6 +128,8 @@ class Training:
         if self._agree()[0]:
             self._stopped(first)
         self.watchdog.long("the first step")  # kernels are compiled in it
+        if self.args.deterministic:
+            self.log.determinism(first, *measure_cost(self.trainer, _move(self.train.step(first), self.rank.device)))
         started = time.perf_counter()
         for place, micro_batches in prefetch(self.train, first, last, self.args.dataloader_num_workers):
             step = place + 1
@@ -168,7 +179,11 @@ class Training:
     def _judge(self, step: int, result: Any) -> None:
         """Count a step that made no update because of its numbers, or stop the run for it; note which rows it saw."""
         if not (result.nonfinite or result.spike):
-            if result.grad_norm is not None:
+            if result.skipped:
+                self.log.note(
+                    f"step {step}/{self.plan.train_iters}  gradients overflowed in fp16: no update; the loss scale is now {result.loss_scale:g}"
+                )
+            elif result.grad_norm is not None:
                 self.norms.add(result.grad_norm)
             return
         path = self.run_dir / f"{'nonfinite' if result.nonfinite else 'spike'}_step_{step}.json"
@@ -257,6 +272,9 @@ class Training:
         target = saving.finish()
         problem: list[str] = [""]
         if self.rank.is_first:
+            copied = self.copies.wait()  # before its checkpoint may be deleted
+            if copied:
+                self.log.note(copied)
             try:
                 delete_beyond(self.run_dir, self.args.save_total_limit)
             except OSError as error:
@@ -269,6 +287,8 @@ class Training:
         ended = time.perf_counter()
         self.waited += ended - begun
         self.log.saved(saving.iteration, target, ended - self.began, self.waited)
+        if saving.iteration < self.plan.train_iters:  # the last one is made, and proven, when the ranks are gone
+            self.copies.begin(saving.iteration)
         self.watchdog.beat(f"step {saving.iteration + 1}")
 
 

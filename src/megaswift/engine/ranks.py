@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megaswift.engine import compat
+from megaswift.engine import compat, host_memory
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ def joined(tp: int, pp: int, seed: int, sequence_parallel: bool = False, start_t
     with contextlib.ExitStack() as stack:
         if not on_gpu:
             stack.enter_context(compat.cpu_engine())
+            stack.enter_context(host_memory.kept())
         if world == 1 and "MASTER_ADDR" not in os.environ:
             store = dist.HashStore()
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one process needs no network

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from megaswift.data.batches import MicroBatch
     from megaswift.plan import Plan
 
+# fp16: losses are sums over tokens, so the usual 2^16 and 1 for means over some 256 tokens are 2^8 and 2^-8 here.
+INITIAL_LOSS_SCALE, MIN_LOSS_SCALE = 2.0**8, 2.0**-8
+
 
 @dataclass
 class StepResult:
@@ -38,8 +41,9 @@ class StepResult:
     learning_rate: float
     supervised: int  # tokens with loss in the global batch
     tokens: int = 0  # all its tokens, padding left out
-    skipped: bool = False  # fp16 only: gradients overflowed, the loss scale was lowered, no update
-    nonfinite: bool = False  # loss or gradient norm is NaN or infinite; no update
+    skipped: bool = False  # fp16 only: gradients overflowed, no update
+    loss_scale: float | None = None  # fp16 only: what the next step's loss is multiplied by
+    nonfinite: bool = False  # loss or gradient norm is NaN or infinite, and in fp16 no lower loss scale can help; no update
     spike: bool = False  # the gradient norm is beyond Trainer.norm_limit; no update
 
 
@@ -60,9 +64,11 @@ class Trainer:
         )
         options = optimizer_config(plan)
         optimizer = get_megatron_optimizer(options, [self.model], get_standard_config_overrides(options))
+        self.optimizer = fuse_optimizer(
+            optimizer, plan.moments
+        )  # as it was under fp16, whose loss scaler needs Megatron's step
         for chained in optimizer.chained_optimizers:
             chained.optimizer.allocate()
-        self.optimizer = fuse_optimizer(optimizer)  # as it was under fp16, whose loss scaler needs Megatron's own step
         self.fused = isinstance(self.optimizer, FusedOptimizer)
         self.scheduler = schedule(self.optimizer, plan)
         config.grad_scale_func = self.optimizer.scale_loss
@@ -108,15 +114,16 @@ class Trainer:
         """One step of schedule and optimizer with the gradients at hand, unless something is not finite or a spike."""
         self.scheduler.step(increment=1)  # before the update: step k of n uses the rate of step k, so the last one uses min_lr
         rate = max(group["lr"] for group in self.optimizer.param_groups)
-        skipped = self.optimizer.prepare_grads()  # fp16: gradients overflowed; the loss scaler has lowered the scale
+        before = self._loss_scale()
+        skipped = self.optimizer.prepare_grads()  # fp16: gradients of a rank overflowed; all ranks have agreed on it
         mean = sums[0] / sums[1].clamp_min(1)
         if skipped:
-            return StepResult(float(mean), None, rate, int(sums[1]), skipped=True)
+            return self._overflowed(float(mean), rate, int(sums[1]), before)
         norm = torch.as_tensor(self.optimizer.get_grad_norm(), dtype=torch.float64, device=sums.device)
         if self.fused:  # the device decides whether the update happens; the host only reads it afterwards
             self.optimizer.update(torch.where(mean.isfinite(), norm, math.nan).float(), limit=self.norm_limit)
         loss, supervised, grad_norm = torch.stack((mean, sums[1], norm)).tolist()
-        result = StepResult(loss, grad_norm, rate, int(supervised))
+        result = StepResult(loss, grad_norm, rate, int(supervised), loss_scale=self._loss_scale())
         result.nonfinite = not _all_finite(loss, grad_norm)
         result.spike = not result.nonfinite and grad_norm > self.norm_limit
         if self.fused:
@@ -125,6 +132,18 @@ class Trainer:
         elif not (result.nonfinite or result.spike):
             self._clip(grad_norm)
             self.optimizer.step_with_ready_grads()
+        return result
+
+    def _loss_scale(self) -> float | None:
+        """What fp16 losses are multiplied by, so that small gradients do not vanish; None in other precisions."""
+        return float(self.optimizer.get_loss_scale()) if self.bare_model.config.fp16 else None
+
+    def _overflowed(self, loss: float, rate: float, supervised: int, scale: float | None) -> StepResult:
+        """A step without update. The scaler lowers its scale after two such steps; at its floor that cannot help any more."""
+        result = StepResult(loss, None, rate, supervised, skipped=True, loss_scale=self._loss_scale())
+        hopeless = scale is None or scale <= MIN_LOSS_SCALE
+        if hopeless or not _all_finite(loss, 0.0):
+            result.nonfinite, result.grad_norm = True, math.inf
         return result
 
     def _clip(self, grad_norm: float) -> None:
@@ -224,8 +243,8 @@ def optimizer_config(plan: Plan) -> OptimizerConfig:
         **{name: table[name] for name in names},
         params_dtype=TORCH_DTYPES[plan.dtype],
         use_distributed_optimizer=True,
-        # fp16: losses are sums over tokens, so the usual 2^16 for means over some 256 tokens is 2^8 here.
-        initial_loss_scale=2.0**8,
+        initial_loss_scale=INITIAL_LOSS_SCALE,
+        min_loss_scale=MIN_LOSS_SCALE,
     )
 
 

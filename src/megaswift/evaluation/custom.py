@@ -20,7 +20,7 @@ def read_config(path: str) -> list[dict[str, Any]]:
     """
     try:
         entries = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read the configuration: {error}", where="--custom_eval_config") from error
     if not isinstance(entries, list) or not entries:
         raise UserError("the configuration must hold a list of benchmarks.", where=path, fix='for example [{"name": ...}]')

@@ -97,7 +97,7 @@ def json_rows(member: Member) -> Iterator[tuple[str, dict[str, Any]]]:
         where = f"{member.where}:{number}"
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"the line is not JSON: {error}.", where=where, fix="mend the line") from error
         if not isinstance(row, dict):
             raise DataError("the line is no JSON object.", where=where, fix="mend the line")

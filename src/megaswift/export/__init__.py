@@ -31,6 +31,12 @@ def export_main(args: ExportArguments | list[str]) -> Path:
             where="swift export",
             fix="--to_megatron true makes Megatron weights, --to_hf true makes a Hugging Face model",
         )
+    if args.allow_nonfinite and args.resume:
+        raise UserError(
+            "--resume true keeps files without reading them, so --allow_nonfinite true could not say what is in them.",
+            where="--allow_nonfinite, --resume",
+            fix="leave --resume out",
+        )
     if args.sign:
         from megaswift.checkpoint.sign import load_private_key
 

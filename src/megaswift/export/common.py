@@ -71,10 +71,20 @@ def report(parameters: int, tensors: int, size: int, seconds: float, resumed: li
         say(f"  resumed: {len(resumed)} files of an interrupted conversion were complete and are kept")
 
 
+def report_nonfinite(names: set[str]) -> None:
+    """Say which tensors have NaN or infinite values, where --allow_nonfinite true let them pass."""
+    if names:
+        shown = ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        say(f"  [yellow]NaN or infinite values (--allow_nonfinite true): {shown}. Logits cannot be compared.[/yellow]")
+
+
 def report_proof(proof: dict[str, Any] | None) -> None:
     """The proof as a table, or one line that says there is none."""
     if proof is None:
         say("  [yellow]not verified (--verify false)[/yellow]")
+        return
+    if "logits" not in proof:
+        say(f"  round trip: {proof['round_trip_tensors']} tensors equal, bit for bit")
         return
     from megaswift.proof.page import print_proof
 

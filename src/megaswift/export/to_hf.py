@@ -13,7 +13,18 @@ from megaswift.args_file import LAYOUT_OPTIONS, MODEL_OPTIONS, SFT_ARGS, args_fi
 from megaswift.arguments import ExportArguments
 from megaswift.checkpoint import classic, layout
 from megaswift.errors import DataError, UserError
-from megaswift.export.common import THREADS, parse_size, replacing, report, report_proof, require_free_name, shown, sign
+from megaswift.export.common import (
+    THREADS,
+    parse_size,
+    replacing,
+    report,
+    report_nonfinite,
+    report_proof,
+    require_free_name,
+    shown,
+    sign,
+)
+from megaswift.hf.publish import refuse_unfinished
 from megaswift.terminal import say
 
 if TYPE_CHECKING:
@@ -54,6 +65,7 @@ def to_hf(args: ExportArguments) -> Path:
             fix="give --ckpt_dir DIR: one made by --to_megatron, or a run of swift sft",
         )
     root = Path(args.ckpt_dir).absolute()
+    refuse_unfinished(root)
     weights = _old_weights(root, args) or _own_weights(root, args)
     args = weights.args
     target = Path(args.hf_output_dir or root / f"{args.model_type}-hf").absolute()
@@ -116,7 +128,7 @@ def _require_untouched(weights: _Weights, root: Path) -> None:
 
 
 def _write(weights: _Weights, target: Path, dtype: torch.dtype, root: Path) -> tuple[WriteResult, dict[str, Any] | None]:
-    from megaswift.convert import planned_hf_tensors
+    from megaswift.convert import FiniteCheck, planned_hf_tensors
     from megaswift.hf.folder import read_config, side_files
     from megaswift.hf.write import dtype_override, write_checkpoint
 
@@ -124,6 +136,7 @@ def _write(weights: _Weights, target: Path, dtype: torch.dtype, root: Path) -> t
     named = str(values.get("dtype", values.get("torch_dtype"))).removeprefix("torch.")
     overrides = weights.overrides | (dtype_override(values, dtype) if named != str(dtype).removeprefix("torch.") else {})
     proofs: list[dict[str, Any]] = []
+    finite = FiniteCheck(weights.args.allow_nonfinite)
     begin = time.perf_counter()
 
     def finish(written: WriteResult) -> None:
@@ -131,14 +144,15 @@ def _write(weights: _Weights, target: Path, dtype: torch.dtype, root: Path) -> t
         size = sum(record.size for name, record in written.files.items() if name.endswith(".safetensors"))
         report(parameters, len(written.tensors), size, time.perf_counter() - begin, written.resumed)
         say("  re-opened and audited: names, shapes, dtypes, number of files")
+        report_nonfinite(finite.found)
         if weights.args.verify:
-            proofs.append(_prove(written.path, weights, dtype))
+            proofs.append(_prove(written.path, weights, dtype, logits=not finite.found))
         _finish(written, weights, target, dtype, proofs[0] if proofs else None)
 
     with replacing(target) as fresh:
         result = write_checkpoint(
             fresh,
-            planned_hf_tensors(weights.reader, weights.config, dtype),
+            planned_hf_tensors(weights.reader, weights.config, dtype, finite),
             side_files(weights.model_dir),
             overrides or None,
             parse_size(weights.args.max_shard_size),
@@ -166,8 +180,8 @@ def _identity(weights: _Weights) -> Any:
     return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(weights.directory.rglob("*.pt"))]
 
 
-def _prove(written: Path, weights: _Weights, dtype: torch.dtype) -> dict[str, Any]:
-    """Read the folder back, compare it with the Megatron weights, and both models' logits."""
+def _prove(written: Path, weights: _Weights, dtype: torch.dtype, logits: bool) -> dict[str, Any]:
+    """Read the folder back, compare it with the Megatron weights, and both models' logits unless a weight is not finite."""
     from megaswift.convert import verify_written
     from megaswift.hf.config import load_config
     from megaswift.hf.read import HFCheckpoint
@@ -175,6 +189,8 @@ def _prove(written: Path, weights: _Weights, dtype: torch.dtype) -> dict[str, An
 
     source, stored = HFCheckpoint.open(written), weights.reader.dtype("decoder.final_layernorm.weight")
     equal = verify_written(source, weights.reader, weights.config, dtype)
+    if not logits:
+        return {"round_trip_tensors": equal}
     wider = dtype.itemsize >= stored.itemsize
     return prove(
         load_config(written), source, weights.reader if wider else _Rounded(weights.reader, dtype), dtype, written, equal
@@ -202,7 +218,9 @@ def _finish(written: WriteResult, weights: _Weights, target: Path, dtype: torch.
 
     files = {name: {"size": record.size, "sha256": record.sha256} for name, record in written.files.items()}
     verified: dict[str, Any] = {}
-    if proof is not None:
+    if proof is not None and "logits" not in proof:
+        verified = proof
+    elif proof is not None:
         from megaswift.proof.prove import PAGE, summary, write_page
 
         facts = [("made from", weights.label), ("precision", DTYPE_NAMES[dtype]), ("tensors", str(len(written.tensors)))]

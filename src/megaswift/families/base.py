@@ -95,6 +95,11 @@ class Family:
         _require(values, "partial_rotary_factor", (1, 1.0, None), where)
         if self.attention_bias is not None:
             _require(values, "attention_bias", (self.attention_bias, None), where)
+        window = values.get("sliding_window")
+        if window is not None and (type(window) is not int or window < 0):
+            raise UserError(
+                f"sliding_window = {window!r} is not a number of tokens.", where=where, fix="fetch config.json again"
+            )
         rope = values.get("rope_parameters") or {}
         if rope.get("rope_type", "default") not in ROPE_TYPES:
             raise UserError(
@@ -102,6 +107,10 @@ class Family:
                 where=f"{where}: rope_parameters",
                 fix=f"known types: {', '.join(ROPE_TYPES)}",
             )
+        numbers = {f"rope_parameters: {name}": value for name, value in rope.items() if name not in ("rope_type", "type")}
+        for name, value in numbers.items():
+            if value is not None and not isinstance(value, (int, float)):
+                raise UserError(f"{name} = {value!r} is not a number.", where=where, fix="fetch config.json again")
 
 
 def _require(values: dict[str, Any], name: str, allowed: tuple[Any, ...], where: str) -> None:

@@ -33,7 +33,10 @@ def load_config(directory: Path) -> PreTrainedConfig:
     try:
         config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
     except Exception as error:  # transformers validates with several error classes
-        raise DataError(f"config.json is not valid: {error}", where=str(path)) from error
+        reason = (str(error) or "no reason given").splitlines()[0]
+        raise DataError(
+            f"config.json is not valid: {type(error).__name__}: {reason}", where=str(path), fix="fetch this file again"
+        ) from error
     family.audit(config, str(path))
     sizes = sizes_of(config)
     if sizes.heads % sizes.kv_heads:

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from megaswift.errors import DataError, UserError
+from megaswift.hf.pickled import pickled_files
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
 MAX_JSON = 256 * 2**20  # bytes; the largest real index has a few MB
 
 # Files that are not side files: weights in any format, code, pickles, traces of a training run, and what hubs and we
@@ -33,6 +35,7 @@ NOT_SIDE_FILES = (
 _SIZE_LIMITS = {
     "num_hidden_layers": 10_000, "hidden_size": 2**20, "intermediate_size": 2**23, "num_attention_heads": 2**16,
     "num_key_value_heads": 2**16, "head_dim": 2**16, "vocab_size": 2**24, "max_position_embeddings": 2**32,
+    "num_labels": 2**20,  # transformers makes a name for each
 }  # fmt: skip
 
 
@@ -57,6 +60,11 @@ def read_config(path: Path) -> dict[str, Any]:
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
             raise UserError(f"{CONFIG} says {name} = {value!r}; expected a whole number from 1 to {limit:,}.", where=str(file))
     return config
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a directory holds a LoRA adapter in PEFT's form."""
+    return (path / ADAPTER_CONFIG).is_file()
 
 
 def _other_kind(path: Path) -> str:
@@ -129,8 +137,11 @@ def _plain_name(file: str) -> bool:
     return printable and file.endswith(".safetensors") and not file.startswith(".")
 
 
-def weight_files(path: Path) -> list[Path]:
+def weight_files(path: Path, allow_pickle: bool = False) -> list[Path]:
     """The weight files that make up the model: those of the index, else the only model file of the directory.
+
+    Args:
+        allow_pickle: where there are no safetensors, take pytorch_model.bin files.
 
     Raises DataError where there are none, or where it is not clear which ones are the model.
     """
@@ -156,12 +167,15 @@ def weight_files(path: Path) -> list[Path]:
         raise DataError(
             f"{INDEX} is missing: {len(shards)} weight files are there.", where=str(path), fix="fetch the index as well"
         )
-    pickles = [item.name for item in path.glob("*") if item.suffix in (".bin", ".pt", ".pth")]
+    pickles = sorted(item.name for item in path.glob("*") if item.suffix in (".bin", ".pt", ".pth"))
+    if pickles and allow_pickle and (files := pickled_files(path)):
+        return files
     if pickles:
         raise DataError(
             f"the weights are pickles ({pickles[0]}), which are not read: loading one can run code.",
             where=str(path),
-            fix="take the safetensors version, or load the model with transformers and save it again",
+            fix="take the safetensors version; or convert it with swift export --to_megatron true --allow_pickle true, "
+            "which reads tensors only and runs nothing",
         )
     raise DataError("no safetensors file in the model directory.", where=str(path), fix="fetch the model again")
 

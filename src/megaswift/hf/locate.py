@@ -12,6 +12,7 @@ from megaswift.families.model_types import MODEL_TYPES, ModelType, by_hub_id, mo
 from megaswift.hf import packaged
 from megaswift.hf.folder import incomplete, read_config, weight_files
 from megaswift.hf.hubs import Hub, hubs, installed, offline, probe, read_text_error
+from megaswift.hf.publish import refuse_unfinished
 
 Kind = Literal["local", "cache", "download", "packaged"]
 
@@ -35,13 +36,16 @@ class Located:
     kind: Kind
 
 
-def locate(model_type_name: str | None, model_id_or_path: str | None = None, revision: str | None = None) -> Located:
+def locate(
+    model_type_name: str | None, model_id_or_path: str | None = None, revision: str | None = None, allow_pickle: bool = False
+) -> Located:
     """Find a model by registered name, local directory or hub id.
 
     Args:
         model_type_name: registered name; with `model_id_or_path` any name will do, and None takes what the model tells.
         model_id_or_path: local directory, or id on a hub.
         revision: branch, tag or commit on the hub.
+        allow_pickle: take a local directory that has only pytorch_model.bin files.
 
     Raises UserError where nothing was found (within 10 seconds without a network), or DataError for a local directory
     whose files are not a whole model.
@@ -49,7 +53,7 @@ def locate(model_type_name: str | None, model_id_or_path: str | None = None, rev
     if model_id_or_path is not None:
         path = Path(model_id_or_path).expanduser()
         if path.exists() or not _is_hub_id(model_id_or_path):
-            return _local(path, model_id_or_path, model_type_name)
+            return _local(path, model_id_or_path, model_type_name, allow_pickle)
         entry = by_hub_id(model_id_or_path)
         return _from_hubs(entry, model_id_or_path, model_type_name, revision)
     if not model_type_name:
@@ -62,7 +66,7 @@ def _is_hub_id(text: str) -> bool:
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text) is not None
 
 
-def _local(path: Path, given: str, name: str | None) -> Located:
+def _local(path: Path, given: str, name: str | None, allow_pickle: bool) -> Located:
     """A directory that the user names."""
     if not path.exists():
         if given in MODEL_TYPES:
@@ -74,8 +78,9 @@ def _local(path: Path, given: str, name: str | None) -> Located:
         raise UserError(
             f"{given!r} is a file; a model directory is needed.", where="--model_id_or_path", fix=f"give {str(path.parent)!r}"
         )
+    refuse_unfinished(path)
     read_config(path)
-    absent = [file.name for file in weight_files(path) if not file.exists()]
+    absent = [file.name for file in weight_files(path, allow_pickle) if not file.exists()]
     if absent:
         raise DataError(
             f"{len(absent)} weight files are missing, for example {absent[0]}.", where=str(path), fix="fetch the model again"

@@ -11,6 +11,7 @@ import fcntl
 import glob
 import json
 import os
+import re
 import secrets
 import shutil
 import time
@@ -23,6 +24,7 @@ from typing import Any
 from megaswift.errors import UserError
 from megaswift.hf.output import FileRecord, sha256_of, sync, write_small
 
+_TEMPORARY = re.compile(r"\..+\.tmp-[0-9a-f]{8}")
 _RECORDS = ".done"
 _PLAN = "plan"
 _LEFTOVER_AGE = 10.0  # seconds; a younger temporary directory may not have its lock yet
@@ -136,6 +138,16 @@ def refuse_existing(target: Path) -> None:
         raise UserError(
             f"output directory {str(target)!r} exists already.",
             fix="give another directory, or --overwrite true to replace this one",
+        )
+
+
+def refuse_unfinished(path: Path) -> None:
+    """Raise UserError for a directory that a killed conversion left: it may look whole, but nobody checked it."""
+    if _TEMPORARY.fullmatch(path.name):
+        raise UserError(
+            "this is what an interrupted conversion left behind, not its result.",
+            where=str(path),
+            fix="run swift export again; with --resume true it keeps what is complete",
         )
 
 

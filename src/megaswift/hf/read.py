@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 from megaswift.errors import DataError, UserError
 from megaswift.hf.folder import INDEX, inside, read_config, side_files, weight_files, weight_map
 from megaswift.hf.header import TensorEntry, read_header
+from megaswift.hf.output import read_in_background
+from megaswift.hf.pickled import read_pickle
 
 if TYPE_CHECKING:
     import torch
@@ -38,11 +40,12 @@ def torch_dtype(name: str) -> torch.dtype:
     }[name]  # fmt: skip
 
 
-def tensor_table(path: Path) -> dict[str, TensorEntry]:
+def tensor_table(path: Path, allow_pickle: bool = False) -> dict[str, TensorEntry]:
     """Every tensor of a model directory by name, after checking all headers against the index. Raises DataError."""
     table: dict[str, TensorEntry] = {}
-    for file in weight_files(path):
-        for entry in read_header(inside(path, file)):
+    for file in weight_files(path, allow_pickle):
+        read = read_pickle if file.suffix == ".bin" else read_header
+        for entry in read(inside(path, file)):
             if entry.name in table:
                 raise DataError(
                     f"tensor {entry.name!r} is in two files: {table[entry.name].file.name} and {file.name}.", where=str(path)
@@ -109,15 +112,18 @@ class HFCheckpoint:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @classmethod
-    def open(cls, path: Path | str) -> HFCheckpoint:
+    def open(cls, path: Path | str, allow_pickle: bool = False) -> HFCheckpoint:
         """Check config, index and every header of a model directory.
+
+        Args:
+            allow_pickle: take pytorch_model.bin files where there are no safetensors; only their tensors are read.
 
         Raises UserError for a directory without a sound config.json, DataError for damaged or contradicting files.
         """
         directory = Path(path)
         if not directory.is_dir():
             raise UserError(f"model directory {str(directory)!r} {'is a file' if directory.exists() else 'does not exist'}.")
-        return cls(directory, read_config(directory), tensor_table(directory))
+        return cls(directory, read_config(directory), tensor_table(directory, allow_pickle))
 
     @property
     def names(self) -> list[str]:
@@ -177,11 +183,19 @@ class HFCheckpoint:
 
     def prefetch(self, name: str) -> None:
         """Ask the system to read a tensor's data ahead, in the background."""
-        self._advise(name, "MADV_WILLNEED")
+        entry = self.entry(name)
+        read_in_background(entry.file, entry.start, entry.nbytes)
 
     def release(self, name: str) -> None:
         """Give back the memory through which a tensor was read. Views of it stay valid; they are read again when used."""
-        self._advise(name, "MADV_DONTNEED")
+        entry = self.entry(name)
+        option = getattr(mmap, "MADV_DONTNEED", None)
+        if option is None or entry.nbytes == 0:
+            return
+        first = -(-entry.start // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages only
+        length = entry.stop // mmap.PAGESIZE * mmap.PAGESIZE - first
+        if length > 0:
+            self._map(entry.file).madvise(option, first, length)
 
     def nonfinite(self, names: Iterable[str] | None = None) -> list[str]:
         """Names of the tensors that hold NaN or infinity. Reads each once and releases it."""
@@ -235,17 +249,6 @@ class HFCheckpoint:
                     flags = mmap.MAP_PRIVATE | _NO_RESERVE
                     self._maps[file] = mmap.mmap(handle.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
             return self._maps[file]
-
-    def _advise(self, name: str, advice: str) -> None:
-        """madvise over the whole pages of one tensor, where the system has it."""
-        entry = self.entry(name)
-        option = getattr(mmap, advice, None)
-        if option is None or entry.nbytes == 0:
-            return
-        first = -(-entry.start // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = entry.stop // mmap.PAGESIZE * mmap.PAGESIZE - first
-        if length > 0:
-            self._map(entry.file).madvise(option, first, length)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.table)

@@ -130,7 +130,7 @@ def write_shard(
     number of bytes of each chunk; `turn` is held while data is made and written, not while the disk is waited for, so that
     another shard can go on meanwhile. Raises OSError from the disk, ValueError where `produce` breaks its promise.
     """
-    with HashedFile(path, cancel, progress) as output:
+    with HashedFile(path, cancel, progress, expected=shard.nbytes) as output:
         hashes: dict[str, str] = {}
         with turn or nullcontext():
             output.write(shard.header)

@@ -60,7 +60,9 @@ def load_model(path: Path, dtype: str = "AUTO") -> Any:
 
     from megaswift.hf.read import HFCheckpoint
 
-    weight_bytes = HFCheckpoint.open(path).total_bytes  # names the damaged file; transformers' errors do not
+    source = HFCheckpoint.open(path)  # names the damaged file; transformers' errors do not
+    _require_tensors(source)
+    weight_bytes = source.total_bytes
     with quiet_transformers():
         try:
             pair: Any = AutoModelForCausalLM.from_pretrained(
@@ -82,6 +84,25 @@ def load_model(path: Path, dtype: str = "AUTO") -> Any:
     model, report = pair
     _require_complete(report, path)
     return model.eval()
+
+
+def _require_tensors(source: Any) -> None:
+    """Raise DataError where the files hold other tensors than config.json asks for: before memory is taken for what it asks for.
+
+    Only for families whose tensors we know; transformers compares the names of the others after it has built the model.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    from megaswift.families import families
+    from megaswift.hf.names import check_source
+
+    if source.config.get("model_type") not in list(families()):
+        return
+    try:
+        config = CONFIG_MAPPING[source.config["model_type"]].from_dict(source.config)
+    except Exception:  # transformers says below what is wrong with it
+        return
+    check_source(source, config)
 
 
 def _device_map(weight_bytes: int) -> str | None:

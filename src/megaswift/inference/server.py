@@ -206,7 +206,7 @@ def make_app(service: Service, api_key: str | None, hosts: list[str] | None) -> 
     async def chat(request: Request) -> Any:
         try:
             body = json.loads(await request.body())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise Refused(400, "the body is not JSON") from error
         job = service.job(body)
         if len(service.running) >= service.limits.requests:

@@ -14,6 +14,7 @@ _SWITCHES = {
     "recompute": {"gradient_checkpointing": True},
     "padded": {"padding_free": False},
     "math": {"use_flash_attn": False},
+    "deterministic": {"deterministic": True},
     "resume": {},
 }
 

@@ -7,55 +7,76 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from megaswift.arguments import SftArguments
+from megaswift.data.batches import MicroBatch
 from megaswift.engine import loop, ranks
+from megaswift.engine.determinism import deterministic
 from megaswift.engine.loop import Job
+from megaswift.parity.layers import of_engine
+from megaswift.parity.noise import perturb
 
 GRADIENTS, WEIGHTS, LOG = "gradients", "weights", "steps.jsonl"
 STOP_AFTER, STATE = "stop_after", "state"  # a file with a number of steps, and where the whole state is saved then
+LAYERS = "layers.json"  # hidden states after every layer, as one number each, before the first step
+NOISE = "noise_seed"  # a file with the seed of the rounding noise that the weights get before the first step
 
 
 def run(job: Job) -> None:
     """The steps of a job; losses go to steps.jsonl in the job's directory, gradients and weights beside it if asked for."""
     plan, args = job.plan, SftArguments(**job.options)
-    if args.deterministic:
-        torch.use_deterministic_algorithms(True)
     out = Path(plan.megatron["save"])
-    with ranks.joined(plan.tp, plan.pp, args.seed) as rank:
+    with deterministic(args.deterministic), ranks.joined(plan.tp, plan.pp, args.seed) as rank:
         trainer, _ = loop._restored(job, args)
-        batches, _ = loop._batches(job, args, rank)
-        stop = _stop_after(out) if job.first_step == 0 else None
-        for place in range(job.first_step, stop or plan.train_iters):
-            sums = trainer.gradients(loop._move(batches.step(place), rank.device))
-            if dumps(out):
-                _save(out / GRADIENTS, place + 1, _Gradients(trainer, trainer.gradient_divisor(sums)))
-            result = trainer.update(sums)
-            if dumps(out):
-                _save(out / WEIGHTS, place + 1, trainer)
-            if rank.is_first:
-                row = {
-                    "step": place + 1,
-                    "loss": result.loss,
-                    "grad_norm": result.grad_norm,
-                    "learning_rate": result.learning_rate,
-                }
-                with (out / LOG).open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
-        if stop:
-            _save(
-                out / STATE, stop, trainer, only_model=False, manifest={"layout": {"tp": plan.tp, "pp": plan.pp, "dp": plan.dp}}
-            )
+        try:
+            batches, _ = loop._batches(job, args, rank)
+            seed, stop = _number(out / NOISE), _number(out / STOP_AFTER)
+            if job.first_step == 0 and seed is not None:
+                perturb(trainer, seed)
+            last = stop if job.first_step == 0 and stop else plan.train_iters
+            for place in range(job.first_step, last):
+                micro_batches = loop._move(batches.step(place), rank.device)
+                if dumps(out) and place == 0:
+                    numbers = of_engine(trainer, micro_batches, batches.rows)
+                    if rank.is_first:
+                        (out / LAYERS).write_text(json.dumps(numbers), encoding="utf-8")
+                row = _step(trainer, micro_batches, place + 1, out)
+                if rank.is_first:
+                    with (out / LOG).open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(row) + "\n")
+            if last < plan.train_iters:
+                layout = {"tp": plan.tp, "pp": plan.pp, "dp": plan.dp}
+                _save(out / STATE, last, trainer, only_model=False, manifest={"layout": layout})
+        finally:
+            trainer.close()
 
 
-def _stop_after(out: Path) -> int | None:
-    path = out / STOP_AFTER
+def _step(trainer: Any, micro_batches: list[MicroBatch], number: int, out: Path) -> dict[str, Any]:
+    """One step, with its gradients and weights saved where the run's directory asks for them; its figures."""
+    began = time.perf_counter()
+    sums = trainer.gradients(micro_batches)
+    if dumps(out):
+        _save(out / GRADIENTS, number, _Gradients(trainer, trainer.gradient_divisor(sums)))
+    result = trainer.update(sums)  # the loss comes to the host, so the step is over
+    milliseconds = 1e3 * (time.perf_counter() - began)
+    if dumps(out):
+        _save(out / WEIGHTS, number, trainer)
+    return {
+        "step": number,
+        "loss": result.loss,
+        "grad_norm": result.grad_norm,
+        "learning_rate": result.learning_rate,
+        "ms": round(milliseconds, 3),  # saved gradients included, where they are asked for
+    }
+
+
+def _number(path: Path) -> int | None:
     return int(path.read_text(encoding="utf-8")) if path.exists() else None
 
 

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from megaswift.arguments import SftArguments
 from megaswift.data.store import TokenRows
+from megaswift.data.tokens import Encoded
+from megaswift.parity.layers import of_transformers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -38,6 +40,25 @@ class ReferenceStep:
     weights: dict[str, Tensor]
 
 
+def learning_rate(args: SftArguments, step: int, steps: int, warmup: int) -> float:
+    """The rate of step 1 ... `steps`, in closed form: linear warm-up, then a decay that reaches min_lr at the last step.
+
+    Only inverse_sqrt ends where its formula ends. warmup_stable_decay stays at the peak and decays in the last tenth.
+    """
+    peak, floor, style = args.learning_rate, float(args.min_lr or 0.0), args.lr_scheduler_type
+    if warmup and step <= warmup:
+        return peak * step / warmup
+    if style in ("constant", "constant_with_warmup"):
+        return peak
+    if style == "inverse_sqrt":
+        return max(floor, peak * math.sqrt(max(warmup, 1) / step))
+    last = max(steps, warmup + 1)
+    span = max(1, math.ceil(0.1 * (steps - warmup))) if style == "warmup_stable_decay" else last - warmup
+    done = max(0.0, (step - (last - span)) / span)
+    share = 1 - done if style == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return floor + (peak - floor) * share
+
+
 class Reference:
     """transformers' model and torch.optim.AdamW over fp32 master weights."""
 
@@ -45,7 +66,7 @@ class Reference:
         from transformers import AutoModelForCausalLM
 
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.args, self.steps, self.warmup = args, steps, warmup
+        self.args, self.steps, self.warmup, self.exact = args, steps, warmup, dtype == "fp32"
         load: Any = AutoModelForCausalLM.from_pretrained
         self.model: Any = load(folder, dtype=DTYPES[dtype], local_files_only=True, trust_remote_code=False)
         self.model.to(self.device).train()
@@ -58,47 +79,76 @@ class Reference:
             lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon,
         )  # fmt: skip
 
-    def run(self, rows: TokenRows, ids_of_step: list[np.ndarray]) -> Iterator[ReferenceStep]:
-        """One result for each step; `ids_of_step` names the rows of each global batch."""
+    def run(self, rows: TokenRows, ids_of_step: list[np.ndarray], keep: bool = True) -> Iterator[ReferenceStep]:
+        """One result for each step; `ids_of_step` names the rows of each global batch.
+
+        With `keep` False the results have no gradients and weights: a whole run is only followed by its numbers.
+        """
         for number, ids in enumerate(ids_of_step, start=1):
             samples = [sample for row in ids for sample in rows.samples(int(row))]
             loss, gradients = self._gradients(samples)
-            norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients.values()))
+            norm = math.hypot(*(float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in gradients.values()))
             rate = self.rate(number)
             self._update(gradients, norm, rate)
-            yield ReferenceStep(loss, norm, rate, gradients, {name: master.clone() for name, master in self.masters.items()})
+            weights = {name: master.clone() for name, master in self.masters.items()} if keep else {}
+            yield ReferenceStep(loss, norm, rate, gradients if keep else {}, weights)
+
+    @torch.no_grad()
+    def layers(self, rows: TokenRows, ids: np.ndarray) -> list[float]:
+        """The hidden states after every layer as one number each (see layers.py), over the rows of a global batch."""
+        with of_transformers(self.model) as sums:
+            for row in ids:
+                for sample in rows.samples(int(row)):
+                    self._summed_loss(sample)
+        return sums
+
+    @torch.no_grad()
+    def evaluate(self, rows: TokenRows) -> float:
+        """Mean loss over all supervised tokens of the rows."""
+        total, count = 0.0, 0
+        self.model.eval()
+        for row in range(len(rows)):
+            for sample in rows.samples(row):
+                total += float(self._summed_loss(sample))
+                count += int(sample.kept[1:].sum())
+        self.model.train()
+        return total / max(count, 1)
+
+    def save(self, folder: Path) -> None:
+        """Write the model as it is now as a Hugging Face folder, weights and config."""
+        self.model.save_pretrained(folder)
 
     def rate(self, step: int) -> float:
-        """Learning rate of step 1, 2, ...: linear warm-up, then decay to min_lr at the last step."""
-        args, peak, floor = self.args, self.args.learning_rate, float(self.args.min_lr or 0.0)
-        if self.warmup and step <= self.warmup:
-            return peak * step / self.warmup
-        if args.lr_scheduler_type in ("constant", "constant_with_warmup"):
-            return peak
-        if args.lr_scheduler_type == "inverse_sqrt":
-            return max(floor, peak * math.sqrt(max(self.warmup, 1) / step))
-        done = (step - self.warmup) / (max(self.steps, self.warmup + 1) - self.warmup)
-        share = 1 - done if args.lr_scheduler_type == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-        return floor + (peak - floor) * share
+        """Learning rate of step 1, 2, ..."""
+        return learning_rate(self.args, step, self.steps, self.warmup)
 
-    def _gradients(self, samples: list[Any]) -> tuple[float, dict[str, Tensor]]:
+    def _summed_loss(self, sample: Encoded) -> Tensor:
+        """Cross entropy summed over the supervised tokens of one sample."""
+        ids = torch.from_numpy(sample.ids.astype(np.int64))[None].to(self.device)
+        labels = ids[0, 1:].masked_fill(~torch.from_numpy(sample.kept[1:].copy()).to(self.device), -100)
+        logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+        return F.cross_entropy(logits, labels, reduction="sum", ignore_index=-100)
+
+    def _gradients(self, samples: list[Encoded]) -> tuple[float, dict[str, Tensor]]:
         """Mean loss over all supervised tokens and its gradients, accumulated in fp32."""
-        total = sum(int(sample.kept[1:].sum()) for sample in samples)
-        sums = {name: torch.zeros_like(master) for name, master in self.masters.items()}
+        count = max(sum(int(sample.kept[1:].sum()) for sample in samples), 1)
+        sums = {} if self.exact else {name: torch.zeros_like(master) for name, master in self.masters.items()}
         loss = 0.0
         for sample in samples:
-            ids = torch.from_numpy(sample.ids.astype(np.int64))[None].to(self.device)
-            labels = ids[0, 1:].masked_fill(~torch.from_numpy(sample.kept[1:].copy()).to(self.device), -100)
-            logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-            summed = F.cross_entropy(logits, labels, reduction="sum", ignore_index=-100)
-            if not bool((labels != -100).any()):
+            if not sample.kept[1:].any():
                 continue
+            summed = self._summed_loss(sample)
             summed.backward()
             loss += float(summed.detach())
+            if self.exact:
+                continue  # autograd adds up in fp32 itself
             for name, parameter in self.names.items():
                 sums[name] += parameter.grad.float()
                 parameter.grad = None
-        count = max(total, 1)
+        if self.exact:
+            for name, parameter in self.names.items():
+                sums[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = None
         return loss / count, {name: value / count for name, value in sums.items()}
 
     @torch.no_grad()

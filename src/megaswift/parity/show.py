@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megaswift.parity.compare import LIMITS, StepDifference
+from megaswift.parity.noise import FACTOR
 from megaswift.terminal import console
 
 
@@ -20,6 +21,9 @@ def print_reference(differences: list[StepDifference], dtype: str) -> None:
             f"{item.step:>4}  {item.loss[0]:>15.6f}  {item.loss[1]:>12.6f}  {item.loss_difference:>10.1e}  {item.grad_norm_difference:>10.1e}  "
             f"{item.worst_gradient[0]:.1e} {item.worst_gradient[1]}, {item.worst_weight[0]:.1e} {item.worst_weight[1]}"
         )
+    if differences[0].hidden:
+        name, found = max(differences[0].hidden, key=lambda pair: pair[1])
+        out.print(f"hidden states before the first step: largest relative difference {found:.1e}, after {name}")
     groups = sorted({group for item in differences for group in item.gradient_groups})
     first = differences[0].gradient_groups
     out.print(
@@ -32,14 +36,24 @@ def print_reference(differences: list[StepDifference], dtype: str) -> None:
     )
 
 
-def print_layouts(curves: list[tuple[str, list[float]]], table: list[tuple[str, list[float]]], limit: float) -> None:
-    """One line a layout: first and last loss, and the largest relative difference from the first layout."""
+def print_layouts(
+    curves: list[tuple[str, list[float]]], table: list[tuple[str, list[float]]], limits: list[float], times: list[float]
+) -> None:
+    """One line a layout: first and last loss, the largest relative difference from the first layout, and a step's time."""
     out = console()
     width = max(len(name) for name, _ in curves)
-    out.print(f"\n{'layout':{width}}  {'first loss':>12}  {'last loss':>12}  {'largest relative difference':>27}")
-    for (name, losses), (_, differences) in zip(curves, table):
-        out.print(f"{name:{width}}  {losses[0]:>12.7f}  {losses[-1]:>12.7f}  {max(differences):>27.2e}")
-    out.print(f"limit {limit:.0e}\n")
+    out.print(
+        f"\n{'layout':{width}}  {'first loss':>12}  {'last loss':>12}  {'largest relative difference':>27}  {'ms a step':>9}"
+    )
+    for (name, losses), (_, differences), time in zip(curves, table, times):
+        out.print(f"{name:{width}}  {losses[0]:>12.7f}  {losses[-1]:>12.7f}  {max(differences):>27.2e}  {time:>9.1f}")
+    if limits[0] == limits[-1]:
+        out.print(f"limit {limits[0]:.0e}\n")
+    else:
+        out.print(
+            f"limit {limits[0]:.1e} at the first step to {limits[-1]:.1e} at the last: {FACTOR:g} x the spread of runs whose "
+            "weights differ by one rounding\n"
+        )
 
 
 def draw(path: Path, curves: list[tuple[str, list[float]]]) -> None:

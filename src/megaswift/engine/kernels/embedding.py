@@ -23,8 +23,11 @@ def _scatter_kernel(target, grad, ids, first, rows, cols, BLOCK: tl.constexpr):
 
 
 def scatter_add(target: Tensor, grad: Tensor, ids: Tensor, first_row: int) -> None:
-    """target[ids - first_row] += grad, for ids that fall on a row of `target` [rows, h]; grad is [tokens, h]."""
-    if use_triton(grad):
+    """target[ids - first_row] += grad, for ids that fall on a row of `target` [rows, h]; grad is [tokens, h].
+
+    The kernel adds in whatever order its programs run; where deterministic operations are asked for, torch's own sorts.
+    """
+    if use_triton(grad) and not torch.are_deterministic_algorithms_enabled():
         block = next_power_of_2(grad.shape[1])
         _scatter_kernel[(ids.numel(),)](target, grad, ids, first_row, target.shape[0], grad.shape[1], block, num_warps=4)
         return

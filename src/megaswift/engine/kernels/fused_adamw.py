@@ -1,5 +1,7 @@
 """AdamW in one pass over every shard: fp32 master weight, moments and gradient in, all of them and the bf16 weight out.
 
+The moments may be kept in two bytes or in one (small_moments.py).
+
 The update is that of torch.optim.AdamW (decoupled weight decay, https://arxiv.org/abs/1711.05101). Gradient clipping is a
 device scalar that the kernel multiplies each gradient by, so nothing waits for the norm on the host; a factor that is not
 finite leaves every tensor as it is. One launch covers a whole parameter group through a table of addresses.
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megaswift.engine.kernels.small_moments import GROUP, new_moments, small_adamw_kernel, small_adamw_twin
 from megaswift.engine.kernels.triton_support import jit, tl, use_triton
 
 _CHUNK = 32768  # elements a program
@@ -131,16 +134,23 @@ class AddressTable:
         self._key: tuple[int, ...] = ()
         self._rows = torch.empty(0, dtype=torch.int64)
 
-    def rows(self, columns: list[list[Tensor]]) -> Tensor:
-        """int64 [chunks, 1 + len(columns)] for equally long lists of equally sized, contiguous tensors."""
+    def rows(self, columns: list[list[Tensor]], each: list[int] | None = None, with_place: bool = False) -> Tensor:
+        """int64 [chunks, 1 + len(columns)] for equally long lists of contiguous tensors; sizes are those of column 0.
+
+        Args:
+            each: for each column, how many elements of column 0 one of its elements stands for; default: 1.
+            with_place: put the chunk's first element behind its length.
+        """
+        each = each or [1] * len(columns)
         key = tuple(tensor.data_ptr() for column in columns for tensor in column)
         if key != self._key:
             table = []
             for tensors in zip(*columns):
                 for begin in range(0, tensors[0].numel(), _CHUNK):
-                    places = [t.data_ptr() + begin * t.element_size() for t in tensors]
-                    table.append([min(_CHUNK, tensors[0].numel() - begin), *places])
-            self._rows = torch.tensor(table, dtype=torch.int64).view(-1, 1 + len(columns)).to(columns[0][0].device)
+                    places = [t.data_ptr() + begin // n * t.element_size() for t, n in zip(tensors, each)]
+                    size = [min(_CHUNK, tensors[0].numel() - begin), *([begin] if with_place else [])]
+                    table.append([*size, *places])
+            self._rows = torch.tensor(table, dtype=torch.int64).view(len(table), -1).to(columns[0][0].device)
             self._key = key
         return self._rows
 
@@ -220,14 +230,44 @@ def adamw_step(
         torch._foreach_copy_(weights, params)
 
 
+def small_adamw_step(
+    params: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]], weights: list[Tensor] | None, *,
+    step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, factor: Tensor,
+    table: AddressTable | None = None,
+) -> None:  # fmt: skip
+    """`adamw_step` for moments of two bytes or of one; `states` are those of small_moments.new_moments."""
+    eight = states[0]["exp_avg"].dtype == torch.uint8
+    scales = ("exp_avg_scale", "exp_avg_sq_scale") if eight else ("exp_avg", "exp_avg_sq")
+    names = ("exp_avg", scales[0], "exp_avg_sq", scales[1])
+    columns = [params, grads, *([state[name] for state in states] for name in names)]
+    columns.append(weights if weights is not None else params)
+    if use_triton(params[0]) and all(_aligned(column) for column in columns):
+        group = GROUP if eight else 1
+        rows = (table or AddressTable()).rows(columns, [1, 1, 1, group, 1, group, 1], with_place=True)
+        step_size, root = lr / (1.0 - betas[0] ** step), math.sqrt(1.0 - betas[1] ** step)
+        small_adamw_kernel[(rows.shape[0],)](
+            rows, factor, step, lr, *betas, eps, weight_decay, step_size, root,
+            4, GROUP, 8 if eight else 16, weights is not None, num_warps=4,
+        )  # fmt: skip
+        return
+    if not bool(torch.isfinite(factor)):
+        return
+    options = dict(step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, factor=factor)
+    for index, (param, grad, state) in enumerate(zip(params, grads, states)):
+        small_adamw_twin(param, grad, state, None if weights is None else weights[index], **options)  # type: ignore[arg-type]
+
+
 class FusedAdamW(torch.optim.Optimizer):
     """AdamW in apex's form for Megatron-Core: `exp_avg` and `exp_avg_sq` of each parameter, `step` in the group.
+
+    `moments` says how they are kept: "fp32", "bf16" or "8bit" (then `exp_avg_scale` and `exp_avg_sq_scale` stand beside them).
 
     A parameter may carry `low_precision_weight`, the bf16 tensor that receives its rounded value. `gradient_factor` is the
     device scalar that multiplies the gradients of the next step, and of that one only.
     """
 
     gradient_factor: Tensor | None = None
+    moments: str = "fp32"
 
     def __init__(
         self,
@@ -246,8 +286,17 @@ class FusedAdamW(torch.optim.Optimizer):
         """Make all moments now: a run that does not fit fails at once, and step 0 can be saved."""
         for group in self.param_groups:
             for param in group["params"]:
-                if not self.state[param]:
+                if not self.state[param] and self.moments == "fp32":
                     self.state[param] = {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
+                elif not self.state[param]:
+                    self.state[param] = new_moments(param, self.moments)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch does; small moments stay where they are, for torch would widen them (their values are set one by one)."""
+        kept = dict(self.state)
+        super().load_state_dict(state_dict if self.moments == "fp32" else {**state_dict, "state": {}})
+        if self.moments != "fp32":
+            self.state.update(kept)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -263,12 +312,9 @@ class FusedAdamW(torch.optim.Optimizer):
 
     def _step_group(self, group: dict[str, Any], members: list[Tensor], weighted: bool, table: AddressTable) -> None:
         factor = self.gradient_factor
-        adamw_step(
-            members,
-            [p.grad for p in members],  # type: ignore[misc]
-            [self.state[p]["exp_avg"] for p in members],
-            [self.state[p]["exp_avg_sq"] for p in members],
-            [p.low_precision_weight for p in members] if weighted else None,  # type: ignore[attr-defined]
+        grads: list[Any] = [p.grad for p in members]
+        weights: list[Any] | None = [p.low_precision_weight for p in members] if weighted else None  # type: ignore[attr-defined]
+        options: dict[str, Any] = dict(
             step=group["step"],
             lr=float(group["lr"]),
             betas=group["betas"],
@@ -277,6 +323,12 @@ class FusedAdamW(torch.optim.Optimizer):
             factor=torch.ones((), device=members[0].device) if factor is None else factor,
             table=table,
         )
+        states = [self.state[p] for p in members]
+        if self.moments != "fp32":
+            small_adamw_step(members, grads, states, weights, **options)
+            return
+        averages, squares = [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
+        adamw_step(members, grads, averages, squares, weights, **options)
 
     def _table(self, key: tuple[int, bool]) -> AddressTable:
         tables = self.__dict__.setdefault("_address_tables", {})

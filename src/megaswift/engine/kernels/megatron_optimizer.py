@@ -17,6 +17,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from torch import Tensor
 
 from megaswift.engine.kernels.fused_adamw import AddressTable, FusedAdamW, sum_of_squares
+from megaswift.engine.kernels.small_moments import read_moments, write_moments
 
 
 class _Sharded(DistributedOptimizer):
@@ -24,6 +25,23 @@ class _Sharded(DistributedOptimizer):
 
     def _copy_main_params_to_model_params(self) -> None:
         """Nothing left to copy: FusedAdamW writes the model's weights in its pass."""
+
+    def _get_main_param_and_optimizer_states(self, model_param: Any) -> dict[str, Tensor]:
+        """What a checkpoint keeps of a parameter: fp32, however the moments are kept in memory."""
+        tensors = super()._get_main_param_and_optimizer_states(model_param)
+        if self.optimizer.moments == "fp32":
+            return tensors
+        mean, square = read_moments(tensors)
+        return {"param": tensors["param"], "exp_avg": mean, "exp_avg_sq": square}
+
+    def _set_main_param_and_optimizer_states(self, model_param: Any, tensors: dict[str, Tensor]) -> None:
+        if self.optimizer.moments == "fp32":
+            super()._set_main_param_and_optimizer_states(model_param, tensors)
+            return
+        group, order = self.model_param_group_index_map[model_param]
+        main = self.optimizer.param_groups[group]["params"][order]
+        main.copy_(tensors["param"])
+        write_moments(self.optimizer.state[main], tensors["exp_avg"].to(main.device), tensors["exp_avg_sq"].to(main.device))
 
     def squared_norm(self) -> Tensor:
         """Sum of squares of this rank's part of the gradient, summed over the ranks that share it."""
@@ -96,10 +114,13 @@ def _link_weights(inner: DistributedOptimizer) -> None:
             main.low_precision_weight = data[place.start : place.end]
 
 
-def fuse_optimizer(optimizer: Any) -> Any:
-    """Give a freshly built Megatron-Core optimizer the fused step.
+def fuse_optimizer(optimizer: Any, moments: str = "fp32") -> Any:
+    """Give a freshly built Megatron-Core optimizer the fused step; its moments are not allocated yet.
 
     It stays as it is unless it is AdamW, in apex's form, under the distributed optimizer with fp32 state, in bf16 or fp32.
+
+    Args:
+        moments: how they are kept: "fp32", "bf16" or "8bit".
     """
     chain = getattr(optimizer, "chained_optimizers", [])
     if type(optimizer) is not ChainedOptimizer or not chain:
@@ -119,5 +140,6 @@ def fuse_optimizer(optimizer: Any) -> Any:
         _link_weights(inner)
         inner.__class__ = _Sharded
         inner.optimizer.__class__ = FusedAdamW
+        inner.optimizer.moments = moments
     optimizer.__class__ = FusedOptimizer
     return optimizer

@@ -1,0 +1,105 @@
+"""One checkpoint through tp 1, tp 4 and tp 2 x pp 2 and back to Hugging Face: every bit of weights and moments survives."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megaswift.checkpoint.torch_dist import Reader
+from megaswift.convert import DTYPES, planned_hf_tensors
+from megaswift.hf.config import load_config
+from megaswift.hf.read import HFCheckpoint
+from tests import tiny
+from tests.faults import table
+from tests.faults.conftest import ALL
+from tests.ranks import RankPool
+from tests.training import tiny_start, train, write_rows
+
+LAYOUTS = [(4, 1), (2, 2)]  # tp, pp: after a conversion that is of no layout, or after a run at tp 1
+MODELS = [(name, tied) for name in tiny.FAMILIES for tied in (True, False)]
+SOME = [("llama", True), ("qwen3", False)]
+
+
+def chain(tmp_path: Path, first: Path) -> list[tuple[Path, Path, int, int]]:
+    """(from, to, tp, pp) of each step."""
+    places = [first, *(tmp_path / f"tp{tp}-pp{pp}" / "iter_0000001" for tp, pp in LAYOUTS)]
+    return [(source, target, tp, pp) for source, target, (tp, pp) in zip(places, places[1:], LAYOUTS)]
+
+
+def _weights(config_dir: str, source: str, target: str, tp: int, pp: int) -> None:
+    """Load at a layout, save again."""
+    from megaswift.checkpoint.load import load_weights
+    from megaswift.checkpoint.save import save
+    from megaswift.engine import ranks
+    from megaswift.engine.model import ModelOptions, build
+    from megaswift.plan import padded_vocab
+
+    with ranks.joined(tp, pp, 42):
+        config = load_config(Path(config_dir))
+        model = build(config, ModelOptions(tp=tp, pp=pp, dtype="fp32", padded_vocab=padded_vocab(config.vocab_size, tp)))
+        load_weights(model, Path(source))
+        state: Any = SimpleNamespace(bare_model=model)
+        save(Path(target).parent, 1, state, only_model=True, extra={}, manifest={})
+
+
+@pytest.mark.parametrize(("name", "tied"), MODELS if ALL else SOME)
+def test_weights_come_back_from_every_layout(name: str, tied: bool, pool: RankPool, tmp_path: Path) -> None:
+    """The vocabulary of 131 is padded to 132 on the way, and comes back as 131."""
+    tiny.save_tiny(tmp_path / "hf", name, tie_word_embeddings=tied, vocab_size=131)
+    steps = chain(tmp_path, tiny.to_megatron(tmp_path / "hf", tmp_path / "release"))
+    for source, target, tp, pp in steps:
+        pool.run(tp * pp, _weights, str(tmp_path / "hf"), str(source), str(target), tp, pp)
+    original = HFCheckpoint.open(tmp_path / "hf")
+    found = planned_hf_tensors(Reader(steps[-1][1]), load_config(tmp_path / "hf"), DTYPES["fp32"])
+    assert {tensor.name for tensor in found} == set(original.names)
+    for tensor in found:
+        assert torch.equal(tensor.produce(), original.tensor(tensor.name)), tensor.name
+    table.add(
+        f"{name}, {'tied' if tied else 'untied'}: Hugging Face, tp 1, tp 4, tp 2 x pp 2, Hugging Face",
+        f"{len(found)} tensors",
+        "equal to the bit",
+    )
+
+
+def _state(run: str, source: str, target: str, tp: int, pp: int) -> None:
+    """Load weights, optimizer and schedule at a layout, save again."""
+    from megaswift.arguments import SftArguments
+    from megaswift.checkpoint.save import save
+    from megaswift.engine import loop, ranks
+
+    job = loop.Job.read(Path(run) / "job.json")
+    plan = replace(job.plan, tp=tp, pp=pp, dp=1, world_size=tp * pp)
+    job = replace(job, plan=plan, checkpoint=source, first_step=1)
+    with ranks.joined(tp, pp, 42):
+        trainer = loop._trainer(job, SftArguments(**job.options))
+        layout = {"tp": tp, "pp": pp, "dp": 1}
+        save(Path(target).parent, 1, trainer, only_model=False, extra={}, manifest={"layout": layout})
+
+
+@pytest.mark.parametrize(("name", "tied"), MODELS if ALL else SOME[1:])
+def test_moments_come_back_from_every_layout(name: str, tied: bool, pool: RankPool, tmp_path: Path) -> None:
+    start = tiny_start(tmp_path, name, tie_word_embeddings=tied)
+    rows = write_rows(tmp_path / "rows.jsonl")
+    run = train(
+        pool, tmp_path / "out", 1, resume_from_checkpoint=str(start), dataset=[str(rows)], model_type="tiny-chat", max_steps=1
+    )
+    steps = chain(tmp_path, run.directory / "iter_0000001")
+    for source, target, tp, pp in steps:
+        pool.run(tp * pp, _state, str(run.directory), str(source), str(target), tp, pp)
+    before, after = Reader(steps[0][0]), Reader(steps[-1][1])
+    assert set(before.keys) == set(after.keys)
+    moments = [key for key in before.keys if "exp_avg" in key]
+    assert len(moments) > 10
+    for key in before.keys:
+        assert torch.equal(before.read(key), after.read(key)), key
+    assert all(float(before.read(key).abs().max()) > 0 for key in moments if "word_embeddings" in key)
+    table.add(
+        f"{name}, {'tied' if tied else 'untied'}: a run's state through tp 1, tp 4, tp 2 x pp 2",
+        f"{len(before.keys)} tensors, {len(moments)} of them moments",
+        "equal to the bit",
+    )
