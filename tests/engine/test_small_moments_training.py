@@ -21,8 +21,10 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def six_steps(pool: RankPool, start: tuple[Path, Path], output: Path, world_size: int, **options: object) -> Run:
     release, rows = start
-    batch = dict(batch_size=1, gradient_accumulation_steps=8 // world_size, max_steps=6, save_steps=3)
-    return train(pool, output, world_size, resume_from_checkpoint=str(release), dataset=[str(rows)], **batch, **options)
+    common = dict(batch_size=1, gradient_accumulation_steps=8 // world_size, max_steps=6, save_steps=3)
+    return train(
+        pool, output, world_size, **{"resume_from_checkpoint": str(release), "dataset": [str(rows)], **common, **options}
+    )
 
 
 @pytest.mark.parametrize("optim", ["adamw_bf16", "adamw_8bit"])

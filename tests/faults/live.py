@@ -40,7 +40,10 @@ class Live:
         """Process ids of the ranks, in rank order."""
         found = []
         for pid in children(self.process.pid):
-            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            try:
+                environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            except OSError:  # it ended meanwhile
+                continue
             rank = [word for word in environment if word.startswith(b"RANK=")]
             if rank:
                 found.append((int(rank[0][5:]), pid))

@@ -63,7 +63,8 @@ def test_a_difference_is_not_hidden(document: tuple[Path, dict[str, dict]]) -> N
 
 def test_the_document_in_docs_was_made_by_the_full_command() -> None:
     text = (ROOT / "docs" / "parity.md").read_text(encoding="utf-8")
-    assert [line for line in text.splitlines() if line.startswith("## ")] == list(SECTIONS)
+    titles = [line for line in text.splitlines() if line.startswith("## ")]
+    assert titles in (list(SECTIONS), [*SECTIONS, "## On a GPU"])  # the last comes from a machine with one
     assert "fp32, 20 steps" in text and "5 of 5 are caught" in text
     for family in ("llama", "mistral", "qwen2", "qwen3"):
         assert f"| {family} | tp2,pp2,sp |" in text

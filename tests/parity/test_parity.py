@@ -174,10 +174,10 @@ def test_ranks_of_a_comparison_leave_nothing(pool: RankPool, start: tuple[Path, 
     """Models, process groups and their threads are gone when it is over."""
     from tests.engine.test_training import left_behind
 
-    threads = []
+    before, threads = pool.run(2, left_behind)[0][0], []  # other tests may have left a model in the ranks that all share
     for k in range(3):
         parity(pool, start, tmp_path / str(k), 2, tp=2, pp=1, steps=1)
         models, count = pool.run(2, left_behind)[0]
-        assert models == 0
+        assert models <= before
         threads.append(count)
     assert threads[2] <= threads[0]
