@@ -244,7 +244,8 @@ def _gpu(found: dict[str, Any]) -> str:
         + f"\nGradients of every parameter, difference to transformers over noise: {ratios}. `swift parity` on a small model: {verdicts}.\n\n"
         f"With `--deterministic true` two runs are {'bit-equal' if equal else 'NOT bit-equal'} in losses, gradient norms and "
         f"{strict['weights']:,} weights; a step takes {strict['ms']:.1f} ms, {truth['engine_ms']:.1f} ms without ({more:+.1f} ms, "
-        f"{100 * more / truth['engine_ms']:+.0f} %). Two runs without it {again} bit-equal.\n"
+        f"{100 * more / truth['engine_ms']:+.0f} %{', measured in two calls on two machines of one type' if found.get('two_calls') else ''}). "
+        f"Two runs without it {again} bit-equal.\n"
     )
 
 

@@ -38,9 +38,8 @@ VERBS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command line and return its exit code."""
-    gc.set_threshold(
-        50_000, 20, 20
-    )  # imports make half a million lasting objects: looking for garbage among them costs a second
+    # Imports make half a million lasting objects; looking for garbage among them again and again costs a second.
+    gc.set_threshold(50_000, 20, 20)
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         if not words or words[0] in ("-h", "--help"):

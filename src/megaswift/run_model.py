@@ -110,19 +110,20 @@ def _with_adapter(base: Located, adapter: Path) -> Located:
     from dataclasses import replace
 
     from megaswift.checkpoint.manifest import quick_check, sha256_of, versions, write_manifest
-    from megaswift.convert.lora import WEIGHTS, Adapter, merge_adapter
+    from megaswift.convert.lora import WEIGHTS, Adapter, merge_adapter, require_weights
     from megaswift.hf.folder import read_config
     from megaswift.hf.read import HFCheckpoint
     from megaswift.terminal import say
 
-    opened, model = Adapter.open(adapter), HFCheckpoint.open(base.path)
     stats = [(entry.name, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in sorted(base.path.glob("*.safetensors"))]
+    require_weights(adapter)
     digest = sha256_of(adapter / WEIGHTS)
     key = hashlib.sha256(repr((digest, (adapter / ADAPTER_CONFIG).read_bytes(), str(base.path.resolve()), stats)).encode())
     target = cache_root() / "merged" / f"{adapter.resolve().name}-{key.hexdigest()[:16]}"
     if not (target.is_dir() and quick_check(target) is None):
         shutil.rmtree(target, ignore_errors=True)
         target.parent.mkdir(parents=True, exist_ok=True)
+        opened, model = Adapter.open(adapter), HFCheckpoint.open(base.path)
 
         def manifest(written: Any) -> None:
             write_manifest(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from megaswift.arguments import ExportArguments, VerifyArguments
+from megaswift.engine.hf_copies import HFCopies
 from megaswift.export import export_main
 from megaswift.verify import verify_main
 from tests.ranks import RankPool
@@ -53,13 +57,72 @@ def test_each_checkpoint_has_its_model(start: tuple[Path, Path], pool: RankPool,
         verify_main(VerifyArguments(directory=str(copy), deep=True))
 
 
-def test_a_copy_that_fails_is_named_and_training_goes_on(
-    start: tuple[Path, Path], pool: RankPool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    from megaswift.engine.hf_copies import HFCopies
-
+def test_a_copy_that_fails_is_named(tmp_path: Path) -> None:
     copies = HFCopies(tmp_path, active=True)
     copies.begin(3)  # there is no such checkpoint
     line = copies.wait()
     assert line is not None and "iter_0000003-hf could not be made, the checkpoint is safe: " in line
     assert copies.wait() is None and not list(tmp_path.iterdir())
+
+
+def test_a_copy_that_is_stopped_leaves_no_process(tmp_path: Path) -> None:
+    copies = HFCopies(tmp_path, active=True)
+    copies.begin(3)
+    process = copies._process
+    assert process is not None and process.poll() is None
+    copies.stop()
+    assert process.returncode == -signal.SIGTERM and copies.wait() is None
+
+
+def test_a_stopped_run_begins_no_copy_and_does_not_wait_for_one(
+    start: tuple[Path, Path], pool: RankPool, tmp_path: Path
+) -> None:
+    """Whoever sends SIGTERM gives seconds: the checkpoint is saved, the copy of the one before is given up."""
+    release, rows = start
+    done = pool.run(1, stop_after_first_copy, str(release), str(rows), str(tmp_path))
+    assert done == [["begin 1", "stop", "stop"]]
+    run_dir = next(tmp_path.rglob("iter_0000002")).parent
+    assert (run_dir / "iter_0000002" / "manifest.json").is_file()
+
+
+def stop_after_first_copy(release: str, rows: str, output: str) -> list[str]:
+    """A run on one rank that is told to stop in its second step; what it asked of the copies."""
+    from unittest import mock
+
+    from megaswift import sft
+    from megaswift.arguments import SftArguments
+    from megaswift.engine import hf_copies, loop
+    from megaswift.errors import Stopped
+
+    asked: list[str] = []
+
+    class Noted(hf_copies.HFCopies):
+        def begin(self, iteration: int) -> None:
+            asked.append(f"begin {iteration}")
+
+        def wait(self) -> str | None:
+            assert asked[-1:] != ["begin 1"], "a stopped run waited for a copy"
+            return None
+
+        def stop(self) -> None:
+            asked.append("stop")
+
+    steps = [0]
+
+    def agree(self: loop.Training) -> tuple[bool, bool]:
+        steps[0] += 1
+        return steps[0] > 2, True  # before step 1, after step 1, after step 2
+
+    args = SftArguments(
+        resume_from_checkpoint=release, dataset=[rows], output_dir=output, max_length=128, batch_size=1,
+        gradient_accumulation_steps=2, max_steps=6, save_steps=1, save_safetensors=True, dataset_test_ratio=0.0,
+    )  # fmt: skip
+    alone = {name: value for name, value in os.environ.items() if name not in hf_copies._DISTRIBUTED}
+    with (
+        mock.patch.dict(os.environ, alone, clear=True),
+        mock.patch.object(loop, "HFCopies", Noted),
+        mock.patch.object(loop.Training, "_agree", agree),
+        contextlib.suppress(Stopped),
+    ):
+        sft.sft_main(args)
+    return asked

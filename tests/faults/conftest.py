@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from megaswift.arguments import SftArguments
 from megaswift.engine.loop import Job
 from tests.faults import table
 from tests.faults.harness import TIMEOUT_S, FaultRun, run_ranks, with_plan
+from tests.faults.live import Live
 from tests.training import tiny_start, write_rows
 
 ALL = os.environ.get("MEGASWIFT_FAULTS") == "all"  # every point and case; else a part of them
@@ -79,3 +81,17 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if table.TABLE and not hasattr(session.config, "workerinput"):
         table.write()
+
+
+@pytest.fixture
+def live(start: tuple[Path, Path], tmp_path: Path) -> Iterator[Callable[..., Live]]:
+    """Start runs that end with the test."""
+    runs: list[Live] = []
+
+    def begin(*words: str, **more: Any) -> Live:
+        runs.append(Live(start, tmp_path / "output", *words, **more))
+        return runs[-1]
+
+    yield begin
+    for run in runs:
+        run.stop()

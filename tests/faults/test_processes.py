@@ -6,9 +6,8 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,20 +18,6 @@ from tests.faults.conftest import ALL
 from tests.faults.live import LOOPBACK, Live, listening, send
 
 thorough = pytest.mark.skipif(not ALL, reason="a part of make faults")
-
-
-@pytest.fixture
-def live(start: tuple[Path, Path], tmp_path: Path) -> Iterator[Callable[..., Live]]:
-    """Start runs that end with the test."""
-    runs: list[Live] = []
-
-    def begin(*words: str, **more: Any) -> Live:
-        runs.append(Live(start, tmp_path / "output", *words, **more))
-        return runs[-1]
-
-    yield begin
-    for run in runs:
-        run.stop()
 
 
 def goes_on(run: Live, live: Callable[..., Live], least: int) -> None:

@@ -7,9 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -138,19 +137,6 @@ def test_the_data_cache_holds_no_objects(file: str, start: tuple[Path, Path], tm
         TokenRows.open(tmp_path / "rows")
     assert caught.value.exit_code == 3
     assert not marker.exists()
-
-
-@pytest.fixture
-def live(start: tuple[Path, Path], tmp_path: Path) -> Iterator[Callable[..., Live]]:
-    runs: list[Live] = []
-
-    def begin(*words: str, **more: Any) -> Live:
-        runs.append(Live(start, tmp_path / "output", *words, **more))
-        return runs[-1]
-
-    yield begin
-    for run in runs:
-        run.stop()
 
 
 def test_one_process_listens_on_the_loopback_address_only(live: Callable[..., Live]) -> None:

@@ -119,7 +119,14 @@ def test_what_does_not_fit_is_named(base: Path, tmp_path: Path, cache: Path, ten
     adapter = write_adapter(tmp_path / "adapter", base, made)
     with pytest.raises(MegaswiftError, match=message):
         prepare(InferArguments(ckpt_dir=str(adapter))).located  # noqa: B018
-    assert not any((cache / "merged").glob("*")) if (cache / "merged").exists() else True
+    assert not list((cache / "merged").glob("*"))
+
+
+def test_an_adapter_without_safetensors_is_refused(base: Path, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", base)
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    with pytest.raises(DataError, match="adapter_model.safetensors is missing"):
+        prepare(InferArguments(ckpt_dir=str(adapter))).located  # noqa: B018
 
 
 def test_a_damaged_adapter_is_named(base: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from megaswift.errors import DataError
-from megaswift.hf.output import read_in_background
+from megaswift.hf.output import forget_pages, read_in_background
 
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 _STORAGES = {
@@ -72,10 +72,7 @@ class Mapped:
 
     def release(self, start: int, length: int) -> None:
         """Give back the memory of a range; views of it stay valid and are read again when used."""
-        option = getattr(mmap, "MADV_DONTNEED", None)
-        first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + length) // mmap.PAGESIZE * mmap.PAGESIZE
-        if option is not None and last > first:
-            self.map.madvise(option, first, last - first)
+        forget_pages(self.map, start, start + length)
 
     def prefetch(self, start: int, length: int) -> None:
         """Ask the system to read a range in the background."""

@@ -63,8 +63,7 @@ class Adapter:
                 raise UserError(
                     f"the adapter uses {what}, which cannot be merged.", where=where, fix="merge it with peft first"
                 )
-        if not (path / WEIGHTS).is_file():
-            raise DataError(f"{WEIGHTS} is missing.", where=str(path), fix="save the adapter as safetensors")
+        require_weights(path)
         read_header(path / WEIGHTS)  # names what is wrong with a damaged file
         from safetensors.torch import load_file
 
@@ -83,6 +82,12 @@ class Adapter:
         for module, half in halves.items():
             made.pairs[f"{module}.weight"] = _pair(module, half, config, str(path / WEIGHTS))
         return made
+
+
+def require_weights(path: Path) -> None:
+    """Raise DataError for an adapter directory without its weights as safetensors."""
+    if not (path / WEIGHTS).is_file():
+        raise DataError(f"{WEIGHTS} is missing.", where=str(path), fix="save the adapter as safetensors")
 
 
 def _pair(module: str, half: dict[str, Tensor], config: dict[str, Any], where: str) -> tuple[Tensor, Tensor, float]:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 if TYPE_CHECKING:
     from megaswift.data.batches import MicroBatch
 
+_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 REPEATS = 3  # timed forward and backward passes of one micro batch, each way
 
 
@@ -31,13 +32,16 @@ def deterministic(wanted: bool) -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled()
     # Without this torch fills every new tensor, which nothing here reads before it is written.
     filled, switches.fill_uninitialized_memory = switches.fill_uninitialized_memory, False
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    workspace = os.environ.get(_WORKSPACE)
+    os.environ.setdefault(_WORKSPACE, ":4096:8")
     torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
         switches.fill_uninitialized_memory = filled
+        if workspace is None:
+            os.environ.pop(_WORKSPACE, None)
 
 
 def measure_cost(trainer: Any, batches: list[MicroBatch]) -> tuple[float, float]:

@@ -26,16 +26,9 @@ _START = (
     "from megaswift.cli import main\n"
     "sys.exit(main())\n"
 )
-_DISTRIBUTED = (
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "NPROC_PER_NODE",
-    "NNODES",
-)
+# fmt: off
+_DISTRIBUTED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NPROC_PER_NODE", "NNODES")
+# fmt: on
 
 
 def copy_command(run_dir: Path, iteration: int, *, verify: bool) -> list[str]:

@@ -146,8 +146,10 @@ class Training:
                 self._evaluate(step, self.validation)
             reached("loop.boundary")
             stopping, written = self._agree()
+            if stopping:
+                self.copies.stop()  # whoever asked does not wait for it
             if self.saving is not None and (written or due or stopping):
-                self._finish_saving()
+                self._finish_saving(copy=not stopping)
             if due or stopping:
                 self._save(step, wait=stopping or step == last)
             if stopping and step < last:
@@ -261,11 +263,15 @@ class Training:
         )
         self.waited = time.perf_counter() - self.began
         if wait or not self.args.async_save:
-            self._finish_saving()
+            self._finish_saving(copy=not wait)
         self.watchdog.beat(f"step {step + 1}")
 
-    def _finish_saving(self) -> None:
-        """Publish the checkpoint on its way, and delete those beyond --save_total_limit once it is safe."""
+    def _finish_saving(self, copy: bool = False) -> None:
+        """Publish the checkpoint on its way, and delete those beyond --save_total_limit once it is safe.
+
+        With `copy` its Hugging Face copy begins, where these are wanted; that of the last step is made, and proven, when the
+        ranks are gone.
+        """
         assert self.saving is not None
         begun, saving, self.saving = time.perf_counter(), self.saving, None
         self.watchdog.long(f"saving after step {saving.iteration}")
@@ -287,7 +293,7 @@ class Training:
         ended = time.perf_counter()
         self.waited += ended - begun
         self.log.saved(saving.iteration, target, ended - self.began, self.waited)
-        if saving.iteration < self.plan.train_iters:  # the last one is made, and proven, when the ranks are gone
+        if copy:
             self.copies.begin(saving.iteration)
         self.watchdog.beat(f"step {saving.iteration + 1}")
 

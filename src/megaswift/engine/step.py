@@ -64,9 +64,8 @@ class Trainer:
         )
         options = optimizer_config(plan)
         optimizer = get_megatron_optimizer(options, [self.model], get_standard_config_overrides(options))
-        self.optimizer = fuse_optimizer(
-            optimizer, plan.moments
-        )  # as it was under fp16, whose loss scaler needs Megatron's step
+        # Under fp16 it stays as it was: the loss scaler needs Megatron's own step.
+        self.optimizer = fuse_optimizer(optimizer, plan.moments)
         for chained in optimizer.chained_optimizers:
             chained.optimizer.allocate()
         self.fused = isinstance(self.optimizer, FusedOptimizer)

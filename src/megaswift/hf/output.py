@@ -187,6 +187,14 @@ def _reserve(handle: int, count: int) -> None:
         allocate(handle, 0, ctypes.c_int64(0), ctypes.c_int64(count))
 
 
+def forget_pages(mapped: mmap.mmap, start: int, stop: int) -> None:
+    """Give back the memory of the whole pages in a range of a mapped file; they are read again when they are used."""
+    option = getattr(mmap, "MADV_DONTNEED", None)
+    first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
+    if option is not None and last > first:
+        mapped.madvise(option, first, last - first)
+
+
 _reader: ThreadPoolExecutor | None = None
 _reader_lock = threading.Lock()
 

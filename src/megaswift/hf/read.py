@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from megaswift.errors import DataError, UserError
 from megaswift.hf.folder import INDEX, inside, read_config, side_files, weight_files, weight_map
 from megaswift.hf.header import TensorEntry, read_header
-from megaswift.hf.output import read_in_background
+from megaswift.hf.output import forget_pages, read_in_background
 from megaswift.hf.pickled import read_pickle
 
 if TYPE_CHECKING:
@@ -189,13 +189,8 @@ class HFCheckpoint:
     def release(self, name: str) -> None:
         """Give back the memory through which a tensor was read. Views of it stay valid; they are read again when used."""
         entry = self.entry(name)
-        option = getattr(mmap, "MADV_DONTNEED", None)
-        if option is None or entry.nbytes == 0:
-            return
-        first = -(-entry.start // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages only
-        length = entry.stop // mmap.PAGESIZE * mmap.PAGESIZE - first
-        if length > 0:
-            self._map(entry.file).madvise(option, first, length)
+        if entry.nbytes:
+            forget_pages(self._map(entry.file), entry.start, entry.stop)
 
     def nonfinite(self, names: Iterable[str] | None = None) -> list[str]:
         """Names of the tensors that hold NaN or infinity. Reads each once and releases it."""
