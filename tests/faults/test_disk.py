@@ -13,10 +13,13 @@ from typing import Any
 
 import pytest
 
+from megaswift.arguments import ExportArguments
 from megaswift.checkpoint import save
 from megaswift.engine.loop import Job
-from megaswift.errors import DataError
+from megaswift.errors import DataError, UserError
+from megaswift.export import export_main
 from tests.faults.harness import FaultRun, with_plan
+from tests.tiny import save_tiny
 
 
 @pytest.fixture
@@ -110,3 +113,22 @@ def test_a_directory_that_cannot_be_written(
     assert "error: the run's directory cannot be written: Read-only file system." in capsys.readouterr().err
     assert main([*words, str(start[1])]) == 2
     assert "error: the run's directory cannot be written: Not a directory." in capsys.readouterr().err
+
+
+def test_a_disk_that_fills_up_while_converting_to_megatron(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message is the disk's, not torch's about a position in a file; nothing is left."""
+    save_tiny(tmp_path / "hf", "llama")
+    real, written = os.write, [0]
+
+    def failing(handle: int, data: memoryview) -> int:
+        written[0] += len(data)
+        if written[0] > 50_000:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(handle, data)
+
+    monkeypatch.setattr(os, "write", failing)
+    monkeypatch.setattr("megaswift.hf.output.SLOT", 4096)  # as a large model: the disk fills up in the middle of a tensor
+    words = dict(model_type="tiny", model_id_or_path=str(tmp_path / "hf"), megatron_output_dir=str(tmp_path / "out" / "m"))
+    with pytest.raises(UserError, match="the disk is full"):
+        export_main(ExportArguments(to_megatron=True, verify=False, **words))
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]

@@ -233,7 +233,10 @@ def _fill(file: HashedFile, name: str, queue: list[Chunk], objects: dict[str, An
         value = own_storage(chunk.produce().to(chunk.dtype).reshape(chunk.shape).contiguous())
         file.write(bytes(-file.position % _ALIGNMENT))  # so that a mapped chunk can be used in place
         start = file.position
-        torch.save(value, cast(IO[bytes], file))
+        try:
+            torch.save(value, cast(IO[bytes], file))
+        except RuntimeError as error:  # torch.save hides what the file raised, a full disk say, behind an error of its own
+            raise (error.__context__ if isinstance(error.__context__, (OSError, Cancelled)) else error) from None
         storage[MetadataIndex(chunk.key, torch.Size(chunk.offset))] = _StorageInfo(name, start, file.position - start)
         del value
         if chunk.release is not None:
