@@ -23,7 +23,7 @@ SHAPES = {
 }
 
 
-def make_model(folder: Path, shape: str, vocab: int, positions: int) -> None:
+def make_model(folder: Path, shape: str, vocab: int, positions: int, tied: bool = True) -> None:
     """A Qwen2 folder with random bf16 weights and a byte-level tokenizer."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -32,7 +32,7 @@ def make_model(folder: Path, shape: str, vocab: int, positions: int) -> None:
     config = Qwen2Config(
         vocab_size=vocab,
         max_position_embeddings=positions,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         eos_token_id=1,
         pad_token_id=2,
         **SHAPES[shape],

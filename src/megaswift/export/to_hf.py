@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from megaswift.args_file import LAYOUT_OPTIONS, MODEL_OPTIONS, SFT_ARGS, args_file_in, fill_from_file, read_args_file
 from megaswift.arguments import ExportArguments
-from megaswift.checkpoint import classic, layout
+from megaswift.checkpoint import layout
 from megaswift.errors import DataError, UserError
 from megaswift.export.common import (
     THREADS,
@@ -24,6 +24,7 @@ from megaswift.export.common import (
     shown,
     sign,
 )
+from megaswift.hf.output import start_reading
 from megaswift.hf.publish import refuse_unfinished
 from megaswift.terminal import say
 
@@ -94,6 +95,7 @@ def to_hf(args: ExportArguments) -> Path:
 def _own_weights(root: Path, args: ExportArguments) -> _Weights:
     """Weights in a directory that export or sft made."""
     checkpoint = layout.find_checkpoint(root, args.iteration)
+    start_reading(sorted(checkpoint.glob("*.distcp"), key=lambda path: (len(path.name), path.name)))
     args = fill_from_file(args, read_args_file(root), (*MODEL_OPTIONS, *LAYOUT_OPTIONS))
     if not args.model_type:
         raise UserError("the directory does not say its model_type.", where=str(root), fix="give --model_type NAME")
@@ -108,6 +110,8 @@ def _own_weights(root: Path, args: ExportArguments) -> _Weights:
 
 def _old_weights(root: Path, args: ExportArguments) -> _Weights | None:
     """Weights in the classic layout (mp_rank_XX/model_optim_rng.pt), or None where the directory is another kind."""
+    from megaswift.checkpoint import classic
+
     found = classic.find(root, args.iteration)
     if found is None:
         return None

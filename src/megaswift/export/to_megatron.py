@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from megaswift.args_file import EXPORT_ARGS, write_args_file
 from megaswift.arguments import ExportArguments
-from megaswift.checkpoint import classic, layout
+from megaswift.checkpoint import layout
 from megaswift.errors import UserError
 from megaswift.export.common import (
     THREADS,
@@ -59,9 +59,12 @@ def to_megatron(args: ExportArguments) -> Path:
     """Hugging Face folder -> {model_type}-tp{tp}-pp{pp}, with config, tokenizer and export_args.json beside the weights."""
     if not args.model_type and not args.model_id_or_path:
         raise UserError("no model is named.", where="swift export", fix="give --model_type NAME or --model_id_or_path DIR")
+    from megaswift.hf.folder import weight_files
     from megaswift.hf.locate import locate
+    from megaswift.hf.output import start_reading
 
     located = locate(args.model_type, args.model_id_or_path, args.model_revision, args.allow_pickle)
+    start_reading(weight_files(located.path, args.allow_pickle))
     from megaswift.checkpoint.torch_dist import Reader
     from megaswift.convert import DTYPES, hf_to_megatron, verify_round_trip
     from megaswift.hf.config import load_config
@@ -106,6 +109,8 @@ def classic_to_megatron(args: ExportArguments) -> Path:
 
     Values are compared bit for bit; there is no Hugging Face model to compare logits with (--to_hf makes and proves one).
     """
+    from megaswift.checkpoint import classic
+
     root = Path(str(args.ckpt_dir)).absolute()
     found = classic.find(root, args.iteration)
     if found is None:

@@ -10,7 +10,7 @@ import mmap
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any, Protocol, TypeVar
 SLOT = 8 * 2**20  # bytes hashed and written at a time
 SLOTS = 4  # buffers of one file: some are hashed or on their way to the disk while the next is filled
 READ_AHEAD = 256 * 2**20  # bytes that the disk is asked for before they are needed
+FIRST_READ = 2**30  # bytes that the disk is asked for while libraries are imported
 _READ_STEP = 16 * 2**20  # bytes asked for in one call, which waits while the disk's queue is full
 _DIRECT = getattr(os, "O_DIRECT", 0)
 T = TypeVar("T", bound="Readable")
@@ -208,6 +209,17 @@ def read_in_background(path: Path, start: int, count: int) -> None:
         if _reader is None:
             _reader = ThreadPoolExecutor(1, "read-ahead")
     _reader.submit(_read_ahead, path, start, count)
+
+
+def start_reading(files: Iterable[Path]) -> None:
+    """Have the disk read the first bytes of a conversion's input. Importing torch and transformers takes some seconds."""
+    left = FIRST_READ
+    for path in files:
+        count = min(path.stat().st_size, left)
+        read_in_background(path, 0, count)
+        left -= count
+        if not left:
+            return
 
 
 def _read_ahead(path: Path, start: int, count: int) -> None:
