@@ -210,7 +210,9 @@ def common(options: argparse.Namespace) -> list[str]:
 
 def sft_words(options: argparse.Namespace, layout: Layout, name: str, steps: int, start: str) -> list[str]:
     """`swift sft` from Megatron weights, or from the folder "model" or "small" without a conversion."""
-    source = ["--resume_from_checkpoint", start] if start.startswith("bench-") else named("small" if start == "small" else "model")
+    source = (
+        ["--resume_from_checkpoint", start] if start.startswith("bench-") else named("small" if start == "small" else "model")
+    )
     shape = ["--tp", str(layout.tp), "--pp", str(layout.pp), *layout.words]
     return ["sft", *source, *common(options), *shape, "--max_steps", str(steps), "--output_dir", name]
 

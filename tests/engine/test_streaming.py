@@ -115,3 +115,12 @@ def test_rows_are_those_of_the_file(whole: Any, start: tuple[Path, Path], pool: 
     )
     assert [first[row][0].tolist() for row in range(len(first))] == [second[row][0].tolist() for row in range(len(second))]
     assert counted.losses == run.losses
+
+
+def test_another_number_of_steps_is_refused_by_name(
+    whole: Any, start: tuple[Path, Path], pool: RankPool, tmp_path: Path
+) -> None:
+    run, _ = whole
+    half(run, tmp_path)
+    with pytest.raises(UserError, match="--max_steps was 6 and is 8, and the order of streamed rows is drawn over all"):
+        streamed(pool, start, tmp_path, 2, resume=True, max_steps=8)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,10 +21,12 @@ NAME = "smollm2-135m-instruct"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the packaged model, as `swift export --to_hf` leaves it."""
-    from megaswift.hf.locate import locate
+    """The model after both conversions."""
+    from megaswift import ExportArguments, export_main
 
-    path = shutil.copytree(locate(NAME).path, tmp_path_factory.mktemp("smol") / f"{NAME}-hf")
+    place = tmp_path_factory.mktemp("smol") / "megatron"
+    start = export_main(ExportArguments(model_type=NAME, to_megatron=True, megatron_output_dir=str(place)))
+    path = export_main(ExportArguments(ckpt_dir=str(start), to_hf=True))
     (path / "sft_args.json").write_text(json.dumps({"model_type": NAME, "sft_type": "full"}))
     return path
 

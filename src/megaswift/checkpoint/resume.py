@@ -136,7 +136,12 @@ def check_unchanged(args: SftArguments, manifest: dict[str, Any], fingerprint: s
     differs = []
     if saved.get("seed") != args.seed:
         differs.append(f"the seed was {saved.get('seed')} and is {args.seed}")
-    if then[0] != now[0]:
+    steps = saved.get("train_iters")
+    if then[0] != now[0] and args.streaming and steps != args.max_steps:
+        differs.append(
+            f"--max_steps was {steps} and is {args.max_steps}, and the order of streamed rows is drawn over all that the run needs"
+        )
+    elif then[0] != now[0]:
         differs.append("the training rows, their order, or the way they become tokens changed")
     if then[-1] != now[-1]:
         differs.append(f"--group_by_length was {str(then[-1][-1:] == '1').lower()} and is {str(args.group_by_length).lower()}")
@@ -144,7 +149,7 @@ def check_unchanged(args: SftArguments, manifest: dict[str, Any], fingerprint: s
         raise UserError(
             "this run cannot go on: " + "; ".join(differs) + ".",
             where=where,
-            fix="give the data, template and seed of the run again; or accept rows seen twice or never with --allow_data_change true",
+            fix="give the data, template, seed and, with --streaming, --max_steps of the run again; or accept rows seen twice or never with --allow_data_change true",
         )
     return differs
 

@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -19,8 +20,9 @@ from typing import Any, Protocol, TypeVar
 SLOT = 8 * 2**20  # bytes hashed and written at a time
 SLOTS = 4  # buffers of one file: some are hashed or on their way to the disk while the next is filled
 READ_AHEAD = 256 * 2**20  # bytes that the disk is asked for before they are needed
-FIRST_READ = 2**30  # bytes that the disk is asked for while libraries are imported
-_READ_STEP = 16 * 2**20  # bytes asked for in one call, which waits while the disk's queue is full
+FIRST_READ = 4 * 2**30  # bytes at most, and an eighth of the memory, that the disk is asked for while libraries are imported
+_READ_STEP = 2**19  # bytes asked for in one call; Linux leaves out what is beyond the device's read-ahead or largest transfer
+_FIRST_STEP = 32 * 2**20  # bytes read in one call while imports hold Python's lock nearly all the time
 _DIRECT = getattr(os, "O_DIRECT", 0)
 T = TypeVar("T", bound="Readable")
 
@@ -212,14 +214,22 @@ def read_in_background(path: Path, start: int, count: int) -> None:
 
 
 def start_reading(files: Iterable[Path]) -> None:
-    """Have the disk read the first bytes of a conversion's input. Importing torch and transformers takes some seconds."""
-    left = FIRST_READ
+    """Have the disk read the front of a conversion's input. Importing torch and transformers takes some seconds."""
+    left = min(FIRST_READ, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8)
+    parts = []
     for path in files:
         count = min(path.stat().st_size, left)
-        read_in_background(path, 0, count)
+        parts.append((path, count))
         left -= count
-        if not left:
-            return
+
+    def read() -> None:
+        buffer = mmap.mmap(-1, _FIRST_STEP)  # asking alone would take Python's lock for every half megabyte
+        for path, count in parts:
+            with suppress(OSError), path.open("rb", buffering=0) as file:  # errors are left to those who read
+                for _ in range(0, count, _FIRST_STEP):
+                    file.readinto(buffer)
+
+    threading.Thread(target=read, name="first-read", daemon=True).start()
 
 
 def _read_ahead(path: Path, start: int, count: int) -> None:
