@@ -15,6 +15,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never reach for a network
 from tests import tiny
 from tests.ranks import RankPool
 
+# Files that take long with few tests: begun last, one of two workers would wait for the other.
+LONG = (
+    "test_whole_story", "test_document", "test_processes", "test_points", "test_golden", "test_training", "test_loss_scaler",
+    "test_convert_resume", "test_save_safetensors",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first (`make test` hands out files in this order)."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
 
 @pytest.fixture(scope="session")
 def pool() -> Iterator[RankPool]:
