@@ -18,21 +18,20 @@ TIMEOUT_S = 180
 
 
 def _serve(connection: Any) -> None:
-    """One rank: run the jobs that come, until the pool closes."""
+    """One rank: run one job. Gloo leaves threads behind that wake up a hundred times a second, so ranks are not used again."""
     import torch
 
     torch.set_num_threads(1)
-    while True:
-        try:
-            job = connection.recv()
-        except EOFError:
-            return
-        environment, function, arguments = job
-        os.environ.update(environment)
-        try:
-            connection.send((True, function(*arguments)))
-        except BaseException as error:
-            connection.send((False, (type(error).__name__, traceback.format_exc())))
+    try:
+        environment, function, arguments = connection.recv()
+    except EOFError:  # the pool was closed
+        return
+    os.environ.update(environment)
+    try:
+        connection.send((True, function(*arguments)))
+    except BaseException as error:
+        connection.send((False, (type(error).__name__, traceback.format_exc())))
+    connection.recv()  # whoever ends first would break the connections of the others
 
 
 class RankFailed(AssertionError):
@@ -49,12 +48,7 @@ class RankPool:
 
     def run(self, world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """Run `function(*arguments)` on every rank at once and return their results in rank order."""
-        while len(self._ranks) < world_size:
-            ours, theirs = self._context.Pipe()
-            process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
-            process.start()
-            theirs.close()
-            self._ranks.append((process, ours))
+        self._fill(world_size)
         port = _free_port()
         for rank in range(world_size):
             environment = {
@@ -72,10 +66,19 @@ class RankPool:
                 continue
             good, value = self._ranks[rank][1].recv()
             (results if good else failures).append(value)
+        self.close()  # after a failure the others may hang in a collective
+        self._fill(world_size)  # they start while the test goes on
         if failures:
-            self.close()  # the others may hang in a collective
             raise RankFailed("\n".join(str(failure[1]) if isinstance(failure, tuple) else failure for failure in failures))
         return results
+
+    def _fill(self, world_size: int) -> None:
+        while len(self._ranks) < world_size:
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self._ranks.append((process, ours))
 
     def close(self) -> None:
         """End all ranks."""
