@@ -158,7 +158,7 @@ def write_comparison(directory: Path, models: Sequence[Model], pairs: Sequence[P
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem;color:#222;background:#fff}"
     "table{border-collapse:collapse;margin:.6rem 0 1.6rem}td,th{padding:.3rem .8rem;border-bottom:1px solid #ddd;text-align:left}"
-    "td.n{text-align:right;font-variant-numeric:tabular-nums}.bar{position:relative;width:16rem;height:1.1rem;background:#f0f2f5}"
+    "td.n{font-variant-numeric:tabular-nums}.bar{position:relative;width:16rem;height:1.1rem;background:#f0f2f5}"
     ".bar i{position:absolute;top:.45rem;height:.2rem;background:#7aa5d8}.bar b{position:absolute;top:.2rem;width:.25rem;height:.7rem;"
     "background:#1f5fa8}.loud{background:#fde8e8;border-left:.4rem solid #c0392b;padding:.6rem 1rem}.yes{color:#176b2c}.no{color:#a02318}"
     "@media(prefers-color-scheme:dark){body{background:#16181c;color:#ddd}td,th{border-color:#333}.bar{background:#23262c}"
