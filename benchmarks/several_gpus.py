@@ -9,7 +9,7 @@ predict  memory and tokens/s of each layout from shape, card and links, before a
 seed     convert, train at tp2 dp2 with the document's flags, convert back
 layouts  tokens/s/GPU, TFLOP/s/GPU and memory of each layout, and of its variants
 losses   `swift parity --layouts`: losses of 20 steps, against the limit for this precision
-resume   as many steps at tp2 dp2 in one go, and in two runs of which the second has pp4
+resume   steps at tp2 dp2 in one go, and the second half of them at pp4 from the checkpoint in the middle
 kill     SIGKILL one rank in the middle of a run: exit code, and seconds until all others are gone
 scaling  a third of the size, data-parallel on 1, 2, ... GPUs: tokens/s/GPU against one GPU
 """
@@ -20,6 +20,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -150,14 +151,16 @@ def losses(work: Path, options: argparse.Namespace) -> None:
 def resume(work: Path, options: argparse.Namespace) -> None:
     """Losses after a checkpoint that another layout goes on from."""
     steps = options.steps - options.steps % 2
-    whole, _ = trained(work, options, Layout(2, 1), "whole", steps=steps)
-    half = ["--save_steps", str(steps // 2)]
-    _, run = trained(work, options, Layout(2, 1), "halves", *half, "--max_steps", str(steps // 2), steps=steps // 2)
-    words = ["--resume_from_checkpoint", str(run), "--tp", "1", "--pp", str(options.gpus), "--max_steps", str(steps)]
-    swift(work, "sft", *common(options), *words, ranks=options.gpus)
-    rest = steps_of(run)[-(steps // 2) :]
+    whole, run = trained(work, options, Layout(2, 1), "whole", "--save_steps", str(steps // 2), steps=steps)
+    half = work / "half" / run.parent.name / run.name
+    shutil.copytree(run, half)
+    shutil.rmtree(half / f"iter_{steps:07d}")  # as if it had been stopped in the middle
+    (half / "latest_checkpointed_iteration.txt").write_text(str(steps // 2), encoding="utf-8")
+    words = ["--resume_from_checkpoint", str(half), "--tp", "1", "--pp", str(options.gpus), "--max_steps", str(steps)]
+    swift(work, "sft", *common(options), *words, "--output_dir", "half", ranks=options.gpus)
+    rest = steps_of(half)[-(steps // 2) :]
     worst = max(abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in zip(rest, whole[-(steps // 2) :], strict=True))
-    show(options, part="resume", steps=steps, largest_relative_difference=worst)
+    show(options, part="resume", steps=steps, largest_relative_difference=f"{worst:.1e}")
 
 
 def kill(work: Path, options: argparse.Namespace) -> None:
