@@ -75,7 +75,7 @@ def layouts(gpus: int) -> list[Layout]:
 
 
 def predict(work: Path, options: argparse.Namespace) -> None:
-    """Bytes from the plan; seconds from products, what tensor, pipeline and data parallelism send, and the optimizer."""
+    """Bytes of weights, optimizer and activations; seconds from products, what tensor, pipeline and data parallelism send, and the optimizer."""
     for layout in layouts(options.gpus):
         show(options, part="predict", layout=layout.name(options.gpus), **predicted(layout, options.shape, options.gpus))
 

@@ -59,19 +59,19 @@ def to_megatron(args: ExportArguments) -> Path:
     """Hugging Face folder -> {model_type}-tp{tp}-pp{pp}, with config, tokenizer and export_args.json beside the weights."""
     if not args.model_type and not args.model_id_or_path:
         raise UserError("no model is named.", where="swift export", fix="give --model_type NAME or --model_id_or_path DIR")
-    from megaswift.hf.folder import weight_files
     from megaswift.hf.locate import locate
     from megaswift.hf.output import start_reading
+    from megaswift.hf.read import HFCheckpoint
 
     located = locate(args.model_type, args.model_id_or_path, args.model_revision, args.allow_pickle)
-    start_reading(weight_files(located.path, args.allow_pickle))
+    source = HFCheckpoint.open(located.path, args.allow_pickle)
+    files = sorted({source.file_of(name) for name in source.names})
+    start_reading(files)
     from megaswift.checkpoint.torch_dist import Reader
     from megaswift.convert import DTYPES, hf_to_megatron, verify_round_trip
     from megaswift.hf.config import load_config
-    from megaswift.hf.read import HFCheckpoint
 
     config = load_config(located.path)
-    source = HFCheckpoint.open(located.path, args.allow_pickle)
     dtype = _main_dtype(source) if args.dtype == "AUTO" else args.dtype
 
     def proof(release: Path, done: Conversion) -> dict[str, Any]:
@@ -82,7 +82,6 @@ def to_megatron(args: ExportArguments) -> Path:
             return {"round_trip_tensors": equal}
         return prove(config, source, Reader(release), DTYPES[dtype], located.path, equal)
 
-    files = sorted({source.file_of(name) for name in source.names})
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return _write(
         args,

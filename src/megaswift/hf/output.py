@@ -219,7 +219,8 @@ def start_reading(files: Iterable[Path]) -> None:
     parts = []
     for path in files:
         count = min(path.stat().st_size, left)
-        parts.append((path, count))
+        if count:
+            parts.append((path, count))
         left -= count
 
     def read() -> None:
