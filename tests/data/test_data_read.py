@@ -46,11 +46,11 @@ CSV = b"query,response\n" + b"".join(f'q{k},"a{k}\n\u4f60"\n'.encode() for k in 
         ("a.json", b"\xef\xbb\xbf  " + LIST + b"\n"),
         ("a.json", LINES),  # lines under the wrong name
         ("a.json", b'{"version": 1, "data": ' + LIST + b"}"),
-        ("a.jsonl.gz", gzip.compress(LINES)),
-        ("a.json.gz", gzip.compress(LIST)),
+        ("a.jsonl.gz", gzip.compress(LINES, mtime=0)),
+        ("a.json.gz", gzip.compress(LIST, mtime=0)),
         ("a.csv", CSV),
         ("a.csv", b"\xef\xbb\xbf" + CSV),
-        ("a.csv.gz", gzip.compress(CSV)),
+        ("a.csv.gz", gzip.compress(CSV, mtime=0)),
         ("a.tsv", CSV.replace(b",", b"\t")),
     ],
 )
@@ -151,7 +151,7 @@ def test_bad_lines(tmp_path: Path, line: bytes, reason: str) -> None:
         ("a.json", b'[{"a": 1},\n', "ends too early"),
         ("a.json", b'[{"a": "\xff"}]', "not UTF-8"),
         ("a.jsonl", "a".encode("utf-16"), "UTF-16"),
-        ("a.jsonl.gz", gzip.compress(LINES)[:-20], "cannot read the file"),
+        ("a.jsonl.gz", gzip.compress(LINES, mtime=0)[:-20], "cannot read the file"),
         ("a.jsonl.gz", LINES, "cannot read the file"),
         ("a.parquet", b"PAR1 nonsense", "Parquet"),
         ("a.arrow", b"nonsense", "Arrow"),
