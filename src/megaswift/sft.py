@@ -12,6 +12,7 @@ import datetime
 import re
 import shutil
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,17 +46,22 @@ def sft_main(args: SftArguments | list[str]) -> Path:
     Raises MegaswiftError; bad input is found before any process group exists, and leaves nothing behind.
     """
     args = parse(SftArguments, args) if isinstance(args, list) else args
-    from megaswift.engine.signals import StopSignals
+    from megaswift.engine.signals import Interrupted, StopSignals
 
     with StopSignals() as stop:
-        stop.interrupt = _stopped_early
-        return _train(args, stop)
+        stop.interrupt = partial(_interrupt, "before training began")
+        try:
+            return _train(args, stop)
+        except Interrupted as order:
+            raise Stopped(
+                f"stopped by {order}.", where="swift sft", fix="the same command with --resume true goes on from there"
+            ) from None
 
 
-def _stopped_early(name: str) -> None:
-    raise Stopped(
-        f"stopped by {name} before training began.", where="swift sft", fix="the same command with --resume true starts again"
-    )
+def _interrupt(moment: str, name: str) -> None:
+    from megaswift.engine.signals import Interrupted
+
+    raise Interrupted(f"{name} {moment}")
 
 
 def _train(args: SftArguments, stop: StopSignals) -> Path:
@@ -85,6 +91,7 @@ def _train(args: SftArguments, stop: StopSignals) -> Path:
             say(f"[bold]{shown(run_dir)}[/bold] has made all of its {plan.train_iters} steps: there is nothing left to do.")
         else:
             _start(run_dir, _job(args, start, data, plan, template.pad_id), place, stop)
+            stop.interrupt = partial(_interrupt, "after the last step, whose checkpoint is saved")
     if place.leads:
         _say_ready(args, run_dir, plan)
     return run_dir
@@ -111,6 +118,8 @@ def _start(run_dir: Path, job: Any, place: Cluster, stop: StopSignals) -> None:
     path = run_dir / "job.json" if place.leads else cache_root() / f"job-{run_dir.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     job.write(path)
+    if stop.name and stop.interrupt is not None:  # whatever took the exception at the time: the order stands
+        stop.interrupt(stop.name)
     try:
         if place.world_size == 1:
             _run_here(job)

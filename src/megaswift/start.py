@@ -158,7 +158,7 @@ def _check_tensors(root: Path, checkpoint: Path | None, config: Any) -> None:
 
         check_source(HFCheckpoint.open(root), config)
         return
-    from megaswift.checkpoint.torch_dist import Reader
+    from megaswift.checkpoint.reader import Reader
     from megaswift.convert import Model, check_megatron
 
     check_megatron(Reader(checkpoint), Model(config))

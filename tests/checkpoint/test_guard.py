@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from megaswift.checkpoint.guard import load_index, load_object
-from megaswift.checkpoint.torch_dist import INDEX_FILE, Reader
+from megaswift.checkpoint.reader import Reader
+from megaswift.checkpoint.torch_dist import INDEX_FILE
 from megaswift.errors import DataError
 from tests.ranks import RankPool
 

@@ -16,6 +16,7 @@ import torch
 from tests import tiny
 
 from megaswift.checkpoint import layout, torch_dist
+from megaswift.checkpoint.reader import Reader
 from megaswift.errors import DataError, UserError
 from megaswift.hf import publish
 from megaswift.hf.output import sha256_of
@@ -214,7 +215,7 @@ def test_memory_and_blocks_of_large_tensors(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(torch_dist, "FILE_BYTES", 20_000)
     source, config = HFCheckpoint.open(tmp_path / "hf"), load_config(tmp_path / "hf")
     done = hf_to_megatron(source, config, tmp_path / "m", "fp32")
-    reader = torch_dist.Reader(tmp_path / "m")
+    reader = Reader(tmp_path / "m")
     assert len(list((tmp_path / "m").glob("*.distcp"))) > 5
     assert verify_round_trip(reader, config, done.tensors) == len(source.names)
     whole = source.tensor("lm_head.weight")

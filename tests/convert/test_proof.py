@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests import tiny
 
-from megaswift.checkpoint.torch_dist import Reader
+from megaswift.checkpoint.reader import Reader
 from megaswift.convert import hf_to_megatron, verify_round_trip
 from megaswift.errors import DataError, UserError
 from megaswift.families import family_of

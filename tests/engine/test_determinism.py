@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 
-from megaswift.checkpoint.torch_dist import Reader
+from megaswift.checkpoint.reader import Reader
 from megaswift.engine.determinism import deterministic
 from megaswift.engine.kernels import embedding
 from tests.engine.test_training import options

@@ -14,7 +14,7 @@ import torch
 from megaswift import sft
 from megaswift.arguments import SftArguments
 from megaswift.cache import cache_root
-from megaswift.checkpoint.torch_dist import Reader
+from megaswift.checkpoint.reader import Reader
 from megaswift.data.encode import prepare
 from megaswift.engine.launch import Cluster
 from megaswift.engine.loop import Job

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megaswift.checkpoint.torch_dist import Reader
+from megaswift.checkpoint.reader import Reader
 from megaswift.convert import Model, hf_to_megatron, planned_hf_tensors, verify_round_trip
 from megaswift.hf.config import load_config
 from megaswift.hf.read import HFCheckpoint

@@ -17,8 +17,9 @@ from megaswift.checkpoint.guard import load_index, load_object
 from megaswift.checkpoint.keep import clean, delete_beyond
 from megaswift.checkpoint.layout import find_checkpoint
 from megaswift.checkpoint.manifest import MANIFEST, check_hashes, quick_check
+from megaswift.checkpoint.reader import Reader
 from megaswift.checkpoint.resume import newest_whole
-from megaswift.checkpoint.torch_dist import INDEX_FILE, Reader
+from megaswift.checkpoint.torch_dist import INDEX_FILE
 from megaswift.engine.log import forget_after
 from megaswift.errors import MegaswiftError
 from tests.checkpoint.test_choice import checkpoint

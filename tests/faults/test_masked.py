@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megaswift.checkpoint.torch_dist import Reader
+from megaswift.checkpoint.reader import Reader
 from megaswift.engine.loop import Job
 from tests.faults.conftest import make_base
 from tests.ranks import RankPool

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megaswift.checkpoint.torch_dist import Reader
+from megaswift.checkpoint.reader import Reader
 from megaswift.convert import DTYPES, planned_hf_tensors
 from megaswift.hf.config import load_config
 from megaswift.hf.read import HFCheckpoint

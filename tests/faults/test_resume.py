@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from megaswift.checkpoint.torch_dist import Reader
+from megaswift.checkpoint.reader import Reader
 from megaswift.data.batches import Batches
 from megaswift.data.store import TokenRows
 from megaswift.errors import DataError, MegaswiftError, UserError

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from megaswift.engine.loop import Job
+from megaswift.errors import Stopped
+from megaswift.sft import sft_main
 from tests.faults.conftest import ALL
 from tests.faults.harness import FaultRun
 
@@ -42,6 +44,36 @@ def test_the_first_signal_saves_and_stops(
     again = case.resume()
     assert again.codes == [0, 0], again.output
     assert case.losses() == straight.losses()
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_signal_that_a_library_takes_for_its_own_error(
+    processes: str, start: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It arrives while a library imports something that it can do without, say: it is obeyed all the same."""
+
+    def swallow(*_: Any) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        except BaseException:
+            pass
+
+    monkeypatch.setenv("NPROC_PER_NODE", processes)
+    monkeypatch.setattr("megaswift.sft._print_plan", swallow)
+    words = [
+        "--resume_from_checkpoint",
+        str(start[0]),
+        "--dataset",
+        str(start[1]),
+        "--output_dir",
+        str(tmp_path),
+        "--max_steps",
+        "50",
+    ]
+    with pytest.raises(Stopped, match="stopped by SIGTERM before training began"):
+        sft_main([*words, "--pp", processes])
+    assert not list(tmp_path.rglob("logging.jsonl"))
 
 
 def test_the_second_signal_ends_a_rank_that_waits(base: Job, tmp_path: Path) -> None:

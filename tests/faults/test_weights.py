@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megaswift.arguments import ExportArguments, InferArguments, SftArguments
-from megaswift.checkpoint.torch_dist import Reader
+from megaswift.checkpoint.reader import Reader
 from megaswift.errors import DataError, MegaswiftError, UserError
 from megaswift.export import export_main
 from megaswift.hf.pickled import read_pickle

@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from megaswift.checkpoint.zipped import Placeholder
 from megaswift.errors import DataError
 
 _ALLOWED = {
@@ -36,6 +37,8 @@ _ALLOWED = {
     ("collections", "OrderedDict"),
     ("builtins", "set"),
 }
+# Megatron-Core keeps the plan of a save beside the table, for its next save; nobody who reads needs it.
+_INERT = ("torch.distributed.checkpoint.planner", "megatron.core.dist_checkpointing.strategies.torch")
 _DTYPES = (
     "float32",
     "float64",
@@ -56,6 +59,8 @@ class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _ALLOWED or (module == "torch" and name in _DTYPES):
             return super().find_class(module, name)
+        if module in _INERT:
+            return Placeholder
         raise pickle.UnpicklingError(f"the index names {module}.{name}, which no checkpoint index needs")
 
 

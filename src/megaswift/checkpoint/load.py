@@ -1,4 +1,4 @@
-"""Load a checkpoint into a training state of any layout, by Megatron-Core's own resharding load with guarded reads."""
+"""Load a checkpoint into a training state of any layout, weights by Megatron-Core's own resharding load with guarded reads."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
+from megaswift.checkpoint import optimizer_state
 from megaswift.checkpoint.faults import reached
 from megaswift.checkpoint.manifest import read_manifest
-from megaswift.checkpoint.save import TrainingState, state_dict
+from megaswift.checkpoint.reader import Reader
+from megaswift.checkpoint.save import CONTENT, TrainingState, state_dict
 from megaswift.errors import DataError
 
 _OPTIONS = (
@@ -48,7 +50,7 @@ def load_training_state(state: TrainingState, directory: Path, *, layout: dict[s
             where=str(directory),
             fix="it was saved with --save_only_model true: give it as --resume_from_checkpoint of a new run",
         )
-    wanted = state_dict(state, only_model=False, is_loading=True)
+    wanted = state_dict(state, only_model=False)
     same_layout = manifest.get("layout") == layout
     if not same_layout:
         wanted.pop("rng_state")  # there is one for each old rank; no random number is drawn while training
@@ -56,13 +58,15 @@ def load_training_state(state: TrainingState, directory: Path, *, layout: dict[s
     reached("load.weights_read")
     state.bare_model.load_state_dict(loaded["model"], strict=False)
     _restore_optimizer(state, loaded)
+    model = state.bare_model.sharded_state_dict(prefix="", metadata=dict(CONTENT))  # the load took the one above to pieces
+    optimizer_state.load(state.optimizer, model, Reader(directory))
     if same_layout:
         _restore_random_state(loaded["rng_state"])
     return loaded["megaswift"]
 
 
 def _restore_optimizer(state: TrainingState, loaded: dict[str, Any]) -> None:
-    """Moments and the place in the schedule; rates and decay are those of this run's options."""
+    """Steps and the place in the schedule; rates and decay are those of this run's options."""
     ours = [{name: group[name] for name in _OPTIONS if name in group} for group in state.optimizer.param_groups]
     state.optimizer.load_state_dict(loaded["optimizer"])
     for group, options in zip(state.optimizer.param_groups, ours):

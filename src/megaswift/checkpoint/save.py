@@ -13,20 +13,22 @@ import os
 import secrets
 import shutil
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
-from megaswift.checkpoint import torch_dist
+from megaswift.checkpoint import optimizer_state, torch_dist
 from megaswift.checkpoint.faults import reached
 from megaswift.checkpoint.keep import discard
 from megaswift.checkpoint.layout import TRACKER, iteration_directory
 from megaswift.checkpoint.manifest import sync_directory, write_manifest
+from megaswift.checkpoint.optimizer_state import STATES, Box, Shard
 from megaswift.errors import DataError
 
-# How Megatron-Core lays out optimizer state: in the shape of the weights, so that any tp, pp and dp can read it.
+# Optimizer state lies in the shape of the weights, so that any tp, pp and dp can read it; this is Megatron-Core's word for it.
 CONTENT = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "singleton_local_shards": False,
@@ -93,11 +95,13 @@ class Saving:
         self.thread: threading.Thread | None = None
         try:
             reached("save.directory")
+            whole = state_dict(state, only_model)
+            shards = [] if only_model else list(optimizer_state.shards(state.optimizer, whole["model"]))
             sharded, self.common = _split(
-                state_dict(state, only_model),
-                {"iteration": iteration, "checkpoint_version": 3.0, "megaswift": extra, "content_metadata": CONTENT},
+                whole, {"iteration": iteration, "checkpoint_version": 3.0, "megaswift": extra, "content_metadata": CONTENT}
             )
             chunks, objects = _contents(sharded, copy=background)
+            chunks += _optimizer_chunks(shards, copy=background)
             if background and torch.cuda.is_available():
                 torch.cuda.synchronize()  # the copies are whole before the next step changes what they were made of
             reached("save.collected")
@@ -131,14 +135,17 @@ class Saving:
             self.part.fail(error)
 
 
-def state_dict(state: TrainingState, only_model: bool, is_loading: bool = False) -> dict[str, Any]:
-    """Megatron-Core's sharded state dict of a training state, under the names that a checkpoint has."""
+def state_dict(state: TrainingState, only_model: bool) -> dict[str, Any]:
+    """Megatron-Core's sharded state dict of a training state, under the names that a checkpoint has.
+
+    The optimizer's tensors are not in it: `optimizer_state.shards` has them.
+    """
     model = state.bare_model.sharded_state_dict(prefix="", metadata=dict(CONTENT))
     if only_model:
         return {"model": model}
     return {
         "model": model,
-        "optimizer": state.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=dict(CONTENT)),
+        "optimizer": optimizer_state.small_state(state.optimizer),
         "opt_param_scheduler": state.scheduler.state_dict(),
         "rng_state": _random_state(),
     }
@@ -219,6 +226,27 @@ def _contents(items: list[Any], copy: bool) -> tuple[list[torch_dist.Chunk], dic
             torch_dist.Chunk(item.key, tuple(item.global_shape), tuple(item.global_offset), shape, item.dtype, data.cpu)
         )
     return chunks, objects
+
+
+def _optimizer_chunks(shards: list[Shard], copy: bool) -> list[torch_dist.Chunk]:
+    """Master weights and moments that this rank writes; `copy` as in `_contents`, else they are read when they are written."""
+    chunks = []
+    for shard in shards:
+        boxes = [box for box in shard.boxes if box.is_main]
+        kept = {state: _host_copy(value) for state, value in shard.read().items()} if copy and boxes else None
+        for box in boxes:
+            for state in STATES:
+                chunks.append(
+                    torch_dist.Chunk(
+                        optimizer_state.key_of(state, box.key), box.global_shape, box.offset, box.shape, torch.float32,
+                        partial(_values, shard, kept, state, box),
+                    )
+                )  # fmt: skip
+    return chunks
+
+
+def _values(shard: Shard, kept: dict[str, torch.Tensor] | None, state: str, box: Box) -> torch.Tensor:
+    return (kept or shard.read())[state][box.first : box.last].cpu()
 
 
 def _host_copy(value: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Reading and writing Megatron-Core's torch_dist directories one tensor at a time: no model, no process group, no GPU.
+"""Writing Megatron-Core's torch_dist directories one tensor at a time: no model, no process group, no GPU (reader.py reads).
 
 A directory holds `.metadata` (the index), `__0_{k}.distcp` (tensors, each saved by torch.save), `common.pt` (small
 values) and `metadata.json` (the format's name). Layers are stacked: the key has no layer number, the global tensor has
@@ -11,7 +11,7 @@ import io
 import json
 import pickle
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -31,7 +31,6 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megaswift.checkpoint import zipped
-from megaswift.checkpoint.guard import load_index
 from megaswift.errors import DataError
 from megaswift.hf.output import Cancelled, FileRecord, HashedFile, reading_ahead, write_small
 from megaswift.hf.publish import Workspace
@@ -258,126 +257,3 @@ def _saved(value: Any) -> bytes:
     stream = io.BytesIO()
     torch.save(value, stream)
     return stream.getvalue()
-
-
-class Reader:
-    """A torch_dist directory, read key by key; tensors are views of the mapped files where they lie in one piece.
-
-    Raises DataError for what is missing or damaged.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        try:
-            found = json.loads((directory / FORMAT_FILE).read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise DataError("this is no torch_dist checkpoint: metadata.json is missing.", where=str(directory)) from error
-        except (ValueError, RecursionError) as error:
-            raise DataError("metadata.json is not JSON.", where=str(directory / FORMAT_FILE)) from error
-        if not isinstance(found, dict) or found.get("sharded_backend") != "torch_dist":
-            raise DataError("the checkpoint's format is not torch_dist.", where=str(directory / FORMAT_FILE))
-        index = load_index(directory / INDEX_FILE)
-        self._tensors = {key: value for key, value in index.state_dict_metadata.items() if hasattr(value, "chunks")}
-        self._storage = index.storage_data
-        self._maps: dict[str, zipped.Mapped] = {}
-        self._lock = threading.Lock()
-
-    @property
-    def keys(self) -> list[str]:
-        return list(self._tensors)
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        return tuple(self._entry(key).size)
-
-    def dtype(self, key: str) -> torch.dtype:
-        return self._entry(key).properties.dtype
-
-    def read(self, key: str, layer: int | None = None, rows: tuple[int, int] | None = None) -> Tensor:
-        """A whole global tensor, with `layer` the slice of the leading axis, with `rows` some rows (of that slice)."""
-        entry = self._entry(key)
-        lead = () if layer is None else (layer,)
-        shape = tuple(entry.size)[len(lead) :]
-        first, last = rows if rows is not None else (0, shape[0] if shape else 1)
-        if shape:
-            shape = (last - first, *shape[1:])
-        result: Tensor | None = None
-        covered = 0
-        for chunk in entry.chunks:
-            if lead and not chunk.offsets[0] <= lead[0] < chunk.offsets[0] + chunk.sizes[0]:
-                continue
-            offset, size = tuple(chunk.offsets)[len(lead) :], tuple(chunk.sizes)[len(lead) :]
-            if shape and (offset[0] >= last or offset[0] + size[0] <= first):
-                continue
-            part = self._read_chunk(key, chunk)
-            if lead:
-                part = part[lead[0] - chunk.offsets[0]]
-            if shape:
-                part = part[max(first - offset[0], 0) : last - offset[0]]
-                offset = (max(offset[0] - first, 0), *offset[1:])
-            if tuple(part.shape) == shape:
-                return part
-            if result is None:
-                result = torch.empty(shape, dtype=part.dtype)
-            result[tuple(slice(start, start + count) for start, count in zip(offset, part.shape))] = part
-            covered += part.numel()
-            del part
-            path, begin, length = self._place(key, chunk)
-            self._mapped(path).release(begin, length)  # it was copied
-        if result is None or covered != result.numel():
-            raise DataError(
-                "chunks do not cover the tensor.", where=f"{self.directory}: {key}", fix="the checkpoint is incomplete"
-            )
-        return result
-
-    def _entry(self, key: str) -> Any:
-        if key not in self._tensors:
-            raise DataError(
-                f"the checkpoint has no tensor {key}.",
-                where=str(self.directory),
-                fix="it was made for another model, or it is incomplete",
-            )
-        return self._tensors[key]
-
-    def release(self, key: str, layer: int | None = None) -> None:
-        """Give back the memory through which a tensor was read."""
-        for path, start, length in self._places(key, layer):
-            self._mapped(path).release(start, length)
-
-    def prefetch(self, key: str, layer: int | None = None) -> None:
-        """Ask the system to read a tensor in the background."""
-        for path, start, length in self._places(key, layer):
-            self._mapped(path).prefetch(start, length)
-
-    def _places(self, key: str, layer: int | None) -> Iterator[tuple[Path, int, int]]:
-        for chunk in self._entry(key).chunks:
-            if layer is None or chunk.offsets[0] <= layer < chunk.offsets[0] + chunk.sizes[0]:
-                yield self._place(key, chunk)
-
-    def _place(self, key: str, chunk: Any) -> tuple[Path, int, int]:
-        info = self._storage.get(MetadataIndex(key, chunk.offsets))
-        if info is None:
-            raise DataError("a chunk of the tensor is not stored.", where=f"{self.directory}: {key} at {tuple(chunk.offsets)}")
-        return inside(self.directory, info.relative_path), int(info.offset), int(info.length)
-
-    def _mapped(self, path: Path) -> zipped.Mapped:
-        with self._lock:
-            if path.name not in self._maps:
-                try:
-                    self._maps[path.name] = zipped.Mapped(path)
-                except OSError as error:
-                    raise DataError(f"cannot read a data file: {error.strerror}.", where=str(path)) from error
-            return self._maps[path.name]
-
-    def _read_chunk(self, key: str, chunk: Any) -> Tensor:
-        path, start, length = self._place(key, chunk)
-        value = zipped.load(self._mapped(path), start, length, f"{path}: {key}")
-        if not isinstance(value, Tensor) or tuple(value.shape) != tuple(chunk.sizes):
-            raise DataError("a stored chunk has another shape than the index says.", where=f"{path}: {key}")
-        return value
-
-
-def inside(directory: Path, name: str) -> Path:
-    """The path of a file that an index names. Raises DataError for a name that leads out of the directory."""
-    if not name or "/" in name or "\\" in name or "\0" in name or name in (".", ".."):
-        raise DataError(f"the index names the file {name!r}, which is not inside the checkpoint.", where=str(directory))
-    return directory / name

@@ -25,7 +25,7 @@ _OPTIMIZER = "optimizer."
 
 
 class MegatronReader(Protocol):
-    """Weights in Megatron's layout, whole tensors by name (torch_dist.Reader, classic.ClassicReader)."""
+    """Weights in Megatron's layout, whole tensors by name (reader.Reader, classic.ClassicReader)."""
 
     @property
     def directory(self) -> Path: ...

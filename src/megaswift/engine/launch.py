@@ -100,6 +100,8 @@ def start_ranks(place: Cluster, job: Path, stop: StopSignals | None = None, modu
         os.environ |= {ERROR_DIR: directory, LAUNCHER: str(os.getpid())}
         if stop is not None:
             stop.interrupt, stop.on_first = None, lambda name: ask_to_stop(Path(directory), name)
+            if stop.name:  # it came while these were being set
+                ask_to_stop(Path(directory), stop.name)
         over = threading.Event()
         threading.Thread(target=_oversee, args=(Path(directory), over), name="overseer", daemon=True).start()
         try:

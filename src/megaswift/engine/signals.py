@@ -14,6 +14,10 @@ from typing import Any, Self
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
+class Interrupted(BaseException):
+    """A signal, raised where a process prepares: no `except Exception` of a library mistakes it for an error of its own."""
+
+
 class StopSignals:
     """While it is entered, signals are counted by a thread of their own, so that a process that waits in C hears them too.
 

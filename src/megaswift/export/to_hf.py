@@ -100,7 +100,7 @@ def _own_weights(root: Path, args: ExportArguments) -> _Weights:
     if not args.model_type:
         raise UserError("the directory does not say its model_type.", where=str(root), fix="give --model_type NAME")
     from megaswift.checkpoint.manifest import read_manifest
-    from megaswift.checkpoint.torch_dist import Reader
+    from megaswift.checkpoint.reader import Reader
     from megaswift.hf.config import load_config
 
     return _Weights(

@@ -67,7 +67,7 @@ def to_megatron(args: ExportArguments) -> Path:
     source = HFCheckpoint.open(located.path, args.allow_pickle)
     files = sorted({source.file_of(name) for name in source.names})
     start_reading(files)
-    from megaswift.checkpoint.torch_dist import Reader
+    from megaswift.checkpoint.reader import Reader
     from megaswift.convert import DTYPES, hf_to_megatron, verify_round_trip
     from megaswift.hf.config import load_config
 
@@ -118,7 +118,7 @@ def classic_to_megatron(args: ExportArguments) -> Path:
             where=str(root),
             fix="for a Hugging Face model give --model_type NAME or --model_id_or_path DIR",
         )
-    from megaswift.checkpoint.torch_dist import Reader
+    from megaswift.checkpoint.reader import Reader
     from megaswift.convert import DTYPE_NAMES, megatron_to_megatron, verify_round_trip
     from megaswift.export.old import open_classic
 

@@ -199,7 +199,7 @@ class _Runs:
         """(name, engine's tensor, reference's tensor) of every Hugging Face tensor after a step."""
         import torch
 
-        from megaswift.checkpoint.torch_dist import Reader
+        from megaswift.checkpoint.reader import Reader
         from megaswift.convert import planned_hf_tensors
 
         reader = Reader(iteration_directory(self.out / "engine" / part, step))

@@ -77,7 +77,7 @@ def _digests_of_folder(directory: Path) -> dict[str, str]:
 
 
 def _digests_of_checkpoint(directory: Path) -> dict[str, str]:
-    from megaswift.checkpoint.torch_dist import Reader
+    from megaswift.checkpoint.reader import Reader
     from megaswift.convert import Model, digest
     from megaswift.hf.config import load_config
 
