@@ -162,6 +162,7 @@ class SftArguments(ModelArguments, LayoutArguments, DataArguments):
         None, "Megatron directory to start from, or a run directory to go on with; default: {model_type}-tp{tp}-pp{pp}."
     )
     sequence_parallel: bool = option(False, "Also split norms and residuals along the sequence; needs tp > 1.")
+    cp: int = option(1, "Context parallel size: each row's tokens are split over this many processes, for long rows.")
     output_dir: str = option("output", "Directory of all runs.")
     add_output_dir_suffix: bool = option(
         True, "Put each run in {output_dir}/{model_type}-tp{tp}-pp{pp}/vN-time; false: straight in output_dir."

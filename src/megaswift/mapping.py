@@ -51,7 +51,7 @@ def accumulation(args: SftArguments, world_size: int) -> int:
 
 
 def global_batch_size(args: SftArguments, facts: Facts) -> int:
-    """Rows in one step. The world size counts all processes, so tp and pp multiply it as well."""
+    """Rows in one step. The world size counts all processes, so tp, pp and cp multiply it as well."""
     return args.batch_size * accumulation(args, facts.world_size) * facts.world_size
 
 

@@ -34,6 +34,7 @@ class Plan:
     tp: int
     pp: int
     dp: int
+    cp: int
     padded_vocab: int
     max_length: int
     pad_multiple: int  # sequence lengths are multiples of this
@@ -64,16 +65,16 @@ class Plan:
     def load(cls, path: Path) -> Plan:
         values = json.loads(path.read_text(encoding="utf-8"))
         values["table"] = [tuple(row) for row in values["table"]]
-        return cls(**values)
+        return cls(**{"cp": 1, **values})
 
 
 def check_layout(
-    config: PreTrainedConfig, tp: int, pp: int, world_size: int | None = None, sequence_parallel: bool = False
+    config: PreTrainedConfig, tp: int, pp: int, world_size: int | None = None, sequence_parallel: bool = False, cp: int = 1
 ) -> None:
     """Raise UserError unless the model can be split this way; `world_size` None leaves the processes out."""
     sizes = sizes_of(config)
-    if tp < 1 or pp < 1:
-        raise UserError(f"--tp {tp} and --pp {pp} must be at least 1.", where="--tp, --pp")
+    if min(tp, pp, cp) < 1:
+        raise UserError(f"--tp {tp}, --pp {pp} and --cp {cp} must be at least 1.", where="--tp, --pp, --cp")
     for name, size in (("attention heads", sizes.heads), ("key/value heads", sizes.kv_heads), ("feed-forward size", sizes.ffn)):
         if size % tp:
             legal = _divisors(math.gcd(math.gcd(sizes.heads, sizes.kv_heads), sizes.ffn))
@@ -92,11 +93,14 @@ def check_layout(
         raise UserError(
             "--sequence_parallel true needs --tp above 1.", where="--sequence_parallel", fix="leave it out, or raise --tp"
         )
-    if world_size is not None and world_size % (tp * pp):
+    if world_size is not None and world_size % (tp * pp * cp):
+        product, shared = f"tp {tp} x pp {pp}", ""
+        if cp > 1:
+            product, shared = f"{product} x cp {cp}", " / --cp"
         raise UserError(
-            f"{world_size} processes cannot hold tp {tp} x pp {pp}: {tp * pp} are needed, or a multiple.",
+            f"{world_size} processes cannot hold {product}: {tp * pp * cp} are needed, or a multiple.",
             where="NPROC_PER_NODE x NNODES",
-            fix=f"NPROC_PER_NODE={tp * pp}, or another --tp / --pp whose product divides {world_size}",
+            fix=f"NPROC_PER_NODE={tp * pp * cp}, or another --tp / --pp{shared} whose product divides {world_size}",
         )
 
 
@@ -130,7 +134,11 @@ def usable_length(config: PreTrainedConfig, max_length: int, given: bool = True)
 
 
 def check_numbers(args: SftArguments) -> None:
-    """Raise UserError for options out of range."""
+    """Raise UserError for options out of range, or that exclude each other."""
+    if args.cp > 1 and args.use_flash_attn is not None:
+        raise UserError(
+            "--cp above 1 has one attention kernel of its own.", where="--use_flash_attn", fix="leave it out, or use --cp 1"
+        )
     for name, low in (
         ("batch_size", 1),
         ("learning_rate", 0.0),
@@ -179,7 +187,7 @@ def make_plan(
 ) -> Plan:
     """The plan of a run. Raises UserError or DataError for what cannot work."""
     check_numbers(args)
-    check_layout(config, args.tp, args.pp, world_size, args.sequence_parallel)
+    check_layout(config, args.tp, args.pp, world_size, args.sequence_parallel, args.cp)
     if train_rows == 0:
         raise DataError(
             "no row is left to train on.",
@@ -207,11 +215,12 @@ def make_plan(
         world_size=world_size,
         tp=args.tp,
         pp=args.pp,
-        dp=world_size // (args.tp * args.pp),
+        dp=world_size // (args.tp * args.pp * args.cp),
+        cp=args.cp,
         padded_vocab=padded_vocab(config.vocab_size, args.tp),
         max_length=args.max_length,
-        pad_multiple=args.tp if args.sequence_parallel else 1,
-        micro_batches=accumulation * args.tp * args.pp,
+        pad_multiple=(2 * args.cp if args.cp > 1 else 1) * (args.tp if args.sequence_parallel else 1),
+        micro_batches=accumulation * args.tp * args.pp * args.cp,
         gradient_accumulation_steps=accumulation,
         train_rows=train_rows,
         val_rows=val_rows,

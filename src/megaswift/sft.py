@@ -244,7 +244,7 @@ def _print_plan(plan: Plan, data: PreparedData, args: SftArguments) -> None:
         out.print(f"  {megatron:38} [bold]{text:12}[/bold]  {expression}")
     out.print()
     out.print(
-        f"{plan.world_size} processes = tp {plan.tp} x pp {plan.pp} x dp {plan.dp}, {plan.dtype}\n"
+        f"{plan.world_size} processes = tp {plan.tp} x pp {plan.pp} x {f'cp {plan.cp} x ' if plan.cp > 1 else ''}dp {plan.dp}, {plan.dtype}\n"
         f"global batch {plan.global_batch} = {args.batch_size} rows x {plan.gradient_accumulation_steps} accumulation x {plan.world_size} processes; "
         f"each data-parallel rank runs {plan.micro_batches} micro batches a step\n"
         f"{plan.train_rows} rows x {args.num_train_epochs:g} epochs / {plan.global_batch} = {plan.train_iters} steps, "

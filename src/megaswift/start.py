@@ -57,7 +57,7 @@ def find_start(args: SftArguments, leads: bool = True) -> Start:
 
     config = load_config(root)
     check_numbers(args)
-    check_layout(config, args.tp, args.pp, None, args.sequence_parallel)
+    check_layout(config, args.tp, args.pp, None, args.sequence_parallel, args.cp)
     _check_tensors(root, checkpoint if converted else None, config)
     manifest = read_manifest(checkpoint) if converted else {"dtype": _folder_dtype(root)}
     goes_on = bool(manifest.get("optimizer")) and layout.iteration_of(checkpoint) > 0

@@ -1,4 +1,4 @@
-"""Packed rows give the loss and the gradients of the same samples apart, at every layout, pipeline and sequence parallel too."""
+"""Packed rows give the loss and the gradients of the same samples apart, at every layout, pipeline, sequence and context parallel too."""
 
 from __future__ import annotations
 
@@ -22,21 +22,23 @@ from tests.ranks import RankPool
 from tests.training import tiny_start, write_rows
 
 SAMPLES, MAX_LENGTH = 48, 133
-# processes, tp, pp, sequence parallel
+# processes, tp, pp, sequence parallel, cp
 LAYOUTS = {
-    "tp1 pp1 dp1": (1, 1, 1, False),
-    "dp2": (2, 1, 1, False),
-    "tp2": (2, 2, 1, False),
-    "pp2": (2, 1, 2, False),
-    "tp2, sequence parallel": (2, 2, 1, True),
-    "tp2 pp2, sequence parallel": (4, 2, 2, True),
+    "tp1 pp1 dp1": (1, 1, 1, False, 1),
+    "dp2": (2, 1, 1, False, 1),
+    "tp2": (2, 2, 1, False, 1),
+    "pp2": (2, 1, 2, False, 1),
+    "tp2, sequence parallel": (2, 2, 1, True, 1),
+    "tp2 pp2, sequence parallel": (4, 2, 2, True, 1),
+    "cp2": (2, 1, 1, False, 2),
+    "tp2 cp2, sequence parallel": (4, 2, 1, True, 2),
 }
 
 
-def job(start: Path, rows: Path, world: int, tp: int, pp: int, sp: bool, batch: int, **more: Any) -> Job:
+def job(start: Path, rows: Path, world: int, tp: int, pp: int, sp: bool, cp: int, batch: int, **more: Any) -> Job:
     """One step over all samples. `batch`: rows of a micro batch."""
     args = SftArguments(
-        resume_from_checkpoint=str(start), dataset=[str(rows)], tp=tp, pp=pp, sequence_parallel=sp, batch_size=batch,
+        resume_from_checkpoint=str(start), dataset=[str(rows)], tp=tp, pp=pp, cp=cp, sequence_parallel=sp, batch_size=batch,
         max_length=MAX_LENGTH, dataset_test_ratio=0.0, max_steps=1, **more,
     )  # fmt: skip
     found = sft.find_start(args)
@@ -59,7 +61,7 @@ def gradients(jobs: list[tuple[str, str]]) -> list[tuple[float, float]]:
 
     loaded = [Job.read(Path(path)) for path, _ in jobs]
     plan, result = loaded[0].plan, []
-    with ranks.joined(plan.tp, plan.pp, 42) as rank:
+    with ranks.joined(plan.tp, plan.pp, 42, plan.cp) as rank:
         trainer, _ = loop._restored(loaded[0], SftArguments(**loaded[0].options))
         for item, (_, target) in zip(loaded, jobs, strict=True):
             batches, _ = loop._batches(item, SftArguments(**item.options), rank)
@@ -71,7 +73,7 @@ def gradients(jobs: list[tuple[str, str]]) -> list[tuple[float, float]]:
 
 
 def test_packed_is_unpacked(pool: RankPool, tmp_path: Path) -> None:
-    """Loss and every gradient to 1e-5 (relative, fp32): packed and padded, at six layouts, all against one of them."""
+    """Loss and every gradient to 1e-5 (relative, fp32): packed and padded, at eight layouts, all against one of them."""
     start, rows = tiny_start(tmp_path), write_rows(tmp_path / "rows.jsonl", SAMPLES)
     sums: dict[str, tuple[float, float]] = {}
     for number, (name, layout) in enumerate(LAYOUTS.items()):

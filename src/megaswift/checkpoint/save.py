@@ -164,7 +164,7 @@ def _random_state() -> Any:
     }
     grid = (ps.get_pipeline_model_parallel_world_size(), ps.get_tensor_model_parallel_world_size())
     place = (ps.get_pipeline_model_parallel_rank(), ps.get_tensor_model_parallel_rank())
-    return ShardedObject("rng_state", states, grid, place, replica_id=ps.get_data_parallel_rank())
+    return ShardedObject("rng_state", states, grid, place, replica_id=ps.get_data_parallel_rank(with_context_parallel=True))
 
 
 def _split(state: dict[str, Any], common: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:

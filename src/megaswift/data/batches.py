@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -33,6 +33,7 @@ class MicroBatch:
         position_ids: int64 [b, s]; they restart at 0 in each sample.
         cu_seqlens: int32 [n + 1], borders of the samples that share the one row (b == 1); None for plain causal rows.
         sample_ids: rows of the data in it.
+        share: where several ranks share each row, which part these tokens are: a Share of engine.kernels.context_parallel, made there.
     """
 
     tokens: Tensor
@@ -40,6 +41,7 @@ class MicroBatch:
     position_ids: Tensor
     cu_seqlens: Tensor | None
     sample_ids: tuple[int, ...]
+    share: Any = None
 
 
 class Batches:
@@ -59,7 +61,7 @@ class Batches:
         shuffle: False keeps the order of the rows.
         group_by_length: draw rows of similar length into one global batch.
         padding_free: lay the rows of a micro batch end to end; False pads them to the longest.
-        pad_multiple: micro batches are padded to a multiple of this many tokens (sequence parallelism needs tp).
+        pad_multiple: micro batches are padded to a multiple of this many tokens (sequence and context parallelism need it).
 
     Raises:
         UserError: global_batch_size does not divide.

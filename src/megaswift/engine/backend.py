@@ -26,6 +26,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megaswift.engine.kernels.context_parallel import Share, shared_causal
 from megaswift.engine.kernels.megatron_layer import FusedMLP, FusedSelfAttention, FusedTransformerLayer, RMSNorm
 from megaswift.engine.kernels.parallel_linear import ColumnParallel, RowParallel
 
@@ -38,12 +39,14 @@ class SequenceLayout(PackedSeqParams):
         cos, sin: rotation tables, [s, b or 1, 1, head_dim], already scaled by the RoPE type's attention factor.
         segments: lengths of the samples that share the one row, or None for plain causal rows; with them `cu_seqlens_q`
             (int32 on the device) and `max_seqlen_q` are set.
+        share: this rank's part of the rows, where several ranks share them (context parallelism).
     """
 
     qkv_format: str = "sbhd"
     cos: Tensor | None = None
     sin: Tensor | None = None
     segments: list[int] | None = None
+    share: Share | None = None
 
 
 class CoreAttention(torch.nn.Module):
@@ -72,6 +75,8 @@ class CoreAttention(torch.nn.Module):
         layout = packed_seq_params
         if layout is not None and layout.cos is not None and layout.sin is not None:
             query, key = rotate(query, layout.cos, layout.sin), rotate(key, layout.cos, layout.sin)
+        if layout is not None and layout.share is not None:
+            return shared_causal(query, key, value, layout.share, self.softmax_scale)
         query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))  # [b, heads, s, d]
         if layout is None or layout.segments is None:
             mixed = self._attend(query, key, value)

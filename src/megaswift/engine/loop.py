@@ -70,7 +70,7 @@ def run(job: Job) -> None:
     with (
         StopSignals(launch.stop_file()) as stop,
         deterministic(args.deterministic),
-        ranks.joined(plan.tp, plan.pp, args.seed, start_timeout_s=patience) as rank,
+        ranks.joined(plan.tp, plan.pp, args.seed, plan.cp, start_timeout_s=patience) as rank,
     ):
         run_dir = _agreed_run_dir(plan)
         with Watchdog(run_dir, rank.rank, args.start_timeout, args.step_timeout) as watchdog:
@@ -326,6 +326,7 @@ def _restored(job: Job, args: SftArguments) -> tuple[Any, dict[str, Any]]:
     options = ModelOptions(
         tp=plan.tp,
         pp=plan.pp,
+        cp=plan.cp,
         dtype=plan.dtype,
         padded_vocab=plan.padded_vocab,
         sequence_parallel=args.sequence_parallel,

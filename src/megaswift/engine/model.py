@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from megaswift.data.batches import MicroBatch
+    from megaswift.engine.kernels.context_parallel import Share
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -40,6 +41,7 @@ class ModelOptions:
     pp: int
     dtype: str
     padded_vocab: int
+    cp: int = 1
     sequence_parallel: bool = False
     recompute: bool = False
     deterministic: bool = False
@@ -56,7 +58,12 @@ class ChatModel(GPTModel):
         self.true_vocab = true_vocab
 
     def forward(  # type: ignore[override]
-        self, tokens: Tensor, position_ids: Tensor, labels: Tensor | None = None, segments: list[int] | None = None
+        self,
+        tokens: Tensor,
+        position_ids: Tensor,
+        labels: Tensor | None = None,
+        segments: list[int] | None = None,
+        share: Share | None = None,
     ) -> Tensor:
         """One micro batch through this stage.
 
@@ -64,13 +71,14 @@ class ChatModel(GPTModel):
             tokens, position_ids: [b, s].
             labels: [b, s], -100 where nothing is supervised; None asks for logits [b, s, vocab of this rank].
             segments: lengths of the samples packed into the one row.
+            share: what part of the rows these are, where several ranks share them; it knows the samples itself.
 
         Returns:
             Hidden states [s, b, h] before the last stage; on it the summed loss (fp32 scalar) or the logits.
         """
         hidden = self.embedding(input_ids=tokens, position_ids=position_ids) if self.pre_process else None
         cos, sin = self.rope(position_ids, self.config.params_dtype)
-        layout = SequenceLayout(cos=cos, sin=sin, segments=segments)
+        layout = SequenceLayout(cos=cos, sin=sin, segments=segments, share=share)
         if segments is not None:
             borders = torch.tensor([0, *segments], dtype=torch.int32).cumsum(0, dtype=torch.int32)
             layout.cu_seqlens_q, layout.max_seqlen_q = borders.to(tokens.device, non_blocking=True), max(segments)
@@ -160,6 +168,7 @@ def transformer_config(config: PreTrainedConfig, options: ModelOptions) -> Trans
         persist_layer_norm=False,
         tensor_model_parallel_size=options.tp,
         pipeline_model_parallel_size=options.pp,
+        context_parallel_size=options.cp,
         sequence_parallel=options.sequence_parallel,
         variable_seq_lengths=options.variable_lengths,
         moe_token_dispatcher_type="alltoall",  # Megatron-Core asks for it with variable lengths, experts or not
@@ -221,7 +230,7 @@ def _mark_split_weights(model: torch.nn.Module) -> None:
 def run_micro_batch(model: Any, batch: MicroBatch) -> Tensor:
     """A micro batch through (a wrapper of) ChatModel."""
     segments = None if batch.cu_seqlens is None else batch.cu_seqlens.diff().tolist()
-    return model(batch.tokens, batch.position_ids, batch.labels, segments)
+    return model(batch.tokens, batch.position_ids, batch.labels, segments, batch.share)
 
 
 __all__ = ["ChatModel", "ModelOptions", "RotaryTable", "build", "run_micro_batch", "transformer_config"]

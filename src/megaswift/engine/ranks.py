@@ -28,6 +28,7 @@ class Rank:
     tp_rank: int
     pp_rank: int
     dp_rank: int
+    cp: int
     device: torch.device
 
     @property
@@ -48,7 +49,7 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def joined(tp: int, pp: int, seed: int, sequence_parallel: bool = False, start_timeout_s: float = 1800.0) -> Iterator[Rank]:
+def joined(tp: int, pp: int, seed: int, cp: int = 1, start_timeout_s: float = 1800.0) -> Iterator[Rank]:
     """Join the run's process groups (nccl on GPUs, gloo on CPUs), seed the random states, and leave at the end.
 
     RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT come from torchrun; without them this is a run of one
@@ -77,14 +78,19 @@ def joined(tp: int, pp: int, seed: int, sequence_parallel: bool = False, start_t
                 "nccl" if on_gpu else "gloo", timeout=timeout
             )  # with device_id every group would reserve memory now
         stack.callback(_leave)
-        yield _model_parallel(tp, pp, seed, rank, world, local_rank, device)
+        yield _model_parallel((tp, pp, cp), seed, rank, world, local_rank, device)
 
 
-def _model_parallel(tp: int, pp: int, seed: int, rank: int, world: int, local_rank: int, device: torch.device) -> Rank:
+def _model_parallel(
+    sizes: tuple[int, int, int], seed: int, rank: int, world: int, local_rank: int, device: torch.device
+) -> Rank:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+    tp, pp, cp = sizes
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, context_parallel_size=cp
+    )
     model_parallel_cuda_manual_seed(seed)
     torch.manual_seed(seed)
     return Rank(
@@ -97,6 +103,7 @@ def _model_parallel(tp: int, pp: int, seed: int, rank: int, world: int, local_ra
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         dp_rank=parallel_state.get_data_parallel_rank(),
+        cp=cp,
         device=device,
     )
 

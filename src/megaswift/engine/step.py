@@ -19,6 +19,7 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from megaswift.engine import compat
+from megaswift.engine.kernels.context_parallel import share_of
 from megaswift.engine.kernels.main_grad import settle_main_grads, zero_main_grads
 from megaswift.engine.kernels.megatron_layer import FusedMLP
 from megaswift.engine.kernels.megatron_optimizer import FusedOptimizer, fuse_optimizer
@@ -169,6 +170,8 @@ class Trainer:
 
     def _forward_backward(self, batches: list[MicroBatch], forward_only: bool) -> Tensor:
         """Run Megatron-Core's schedule; the summed loss and the supervised tokens of the whole global batch (fp64 [2])."""
+        if parallel_state.get_context_parallel_world_size() > 1:
+            batches = [share_of(batch, parallel_state.get_context_parallel_group()) for batch in batches]
         reports = self.run_schedule(
             forward_step_func=forward_step,
             data_iterator=iter(batches),
@@ -181,7 +184,7 @@ class Trainer:
         sums = torch.zeros(2, dtype=torch.float64, device=batches[0].tokens.device)
         for report in reports:  # empty before the last pipeline stage
             sums += report["sums"].to(torch.float64)
-        dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+        dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             dist.broadcast(
                 sums,
@@ -223,7 +226,7 @@ def recompute_swiglu(model: ChatModel, plan: Plan) -> None:
         heads = (
             (config.num_attention_heads + 2 * config.num_query_groups) * config.kv_channels // config.tensor_model_parallel_size
         )
-        tokens = plan.max_length * int(plan.megatron["micro_batch_size"])
+        tokens = plan.max_length * int(plan.megatron["micro_batch_size"]) // plan.cp
         layers = (
             config.num_layers // config.pipeline_model_parallel_size * config.pipeline_model_parallel_size
         )  # of all micro batches in flight

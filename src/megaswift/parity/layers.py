@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megaswift.engine.kernels.context_parallel import share_of
+
 if TYPE_CHECKING:
     from megaswift.data.batches import MicroBatch
     from megaswift.data.store import TokenRows
@@ -39,7 +41,7 @@ def of_engine(trainer: Any, batches: list[MicroBatch], rows: TokenRows) -> list[
     layers, first = model.decoder.layers, stage * len(model.decoder.layers)
     sums = torch.zeros(1 + model.config.num_layers, dtype=torch.float64, device=batches[0].tokens.device)
     calls = [0] * (1 + len(layers))
-    masks = [_real_tokens(batch, rows).t().to(sums.device) for batch in batches]
+    masks = [_own_tokens(batch, rows).t().to(sums.device) for batch in batches]
 
     def add(place: int, hidden: Tensor) -> None:
         mask = masks[calls[place]]
@@ -80,6 +82,18 @@ def of_transformers(model: Any) -> Iterator[list[float]]:
         for place, module in enumerate([model.get_input_embeddings(), *layers]):
             stack.callback(module.register_forward_hook(hook(place)).remove)
         yield sums
+
+
+def _own_tokens(batch: MicroBatch, rows: TokenRows) -> Tensor:
+    """The real tokens among those that this rank works on: under context parallelism these are slices of the rows."""
+    from megatron.core import parallel_state
+
+    real = _real_tokens(batch, rows)
+    if parallel_state.get_context_parallel_world_size() == 1:
+        return real
+    share = share_of(batch, parallel_state.get_context_parallel_group()).share
+    assert share is not None
+    return torch.cat([real[:, piece.first : piece.last] for piece in share.slices], dim=1)
 
 
 def _real_tokens(batch: MicroBatch, rows: TokenRows) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megaswift.arguments import SftArguments
 from megaswift.errors import UserError
 
-_SIZES = re.compile(r"(tp|pp|dp|mbs)(\d+)")
+_SIZES = re.compile(r"(tp|pp|cp|dp|mbs)(\d+)")
 _SWITCHES = {
     "sp": {"sequence_parallel": True},
     "recompute": {"gradient_checkpointing": True},
@@ -31,13 +31,14 @@ class Layout:
     name: str
     tp: int = 1
     pp: int = 1
+    cp: int = 1
     dp: int = 1
     mbs: int | None = None
     switches: tuple[str, ...] = ()
 
     @property
     def world_size(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.cp * self.dp
 
     @property
     def resume(self) -> bool:
@@ -56,6 +57,7 @@ class Layout:
         values: dict[str, object] = {
             "tp": self.tp,
             "pp": self.pp,
+            "cp": self.cp,
             "batch_size": batch,
             "gradient_accumulation_steps": global_batch // unit,
         }
@@ -80,7 +82,7 @@ def parse_layouts(text: str) -> list[Layout]:
                 raise UserError(
                     f"layout {word!r}: {part!r} is not known.",
                     where="--layouts",
-                    fix=f"use tpN, ppN, dpN, mbsN and {', '.join(_SWITCHES)}, for example: tp2,pp2,sp",
+                    fix=f"use tpN, ppN, cpN, dpN, mbsN and {', '.join(_SWITCHES)}, for example: tp2,pp2,sp",
                 )
         found.append(Layout(word, switches=tuple(switches), **sizes))
     if len(found) < 2:

@@ -32,7 +32,7 @@ def run(job: Job) -> None:
     """The steps of a job; losses go to steps.jsonl in the job's directory, gradients and weights beside it if asked for."""
     plan, args = job.plan, SftArguments(**job.options)
     out = Path(plan.megatron["save"])
-    with deterministic(args.deterministic), ranks.joined(plan.tp, plan.pp, args.seed) as rank:
+    with deterministic(args.deterministic), ranks.joined(plan.tp, plan.pp, args.seed, plan.cp) as rank:
         trainer, _ = loop._restored(job, args)
         try:
             batches, _ = loop._batches(job, args, rank)

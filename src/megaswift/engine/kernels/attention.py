@@ -7,6 +7,7 @@ told apart by `cu_seqlens`; each attends within itself.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -52,49 +53,77 @@ def dense_causal(
     return mixed.permute(2, 0, 1, 3).reshape(s, b, heads * dim)
 
 
+@dataclass(frozen=True)
+class Lengths:
+    """Samples that lie one after the other, and for each how many queries and how many keys it has.
+
+    The last query sees all keys of its sample, the one before it all but the last, and so on.
+
+    Args:
+        queries, keys: the numbers; equal where whole samples attend to themselves.
+        cu_queries, cu_keys: int32 [n + 1] on the device, where they begin; the last entry is their sum.
+    """
+
+    queries: list[int]
+    keys: list[int]
+    cu_queries: Tensor
+    cu_keys: Tensor
+
+    @classmethod
+    def of(cls, queries: list[int], keys: list[int], device: torch.device) -> Lengths:
+        borders = [torch.tensor([0, *part], dtype=torch.int32).cumsum(0, dtype=torch.int32) for part in (queries, keys)]
+        return cls(queries, keys, *(part.to(device, non_blocking=True) for part in borders))
+
+
 class _FlashVarlen(torch.autograd.Function):
     """PyTorch's flash attention over packed rows: [t, heads, d], kv heads as they are."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, scale: float | None) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu: tuple[Tensor, Tensor], longest: tuple[int, int], scale: float | None
+    ) -> Tensor:
         out, lse, state, unused, _ = torch.ops.aten._flash_attention_forward(
-            q, k, v, cu_seqlens, cu_seqlens, longest, longest, 0.0, True, False, scale=scale
+            q, k, v, *cu, *longest, 0.0, True, False, scale=scale
         )
-        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, state, unused)
+        ctx.save_for_backward(q, k, v, out, lse, *cu, state, unused)
         ctx.longest, ctx.scale = longest, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, cu_seqlens, state, unused = ctx.saved_tensors
+        q, k, v, out, lse, cu_q, cu_k, state, unused = ctx.saved_tensors
         dq, dk, dv = torch.ops.aten._flash_attention_backward(
-            grads[0].contiguous(),
-            q,
-            k,
-            v,
-            out,
-            lse,
-            cu_seqlens,
-            cu_seqlens,
-            ctx.longest,
-            ctx.longest,
-            0.0,
-            True,
-            state,
-            unused,
-            scale=ctx.scale,
+            grads[0].contiguous(), q, k, v, out, lse, cu_q, cu_k, *ctx.longest, 0.0, True, state, unused, scale=ctx.scale
         )
         return dq, dk, dv, None, None, None
 
 
-def _by_sample(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float | None) -> Tensor:
+def _by_sample(q: Tensor, k: Tensor, v: Tensor, queries: list[int], keys: list[int], scale: float | None) -> Tensor:
     """The twin: one attention a sample. `split` and `cat` keep the backward pass linear in the row's length."""
     parts = []
-    for one in zip(*(x.split(lengths) for x in (q, k, v))):
+    for one in zip(q.split(queries), k.split(keys), v.split(keys)):
         a, b, c = (x.transpose(0, 1).unsqueeze(0) for x in one)
-        mixed = F.scaled_dot_product_attention(a, b, c, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        before = b.shape[2] - a.shape[2]  # keys that all queries see
+        mask = torch.ones(a.shape[2], b.shape[2], dtype=torch.bool, device=q.device).tril(before) if before else None
+        mixed = F.scaled_dot_product_attention(
+            a, b, c, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
         parts.append(mixed.squeeze(0).transpose(0, 1))
     return torch.cat(parts)
+
+
+def varlen_causal(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, softmax_scale: float | None = None) -> Tensor:
+    """Causal attention within each of several samples, from their last tokens to all of them.
+
+    Args:
+        q: [queries, heads, d]; k, v: [keys, kv heads, d].
+    Returns:
+        [queries, heads, d].
+    """
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        cu, longest = (lengths.cu_queries, lengths.cu_keys), (max(lengths.queries), max(lengths.keys))
+        return _FlashVarlen.apply(q, k, v, cu, longest, softmax_scale)
+    return _by_sample(q, k, v, lengths.queries, lengths.keys, softmax_scale)
 
 
 def packed_causal(
@@ -120,7 +149,8 @@ def packed_causal(
     t, _, heads, dim = query.shape
     q, k, v = (part.squeeze(1) for part in (query, key, value))
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        mixed = _FlashVarlen.apply(q, k, v, cu_seqlens, max_seqlen, softmax_scale)
+        mixed = _FlashVarlen.apply(q, k, v, (cu_seqlens, cu_seqlens), (max_seqlen, max_seqlen), softmax_scale)
     else:
-        mixed = _by_sample(q, k, v, lengths or cu_seqlens.diff().tolist(), softmax_scale)
+        lengths = lengths or cu_seqlens.diff().tolist()
+        mixed = _by_sample(q, k, v, lengths, lengths, softmax_scale)
     return mixed.reshape(t, 1, heads * dim)

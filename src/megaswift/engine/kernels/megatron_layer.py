@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megaswift.engine.kernels.attention import dense_causal, packed_causal
+from megaswift.engine.kernels.context_parallel import shared_causal
 from megaswift.engine.kernels.embedding import embedding
 from megaswift.engine.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_keep
 from megaswift.engine.kernels.rope import rotate, split_rotate_qkv
@@ -62,7 +63,8 @@ class FusedEmbedding(VocabParallelEmbedding):
 class FusedSelfAttention(SelfAttention):
     """Self attention with split, rotation and core attention fused. The layout travels as `packed_seq_params`:
 
-    `cos` and `sin` [s, b or 1, (1,) d]; for packed rows also `cu_seqlens_q`, `max_seqlen_q` and, on the CPU, `segments`.
+    `cos` and `sin` [s, b or 1, (1,) d]; for packed rows also `cu_seqlens_q`, `max_seqlen_q` and, on the CPU, `segments`;
+    for rows that several ranks share `share`.
     """
 
     def forward(
@@ -84,7 +86,9 @@ class FusedSelfAttention(SelfAttention):
             query = rotate(self.q_layernorm(query), layout.cos, layout.sin)
             key, value = rotate(self.k_layernorm(view[..., -2, :]), layout.cos, layout.sin), view[..., -1, :]
         scale = getattr(self.core_attention, "softmax_scale", None)
-        if getattr(layout, "segments", None) is None and layout.cu_seqlens_q is None:
+        if getattr(layout, "share", None) is not None:
+            context = shared_causal(query, key, value, layout.share, scale)
+        elif getattr(layout, "segments", None) is None and layout.cu_seqlens_q is None:
             context = dense_causal(query, key, value, scale)
         else:
             context = packed_causal(
