@@ -29,7 +29,17 @@ def job(llama: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> A
 
     def make(tp: int, pp: int) -> str:
         root = tmp_path_factory.mktemp("job")
-        more = options(*llama, tp, pp, tp > 1, dtype="fp16", max_steps=8, output_dir=str(root), learning_rate=1e-3)
+        more = options(
+            *llama,
+            tp,
+            pp,
+            tp > 1,
+            dtype="fp16",
+            max_steps=8,
+            output_dir=str(root),
+            learning_rate=1e-3,
+            gradient_accumulation_steps=4,
+        )
         with (
             mock.patch("megaswift.engine.launch.start_ranks", lambda *_: None),
             mock.patch.dict("os.environ", {"NPROC_PER_NODE": "2"}),
@@ -145,7 +155,9 @@ def test_what_the_user_sees(llama: tuple[Path, Path], pool: RankPool, tmp_path: 
         mock.patch("megaswift.engine.launch.start_ranks", start_ranks),
         pytest.raises(RankFailed) as caught,
     ):
-        more = options(*llama, 1, 2, dtype="fp16", max_steps=40, output_dir=str(tmp_path), logging_steps=1)
+        more = options(
+            *llama, 1, 2, dtype="fp16", max_steps=40, output_dir=str(tmp_path), logging_steps=1, gradient_accumulation_steps=1
+        )
         with mock.patch.dict("os.environ", {"NPROC_PER_NODE": "2"}):
             sft.sft_main(sft.SftArguments(**more))
     text = str(caught.value)

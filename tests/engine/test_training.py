@@ -8,18 +8,11 @@ from typing import Any
 
 import pytest
 
-from tests import tiny
 from tests.ranks import RankPool
 from tests.training import Run, tiny_start, train, write_rows
 
 # world size, tp, pp, sequence parallel; global batch 16 in each
-LAYOUTS = [(1, 1, 1, False), (2, 2, 1, True), (2, 2, 1, False), (2, 1, 2, False), (2, 1, 1, False), (4, 2, 2, True)]
-
-
-@pytest.fixture(scope="module", params=tiny.FAMILIES)
-def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Path]:
-    root = tmp_path_factory.mktemp(request.param)
-    return request.param, tiny_start(root, request.param), write_rows(root / "rows.jsonl")
+LAYOUTS = [(2, 2, 1, True), (2, 2, 1, False), (2, 1, 2, False), (2, 1, 1, False), (4, 2, 2, True)]
 
 
 def options(start: Path, rows: Path, tp: int = 1, pp: int = 1, sp: bool = False, **more: Any) -> dict[str, Any]:
@@ -38,29 +31,29 @@ def options(start: Path, rows: Path, tp: int = 1, pp: int = 1, sp: bool = False,
     )
 
 
-def test_losses_do_not_depend_on_the_layout(family: tuple[str, Path, Path], pool: RankPool, tmp_path: Path) -> None:
-    """5 steps at each layout: losses, validation losses and gradient norms equal to 1e-5 (golden runs: test_golden.py)."""
-    name, start, rows = family
-    layouts = LAYOUTS if name == "llama" else [LAYOUTS[0], LAYOUTS[1], LAYOUTS[3]]
-    runs = {
-        layout: train(pool, tmp_path / str(k), layout[0], **options(start, rows, *layout[1:]))
-        for k, layout in enumerate(layouts)
-    }
-    first = runs[layouts[0]]
-    for layout in layouts[1:]:
-        assert runs[layout].losses == pytest.approx(first.losses, abs=1e-5), layout
-        assert runs[layout].eval_losses == pytest.approx(first.eval_losses, abs=1e-5), layout
-        assert runs[layout].norms == pytest.approx(first.norms, rel=2e-5), layout
-
-
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("llama")
     return tiny_start(root), write_rows(root / "rows.jsonl")
 
 
+@pytest.fixture(scope="module")
+def plain(llama: tuple[Path, Path], pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The run of one process that others are compared with."""
+    return reference(pool, tmp_path_factory.mktemp("plain"), llama)
+
+
 def reference(pool: RankPool, tmp_path: Path, llama: tuple[Path, Path], **more: Any) -> Run:
     return train(pool, tmp_path / "reference", 1, **options(*llama, **more))
+
+
+def test_losses_do_not_depend_on_the_layout(llama: tuple[Path, Path], plain: Run, pool: RankPool, tmp_path: Path) -> None:
+    """5 steps at each layout: losses, validation losses and gradient norms equal to 1e-5 (other families: test_golden.py)."""
+    for number, (processes, *layout) in enumerate(LAYOUTS):
+        run = train(pool, tmp_path / str(number), processes, **options(*llama, *layout))
+        assert run.losses == pytest.approx(plain.losses, abs=1e-5), layout
+        assert run.eval_losses == pytest.approx(plain.eval_losses, abs=1e-5), layout
+        assert run.norms == pytest.approx(plain.norms, rel=2e-5), layout
 
 
 @pytest.mark.parametrize(
@@ -77,9 +70,8 @@ def reference(pool: RankPool, tmp_path: Path, llama: tuple[Path, Path], **more: 
     ids=str,
 )
 def test_losses_do_not_depend_on_how_it_is_computed(
-    changes: dict[str, Any], llama: tuple[Path, Path], pool: RankPool, tmp_path: Path
+    changes: dict[str, Any], llama: tuple[Path, Path], plain: Run, pool: RankPool, tmp_path: Path
 ) -> None:
-    plain = reference(pool, tmp_path, llama)
     other = train(pool, tmp_path / "other", 1, **options(*llama, **changes))
     assert other.losses == pytest.approx(plain.losses, abs=1e-5)
     assert other.norms == pytest.approx(plain.norms, rel=2e-5)
@@ -93,9 +85,8 @@ def test_recompute_under_pipeline_and_packed_micro_batches(llama: tuple[Path, Pa
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_half_precisions_train(dtype: str, llama: tuple[Path, Path], pool: RankPool, tmp_path: Path) -> None:
+def test_half_precisions_train(dtype: str, llama: tuple[Path, Path], plain: Run, pool: RankPool, tmp_path: Path) -> None:
     """bf16 and fp16 (with Megatron's loss scaler) stay near the fp32 losses."""
-    plain = reference(pool, tmp_path, llama)
     half = train(pool, tmp_path / dtype, 2, **options(*llama, 1, 2, dtype=dtype))
     assert half.losses == pytest.approx(plain.losses, abs=0.08)
     assert half.losses[-1] < half.losses[0]
@@ -145,13 +136,12 @@ def test_a_run_goes_on_where_it_was_saved(
     assert resumed.losses == (straight.losses if exact else pytest.approx(straight.losses, abs=1e-5))
 
 
-def test_no_conversion_is_needed(llama: tuple[Path, Path], pool: RankPool, tmp_path: Path) -> None:
+def test_no_conversion_is_needed(llama: tuple[Path, Path], plain: Run, pool: RankPool, tmp_path: Path) -> None:
     """Training from the Hugging Face folder itself gives the losses of training from its converted weights."""
     start, rows = llama
-    converted = reference(pool, tmp_path, llama)
     more = options(start, rows, 2, 2, True, model_type="tiny-chat", model_id_or_path=str(start.parent / "hf"))
     direct = train(pool, tmp_path / "direct", 4, **{**more, "resume_from_checkpoint": None})
-    assert direct.losses == pytest.approx(converted.losses, abs=1e-5)
+    assert direct.losses == pytest.approx(plain.losses, abs=1e-5)
 
 
 def test_a_run_leaves_nothing_in_its_process(llama: tuple[Path, Path], pool: RankPool, tmp_path: Path) -> None:
