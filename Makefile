@@ -1,7 +1,8 @@
 # make demo    the whole story on SmolLM2-135M-Instruct: convert, fine-tune, convert back, ask who it is
 # make test    the default test suite            make check    lint and types
+# make test-long    the default suite, and the parity document made once on tiny models
 # make test-vllm, make test-eval    the vLLM backend; EvalScope, lm-eval and the server, each in an environment of its own
-# make faults  every fault at every named point, about 40 minutes; writes the tables of docs/reliability.md
+# make faults  every fault at every named point, about 15 minutes; writes the tables of docs/reliability.md
 # make parity  measures what docs/parity.md says and writes it, about half an hour; DATA=rows.json#400 names instruction rows to learn
 # Each sets up .venv by itself.
 
@@ -14,13 +15,16 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 CPU_TORCH := 2.13.0+cpu
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test faults faults-again check bench parity clean test-vllm test-eval
+.PHONY: demo test test-long faults faults-again check bench parity clean test-vllm test-eval
 
 demo: $(VENV)/ready
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-long: export MEGASWIFT_LONG = true
+test-long: test
 
 # Figures are measured while nothing else runs. Tests that failed because the machine was busy: make faults-again
 faults: $(VENV)/ready-dev

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -17,6 +18,9 @@ SECTIONS = (
     "## bf16: the noise is measured",
     "## Learning works",
 )
+
+
+long = pytest.mark.skipif("MEGASWIFT_LONG" not in os.environ, reason="a part of make test-long")
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +40,7 @@ def document(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     return work / "parity.md", results
 
 
+@long
 def test_every_section_is_there(document: tuple[Path, dict[str, dict]]) -> None:
     path, results = document
     text = path.read_text(encoding="utf-8")
@@ -49,6 +54,7 @@ def test_every_section_is_there(document: tuple[Path, dict[str, dict]]) -> None:
     assert str(path.parent) not in text
 
 
+@long
 def test_a_difference_is_not_hidden(document: tuple[Path, dict[str, dict]]) -> None:
     """The words follow the results: what is outside of its limit is said so."""
     from parity_text import _faults, _matrix
