@@ -15,6 +15,7 @@ import torch
 from megaswift.checkpoint.guard import load_index, load_object
 from megaswift.checkpoint.reader import Reader
 from megaswift.checkpoint.torch_dist import INDEX_FILE
+from megaswift.checkpoint.zipped import Placeholder
 from megaswift.errors import DataError
 from tests.ranks import RankPool
 
@@ -59,6 +60,21 @@ def test_the_index_runs_nothing(kind: type, harmed: Path, tmp_path: Path) -> Non
         with pytest.raises(DataError, match="not safe to read"):
             Reader(harmed)
     assert not marker.exists()
+
+
+def test_the_plan_that_megatron_core_leaves_in_an_index_stays_inert(harmed: Path) -> None:
+    """Its own saves keep their plan beside the table: nothing of it is built, nor anything else that such a module holds."""
+    from torch.distributed.checkpoint.planner import SavePlan
+
+    index = pickle.loads((harmed / INDEX_FILE).read_bytes())
+    index.all_local_plans = [SavePlan([])]
+    (harmed / INDEX_FILE).write_bytes(pickle.dumps(index))
+    assert type(load_index(harmed / INDEX_FILE).all_local_plans[0]) is Placeholder
+    assert Reader(harmed).keys
+    called = b"\x80\x04\x8c\x24torch.distributed.checkpoint.planner\x8c\x0fio.FileIO.write\x93\x8c\x01x\x85R."
+    (harmed / INDEX_FILE).write_bytes(called)
+    with pytest.raises(DataError, match="no table of tensors|not safe to read"):
+        load_index(harmed / INDEX_FILE)
 
 
 def test_a_dotted_name_of_an_allowed_module_is_refused(harmed: Path) -> None:
