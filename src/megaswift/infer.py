@@ -43,7 +43,8 @@ def infer_main(args: InferArguments | list[str]) -> list[dict[str, Any]]:
         if results is not None:
             results.close()
             if results.path is not None and results.rows:
-                _note(f"{results.rows} answers are in {results.path}")
+                verb = "answer is" if results.rows == 1 else "answers are"
+                _note(f"{results.rows} {verb} in {results.path}")
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def sft_main(args: SftArguments | list[str]) -> Path:
             return _train(args, stop)
         except Interrupted as order:
             raise Stopped(
-                f"stopped by {order}.", where="swift sft", fix="the same command with --resume true goes on from there"
+                f"stopped by {order}.", where="swift sft", fix="the same command with --resume true makes what is missing"
             ) from None
 
 

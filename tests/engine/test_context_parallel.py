@@ -59,7 +59,6 @@ def _attention(lengths: list[int] | None, width: int, rows: int) -> list[float]:
         ids = torch.arange(width).expand(rows, width)
         borders = torch.tensor([0, *lengths]).cumsum(0).int() if lengths else None
         share = share_of(MicroBatch(ids, ids, ids, borders, ()), group).share
-        assert share is not None
 
         def own(x: torch.Tensor) -> torch.Tensor:
             return torch.cat([x[piece.first : piece.last] for piece in share.slices])

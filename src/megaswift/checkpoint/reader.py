@@ -54,12 +54,25 @@ class Reader:
 
     def read(self, key: str, layer: int | None = None, rows: tuple[int, int] | None = None) -> Tensor:
         """A whole global tensor, with `layer` the slice of the leading axis, with `rows` some rows (of that slice)."""
+        offset, shape = self._box(key, layer, rows)
+        return self.read_box(key, offset, shape).reshape(shape if layer is None else shape[1:])
+
+    def prefetch(self, key: str, layer: int | None = None) -> None:
+        """Ask the system to read a tensor in the background."""
+        self.prefetch_box(key, *self._box(key, layer))
+
+    def release(self, key: str, layer: int | None = None) -> None:
+        """Give back the memory through which a tensor was read."""
+        self.release_box(key, *self._box(key, layer))
+
+    def _box(self, key: str, layer: int | None, rows: tuple[int, int] | None = None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Offset and shape of a whole tensor, or of a layer or rows of it."""
         lead = () if layer is None else (layer,)
         shape = self.shape(key)[len(lead) :]
         offset = (0,) * len(shape)
         if shape and rows is not None:
             offset, shape = (rows[0], *offset[1:]), (rows[1] - rows[0], *shape[1:])
-        return self.read_box(key, (*lead, *offset), (*(1,) * len(lead), *shape)).reshape(shape)
+        return (*lead, *offset), (*(1,) * len(lead), *shape)
 
     def read_box(self, key: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
         """A box of a global tensor: a view of the mapped file where one chunk holds it, put together where several do."""
@@ -126,21 +139,6 @@ class Reader:
                 fix="it was made for another model, or it is incomplete",
             )
         return self._tensors[key]
-
-    def release(self, key: str, layer: int | None = None) -> None:
-        """Give back the memory through which a tensor was read."""
-        for path, start, length in self._places(key, layer):
-            self._mapped(path).release(start, length)
-
-    def prefetch(self, key: str, layer: int | None = None) -> None:
-        """Ask the system to read a tensor in the background."""
-        for path, start, length in self._places(key, layer):
-            self._mapped(path).prefetch(start, length)
-
-    def _places(self, key: str, layer: int | None) -> Iterator[tuple[Path, int, int]]:
-        for chunk in self._entry(key).chunks:
-            if layer is None or chunk.offsets[0] <= layer < chunk.offsets[0] + chunk.sizes[0]:
-                yield self._place(key, chunk)
 
     def _place(self, key: str, chunk: Any) -> tuple[Path, int, int]:
         info = self._storage.get(MetadataIndex(key, chunk.offsets))

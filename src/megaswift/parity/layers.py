@@ -91,9 +91,7 @@ def _own_tokens(batch: MicroBatch, rows: TokenRows) -> Tensor:
     real = _real_tokens(batch, rows)
     if parallel_state.get_context_parallel_world_size() == 1:
         return real
-    share = share_of(batch, parallel_state.get_context_parallel_group()).share
-    assert share is not None
-    return torch.cat([real[:, piece.first : piece.last] for piece in share.slices], dim=1)
+    return share_of(batch, parallel_state.get_context_parallel_group()).share.take(real)
 
 
 def _real_tokens(batch: MicroBatch, rows: TokenRows) -> Tensor:

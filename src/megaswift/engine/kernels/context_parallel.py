@@ -49,6 +49,10 @@ class Share:
     slices: tuple[Slice, Slice]
     group: dist.ProcessGroup
 
+    def take(self, x: Tensor) -> Tensor:
+        """This rank's part of rows [b, s]."""
+        return torch.cat([x[:, piece.first : piece.last] for piece in self.slices], dim=1)
+
 
 def share_of(batch: MicroBatch, group: dist.ProcessGroup) -> MicroBatch:
     """This rank's part of a micro batch: two slices of each row, and a Share that describes them.
@@ -59,17 +63,12 @@ def share_of(batch: MicroBatch, group: dist.ProcessGroup) -> MicroBatch:
     rows, width = batch.tokens.shape
     samples = [width] if batch.cu_seqlens is None else batch.cu_seqlens.diff().tolist()
     part = width // (2 * size)
-    slices = tuple(
+    first, second = (
         _slice(number * part, (number + 1) * part, samples, rows, batch.tokens.device) for number in (rank, 2 * size - 1 - rank)
     )
-
-    def take(x: Tensor) -> Tensor:
-        return torch.cat([x[:, piece.first : piece.last] for piece in slices], dim=1)
-
-    return replace(
-        batch, tokens=take(batch.tokens), labels=take(batch.labels), position_ids=take(batch.position_ids), cu_seqlens=None,
-        share=Share((slices[0], slices[1]), group),
-    )  # fmt: skip
+    share = Share((first, second), group)
+    own: dict[str, Any] = {name: share.take(getattr(batch, name)) for name in ("tokens", "labels", "position_ids")}
+    return replace(batch, **own, cu_seqlens=None, share=share)
 
 
 def _slice(first: int, last: int, samples: list[int], rows: int, device: torch.device) -> Slice:
