@@ -20,12 +20,13 @@ from typing import Any
 import torch
 
 SHAPES = {
+    "135m": dict(hidden_size=576, num_layers=30, num_attention_heads=9, num_query_groups=3, ffn_hidden_size=1536),
     "0.5b": dict(hidden_size=896, num_layers=24, num_attention_heads=14, num_query_groups=2, ffn_hidden_size=4864),
     "1.5b": dict(hidden_size=1536, num_layers=28, num_attention_heads=12, num_query_groups=2, ffn_hidden_size=8960),
     "3b": dict(hidden_size=2048, num_layers=36, num_attention_heads=16, num_query_groups=2, ffn_hidden_size=11008),
 }
 VOCAB = 151936
-CHUNK_MIB = {"0.5b": 2560, "1.5b": 2560, "3b": 1280}  # logits at a time; the 3B shape nearly fills the card
+CHUNK_MIB = {"135m": 2560, "0.5b": 2560, "1.5b": 2560, "3b": 1280}  # logits at a time; the 3B shape nearly fills the card
 PEAK = 989.4e12
 
 
@@ -65,14 +66,17 @@ def build_model(shape: str, seq: int, way: str) -> Any:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megaswift.engine import backend
+    from megaswift.engine.graphs import Graphs
     from megaswift.engine.kernels.linear_cross_entropy import linear_cross_entropy
     from megaswift.engine.kernels.megatron_fuse import fuse_embedding
     from megaswift.engine.kernels.megatron_layer import FusedMLP
 
     class Model(GPTModel):
+        graphs: Any = None
+
         def forward(self, tokens: Any, labels: Any, layout: Any) -> Any:
             hidden = self.embedding(input_ids=tokens, position_ids=None)
-            hidden = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=layout)
+            hidden = self.graphs(hidden, layout)
             flat, weight = hidden.reshape(-1, hidden.shape[-1]), self.shared_embedding_or_output_weight()
             options = dict(vocab_size=VOCAB, grad_scale=1.0, shared_with_embedding=True, chunk_bytes=CHUNK_MIB[shape] << 20)
             return linear_cross_entropy(flat, weight, labels.t(), **options)[0]
@@ -87,11 +91,12 @@ def build_model(shape: str, seq: int, way: str) -> Any:
         position_embedding_type="none",
         share_embeddings_and_output_weights=True,
     )
+    model.graphs = Graphs(model.decoder, "true" if "g" in way else "false")
     return fuse_embedding(model.cuda())
 
 
 def build(shape: str, seq: int, way: str) -> tuple[Any, Any, Any]:
-    """(config, wrapped model, optimizer)."""
+    """(bare model, wrapped model, optimizer)."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.transformer.module import Float16Module
@@ -102,14 +107,15 @@ def build(shape: str, seq: int, way: str) -> tuple[Any, Any, Any]:
     model = build_model(shape, seq, way)
     config = model.config
     buffers = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False)
-    ddp = DistributedDataParallel(config, buffers, Float16Module(config, model))
+    with model.graphs.stream_of_step():
+        ddp = DistributedDataParallel(config, buffers, Float16Module(config, model))
     compat.use_our_adamw()
     options = dict(bf16=True, params_dtype=torch.bfloat16, use_distributed_optimizer=True, clip_grad=1.0, weight_decay=0.0)
     optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-5, **options), [ddp])
     optimizer = fuse_optimizer(optimizer, "8bit" if "8" in way else "bf16" if "b" in way else "fp32")
     for inner in optimizer.chained_optimizers:
         inner.optimizer.allocate()
-    return config, ddp, optimizer
+    return model, ddp, optimizer
 
 
 def tables(seq: int, dim: int) -> tuple[Any, Any]:
@@ -120,15 +126,16 @@ def tables(seq: int, dim: int) -> tuple[Any, Any]:
     return angles.cos().bfloat16(), angles.sin().bfloat16()
 
 
-def make_step(shape: str, seq: int, micro: int, way: str) -> tuple[Any, int]:
-    """A function that does step k, and the number of parameters."""
+def make_step(shape: str, seq: int, micro: int, way: str) -> tuple[Any, Any]:
+    """A function that does step k, and the model."""
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from megaswift.engine.backend import SequenceLayout
     from megaswift.engine.kernels.main_grad import settle_main_grads, zero_main_grads
 
-    config, ddp, optimizer = build(shape, seq, way)
+    bare, ddp, optimizer = build(shape, seq, way)
+    config = bare.config
     cos, sin = tables(seq, config.kv_channels)
     layout = SequenceLayout(cos=cos, sin=sin)
     generator = torch.Generator().manual_seed(0)
@@ -153,11 +160,12 @@ def make_step(shape: str, seq: int, micro: int, way: str) -> tuple[Any, int]:
     def step(k: int) -> Any:
         zero_main_grads(ddp)
         optimizer.zero_grad()
-        report = schedule(forward_step_func=forward_step, data_iterator=iter([batches[k % 4]]), model=[ddp], **sizes)
+        with bare.graphs.step():
+            report = schedule(forward_step_func=forward_step, data_iterator=iter([batches[k % 4]]), model=[ddp], **sizes)
         _, norm, _ = optimizer.step()
         return report[0]["loss"], norm
 
-    return step, sum(p.numel() for p in ddp.parameters())
+    return step, bare
 
 
 def profile(step: Any, first: int) -> tuple[list[tuple[str, float, int]], dict[str, float]]:
@@ -203,11 +211,14 @@ def child(shape: str, seq: int, micro: int, steps: int, way: str, with_profile: 
     import gc
     import warnings
 
+    from megaswift.engine.kernels.attention import describe
+
     warnings.filterwarnings("ignore")
     join()
     result: dict[str, Any] = dict(run="ours", shape=shape, seq=seq, micro=micro, way=way)
     try:
-        step, params = make_step(shape, seq, micro, way)
+        step, bare = make_step(shape, seq, micro, way)
+        params, config, graphs = sum(p.numel() for p in bare.parameters()), bare.config, bare.graphs
         gc.disable()
         times, losses = [], []
         for k in range(steps):
@@ -234,6 +245,10 @@ def child(shape: str, seq: int, micro: int, steps: int, way: str, with_profile: 
             mem_gb=round(torch.cuda.max_memory_allocated() / 2**30, 1),
             loss=[round(x, 4) for x in (losses[0], losses[-1])],
             grad_norm=round(float(norm), 4),
+            attention=describe(
+                config.num_attention_heads, config.num_query_groups, config.kv_channels, torch.bfloat16, "cuda:0"
+            ),
+            graphs=graphs.note or len(graphs.captured),
         )
         if with_profile:
             rows, result["timeline"] = profile(step, steps)
@@ -258,7 +273,7 @@ def main() -> None:
     parser.add_argument(
         "--shapes",
         default="0.5b:8:k,1.5b:4:k,3b:2",
-        help="SHAPE:MICRO_BATCH[:k keeps SwiGLU's result, o overlaps its gradient, b bf16 moments, 8 8-bit ones], comma separated",
+        help="SHAPE:MICRO_BATCH[:k keeps SwiGLU's result, o overlaps its gradient, b bf16 moments, 8 8-bit ones, g CUDA graphs], comma separated",
     )
     parser.add_argument("--seq", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=20)

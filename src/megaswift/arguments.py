@@ -233,6 +233,12 @@ class SftArguments(ModelArguments, LayoutArguments, DataArguments):
     use_flash_attn: bool | None = option(
         None, "true: only the flash kernel; false: never; default: the fastest kernel for the device."
     )
+    cuda_graphs: str = option(
+        "auto",
+        "Replay the layers' kernels as CUDA graphs: for small models, whose kernels take longer to launch than to run. "
+        "auto: where the first steps show that.",
+        ("auto", "true", "false"),
+    )
     packing: bool = option(False, "Join whole rows up to max_length; attention stays within each row.")
     padding_free: bool = option(True, "Lay the rows of a micro batch end to end; false: pad them to the longest.")
     data_cache: bool = option(True, "Keep tokenized rows in the cache and use them again.")

@@ -139,6 +139,8 @@ def check_numbers(args: SftArguments) -> None:
         raise UserError(
             "--cp above 1 has one attention kernel of its own.", where="--use_flash_attn", fix="leave it out, or use --cp 1"
         )
+    if args.cuda_graphs == "true":
+        _check_graphs(args)
     for name, low in (
         ("batch_size", 1),
         ("learning_rate", 0.0),
@@ -171,6 +173,23 @@ def check_numbers(args: SftArguments) -> None:
         raise UserError(
             f"--min_lr {args.min_lr:g} is not between 0 and --learning_rate {args.learning_rate:g}.", where="--min_lr"
         )
+
+
+def _check_graphs(args: SftArguments) -> None:
+    """Raise UserError for options that make --cuda_graphs true impossible."""
+    others = {
+        "--tp, --pp and --cp above 1": max(args.tp, args.pp, args.cp) > 1,
+        "--gradient_checkpointing": args.gradient_checkpointing,
+        "--deterministic": args.deterministic,
+        "--use_flash_attn": args.use_flash_attn is not None,
+    }
+    for name, given in others.items():
+        if given:
+            raise UserError(
+                f"--cuda_graphs true does not work with {name}.",
+                where="--cuda_graphs",
+                fix="leave --cuda_graphs out: graphs are then used wherever they work and help",
+            )
 
 
 def make_plan(

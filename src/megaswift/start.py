@@ -57,6 +57,7 @@ def find_start(args: SftArguments, leads: bool = True) -> Start:
 
     config = load_config(root)
     check_numbers(args)
+    _check_device(args)
     check_layout(config, args.tp, args.pp, None, args.sequence_parallel, args.cp)
     _check_tensors(root, checkpoint if converted else None, config)
     manifest = read_manifest(checkpoint) if converted else {"dtype": _folder_dtype(root)}
@@ -171,6 +172,14 @@ def _folder_dtype(folder: Path) -> str:
 
     source = HFCheckpoint.open(folder)
     return DTYPE_NAMES.get(source.dtype(source.names[0]), "fp32")
+
+
+def _check_device(args: SftArguments) -> None:
+    """Raise UserError for options that need a GPU where there is none."""
+    import torch
+
+    if args.cuda_graphs == "true" and not torch.cuda.is_available():
+        raise UserError("--cuda_graphs true needs an NVIDIA GPU, and none is here.", where="--cuda_graphs", fix="leave it out")
 
 
 def _dtype(args: SftArguments, stored: str) -> str:

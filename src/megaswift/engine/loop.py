@@ -141,6 +141,8 @@ class Training:
             self.watchdog.beat(f"step {step + 1}")
             self._judge(step, result)
             self.log.step(step, result, seconds)
+            if note := self.trainer.graphs.take_note():
+                self.log.note(note)
             due = step % int(self.plan.megatron["save_interval"]) == 0 or step == last
             if self.validation is not None and (step % self.args.eval_steps == 0 or step == last):
                 self._evaluate(step, self.validation)
@@ -339,8 +341,8 @@ def _restored(job: Job, args: SftArguments) -> tuple[Any, dict[str, Any]]:
     if job.first_step == 0:
         start = Path(job.checkpoint)
         (load_hf_weights if is_hf_folder(start) else load_weights)(model, start)
-        return Trainer(model, plan), {}
-    trainer = Trainer(model, plan)
+        return Trainer(model, plan, args.cuda_graphs), {}
+    trainer = Trainer(model, plan, args.cuda_graphs)
     return trainer, load_training_state(trainer, Path(job.checkpoint), layout={"tp": plan.tp, "pp": plan.pp, "dp": plan.dp})
 
 

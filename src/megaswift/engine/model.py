@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from megaswift.data.batches import MicroBatch
+    from megaswift.engine.graphs import Graphs
     from megaswift.engine.kernels.context_parallel import Share
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -56,6 +57,7 @@ class ChatModel(GPTModel):
         super().__init__(*args, position_embedding_type="none", **kwargs)
         self.rope = rope
         self.true_vocab = true_vocab
+        self.graphs: Graphs | None = None  # set by the trainer
 
     def forward(  # type: ignore[override]
         self,
@@ -82,7 +84,10 @@ class ChatModel(GPTModel):
         if segments is not None:
             borders = torch.tensor([0, *segments], dtype=torch.int32).cumsum(0, dtype=torch.int32)
             layout.cu_seqlens_q, layout.max_seqlen_q = borders.to(tokens.device, non_blocking=True), max(segments)
-        hidden = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=layout)
+        if self.graphs is None or hidden is None:
+            hidden = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=layout)
+        else:
+            hidden = self.graphs(hidden, layout)
         if not self.post_process:
             return hidden
         if labels is None:

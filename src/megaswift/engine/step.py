@@ -19,6 +19,7 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from megaswift.engine import compat
+from megaswift.engine.graphs import Graphs
 from megaswift.engine.kernels.context_parallel import share_of
 from megaswift.engine.kernels.main_grad import settle_main_grads, zero_main_grads
 from megaswift.engine.kernels.megatron_layer import FusedMLP
@@ -51,18 +52,20 @@ class StepResult:
 class Trainer:
     """The model of this process with its gradients' buffers, optimizer and schedule."""
 
-    def __init__(self, model: ChatModel, plan: Plan) -> None:
+    def __init__(self, model: ChatModel, plan: Plan, cuda_graphs: str = "false") -> None:
         self.bare_model = model
         compat.use_our_adamw()
         config = model.config
         wrapped = Float16Module(config, model) if config.bf16 or config.fp16 else model
-        self.model = DistributedDataParallel(
-            config,
-            DistributedDataParallelConfig(
-                use_distributed_optimizer=True, grad_reduce_in_fp32=True, check_for_nan_in_grad=False
-            ),
-            wrapped,
-        )
+        model.graphs = self.graphs = Graphs(model.decoder, cuda_graphs)
+        with self.graphs.stream_of_step():  # the wrapper's hooks belong to the stream that is current here
+            self.model = DistributedDataParallel(
+                config,
+                DistributedDataParallelConfig(
+                    use_distributed_optimizer=True, grad_reduce_in_fp32=True, check_for_nan_in_grad=False
+                ),
+                wrapped,
+            )
         options = optimizer_config(plan)
         optimizer = get_megatron_optimizer(options, [self.model], get_standard_config_overrides(options))
         # Under fp16 it stays as it was: the loss scaler needs Megatron's own step.
@@ -84,6 +87,7 @@ class Trainer:
         whose functions are bound to the trainer.
         """
         self.model.grad_accs.clear()
+        self.bare_model.graphs = None
         config = self.bare_model.config
         for name in ("grad_scale_func", "finalize_model_grads_func", "no_sync_func", "grad_sync_func", "param_sync_func"):
             setattr(config, name, None)
@@ -101,7 +105,8 @@ class Trainer:
         self.model.train()
         zero_main_grads(self.model)
         self.optimizer.zero_grad()
-        sums = self._forward_backward(batches, forward_only=False)
+        with self.graphs.step():
+            sums = self._forward_backward(batches, forward_only=False)
         if self.fused:
             self.optimizer.tokens = sums[1].float()
         return sums

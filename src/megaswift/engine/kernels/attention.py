@@ -1,7 +1,8 @@
 """Causal attention, dense and packed, with grouped key-value heads as they are (never expanded on the GPU).
 
-On Hopper the cuDNN kernel is the fastest that PyTorch ships; elsewhere flash attention. Packed rows hold several samples,
-told apart by `cu_seqlens`; each attends within itself.
+FlashAttention 4 is the fastest on Hopper where it is installed. Of the kernels that PyTorch ships, cuDNN's is the fastest there
+for whole rows; elsewhere, and for packed rows, its flash kernel. Packed rows hold several samples, told apart by
+`cu_seqlens`; each attends within itself.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from megaswift.engine.kernels.flash_attention_4 import flash_attention_4, refusal
 
 
 @functools.cache
@@ -43,6 +46,10 @@ def dense_causal(
     """
     s, b, heads, dim = query.shape
     q, k, v = (part.permute(1, 2, 0, 3) for part in (query, key, value))
+    if backend == "auto" and refusal(query, key.shape[2], packed=False) is None:
+        rows = [part.transpose(0, 1) for part in (query, key, value)]
+        mixed = flash_attention_4(rows[0], rows[1], rows[2], softmax_scale=softmax_scale)
+        return mixed.transpose(0, 1).reshape(s, b, heads * dim)
     if backend == "auto" and _cudnn_takes(query):
         needs = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
         mixed = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, needs, 0.0, True, False, scale=softmax_scale)[
@@ -73,6 +80,29 @@ class Lengths:
     def of(cls, queries: list[int], keys: list[int], device: torch.device) -> Lengths:
         borders = [torch.tensor([0, *part], dtype=torch.int32).cumsum(0, dtype=torch.int32) for part in (queries, keys)]
         return cls(queries, keys, *(part.to(device, non_blocking=True) for part in borders))
+
+
+def describe(heads: int, kv_heads: int, dim: int, dtype: torch.dtype, device: torch.device | str) -> str:
+    """Which kernels `dense_causal` and `packed_causal` take on this GPU, in a line for the user."""
+    query = torch.empty((0, heads, dim), dtype=dtype, device=device)
+    reason = refusal(query, kv_heads, packed=True)
+    if reason is None:
+        return "FlashAttention 4"
+    whole = (
+        "cuDNN for whole rows, " if dim % 8 == 0 and dim <= 128 and dtype != torch.float32 and _is_hopper(query.device) else ""
+    )
+    return f"{whole}PyTorch's flash kernel{' for packed ones' if whole else ''}" + (
+        f"; FlashAttention 4 failed ({reason.splitlines()[0]})" if reason else ""
+    )
+
+
+def _packed(
+    q: Tensor, k: Tensor, v: Tensor, cu: tuple[Tensor, Tensor], longest: tuple[int, int], scale: float | None
+) -> Tensor:
+    """The fastest kernel for packed half-precision rows on a GPU: [t, heads, d], kv heads as they are."""
+    if refusal(q, k.shape[1], packed=True) is None:
+        return flash_attention_4(q, k, v, cu, longest, scale)
+    return _FlashVarlen.apply(q, k, v, cu, longest, scale)
 
 
 class _FlashVarlen(torch.autograd.Function):
@@ -122,7 +152,7 @@ def varlen_causal(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, softmax_sca
     """
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         cu, longest = (lengths.cu_queries, lengths.cu_keys), (max(lengths.queries), max(lengths.keys))
-        return _FlashVarlen.apply(q, k, v, cu, longest, softmax_scale)
+        return _packed(q, k, v, cu, longest, softmax_scale)
     return _by_sample(q, k, v, lengths.queries, lengths.keys, softmax_scale)
 
 
@@ -149,7 +179,7 @@ def packed_causal(
     t, _, heads, dim = query.shape
     q, k, v = (part.squeeze(1) for part in (query, key, value))
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        mixed = _FlashVarlen.apply(q, k, v, (cu_seqlens, cu_seqlens), (max_seqlen, max_seqlen), softmax_scale)
+        mixed = _packed(q, k, v, (cu_seqlens, cu_seqlens), (max_seqlen, max_seqlen), softmax_scale)
     else:
         lengths = lengths or cu_seqlens.diff().tolist()
         mixed = _by_sample(q, k, v, lengths, lengths, softmax_scale)

@@ -1,0 +1,116 @@
+"""FlashAttention 4 (the package flash-attn-4, kernels written in CuTe DSL), where it is installed and the GPU is Hopper or newer.
+
+It beats cuDNN on whole rows and is about twice as fast as PyTorch's flash kernel on packed and long ones (docs/performance.md).
+Its kernels are compiled when they are first needed, some eight seconds in each process.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Major compute capabilities whose data-center kernels the package has in both directions.
+_CAPABILITIES = (9, 10)
+_LARGEST_HEAD = 128
+
+
+@functools.cache
+def _interface() -> tuple[Any, str]:
+    """The package's functions, or None and why: "" where it is not installed."""
+    try:
+        from flash_attn.cute import interface
+    except ModuleNotFoundError as error:
+        return None, "" if (error.name or "").startswith("flash_attn") else str(error)
+    except Exception as error:  # its compiler and its runtime are packages of their own, and may not fit together
+        return None, f"{type(error).__name__}: {error}"
+    return interface, ""
+
+
+@functools.cache
+def _probed(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, dim: int, packed: bool) -> str:
+    """Compile and run both directions on a few tokens. Returns "" or what went wrong."""
+    shape = (256,) if packed else (1, 256)
+    borders = torch.tensor([0, 100, 256], dtype=torch.int32, device=device) if packed else None
+    q, k, v = (
+        torch.zeros((*shape, n, dim), dtype=dtype, device=device, requires_grad=True) for n in (heads, kv_heads, kv_heads)
+    )
+    try:
+        with torch.enable_grad():
+            cu, longest = (None, None) if borders is None else ((borders, borders), (156, 156))
+            out = _FlashAttention4.apply(q, k, v, cu, longest, None)
+            out.backward(torch.zeros_like(out))
+        torch.cuda.synchronize(device)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def refusal(query: Tensor, kv_heads: int, *, packed: bool) -> str | None:
+    """Why these tensors cannot go through it: None if they can, "" if it is just not installed or not for this GPU."""
+    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16) or torch.version.hip is not None:
+        return ""
+    dim = query.shape[-1]
+    if dim % 8 or dim > _LARGEST_HEAD or torch.cuda.get_device_capability(query.device)[0] not in _CAPABILITIES:
+        return ""
+    interface, problem = _interface()
+    if interface is None:
+        return problem
+    return _probed(query.device, query.dtype, query.shape[-2], kv_heads, dim, packed) or None
+
+
+class _FlashAttention4(torch.autograd.Function):
+    """The package's own function copies where its output is not batch first; here the output has the query's strides."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu: tuple[Tensor, Tensor] | None,
+        longest: tuple[int, int] | None,
+        scale: float | None,
+    ) -> Tensor:
+        options = _options(cu, longest, scale)
+        out, lse = _interface()[0]._flash_attn_fwd(q, k, v, out=torch.empty_like(q), return_lse=True, **options)[:2]
+        ctx.save_for_backward(q, k, v, out, lse, *(cu or ()))
+        ctx.longest, ctx.scale = longest, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, *cu = ctx.saved_tensors
+        options = _options(tuple(cu) or None, ctx.longest, ctx.scale)
+        dq, dk, dv = _interface()[0]._flash_attn_bwd(q, k, v, out, grads[0], lse, **options)
+        return dq, dk, dv, None, None, None
+
+
+def _options(cu: Any, longest: tuple[int, int] | None, scale: float | None) -> dict[str, Any]:
+    common = dict(causal=True, softmax_scale=scale)
+    if cu is None or longest is None:
+        return common
+    return common | dict(cu_seqlens_q=cu[0], cu_seqlens_k=cu[1], max_seqlen_q=longest[0], max_seqlen_k=longest[1])
+
+
+def flash_attention_4(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu: tuple[Tensor, Tensor] | None = None,
+    longest: tuple[int, int] | None = None,
+    softmax_scale: float | None = None,
+) -> Tensor:
+    """Causal attention of tensors that `refusal` does not refuse, aligned to the last key.
+
+    Args:
+        q: [b, s, heads, d], or [queries, heads, d] of samples that lie one after the other; any strides, the last one 1.
+        k, v: the same with the key-value heads.
+        cu: int32 [n + 1] each, where the queries and the keys of the n samples begin; None for whole rows.
+        longest: the most queries and the most keys of a sample.
+    Returns:
+        As q.
+    """
+    return _FlashAttention4.apply(q, k, v, cu, longest, softmax_scale)
