@@ -6,7 +6,7 @@ import pytest
 import torch
 from tests.kernels.conftest import check, double, leaf
 
-from megaswift.engine.kernels.attention import dense_causal, packed_causal
+from megaswift.engine.kernels.attention import Lengths, _by_sample, dense_causal, packed_causal, varlen_causal
 
 
 def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
@@ -54,3 +54,21 @@ def test_packed(case, lengths):
     check(y, want, case[1])
     for got, expected in ((q, a), (k, b), (v, c)):
         check(got.grad, expected.grad, case[1], slack=2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize(("heads", "groups", "dim"), [(14, 2, 64), (12, 2, 128), (4, 4, 80), (4, 1, 96)])
+@pytest.mark.parametrize(("queries", "keys"), [([5, 300, 17], [5, 700, 80]), ([1024], [4096]), ([100, 1, 333], [100, 1, 333])])
+def test_unequal_lengths_at_real_sizes(heads, groups, dim, queries, keys):
+    """What packed rows and slices of shared rows go through on a GPU, FlashAttention 4 included where it is installed."""
+    make = lambda total, n: torch.randn(total, n, dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)  # noqa: E731
+    q, k, v = make(sum(queries), heads), make(sum(keys), groups), make(sum(keys), groups)
+    y = varlen_causal(q, k, v, Lengths.of(queries, keys, q.device), dim**-0.5)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    want = _by_sample(*exact, queries, keys, dim**-0.5)
+    want.backward(grad.float())
+    for got, wanted in ((y, want), *((a.grad, b.grad) for a, b in zip((q, k, v), exact))):
+        assert float((got.float() - wanted).norm() / wanted.norm()) < 8e-3

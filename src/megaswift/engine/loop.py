@@ -78,6 +78,8 @@ def run(job: Job) -> None:
             train, validation = _batches(job, args, rank)
             log = RunLog(run_dir, plan, rank.is_first, rank.on_gpu, job.first_step)
             try:
+                if rank.on_gpu:
+                    log.note(f"attention: {trainer.bare_model.attention_kernel(args.padding_free or args.packing)}")
                 training = Training(job, args, rank, trainer, train, validation, run_dir, log, stop, watchdog, extra)
                 try:
                     training.run()

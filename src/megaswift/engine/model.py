@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megaswift.engine.backend import PlainProvider, SequenceLayout, block_spec
+from megaswift.engine.kernels.attention import describe
 from megaswift.engine.kernels.linear_cross_entropy import linear_cross_entropy
 from megaswift.engine.kernels.megatron_fuse import fuse_embedding
 from megaswift.families import family_of
@@ -93,6 +94,17 @@ class ChatModel(GPTModel):
         if labels is None:
             return self._logits(hidden)
         return self._loss(hidden, labels)
+
+    def attention_kernel(self, packed: bool) -> str:
+        """What attends on this GPU, in words; `packed`: rows hold several samples. Compiles the kernels where that is needed."""
+        config = self.config
+        if config.deterministic_mode or config.flash_attention is not None:
+            return "PyTorch's " + ("plain operations" if config.flash_attention is False else "flash kernel")
+        heads, groups = (
+            max(n // config.tensor_model_parallel_size, 1) for n in (config.num_attention_heads, config.num_query_groups)
+        )
+        query = torch.empty((2, 2, heads, config.kv_channels), dtype=config.params_dtype, device="cuda")
+        return describe(query, groups, packed=packed or config.context_parallel_size > 1)
 
     def _weight(self) -> Tensor:
         return (

@@ -82,18 +82,17 @@ class Lengths:
         return cls(queries, keys, *(part.to(device, non_blocking=True) for part in borders))
 
 
-def describe(heads: int, kv_heads: int, dim: int, dtype: torch.dtype, device: torch.device | str) -> str:
-    """Which kernels `dense_causal` and `packed_causal` take on this GPU, in a line for the user."""
-    query = torch.empty((0, heads, dim), dtype=dtype, device=device)
-    reason = refusal(query, kv_heads, packed=True)
+def describe(query: Tensor, kv_heads: int, *, packed: bool) -> str:
+    """Which kernel `packed_causal`, or else `dense_causal`, takes for such a query on its GPU, in words for the user."""
+    reason = refusal(query, kv_heads, packed=packed)
     if reason is None:
         return "FlashAttention 4"
-    whole = (
-        "cuDNN for whole rows, " if dim % 8 == 0 and dim <= 128 and dtype != torch.float32 and _is_hopper(query.device) else ""
-    )
-    return f"{whole}PyTorch's flash kernel{' for packed ones' if whole else ''}" + (
-        f"; FlashAttention 4 failed ({reason.splitlines()[0]})" if reason else ""
-    )
+    if query.dtype == torch.float32:
+        return "PyTorch's own choice for fp32" + (", sample by sample" if packed else "")
+    used = "PyTorch's flash kernel" if packed or not _cudnn_takes(query) else "cuDNN"
+    if reason:
+        return f"{used}, for FlashAttention 4 does not work here: {reason.splitlines()[0]}"
+    return used
 
 
 def _packed(
