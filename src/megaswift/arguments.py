@@ -239,6 +239,10 @@ class SftArguments(ModelArguments, LayoutArguments, DataArguments):
         "auto: where the first steps show that.",
         ("auto", "true", "false"),
     )
+    overlap_grad_reduce: bool | None = option(
+        None,
+        "Sum gradients over data-parallel processes while the backward pass goes on; default: on GPUs, from a billion parameters.",
+    )
     packing: bool = option(False, "Join whole rows up to max_length; attention stays within each row.")
     padding_free: bool = option(True, "Lay the rows of a micro batch end to end; false: pad them to the longest.")
     data_cache: bool = option(True, "Keep tokenized rows in the cache and use them again.")

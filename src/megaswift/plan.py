@@ -182,6 +182,7 @@ def _check_graphs(args: SftArguments) -> None:
         "--gradient_checkpointing": args.gradient_checkpointing,
         "--deterministic": args.deterministic,
         "--use_flash_attn": args.use_flash_attn is not None,
+        "--overlap_grad_reduce true": bool(args.overlap_grad_reduce),
     }
     for name, given in others.items():
         if given:

@@ -53,8 +53,8 @@ def uncaptured(path: str) -> tuple[int, int]:
         made.append(Static(self.decoder, shape, hidden, layout))
         return made[-1]
 
-    def begin(self: Graphs, decoder: Any, mode: str) -> None:
-        assert mode == "auto"
+    def begin(self: Graphs, decoder: Any, mode: str, overlap: bool) -> None:
+        assert mode == "auto" and not overlap
         begin_as_it_is(self, decoder, mode)
         self.on = True
 
@@ -121,7 +121,9 @@ def test_auto_judges_by_what_launching_took() -> None:
         assert graphs.take_note() is None
 
 
-@pytest.mark.parametrize("options", [{"tp": 2}, {"gradient_checkpointing": True}, {"deterministic": True}])
+@pytest.mark.parametrize(
+    "options", [{"tp": 2}, {"gradient_checkpointing": True}, {"deterministic": True}, {"overlap_grad_reduce": True}]
+)
 def test_graphs_that_cannot_be_are_refused(options: dict[str, Any], start: tuple[Path, Path]) -> None:
     with pytest.raises(UserError, match="--cuda_graphs true does not work with --"):
         check_numbers(SftArguments(resume_from_checkpoint=str(start[0]), dataset=["rows"], cuda_graphs="true", **options))

@@ -158,7 +158,7 @@ def run_static(hidden: Tensor, static: Static, layout: Any) -> Tensor:
     return _Run.apply(hidden, static, layout)
 
 
-def obstacle(config: TransformerConfig) -> str | None:
+def obstacle(config: TransformerConfig, overlap_grad_reduce: bool = False) -> str | None:
     """Why a model of this config cannot run as graphs, or None."""
     if not torch.cuda.is_available():
         return "there is no GPU"
@@ -166,6 +166,8 @@ def obstacle(config: TransformerConfig) -> str | None:
         return "a pipeline has several micro batches under way at once"
     if config.tensor_model_parallel_size > 1 or config.context_parallel_size > 1:
         return "messages between ranks are not captured"
+    if overlap_grad_reduce:
+        return "gradients are reduced while the backward pass goes on"
     if config.recompute_granularity:
         return "recomputation asks for the random state"
     if config.deterministic_mode or getattr(config, "flash_attention", None) is not None:
@@ -181,10 +183,10 @@ class Graphs:
         mode: "true", "false", or "auto": where launching kernels is what the first steps spent their time on.
     """
 
-    def __init__(self, decoder: Any, mode: str) -> None:
+    def __init__(self, decoder: Any, mode: str, overlap_grad_reduce: bool = False) -> None:
         self.decoder = decoder
         self.parameters = list(decoder.parameters())
-        problem = obstacle(decoder.config)
+        problem = obstacle(decoder.config, overlap_grad_reduce)
         self.on = mode == "true" and problem is None
         self.measuring = mode == "auto" and problem is None
         told = problem and mode != "false" and torch.cuda.is_available()

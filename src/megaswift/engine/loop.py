@@ -340,11 +340,12 @@ def _restored(job: Job, args: SftArguments) -> tuple[Any, dict[str, Any]]:
         variable_lengths=plan.pp > 1,
     )
     model = build(load_config(Path(job.model_dir)), options)
+    ways: dict[str, Any] = dict(cuda_graphs=args.cuda_graphs, overlap_grad_reduce=args.overlap_grad_reduce)
     if job.first_step == 0:
         start = Path(job.checkpoint)
         (load_hf_weights if is_hf_folder(start) else load_weights)(model, start)
-        return Trainer(model, plan, args.cuda_graphs), {}
-    trainer = Trainer(model, plan, args.cuda_graphs)
+        return Trainer(model, plan, **ways), {}
+    trainer = Trainer(model, plan, **ways)
     return trainer, load_training_state(trainer, Path(job.checkpoint), layout={"tp": plan.tp, "pp": plan.pp, "dp": plan.dp})
 
 

@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 
 # fp16: losses are sums over tokens, so the usual 2^16 and 1 for means over some 256 tokens are 2^8 and 2^-8 here.
 INITIAL_LOSS_SCALE, MIN_LOSS_SCALE = 2.0**8, 2.0**-8
+# Gradients that are reduced at a time while the backward pass goes on; None: what Megatron-Core takes, 40 million or more.
+BUCKET_SIZE: int | None = None
+# A model smaller than this has little to reduce, and gains more from CUDA graphs, which exclude overlapping.
+OVERLAP_FROM = 1_000_000_000
 
 
 @dataclass
@@ -52,20 +56,28 @@ class StepResult:
 class Trainer:
     """The model of this process with its gradients' buffers, optimizer and schedule."""
 
-    def __init__(self, model: ChatModel, plan: Plan, cuda_graphs: str = "false") -> None:
+    def __init__(
+        self, model: ChatModel, plan: Plan, *, cuda_graphs: str = "false", overlap_grad_reduce: bool | None = False
+    ) -> None:
         self.bare_model = model
         compat.use_our_adamw()
         config = model.config
         wrapped = Float16Module(config, model) if config.bf16 or config.fp16 else model
-        model.graphs = self.graphs = Graphs(model.decoder, cuda_graphs)
+        overlap = overlaps(model, overlap_grad_reduce, cuda_graphs)
+        model.graphs = self.graphs = Graphs(model.decoder, cuda_graphs, overlap)
         with self.graphs.stream_of_step():  # the wrapper's hooks belong to the stream that is current here
             self.model = DistributedDataParallel(
                 config,
                 DistributedDataParallelConfig(
-                    use_distributed_optimizer=True, grad_reduce_in_fp32=True, check_for_nan_in_grad=False
+                    use_distributed_optimizer=True,
+                    grad_reduce_in_fp32=True,
+                    check_for_nan_in_grad=False,
+                    overlap_grad_reduce=overlap,
+                    bucket_size=BUCKET_SIZE,
                 ),
                 wrapped,
             )
+        config.no_sync_func = self.model.no_sync if overlap else None
         options = optimizer_config(plan)
         optimizer = get_megatron_optimizer(options, [self.model], get_standard_config_overrides(options))
         # Under fp16 it stays as it was: the loss scaler needs Megatron's own step.
@@ -197,6 +209,19 @@ class Trainer:
                 group=parallel_state.get_pipeline_model_parallel_group(),
             )
         return sums
+
+
+def overlaps(model: ChatModel, wanted: bool | None, cuda_graphs: str) -> bool:
+    """Whether gradients are reduced over data-parallel ranks while the backward pass goes on.
+
+    None leaves the choice to us: on GPUs, for large models; gloo's threads would take the processor from the backward pass.
+    """
+    if parallel_state.get_data_parallel_world_size(with_context_parallel=True) == 1:
+        return False
+    if wanted is not None:
+        return wanted
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return torch.cuda.is_available() and cuda_graphs != "true" and parameters >= OVERLAP_FROM
 
 
 def _all_finite(loss: float, grad_norm: float) -> bool:
