@@ -243,6 +243,9 @@ class SftArguments(ModelArguments, LayoutArguments, DataArguments):
         None,
         "Sum gradients over data-parallel processes while the backward pass goes on; default: on GPUs, from a billion parameters.",
     )
+    overlap_param_gather: bool | None = option(
+        None, "Gather new weights while the next forward pass goes on; default: where gradients are reduced that way."
+    )
     packing: bool = option(False, "Join whole rows up to max_length; attention stays within each row.")
     padding_free: bool = option(True, "Lay the rows of a micro batch end to end; false: pad them to the longest.")
     data_cache: bool = option(True, "Keep tokenized rows in the cache and use them again.")

@@ -141,6 +141,12 @@ def check_numbers(args: SftArguments) -> None:
         )
     if args.cuda_graphs == "true":
         _check_graphs(args)
+    if args.overlap_param_gather and not args.overlap_grad_reduce:
+        raise UserError(
+            "--overlap_param_gather true works only together with --overlap_grad_reduce true.",
+            where="--overlap_param_gather",
+            fix="give both, or neither",
+        )
     for name, low in (
         ("batch_size", 1),
         ("learning_rate", 0.0),

@@ -239,6 +239,7 @@ class Training:
         """Begin a checkpoint; it is finished here, or with --async_save at a later boundary."""
         self.watchdog.long(f"saving after step {step}")
         self.began = time.perf_counter()
+        self.trainer.settle_weights()
         extra = {
             "consumed_samples": step * self.plan.global_batch,
             "data_fingerprint": self.train.fingerprint,
@@ -340,7 +341,8 @@ def _restored(job: Job, args: SftArguments) -> tuple[Any, dict[str, Any]]:
         variable_lengths=plan.pp > 1,
     )
     model = build(load_config(Path(job.model_dir)), options)
-    ways: dict[str, Any] = dict(cuda_graphs=args.cuda_graphs, overlap_grad_reduce=args.overlap_grad_reduce)
+    names = ("cuda_graphs", "overlap_grad_reduce", "overlap_param_gather")
+    ways: dict[str, Any] = {name: getattr(args, name) for name in names}
     if job.first_step == 0:
         start = Path(job.checkpoint)
         (load_hf_weights if is_hf_folder(start) else load_weights)(model, start)

@@ -57,7 +57,13 @@ class Trainer:
     """The model of this process with its gradients' buffers, optimizer and schedule."""
 
     def __init__(
-        self, model: ChatModel, plan: Plan, *, cuda_graphs: str = "false", overlap_grad_reduce: bool | None = False
+        self,
+        model: ChatModel,
+        plan: Plan,
+        *,
+        cuda_graphs: str = "false",
+        overlap_grad_reduce: bool | None = False,
+        overlap_param_gather: bool | None = None,
     ) -> None:
         self.bare_model = model
         compat.use_our_adamw()
@@ -73,11 +79,14 @@ class Trainer:
                     grad_reduce_in_fp32=True,
                     check_for_nan_in_grad=False,
                     overlap_grad_reduce=overlap,
+                    overlap_param_gather=overlap and overlap_param_gather is not False,
                     bucket_size=BUCKET_SIZE,
                 ),
                 wrapped,
             )
         config.no_sync_func = self.model.no_sync if overlap else None
+        if self.model.ddp_config.overlap_param_gather:
+            wait_for_whole_layers(self.model, model)
         options = optimizer_config(plan)
         optimizer = get_megatron_optimizer(options, [self.model], get_standard_config_overrides(options))
         # Under fp16 it stays as it was: the loss scaler needs Megatron's own step.
@@ -103,6 +112,11 @@ class Trainer:
         config = self.bare_model.config
         for name in ("grad_scale_func", "finalize_model_grads_func", "no_sync_func", "grad_sync_func", "param_sync_func"):
             setattr(config, name, None)
+
+    def settle_weights(self) -> None:
+        """Wait until this rank has all new weights; call it before anything but a forward pass reads them."""
+        if self.model.ddp_config.overlap_param_gather:
+            self.model.start_param_sync(force_sync=True)
 
     def step(self, batches: list[MicroBatch]) -> StepResult:
         """Update the weights once from this rank's micro batches of one global batch."""
@@ -222,6 +236,26 @@ def overlaps(model: ChatModel, wanted: bool | None, cuda_graphs: str) -> bool:
         return wanted
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return torch.cuda.is_available() and cuda_graphs != "true" and parameters >= OVERLAP_FROM
+
+
+def wait_for_whole_layers(ddp: DistributedDataParallel, model: ChatModel) -> None:
+    """Let a layer wait for all its weights that are under way, and the last norm for those of the output layer.
+
+    Megatron-Core's hooks wait when a module is called; our fused operations take weights from modules that are not.
+    """
+    wait = ddp._make_forward_pre_hook()
+
+    def hook(parts: list[torch.nn.Module]) -> Any:
+        def wait_for_all(*_: Any) -> None:
+            for part in parts:
+                wait(part)
+
+        return wait_for_all
+
+    for layer in model.decoder.layers:
+        layer.register_forward_pre_hook(hook(list(layer.modules())))
+    if model.post_process:
+        model.decoder.final_layernorm.register_forward_pre_hook(hook(list(model.output_layer.modules())))
 
 
 def _all_finite(loss: float, grad_norm: float) -> bool:
