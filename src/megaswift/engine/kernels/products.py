@@ -1,0 +1,37 @@
+"""The two products of a linear layer that its precision decides: forward, and the input's gradient.
+
+The weight's gradient is no part of this: it is always accumulated in the precision of its buffer (`main_grad.add_product`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Products:
+    """Products in the precision that the tensors have. `kernels.fp8_linear` has the other way."""
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., k] @ weight [n, k]^T + bias [n]."""
+        return F.linear(x, weight, bias)
+
+    def forward_add(self, x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+        """residual [..., n] + x [..., k] @ weight [n, k]^T, added by the product itself."""
+        flat = torch.addmm(residual.reshape(-1, weight.shape[0]), x.view(-1, x.shape[-1]), weight.t())
+        return flat.view(residual.shape)
+
+    def input_grad(self, grad: Tensor, weight: Tensor) -> Tensor:
+        """grad [..., n] @ weight [n, k]."""
+        return torch.matmul(grad, weight)
+
+
+PLAIN = Products()
+
+
+def products_of(config: Any) -> Products:
+    """The products of the linear layers of a model's blocks; model.py sets others than PLAIN."""
+    return getattr(config, "products", PLAIN)
