@@ -178,6 +178,38 @@ def test_column_parallel_with_sequence_parallelism():
     check(torch.cat([part[2] for part in parts]), w.grad, torch.bfloat16)
 
 
+def test_weights_are_quantised_once_while_they_do_not_change(monkeypatch):
+    """Never in the first pass, whose memory is looked at, and never over an update, even one that torch does not see."""
+    made: list[str] = []
+    for name in ("quantize_rows", "quantize_columns"):
+        real = getattr(fp8_linear, name)
+        monkeypatch.setattr(fp8_linear, name, lambda x, *more, name=name, real=real: made.append(name) or real(x, *more))
+    products, weight, x = Fp8Products(), torch.randn(32, 16).bfloat16(), torch.randn(3, 16).bfloat16()
+
+    def a_pass(micro_batches: int) -> tuple[int, torch.Tensor]:
+        made.clear()
+        with products.unchanged_weights(micro_batches):
+            for _ in range(2):
+                y = products.forward(x, weight)
+                dx = products.input_grad(y, weight)
+        return len(made) - 4, dx  # x and y are quantised each time
+
+    first, second = a_pass(2), a_pass(2)
+    assert (first[0], second[0], a_pass(1)[0]) == (4, 2, 4) and torch.equal(first[1], second[1])
+    version = weight._version
+    weight.data.mul_(2)  # as the fused optimizer's kernel does: no version counts it
+    assert weight._version == version
+    assert torch.equal(a_pass(2)[1], 4 * first[1])
+    products._room = False
+    assert a_pass(2)[0] == 4
+
+
+def test_room(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (30, 100))
+    assert fp8_linear.has_room(19) and not fp8_linear.has_room(20)
+
+
 @ON_A_CARD
 @pytest.mark.gpu
 @pytest.mark.parametrize("quantize", [quantize_rows, quantize_columns])

@@ -9,6 +9,8 @@ backward, which has one scale there.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -17,12 +19,12 @@ from torch import Tensor
 
 from megaswift.engine.kernels.products import Products
 from megaswift.engine.kernels.triton_support import jit, next_power_of_2, tl, use_triton
+from megaswift.plan import FP8_MULTIPLE
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
 # Rows that are all zeros, or smaller than this, are scaled as if this were their largest value: 1 / scale stays finite.
 SMALLEST = 2.0**-100
-MULTIPLE = 16  # sizes of weights and numbers of tokens that the product takes are multiples of this
 # With up to 256 tokens and many input channels cuBLASLt has no kernel for scaled rows (pytorch/ao issue 4582).
 FEWEST_TOKENS = 512
 
@@ -148,7 +150,7 @@ def _quantize_rows_twin(x: Tensor) -> Scaled:
 
 
 def scaled_product(a: Scaled, b: Scaled, dtype: torch.dtype, *, fast: bool) -> Tensor:
-    """a [m, k] @ b [n, k]^T, scales applied, as `dtype` [m, n]. On a GPU m, n and k are multiples of `MULTIPLE`.
+    """a [m, k] @ b [n, k]^T, scales applied, as `dtype` [m, n]. On a GPU m, n and k are multiples of FP8_MULTIPLE.
 
     Args:
         fast: let the tensor cores add up with the 14 bits of mantissa that they have, instead of moving partial sums to
@@ -168,11 +170,20 @@ class Fp8Products(Products):
     """Forward product and input gradient in e4m3 with scaled rows. NaN or infinity in a row comes out in all it meets.
 
     Partial sums of the forward product stay in the tensor cores, those of gradients do not: the usual choice.
+
+    A weight is quantised in each forward and each backward pass. Inside `unchanged_weights` it is done once, for as long as
+    that context lasts: nothing is ever kept over an update, which writes weights in ways that torch does not see. That
+    takes 2 bytes a parameter, so it begins after a first pass has shown how much of the GPU's memory is left.
     """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[int, bool], Scaled] | None = None
+        self._parameters: dict[int, int] = {}  # address of each weight -> its size
+        self._room: bool | None = None
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., k] @ weight [n, k]^T + bias [n], in x's type."""
-        result = _product(x, quantize_rows(weight), fast=True)
+        result = _product(x, self._quantized(weight, forward=True), fast=True)
         return result if bias is None else result.add_(bias)
 
     def forward_add(self, x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
@@ -181,13 +192,43 @@ class Fp8Products(Products):
 
     def input_grad(self, grad: Tensor, weight: Tensor) -> Tensor:
         """grad [..., n] @ weight [n, k], in grad's type."""
-        return _product(grad, quantize_columns(weight), fast=False)
+        return _product(grad, self._quantized(weight, forward=False), fast=False)
+
+    @contextmanager
+    def unchanged_weights(self, micro_batches: int) -> Iterator[None]:
+        """Keep quantised weights inside, if several micro batches run and there is room for them."""
+        self._kept = {} if micro_batches > 1 and self._room else None
+        try:
+            yield
+        finally:
+            self._kept = None
+        if self._room is None:
+            self._room = has_room(2 * sum(self._parameters.values()))
+
+    def _quantized(self, weight: Tensor, forward: bool) -> Scaled:
+        quantize: Callable[[Tensor], Scaled] = quantize_rows if forward else quantize_columns
+        if self._room is None:
+            self._parameters[weight.data_ptr()] = weight.numel()
+        if self._kept is None:
+            return quantize(weight)
+        key = (weight.data_ptr(), forward)
+        if key not in self._kept:
+            self._kept[key] = quantize(weight)
+        return self._kept[key]
+
+
+def has_room(needed: int) -> bool:
+    """Whether `needed` bytes fit into GPU memory that nobody has taken so far, with a tenth of the GPU's left over."""
+    if not torch.cuda.is_available():
+        return True
+    free, total = torch.cuda.mem_get_info()
+    return free - needed > total // 10
 
 
 def _product(x: Tensor, weight: Scaled, *, fast: bool) -> Tensor:
     """x [..., k] @ weight [n, k]^T; the number of tokens is padded to what the product takes."""
     flat = x.reshape(-1, x.shape[-1])
     tokens = flat.shape[0]
-    padded = max(FEWEST_TOKENS, (tokens + MULTIPLE - 1) // MULTIPLE * MULTIPLE)
+    padded = max(FEWEST_TOKENS, (tokens + FP8_MULTIPLE - 1) // FP8_MULTIPLE * FP8_MULTIPLE)
     result = scaled_product(quantize_rows(flat, padded), weight, x.dtype, fast=fast)
     return result[:tokens].view(*x.shape[:-1], result.shape[-1])
