@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from triton.testing import do_bench
 
 from megaswift.engine.kernels import attention, embedding, fused_adamw, linear_cross_entropy, main_grad, rms_norm, rope, swiglu
+from megaswift.engine.kernels import fp8_linear as fp8
 
 SHAPES = {  # tokens a step, hidden, layers, query heads, kv heads, head size, ffn
     "0.5b": (32768, 896, 24, 14, 2, 64, 4864),
@@ -230,15 +231,20 @@ def loss(table: Table, shape: str, tune: bool) -> None:
         )
 
 
-def matrices(table: Table, shape: str, tune: bool) -> None:
-    tokens, hidden, _, heads, groups, dim, ffn = SHAPES[shape]
-    sizes = {
+def linear_sizes(shape: str) -> dict[str, tuple[int, int]]:
+    """Output and input features of a block's linear layers."""
+    _, hidden, _, heads, groups, dim, ffn = SHAPES[shape]
+    return {
         "qkv": ((heads + 2 * groups) * dim, hidden),
         "proj": (hidden, heads * dim),
         "fc1": (2 * ffn, hidden),
         "fc2": (hidden, ffn),
     }
-    for name, (n, k) in sizes.items():
+
+
+def matrices(table: Table, shape: str, tune: bool) -> None:
+    tokens, hidden, *_, ffn = SHAPES[shape]
+    for name, (n, k) in linear_sizes(shape).items():
         x, w, g, b = rand(tokens, k), rand(n, k), rand(tokens, n), rand(n)
         target = torch.zeros(n, k, device="cuda")
         flops = 2.0 * tokens * n * k
@@ -252,6 +258,48 @@ def matrices(table: Table, shape: str, tune: bool) -> None:
     a, w, residual = rand(tokens, ffn), rand(hidden, ffn), rand(tokens, hidden)
     table.matrix(f"{shape} fc2 then residual add", lambda: torch.matmul(a, w.t()).add_(residual), 2.0 * tokens * hidden * ffn)
     table.matrix(f"{shape} fc2 with residual as addmm", lambda: torch.addmm(residual, a, w.t()), 2.0 * tokens * hidden * ffn)
+
+
+def fp8_part(table: Table, shape: str, tune: bool) -> None:
+    tokens = SHAPES[shape][0]
+    rows_tile, columns_tile, turn_tile = fp8._ROWS_TILE, fp8._COLUMN_TILE, fp8._TRANSPOSE_TILE
+    for name, (n, k) in linear_sizes(shape).items():
+        x, w, g = rand(tokens, k), rand(n, k), rand(tokens, n)
+        for tile in (2048, 4096, 8192) if tune else (rows_tile,):
+            fp8._ROWS_TILE = tile
+            for what, matrix in (("input", x), ("gradient", g), ("weight", w)):
+                table.memory(
+                    f"{shape} {name} quantise rows of the {what}, tile {tile}",
+                    functools.partial(fp8.quantize_rows, matrix),
+                    3.0 * matrix.numel(),
+                )
+        fp8._ROWS_TILE = rows_tile
+        for columns, turn in (
+            ((columns_tile, turn_tile), ((16, 512, 8), (64, 64)), ((64, 128, 4), (64, 128)), ((32, 256, 8), (128, 128)))
+            if tune
+            else ((columns_tile, turn_tile),)
+        ):
+            fp8._COLUMN_TILE, fp8._TRANSPOSE_TILE = columns, turn
+            table.memory(
+                f"{shape} {name} quantise columns, tiles {columns} {turn}",
+                functools.partial(fp8.quantize_columns, w),
+                5.0 * w.numel(),
+            )
+        fp8._COLUMN_TILE, fp8._TRANSPOSE_TILE = columns_tile, turn_tile
+        x8, w8, g8, turned8 = fp8.quantize_rows(x), fp8.quantize_rows(w), fp8.quantize_rows(g), fp8.quantize_columns(w)
+        products, flops = fp8.Fp8Products(), 2.0 * tokens * n * k
+        for part, run in {
+            "forward, bf16": functools.partial(F.linear, x, w),
+            "forward, FP8, product alone": functools.partial(fp8.scaled_product, x8, w8, torch.bfloat16, fast=True),
+            "forward, FP8, with quantisation": functools.partial(products.forward, x, w),
+            "input gradient, bf16": functools.partial(torch.matmul, g, w),
+            "input gradient, FP8, product alone": functools.partial(
+                fp8.scaled_product, g8, turned8, torch.bfloat16, fast=False
+            ),
+            "input gradient, FP8, fast sums": functools.partial(fp8.scaled_product, g8, turned8, torch.bfloat16, fast=True),
+            "input gradient, FP8, with quantisation": functools.partial(products.input_grad, g, w),
+        }.items():
+            table.matrix(f"{shape} {name} {part}", run, flops)
 
 
 def optimizer(table: Table, shape: str, tune: bool) -> None:
@@ -295,6 +343,7 @@ PARTS = dict(
     packed=packed,
     loss=loss,
     matrices=matrices,
+    fp8=fp8_part,
     optimizer=optimizer,
     embedding=embed,
 )
