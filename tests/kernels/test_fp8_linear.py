@@ -12,8 +12,17 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from tests.kernels.conftest import check, leaf, off
 
-from megaswift.engine.kernels import fp8_linear
-from megaswift.engine.kernels.fp8_linear import E4M3, LARGEST, SMALLEST, Fp8Products, Scaled, quantize_columns, quantize_rows
+from megaswift.engine.kernels import fp8_linear, swiglu
+from megaswift.engine.kernels.fp8_linear import Fp8Products
+from megaswift.engine.kernels.fp8_quantize import (
+    E4M3,
+    LARGEST,
+    SMALLEST,
+    Scaled,
+    quantize_columns,
+    quantize_rows,
+    quantize_swiglu,
+)
 from megaswift.engine.kernels.products import PLAIN
 from megaswift.engine.kernels.swiglu_linear import swiglu_linear
 from megaswift.engine.kernels.triton_support import INTERPRETED
@@ -74,6 +83,19 @@ def test_rows(device, shape):
 def test_columns(device, shape):
     x = (torch.randn(shape) * torch.logspace(-3, 3, shape[1])).to(device, torch.bfloat16)
     assert_close_rows(quantize_columns(x), x.t())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("shape", [(5, 48), (3, 1000), (2, 9728)])
+def test_swiglu_in_one_pass(device, keep, shape):
+    """The same bits as SwiGLU and its quantisation one after the other."""
+    x = torch.randn(shape[0], 2 * shape[1], device=device).bfloat16()
+    found, hidden = quantize_swiglu(x, 16, keep=keep)
+    wanted = swiglu.forward(x)
+    assert torch.equal(hidden, wanted) if keep else hidden is None
+    assert_close_rows(Scaled(found.values[: shape[0]], found.scales[: shape[0]]), wanted)
+    assert torch.equal(found.values.float(), quantize_rows(wanted, 16).values.float())
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megaswift.engine.kernels import swiglu
+
 
 class Products:
     """Products in the precision that the tensors have. `kernels.fp8_linear` has the other way."""
@@ -20,10 +22,20 @@ class Products:
         """x [..., k] @ weight [n, k]^T + bias [n]."""
         return F.linear(x, weight, bias)
 
-    def forward_add(self, x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
-        """residual [..., n] + x [..., k] @ weight [n, k]^T, added by the product itself."""
-        flat = torch.addmm(residual.reshape(-1, weight.shape[0]), x.view(-1, x.shape[-1]), weight.t())
-        return flat.view(residual.shape)
+    def swiglu_forward(
+        self, gate_up: Tensor, weight: Tensor, residual: Tensor | None, *, keep: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """swiglu(gate_up) @ weight [n, f]^T, plus residual [..., n] if given; and swiglu(gate_up) [..., f] if it is to be kept.
+
+        Here the product itself adds the residual.
+        """
+        hidden = swiglu.forward(gate_up)
+        if residual is None:
+            result = torch.matmul(hidden, weight.t())
+        else:
+            flat = torch.addmm(residual.reshape(-1, weight.shape[0]), hidden.view(-1, hidden.shape[-1]), weight.t())
+            result = flat.view(residual.shape)
+        return result, hidden if keep else None
 
     def input_grad(self, grad: Tensor, weight: Tensor) -> Tensor:
         """grad [..., n] @ weight [n, k]."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from megaswift.engine.kernels.beside import beside, can_run_beside
 from megaswift.engine.kernels.main_grad import accumulate_product, add_product, buffer, has_main_grad, placeholder, take_stale
 from megaswift.engine.kernels.products import PLAIN, Products
-from megaswift.engine.kernels.swiglu import backward_in_place, forward
+from megaswift.engine.kernels.swiglu import backward_in_place
 
 
 class _SwiGLULinear(torch.autograd.Function):
@@ -19,13 +19,11 @@ class _SwiGLULinear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, recompute: bool, overlap: bool, residual: Tensor | None, products: Products
     ) -> Tensor:
         x = x.contiguous()
-        hidden = forward(x)
         ctx.recompute, ctx.overlap, ctx.products = recompute, overlap and products is PLAIN, products
-        ctx.save_for_backward(x, weight, *(() if recompute else (hidden,)))
+        result, hidden = products.swiglu_forward(x, weight, residual, keep=not recompute)
+        ctx.save_for_backward(x, weight, *(() if hidden is None else (hidden,)))
         ctx.has_residual = residual is not None
-        if residual is None:
-            return products.forward(hidden, weight)
-        return products.forward_add(hidden, weight, residual)
+        return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
