@@ -1,12 +1,14 @@
-"""Numerical truth on one GPU: the engine beside transformers in bf16, determinism and its cost, and `swift parity`.
+"""Numerical truth on one GPU: the engine beside transformers in bf16, determinism and its cost, `swift parity`, and FP8.
 
-    python benchmarks/gpu_truth.py [--device cuda|cpu] [--shape 0.5b|1.5b|tiny] [--steps 20] [--out gpu_truth.json]
+    python benchmarks/gpu_truth.py [--device cuda|cpu] [--shape 0.5b|1.5b|3b|tiny] [--steps 20] [--out gpu_truth.json]
+    python benchmarks/gpu_truth.py --parts fp8 --shape 1.5b --steps 60
 
 Random weights in a Qwen2 shape, random text. Each part is a process of its own. `truth` runs the same batches through the
 engine (once as it is, and once from each of two seeds of bf16 rounding noise, which measures how far apart right answers
 are) and through transformers with torch.optim.AdamW over fp32 master weights, sample by sample. Gradients are compared by
 parameter after the first and the last step, on the device. `deterministic` runs twice with --deterministic true and
-compares losses and weights bit by bit. `parity` is the command itself on a small model.
+compares losses and weights bit by bit. `parity` is the command itself on a small model. `fp8`, which runs only if it is named,
+trains once with --fp8 true and once without, and sets the losses beside those of a bf16 run with rounding noise.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from sft_gpu import make_model, make_rows
 LIMIT_FACTOR = 3.0  # transformers may be this many times as far from the engine as the two seeds are
 
 
-def job_of(work: Path, options: argparse.Namespace, deterministic: bool) -> tuple[Any, Any, Any]:
+def job_of(work: Path, options: argparse.Namespace, **more: Any) -> tuple[Any, Any, Any]:
     """What `swift sft` would hand to its ranks, with the start and the tokenized rows."""
     from megaswift import sft
     from megaswift.arguments import SftArguments
@@ -37,7 +39,7 @@ def job_of(work: Path, options: argparse.Namespace, deterministic: bool) -> tupl
     args = SftArguments(
         model_type="truth", model_id_or_path=str(work / "model"), dataset=[str(work / "rows.jsonl")], dtype="bf16",
         packing=True, max_length=options.length, gradient_accumulation_steps=options.batch, max_steps=options.steps,
-        learning_rate=1e-4, lr_scheduler_type="cosine", dataset_test_ratio=0.0, deterministic=deterministic,
+        learning_rate=1e-4, lr_scheduler_type="cosine", dataset_test_ratio=0.0, **more,
     )  # fmt: skip
     start = sft.find_start(args)
     template = sft._template(start.args, start)
@@ -119,7 +121,7 @@ def part_truth(work: Path, options: argparse.Namespace, device: Any) -> dict[str
     from megaswift.parity.noise import SEEDS
     from megaswift.parity.reference import Reference
 
-    job, start, data = job_of(work, options, deterministic=False)
+    job, start, data = job_of(work, options)
     plain = engine(job, start.config, device, gradients=True)
     again = engine(job, start.config, device)
     noisy = [engine(job, start.config, device, noise=seed, gradients=seed == SEEDS[0]) for seed in SEEDS]
@@ -222,12 +224,40 @@ def swift(work: Path, *words: str, check: bool = True) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-PARTS = {"truth": part_truth, "deterministic": part_deterministic, "parity": part_parity}
+def part_fp8(work: Path, options: argparse.Namespace, device: Any) -> dict[str, Any]:
+    """The same steps with FP8 products, in bf16, and in bf16 from weights with the rounding noise of one seed."""
+    from megaswift.parity.compare import relative
+    from megaswift.parity.noise import SEEDS
+
+    runs = {}
+    for name, more, noise in (("bf16", {}, 0), ("fp8", {"fp8": True}, 0), ("noisy", {}, SEEDS[0])):
+        job, start, _ = job_of(work, options, **more)
+        runs[name] = engine(job, start.config, device, noise=noise)
+        del runs[name]["weights"]
+        print(f"{name} is done", flush=True)
+    losses = {name: run["loss"] for name, run in runs.items()}
+    rows = [
+        {
+            "step": step, "bf16": plain, "fp8": fp8, "difference": relative(fp8, plain), "noise": relative(noisy, plain),
+            "norm_bf16": runs["bf16"]["grad_norm"][step - 1], "norm_fp8": runs["fp8"]["grad_norm"][step - 1],
+        }
+        for step, (plain, fp8, noisy) in enumerate(zip(losses["bf16"], losses["fp8"], losses["noisy"]), start=1)
+    ]  # fmt: skip
+    later = rows[len(rows) // 2 :]
+    return {
+        "steps": rows,
+        "mean_later": {name: sum(row[name] for row in later) / len(later) for name in ("bf16", "fp8")},
+        "ms": {name: middle(run["ms"]) for name, run in runs.items()},
+    }
+
+
+USUAL = {"truth": part_truth, "deterministic": part_deterministic, "parity": part_parity}
+PARTS = {**USUAL, "fp8": part_fp8}
 
 
 def show(results: dict[str, Any], out: Any = print) -> None:
     """The results as tables."""
-    truth, strict, parity = (results.get(name, {}) for name in PARTS)
+    truth, strict, parity = (results.get(name, {}) for name in USUAL)
     if "steps" in truth:
         out(f"\n{'step':>4} {'engine':>12} {'transformers':>13} {'difference':>11} {'bf16 noise':>11}")
         for row in truth["steps"]:
@@ -256,9 +286,23 @@ def show(results: dict[str, Any], out: Any = print) -> None:
             differences = " ".join(f"{value:.1e}" for value in found["loss_difference"])
             verdict = "holds" if found["exit"] == 0 else f"exit {found['exit']}: {found['problem']}"
             out(f"\nswift parity, {dtype}: {verdict}; loss differences {differences} ({found['seconds']:.0f} s)")
+    if "steps" in results.get("fp8", {}):
+        show_fp8(results["fp8"], out)
     for name, content in results.items():
         if isinstance(content, dict) and "error" in content:
             out(f"\n{name} FAILED:\n{content['error']}")
+
+
+def show_fp8(found: dict[str, Any], out: Any) -> None:
+    """Every fifth step of the FP8 part, and what it comes to."""
+    out(f"\n{'step':>4} {'bf16':>12} {'fp8':>12} {'difference':>11} {'bf16 noise':>11} {'norm bf16':>10} {'norm fp8':>10}")
+    for row in found["steps"]:
+        if row["step"] == 1 or row["step"] % 5 == 0:
+            out(f"{row['step']:>4} {row['bf16']:>12.6f} {row['fp8']:>12.6f} {row['difference']:>11.1e} {row['noise']:>11.1e} "
+                f"{row['norm_bf16']:>10.4f} {row['norm_fp8']:>10.4f}")  # fmt: skip
+    out(f"largest difference {max(row['difference'] for row in found['steps']):.1e}, largest noise "
+        f"{max(row['noise'] for row in found['steps']):.1e}; mean loss of the later half: bf16 {found['mean_later']['bf16']:.6f}, "
+        f"fp8 {found['mean_later']['fp8']:.6f}; milliseconds a step: {found['ms']}")  # fmt: skip
 
 
 def run_part(name: str, options: argparse.Namespace, work: Path) -> None:
@@ -274,12 +318,12 @@ def main() -> None:
     """Make the model, run the parts one after the other, print and write what they found; exit code 1 if something is off."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default=None)
-    parser.add_argument("--shape", choices=["0.5b", "1.5b", "tiny"], default="0.5b")
+    parser.add_argument("--shape", choices=["0.5b", "1.5b", "3b", "tiny"], default="0.5b")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--length", type=int, default=1024, help="tokens of a packed row")
     parser.add_argument("--batch", type=int, default=8, help="packed rows in a step")
     parser.add_argument("--vocab", type=int, default=None)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(USUAL))
     parser.add_argument("--limit", type=float, default=150.0, help="seconds that one part may take")
     parser.add_argument("--out", type=Path, default=Path("gpu_truth.json"))
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
@@ -321,11 +365,12 @@ def main() -> None:
 
 def good(results: dict[str, Any]) -> bool:
     """Whether every part that ran found what it should."""
-    truth, strict, parity = (results.get(name) for name in PARTS)
+    truth, strict, parity = (results.get(name) for name in USUAL)
     return (
         (truth is None or bool(truth.get("losses_within_noise")))
         and (strict is None or bool(strict.get("losses_bit_equal") and strict.get("weights_bit_equal")))
         and (parity is None or all(isinstance(found, dict) and found.get("exit") == 0 for found in parity.values()))
+        and "error" not in results.get("fp8", {})
     )
 
 

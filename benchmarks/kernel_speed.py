@@ -16,7 +16,18 @@ import torch
 import torch.nn.functional as F
 from triton.testing import do_bench
 
-from megaswift.engine.kernels import attention, embedding, fused_adamw, linear_cross_entropy, main_grad, rms_norm, rope, swiglu
+from megaswift.engine.kernels import (
+    attention,
+    embedding,
+    fp8_linear,
+    fp8_quantize,
+    fused_adamw,
+    linear_cross_entropy,
+    main_grad,
+    rms_norm,
+    rope,
+    swiglu,
+)
 
 SHAPES = {  # tokens a step, hidden, layers, query heads, kv heads, head size, ffn
     "0.5b": (32768, 896, 24, 14, 2, 64, 4864),
@@ -230,15 +241,20 @@ def loss(table: Table, shape: str, tune: bool) -> None:
         )
 
 
-def matrices(table: Table, shape: str, tune: bool) -> None:
-    tokens, hidden, _, heads, groups, dim, ffn = SHAPES[shape]
-    sizes = {
+def linear_sizes(shape: str) -> dict[str, tuple[int, int]]:
+    """Output and input features of a block's linear layers."""
+    _, hidden, _, heads, groups, dim, ffn = SHAPES[shape]
+    return {
         "qkv": ((heads + 2 * groups) * dim, hidden),
         "proj": (hidden, heads * dim),
         "fc1": (2 * ffn, hidden),
         "fc2": (hidden, ffn),
     }
-    for name, (n, k) in sizes.items():
+
+
+def matrices(table: Table, shape: str, tune: bool) -> None:
+    tokens, hidden, *_, ffn = SHAPES[shape]
+    for name, (n, k) in linear_sizes(shape).items():
         x, w, g, b = rand(tokens, k), rand(n, k), rand(tokens, n), rand(n)
         target = torch.zeros(n, k, device="cuda")
         flops = 2.0 * tokens * n * k
@@ -252,6 +268,50 @@ def matrices(table: Table, shape: str, tune: bool) -> None:
     a, w, residual = rand(tokens, ffn), rand(hidden, ffn), rand(tokens, hidden)
     table.matrix(f"{shape} fc2 then residual add", lambda: torch.matmul(a, w.t()).add_(residual), 2.0 * tokens * hidden * ffn)
     table.matrix(f"{shape} fc2 with residual as addmm", lambda: torch.addmm(residual, a, w.t()), 2.0 * tokens * hidden * ffn)
+
+
+def fp8_quantisation(table: Table, shape: str, tune: bool) -> None:
+    tokens, *_, ffn = SHAPES[shape]
+    usual = (fp8_quantize._WHOLE_ROW, fp8_quantize._ROWS_TILE)
+    columns = (fp8_quantize._COLUMN_TILE, fp8_quantize._TRANSPOSE_TILE)
+    both = rand(tokens, 2 * ffn)
+    for whole, tile in (usual, (32768, 4096), (8192, 4096), (4096, 4096), (16384, 2048), (4096, 8192)) if tune else (usual,):
+        fp8_quantize._WHOLE_ROW, fp8_quantize._ROWS_TILE = whole, tile
+        label = f"tile {tile}, whole rows to {whole}"
+        for name, (n, k) in linear_sizes(shape).items():
+            for what, matrix in (("input", rand(tokens, k)), ("gradient", rand(tokens, n)), ("weight", rand(n, k))):
+                run = functools.partial(fp8_quantize.quantize_rows, matrix)
+                table.memory(f"{shape} {name} rows of the {what}, {label}", run, 3.0 * matrix.numel())
+        for keep, moved in ((True, 7.0), (False, 5.0)):
+            run = functools.partial(fp8_quantize.quantize_swiglu, both, tokens, keep=keep)
+            table.memory(f"{shape} swiglu and its rows, keep {keep}, {label}", run, moved * tokens * ffn)
+    fp8_quantize._WHOLE_ROW, fp8_quantize._ROWS_TILE = usual
+    others = (((16, 512, 8), (64, 64)), ((64, 128, 4), (64, 128)), ((32, 256, 8), (128, 128)))
+    for pair in (columns, *others) if tune else (columns,):
+        fp8_quantize._COLUMN_TILE, fp8_quantize._TRANSPOSE_TILE = pair
+        for name, (n, k) in linear_sizes(shape).items():
+            run = functools.partial(fp8_quantize.quantize_columns, rand(n, k))
+            table.memory(f"{shape} {name} columns of the weight, tiles {pair}", run, 5.0 * n * k)
+    fp8_quantize._COLUMN_TILE, fp8_quantize._TRANSPOSE_TILE = columns
+
+
+def fp8_products(table: Table, shape: str, tune: bool) -> None:
+    tokens = SHAPES[shape][0]
+    products, product = fp8_linear.Fp8Products(), fp8_linear.scaled_product
+    for name, (n, k) in linear_sizes(shape).items():
+        x, w, g = rand(tokens, k), rand(n, k), rand(tokens, n)
+        x8, w8, g8 = (fp8_quantize.quantize_rows(matrix) for matrix in (x, w, g))
+        turned, flops = fp8_quantize.quantize_columns(w), 2.0 * tokens * n * k
+        for part, run in {
+            "forward, bf16": functools.partial(F.linear, x, w),
+            "forward, FP8, product alone": functools.partial(product, x8, w8, torch.bfloat16, fast=True),
+            "forward, FP8, with quantisation": functools.partial(products.forward, x, w),
+            "input gradient, bf16": functools.partial(torch.matmul, g, w),
+            "input gradient, FP8, product alone": functools.partial(product, g8, turned, torch.bfloat16, fast=False),
+            "input gradient, FP8, fast sums": functools.partial(product, g8, turned, torch.bfloat16, fast=True),
+            "input gradient, FP8, with quantisation": functools.partial(products.input_grad, g, w),
+        }.items():
+            table.matrix(f"{shape} {name} {part}", run, flops)
 
 
 def optimizer(table: Table, shape: str, tune: bool) -> None:
@@ -295,6 +355,8 @@ PARTS = dict(
     packed=packed,
     loss=loss,
     matrices=matrices,
+    fp8_quantisation=fp8_quantisation,
+    fp8_products=fp8_products,
     optimizer=optimizer,
     embedding=embed,
 )

@@ -67,6 +67,7 @@ def build_model(shape: str, seq: int, way: str) -> Any:
 
     from megaswift.engine import backend
     from megaswift.engine.graphs import Graphs
+    from megaswift.engine.kernels.fp8_linear import Fp8Products
     from megaswift.engine.kernels.linear_cross_entropy import linear_cross_entropy
     from megaswift.engine.kernels.megatron_fuse import fuse_embedding
     from megaswift.engine.kernels.megatron_layer import FusedMLP
@@ -82,6 +83,8 @@ def build_model(shape: str, seq: int, way: str) -> Any:
             return linear_cross_entropy(flat, weight, labels.t(), **options)[0]
 
     config = TransformerConfig(**SHAPES[shape], **SETTINGS)
+    if "f" in way:
+        config.products = Fp8Products()  # type: ignore[attr-defined]
     FusedMLP.recompute_activation, FusedMLP.overlap = "k" not in way, "o" in way
     model = Model(
         config,
@@ -126,13 +129,14 @@ def tables(seq: int, dim: int) -> tuple[Any, Any]:
     return angles.cos().bfloat16(), angles.sin().bfloat16()
 
 
-def make_step(shape: str, seq: int, micro: int, way: str) -> tuple[Any, Any]:
+def make_step(shape: str, seq: int, micro: int, way: str, accumulate: int) -> tuple[Any, Any]:
     """A function that does step k, and the model."""
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from megaswift.engine.backend import SequenceLayout
     from megaswift.engine.kernels.main_grad import settle_main_grads, zero_main_grads
+    from megaswift.engine.kernels.products import products_of
 
     bare, ddp, optimizer = build(shape, seq, way)
     config = bare.config
@@ -155,13 +159,16 @@ def make_step(shape: str, seq: int, micro: int, way: str) -> tuple[Any, Any]:
     config.finalize_model_grads_func = finalize
     config.grad_scale_func = optimizer.scale_loss
     schedule = get_forward_backward_func()
-    sizes = dict(num_microbatches=1, seq_length=seq, micro_batch_size=micro, decoder_seq_length=seq, forward_only=False)
+    sizes = dict(
+        num_microbatches=accumulate, seq_length=seq, micro_batch_size=micro, decoder_seq_length=seq, forward_only=False
+    )
 
     def step(k: int) -> Any:
         zero_main_grads(ddp)
         optimizer.zero_grad()
-        with bare.graphs.step():
-            report = schedule(forward_step_func=forward_step, data_iterator=iter([batches[k % 4]]), model=[ddp], **sizes)
+        data = iter([batches[(k + i) % 4] for i in range(accumulate)])
+        with bare.graphs.step(), products_of(config).unchanged_weights(accumulate):
+            report = schedule(forward_step_func=forward_step, data_iterator=data, model=[ddp], **sizes)
         _, norm, _ = optimizer.step()
         return report[0]["loss"], norm
 
@@ -206,7 +213,7 @@ def profile(step: Any, first: int) -> tuple[list[tuple[str, float, int]], dict[s
     return sorted(((n, t, int(c) // 2) for n, (t, c) in totals.items()), key=lambda row: -row[1]), state
 
 
-def child(shape: str, seq: int, micro: int, steps: int, way: str, with_profile: bool) -> None:
+def child(shape: str, seq: int, micro: int, steps: int, way: str, with_profile: bool, accumulate: int = 1) -> None:
     """Measure ours and print one JSON line."""
     import gc
     import warnings
@@ -215,9 +222,9 @@ def child(shape: str, seq: int, micro: int, steps: int, way: str, with_profile: 
 
     warnings.filterwarnings("ignore")
     join()
-    result: dict[str, Any] = dict(run="ours", shape=shape, seq=seq, micro=micro, way=way)
+    result: dict[str, Any] = dict(run="ours", shape=shape, seq=seq, micro=micro, way=way, accumulate=accumulate)
     try:
-        step, bare = make_step(shape, seq, micro, way)
+        step, bare = make_step(shape, seq, micro, way, accumulate)
         query = torch.empty(2, 2, bare.config.num_attention_heads, bare.config.kv_channels, device="cuda", dtype=torch.bfloat16)
         params, config, graphs = sum(p.numel() for p in bare.parameters()), bare.config, bare.graphs
         gc.disable()
@@ -234,7 +241,7 @@ def child(shape: str, seq: int, micro: int, steps: int, way: str, with_profile: 
             step(k)
         torch.cuda.synchronize()
         free_running = (time.perf_counter() - begin) / 6
-        per_second = micro * seq / median
+        per_second = accumulate * micro * seq / median
         rate = per_second * model_flops_a_token(shape, seq, params)
         result |= dict(
             params=params,
@@ -272,10 +279,11 @@ def main() -> None:
     parser.add_argument(
         "--shapes",
         default="0.5b:8:k,1.5b:4:k,3b:2",
-        help="SHAPE:MICRO_BATCH[:k keeps SwiGLU's result, o overlaps its gradient, b bf16 moments, 8 8-bit ones, g CUDA graphs], comma separated",
+        help="SHAPE:MICRO_BATCH[:k keeps SwiGLU's result, o overlaps its gradient, b bf16 moments, 8 8-bit ones, f FP8 products, g CUDA graphs], comma separated",
     )
     parser.add_argument("--seq", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--accumulate", type=int, default=1, help="micro batches in a step of ours; the peer runs one")
     parser.add_argument("--peer", type=Path, help="the peer's script; without it only ours runs")
     parser.add_argument("--without-peer", default="", help="shapes whose peer is not run")
     parser.add_argument("--profile", action="store_true")
@@ -284,7 +292,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.child:
         shape, micro, way = options.child
-        child(shape, options.seq, int(micro), options.steps, way, options.profile)
+        child(shape, options.seq, int(micro), options.steps, way, options.profile, options.accumulate)
         return
     results: list[dict[str, Any]] = []
     measured: set[tuple[str, str]] = set()  # the peer runs once for a shape, whatever the number of our ways
@@ -297,6 +305,8 @@ def main() -> None:
             str(options.seq),
             "--steps",
             str(options.steps),
+            "--accumulate",
+            str(options.accumulate),
             "--child",
             shape,
             micro,

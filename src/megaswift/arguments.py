@@ -256,6 +256,10 @@ class SftArguments(ModelArguments, LayoutArguments, DataArguments):
     gradient_checkpointing: bool = option(
         False, "Recompute activations in the backward pass: less memory, about a third more work."
     )
+    fp8: bool = option(
+        False,
+        "Linear layers of the blocks multiply in FP8, weight gradients in bf16: for GPUs of compute capability 8.9 and above.",
+    )
     deterministic: bool = option(False, "Only kernels that give the same bits in each run.")
 
     def __post_init__(self) -> None:

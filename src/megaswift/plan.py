@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+FP8_MULTIPLE = 16  # torch multiplies FP8 matrices whose sides are multiples of this
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,26 @@ def check_layout(
             where="NPROC_PER_NODE x NNODES",
             fix=f"NPROC_PER_NODE={tp * pp * cp}, or another --tp / --pp{shared} whose product divides {world_size}",
         )
+
+
+def check_fp8(config: PreTrainedConfig, tp: int, dtype: str) -> None:
+    """Raise UserError unless --fp8 goes with the precision, and with the size of each rank's part of every linear layer."""
+    if dtype != "bf16":
+        raise UserError(f"--fp8 goes with bf16 training; this is {dtype}.", where="--fp8, --dtype", fix="use --dtype bf16")
+    sizes = sizes_of(config)
+    parts = {  # sizes of the results and inputs of a rank's products
+        "linear_qkv": ((sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim // tp, sizes.hidden),
+        "linear_proj": (sizes.hidden, sizes.heads * sizes.head_dim // tp),
+        "linear_fc1": (2 * sizes.ffn // tp, sizes.hidden),
+        "linear_fc2": (sizes.hidden, sizes.ffn // tp),
+    }
+    for name, shape in parts.items():
+        if any(size % FP8_MULTIPLE for size in shape):
+            raise UserError(
+                f"--fp8 needs matrices whose sides are multiples of {FP8_MULTIPLE}; {name} is {shape[0]} x {shape[1]} on each rank of --tp {tp}.",
+                where="--fp8, --tp",
+                fix="use a smaller --tp, or leave --fp8 out" if tp > 1 else "leave --fp8 out",
+            )
 
 
 def padded_vocab(vocab: int, tp: int) -> int:
@@ -189,6 +210,7 @@ def _check_graphs(args: SftArguments) -> None:
         "--deterministic": args.deterministic,
         "--use_flash_attn": args.use_flash_attn is not None,
         "--overlap_grad_reduce true": bool(args.overlap_grad_reduce),
+        "--fp8": args.fp8,
     }
     for name, given in others.items():
         if given:

@@ -67,12 +67,13 @@ def _interrupt(moment: str, name: str) -> None:
 def _train(args: SftArguments, stop: StopSignals) -> Path:
     from megaswift.data.batches import require_rows
     from megaswift.data.encode import prepare
-    from megaswift.engine import launch
-    from megaswift.engine.versions import check_devices, check_versions
+    from megaswift.engine import launch, versions
 
-    check_versions()
+    versions.check_versions()
     place = launch.cluster()
-    check_devices(place.processes)
+    versions.check_devices(place.processes)
+    if args.fp8:
+        versions.check_fp8(place.processes)
     start = find_start(args, place.leads)
     args = with_saved_batch(start.args, start.manifest, place.world_size, shown(start.root)) if start.run_dir else start.args
     template = _template(args, start)
@@ -244,7 +245,7 @@ def _print_plan(plan: Plan, data: PreparedData, args: SftArguments) -> None:
         out.print(f"  {megatron:38} [bold]{text:12}[/bold]  {expression}")
     out.print()
     out.print(
-        f"{plan.world_size} processes = tp {plan.tp} x pp {plan.pp} x {f'cp {plan.cp} x ' if plan.cp > 1 else ''}dp {plan.dp}, {plan.dtype}\n"
+        f"{plan.world_size} processes = tp {plan.tp} x pp {plan.pp} x {f'cp {plan.cp} x ' if plan.cp > 1 else ''}dp {plan.dp}, {plan.dtype}{' with FP8 products in the blocks' if args.fp8 else ''}\n"
         f"global batch {plan.global_batch} = {args.batch_size} rows x {plan.gradient_accumulation_steps} accumulation x {plan.world_size} processes; "
         f"each data-parallel rank runs {plan.micro_batches} micro batches a step\n"
         f"{plan.train_rows} rows x {args.num_train_epochs:g} epochs / {plan.global_batch} = {plan.train_iters} steps, "

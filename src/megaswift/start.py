@@ -13,7 +13,7 @@ from megaswift.checkpoint.lock import refuse_if_in_use
 from megaswift.checkpoint.resume import check_same_base, check_same_model, newest_run, newest_whole
 from megaswift.errors import UserError
 from megaswift.hf.publish import refuse_unfinished
-from megaswift.plan import check_layout, check_numbers, usable_length
+from megaswift.plan import check_fp8, check_layout, check_numbers, usable_length
 from megaswift.terminal import say, shown
 
 
@@ -66,12 +66,15 @@ def find_start(args: SftArguments, leads: bool = True) -> Start:
         check_same_model(args, values, manifest, shown(root))
         check_config(root, manifest)
         check_same_base(_named(args), checkpoint, manifest)
+    dtype = str(manifest["dtype"]) if goes_on and manifest.get("dtype") else _dtype(args, str(manifest.get("dtype")))
+    if args.fp8:
+        check_fp8(config, args.tp, dtype)
     return Start(
         args=args.changed(max_length=usable_length(config, args.max_length, given="max_length" in args.explicit())),
         root=root,
         checkpoint=checkpoint,
         config=config,
-        dtype=str(manifest["dtype"]) if goes_on and manifest.get("dtype") else _dtype(args, str(manifest.get("dtype"))),
+        dtype=dtype,
         manifest=manifest,
         run_dir=root if goes_on else None,
         first_step=layout.iteration_of(checkpoint) if goes_on else 0,

@@ -18,6 +18,8 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megaswift.engine.kernels.products import PLAIN, products_of
+
 _LIMIT = 64  # graphs; a run with more shapes than that runs the others as they are
 _MEASURED = range(2, 5)  # the steps, from 1, that `auto` judges by; the first compiles kernels
 
@@ -166,6 +168,8 @@ def obstacle(config: TransformerConfig, overlap_grad_reduce: bool = False) -> st
         return "a pipeline has several micro batches under way at once"
     if config.tensor_model_parallel_size > 1 or config.context_parallel_size > 1:
         return "messages between ranks are not captured"
+    if products_of(config) is not PLAIN:
+        return "weights in FP8 are kept over micro batches"
     if overlap_grad_reduce:
         return "gradients are reduced while the backward pass goes on"
     if config.recompute_granularity:

@@ -20,8 +20,10 @@ from torch import Tensor
 
 from megaswift.engine.backend import PlainProvider, SequenceLayout, block_spec
 from megaswift.engine.kernels.attention import describe
+from megaswift.engine.kernels.fp8_linear import Fp8Products
 from megaswift.engine.kernels.linear_cross_entropy import linear_cross_entropy
 from megaswift.engine.kernels.megatron_fuse import fuse_embedding
+from megaswift.engine.kernels.products import PLAIN
 from megaswift.families import family_of
 from megaswift.families.base import is_tied
 
@@ -49,6 +51,7 @@ class ModelOptions:
     deterministic: bool = False
     flash_attention: bool | None = None
     variable_lengths: bool = False
+    fp8: bool = False
 
 
 class ChatModel(GPTModel):
@@ -201,6 +204,8 @@ def transformer_config(config: PreTrainedConfig, options: ModelOptions) -> Trans
         batch_p2p_comm=torch.cuda.is_available(),
     )
     built.flash_attention = options.flash_attention  # read by backend.CoreAttention
+    # Not Megatron-Core's own `fp8`, which asks for TransformerEngine. Read by ColumnParallel, RowParallel and FusedMLP.
+    built.products = Fp8Products() if options.fp8 else PLAIN
     return built
 
 

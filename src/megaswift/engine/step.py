@@ -24,6 +24,7 @@ from megaswift.engine.kernels.context_parallel import share_of
 from megaswift.engine.kernels.main_grad import settle_main_grads, zero_main_grads
 from megaswift.engine.kernels.megatron_layer import FusedMLP
 from megaswift.engine.kernels.megatron_optimizer import FusedOptimizer, fuse_optimizer
+from megaswift.engine.kernels.products import products_of
 from megaswift.engine.model import TORCH_DTYPES, ChatModel, run_micro_batch
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ class Trainer:
         self.model.train()
         zero_main_grads(self.model)
         self.optimizer.zero_grad()
-        with self.graphs.step():
+        with self.graphs.step(), products_of(self.bare_model.config).unchanged_weights(len(batches)):
             sums = self._forward_backward(batches, forward_only=False)
         if self.fused:
             self.optimizer.tokens = sums[1].float()

@@ -1,4 +1,4 @@
-"""Whether the engine can run here: packages of versions that it was tested with, and a GPU for each process."""
+"""Whether the engine can run here: packages of versions that it was tested with, and a GPU for each process that can what is asked."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from megaswift.errors import UserError
 
 NEEDED = ("torch", "megatron-core", "transformers")
+FP8_CAPABILITY = (8, 9)  # the first with FP8 tensor cores
 
 
 def check_versions(names: tuple[str, ...] = NEEDED, package: str = "megaswift") -> None:
@@ -61,6 +62,24 @@ def check_devices(processes: int) -> None:
             where="environment",
             fix="update the driver or install the build of torch that fits it; CUDA_VISIBLE_DEVICES= (empty) trains on the CPU",
         )
+
+
+def check_fp8(processes: int) -> None:
+    """Raise UserError where a GPU that a process of this machine will use cannot multiply in FP8."""
+    import torch
+
+    fix = "leave --fp8 out"
+    if not torch.cuda.is_available():
+        raise UserError("--fp8 needs a GPU; this machine has none that torch can use.", where="--fp8", fix=fix)
+    for index in range(processes):
+        major, minor = torch.cuda.get_device_capability(index)
+        if (major, minor) < FP8_CAPABILITY:
+            raise UserError(
+                f"--fp8 needs GPUs of compute capability {FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]} or above, as Ada and Hopper have; "
+                f"GPU {index}, {torch.cuda.get_device_name(index)}, has {major}.{minor}.",
+                where="--fp8",
+                fix=fix,
+            )
 
 
 def _gpus() -> list[Path]:

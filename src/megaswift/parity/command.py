@@ -46,6 +46,12 @@ def parity_main(args: ParityArguments | list[str]) -> Path:
         plain = plain.changed(max_steps=args.steps)
     if args.learning and args.layouts:
         raise UserError("--learning and --layouts are two comparisons.", where="--layouts", fix="run one after the other")
+    if args.fp8:
+        raise UserError(
+            "--fp8 rounds more than parity allows: transformers has no such products to compare with.",
+            where="--fp8",
+            fix="leave it out; docs/performance.md has losses with and without it",
+        )
     from megaswift.data.encode import prepare
 
     start = sft.find_start(plain)

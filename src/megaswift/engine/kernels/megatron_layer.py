@@ -25,6 +25,7 @@ from torch import Tensor
 from megaswift.engine.kernels.attention import dense_causal, packed_causal
 from megaswift.engine.kernels.context_parallel import shared_causal
 from megaswift.engine.kernels.embedding import embedding
+from megaswift.engine.kernels.products import products_of
 from megaswift.engine.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_keep
 from megaswift.engine.kernels.rope import rotate, split_rotate_qkv
 from megaswift.engine.kernels.swiglu import swiglu
@@ -136,7 +137,7 @@ class FusedMLP(MLP):
         second = self.linear_fc2
         if not self._fuses_second():
             return second(swiglu(both))
-        output = swiglu_linear(both, second.weight, recompute=self.recompute_activation, overlap=self.overlap)
+        output = swiglu_linear(both, second.weight, **self._options())
         if second.sequence_parallel:
             return reduce_scatter_to_sequence_parallel_region(output, group=second.tp_group), None
         return reduce_from_tensor_model_parallel_region(output, group=second.tp_group), None
@@ -146,10 +147,12 @@ class FusedMLP(MLP):
         second = self.linear_fc2
         if self._takes() and self._fuses_second() and second.tp_group.size() == 1:
             both, _ = self.linear_fc1(hidden_states)
-            options = dict(recompute=self.recompute_activation, overlap=self.overlap)
-            return swiglu_linear(both, second.weight, **options, residual=residual)
+            return swiglu_linear(both, second.weight, **self._options(), residual=residual)
         output, bias = self.forward(hidden_states)
         return residual + (output if bias is None else output + bias)
+
+    def _options(self) -> dict[str, Any]:
+        return dict(recompute=self.recompute_activation, overlap=self.overlap, products=products_of(self.config))
 
     def _takes(self) -> bool:
         config = self.config

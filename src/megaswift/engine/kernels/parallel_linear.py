@@ -7,10 +7,11 @@ from typing import Any
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 
+from megaswift.engine.kernels.products import products_of
 from megaswift.engine.kernels.weight_grad import linear
 
 
-def _linear(x: Tensor, weight: Tensor, arguments: dict[str, Any]) -> Tensor:
+def _linear(layer: Any, x: Tensor, weight: Tensor, arguments: dict[str, Any]) -> Tensor:
     return linear(
         x,
         weight,
@@ -18,6 +19,7 @@ def _linear(x: Tensor, weight: Tensor, arguments: dict[str, Any]) -> Tensor:
         reduce_input_grad=arguments.get("allreduce_dgrad", False),
         sequence_parallel=arguments.get("sequence_parallel", False),
         tp_group=arguments.get("tp_group"),
+        products=products_of(layer.config),
     )
 
 
@@ -27,7 +29,7 @@ class ColumnParallel(ColumnParallelLinear):
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or not weight.requires_grad or kwargs.get("grad_output_buffer") is not None:
             return super()._forward_impl(input, weight, *args, **kwargs)
-        return _linear(input, weight, kwargs)
+        return _linear(self, input, weight, kwargs)
 
 
 class RowParallel(RowParallelLinear):
@@ -36,4 +38,4 @@ class RowParallel(RowParallelLinear):
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or not weight.requires_grad or kwargs.get("grad_output_buffer") is not None:
             return super()._forward_impl(input, weight, *args, **kwargs)
-        return _linear(input, weight, kwargs)
+        return _linear(self, input, weight, kwargs)

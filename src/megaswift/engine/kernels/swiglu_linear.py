@@ -9,21 +9,21 @@ from torch import Tensor
 
 from megaswift.engine.kernels.beside import beside, can_run_beside
 from megaswift.engine.kernels.main_grad import accumulate_product, add_product, buffer, has_main_grad, placeholder, take_stale
-from megaswift.engine.kernels.swiglu import backward_in_place, forward
+from megaswift.engine.kernels.products import PLAIN, Products
+from megaswift.engine.kernels.swiglu import backward_in_place
 
 
 class _SwiGLULinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, recompute: bool, overlap: bool, residual: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, recompute: bool, overlap: bool, residual: Tensor | None, products: Products
+    ) -> Tensor:
         x = x.contiguous()
-        hidden = forward(x)
-        ctx.recompute, ctx.overlap = recompute, overlap
-        ctx.save_for_backward(x, weight, *(() if recompute else (hidden,)))
+        ctx.recompute, ctx.overlap, ctx.products = recompute, overlap and products is PLAIN, products
+        result, hidden = products.swiglu_forward(x, weight, residual, keep=not recompute)
+        ctx.save_for_backward(x, weight, *(() if hidden is None else (hidden,)))
         ctx.has_residual = residual is not None
-        if residual is None:
-            return torch.matmul(hidden, weight.t())
-        flat = torch.addmm(residual.reshape(-1, weight.shape[0]), hidden.view(-1, hidden.shape[-1]), weight.t())
-        return flat.view(residual.shape)
+        return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -34,14 +34,14 @@ class _SwiGLULinear(torch.autograd.Function):
         hidden = kept[0].view(-1, kept[0].shape[-1]) if kept else None
         if ctx.overlap and ctx.needs_input_grad[1] and has_main_grad(weight) and can_run_beside(x):
             _backward_beside(flat, gate_up, weight, hidden)
-            return x, placeholder(weight), None, None, residual
-        dhidden = torch.mm(flat, weight)
+            return x, placeholder(weight), None, None, residual, None
+        dhidden = ctx.products.input_grad(flat, weight)
         backward_in_place(dhidden, gate_up, recompute=ctx.recompute)
         dweight = None
         if ctx.needs_input_grad[1]:
             inputs = dhidden if hidden is None else hidden
             dweight = accumulate_product(weight, flat, inputs) if has_main_grad(weight) else flat.t().mm(inputs)
-        return x, dweight, None, None, residual
+        return x, dweight, None, None, residual, None
 
 
 def _backward_beside(grad: Tensor, gate_up: Tensor, weight: Tensor, hidden: Tensor | None) -> None:
@@ -77,7 +77,13 @@ def _backward_beside(grad: Tensor, gate_up: Tensor, weight: Tensor, hidden: Tens
 
 
 def swiglu_linear(
-    x: Tensor, weight: Tensor, *, recompute: bool = True, overlap: bool = False, residual: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    *,
+    recompute: bool = True,
+    overlap: bool = False,
+    residual: Tensor | None = None,
+    products: Products = PLAIN,
 ) -> Tensor:
     """(silu(gate) * up) @ weight^T, plus `residual` [..., n] if given, for x = [gate, up] [..., 2f] and weight [n, f].
 
@@ -87,6 +93,8 @@ def swiglu_linear(
     Args:
         recompute: backward forms silu(gate) * up again in the pass that computes the gradient, in the memory of a gradient
             it no longer needs: f values a token less are kept, for one more write of them.
-        overlap: on a GPU, run SwiGLU's gradient beside a matrix product (only where the weight has a main_grad).
+        overlap: on a GPU, run SwiGLU's gradient beside a matrix product (only where the weight has a main_grad, and with the
+            products of the tensors' own precision).
+        products: how the result and the gradient of silu(gate) * up are multiplied out.
     """
-    return _SwiGLULinear.apply(x, weight, recompute, overlap, residual)
+    return _SwiGLULinear.apply(x, weight, recompute, overlap, residual, products)

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from megaswift.engine.kernels.main_grad import accumulate_product, accumulate_rows, has_main_grad
+from megaswift.engine.kernels.products import PLAIN, Products
 
 
 def gather_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -22,12 +22,19 @@ def gather_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, reduce_grad: bool, sequence: bool, group: Any
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        reduce_grad: bool,
+        sequence: bool,
+        group: Any,
+        products: Products,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.bias = bias
+        ctx.bias, ctx.products = bias, products
         ctx.reduce_grad, ctx.sequence, ctx.group = reduce_grad, sequence, group
-        return F.linear(gather_sequence(x, group) if sequence else x, weight, bias)
+        return products.forward(gather_sequence(x, group) if sequence else x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -40,7 +47,7 @@ class _Linear(torch.autograd.Function):
         if ctx.sequence:
             whole = torch.empty((x.shape[0] * dist.get_world_size(ctx.group), *x.shape[1:]), dtype=x.dtype, device=x.device)
             work = dist.all_gather_into_tensor(whole, x.contiguous(), group=ctx.group, async_op=True)
-        grad_x = torch.matmul(grad, weight) if ctx.needs_input_grad[0] else None
+        grad_x = ctx.products.input_grad(grad, weight) if ctx.needs_input_grad[0] else None
         if work is not None:
             work.wait()
             x = whole
@@ -60,7 +67,7 @@ class _Linear(torch.autograd.Function):
         if work is not None and grad_x is not None:
             work.wait()
             grad_x = part
-        return grad_x, grad_weight, grad_bias, None, None, None
+        return grad_x, grad_weight, grad_bias, None, None, None, None
 
 
 def linear(
@@ -71,6 +78,7 @@ def linear(
     reduce_input_grad: bool = False,
     sequence_parallel: bool = False,
     tp_group: dist.ProcessGroup | None = None,
+    products: Products = PLAIN,
 ) -> Tensor:
     """x @ weight^T + bias; weight and bias gradients go into `main_grad` where the parameters have one.
 
@@ -79,5 +87,6 @@ def linear(
         weight: [n, k]; bias: [n] or None.
         reduce_input_grad: sum the input's gradient over `tp_group` (a column-parallel layer without sequence parallelism).
         sequence_parallel: gather the input over `tp_group` on the way in, reduce-scatter its gradient on the way back.
+        products: how the result and the input's gradient are multiplied out.
     """
-    return _Linear.apply(x, weight, bias, reduce_input_grad, sequence_parallel, tp_group)
+    return _Linear.apply(x, weight, bias, reduce_input_grad, sequence_parallel, tp_group, products)
