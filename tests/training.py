@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
+
 from megaswift import sft
 from megaswift.arguments import ExportArguments, SftArguments
 from megaswift.cache import cache_root
@@ -17,6 +19,7 @@ from tests import tiny
 from tests.ranks import RankPool
 
 ROWS = 48
+long = pytest.mark.skipif("MEGASWIFT_LONG" not in os.environ, reason="a part of make test-long")
 
 
 def write_rows(path: Path, count: int = ROWS) -> Path:

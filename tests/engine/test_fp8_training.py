@@ -18,9 +18,9 @@ from megaswift.errors import UserError
 from megaswift.plan import check_fp8
 from tests import tiny
 from tests.ranks import RankPool
-from tests.training import Run, tiny_start, train, write_rows
+from tests.training import Run, long, tiny_start, train, write_rows
 
-STEPS = 30
+STEPS = 12
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def run(pool: RankPool, start: tuple[Path, Path], output: Path, world: int, **options: Any) -> Run:
     release, rows = start
-    common = dict(dtype="bf16", gradient_accumulation_steps=4 // world, max_steps=STEPS, eval_steps=15, save_steps=1000)
+    common = dict(dtype="bf16", gradient_accumulation_steps=4 // world, max_steps=STEPS, eval_steps=6, save_steps=1000)
     with mock.patch.object(versions, "check_fp8"):
         return train(
             pool, output, world, resume_from_checkpoint=str(release), dataset=[str(rows)], dataset_test_ratio=0.1,
@@ -57,7 +57,7 @@ def fp8(start: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory, pool
 
 
 def test_losses_are_those_of_bf16(plain: Run, fp8: Run) -> None:
-    assert fp8.losses[-1] < 0.8 * fp8.losses[0]
+    assert fp8.losses[-1] < 0.9 * fp8.losses[0]
     assert 1e-5 < apart(fp8, plain) < 0.01
 
 
@@ -65,8 +65,8 @@ def test_losses_are_those_of_bf16(plain: Run, fp8: Run) -> None:
     ("world", "options"),
     [
         (2, dict(tp=2, sequence_parallel=True)),
-        (2, dict(pp=2, gradient_checkpointing=True)),
-        (2, dict(cp=2)),
+        pytest.param(2, dict(pp=2, gradient_checkpointing=True), marks=long),
+        pytest.param(2, dict(cp=2), marks=long),
         (1, dict(batch_size=4, gradient_accumulation_steps=1, padding_free=False)),  # one micro batch: nothing is kept
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else "",

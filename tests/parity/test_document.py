@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.training import long
 
 ROOT = Path(__file__).parent.parent.parent
 SECTIONS = (
@@ -18,9 +19,6 @@ SECTIONS = (
     "## bf16: the noise is measured",
     "## Learning works",
 )
-
-
-long = pytest.mark.skipif("MEGASWIFT_LONG" not in os.environ, reason="a part of make test-long")
 
 
 @pytest.fixture(scope="module")
