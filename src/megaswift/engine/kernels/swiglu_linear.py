@@ -18,7 +18,8 @@ class _SwiGLULinear(torch.autograd.Function):
         x = x.contiguous()
         hidden = forward(x)
         ctx.recompute, ctx.overlap = recompute, overlap
-        ctx.save_for_backward(x, weight, *(() if recompute else (hidden,)))
+        ctx.save_for_backward(x, *(() if recompute else (hidden,)))
+        ctx.weight = weight  # as it is: through saved-tensor hooks it would lose main_grad
         ctx.has_residual = residual is not None
         if residual is None:
             return torch.matmul(hidden, weight.t())
@@ -27,7 +28,7 @@ class _SwiGLULinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, *kept = ctx.saved_tensors
+        (x, *kept), weight = ctx.saved_tensors, ctx.weight
         grad = grads[0].contiguous()
         residual = grad if ctx.has_residual else None
         flat, gate_up = grad.view(-1, grad.shape[-1]), x.view(-1, x.shape[-1])
