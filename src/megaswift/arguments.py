@@ -243,6 +243,12 @@ class SftArguments(ModelArguments, LayoutArguments, DataArguments):
     gradient_checkpointing: bool = option(
         False, "Recompute activations in the backward pass: less memory, about a third more work."
     )
+    optimizer_cpu_offload: bool = option(
+        False, "Keep master weights and moments in the host's memory, page-locked; the GPU still makes the update, over PCIe."
+    )
+    cpu_offloading_num_layers: int = option(
+        0, "Layers of each process, from its first on, whose activations wait in the host's memory for the backward pass."
+    )
     deterministic: bool = option(False, "Only kernels that give the same bits in each run.")
 
     def __post_init__(self) -> None:

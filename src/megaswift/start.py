@@ -13,7 +13,7 @@ from megaswift.checkpoint.lock import refuse_if_in_use
 from megaswift.checkpoint.resume import check_same_base, check_same_model, newest_run, newest_whole
 from megaswift.errors import UserError
 from megaswift.hf.publish import refuse_unfinished
-from megaswift.plan import check_layout, check_numbers, usable_length
+from megaswift.plan import check_layout, check_numbers, check_offload, usable_length
 from megaswift.terminal import say, shown
 
 
@@ -58,6 +58,8 @@ def find_start(args: SftArguments, leads: bool = True) -> Start:
     config = load_config(root)
     check_numbers(args)
     check_layout(config, args.tp, args.pp, None, args.sequence_parallel, args.cp)
+    check_offload(args, config)
+    _refuse_offload_without_gpu(args)
     _check_tensors(root, checkpoint if converted else None, config)
     manifest = read_manifest(checkpoint) if converted else {"dtype": _folder_dtype(root)}
     goes_on = bool(manifest.get("optimizer")) and layout.iteration_of(checkpoint) > 0
@@ -75,6 +77,19 @@ def find_start(args: SftArguments, leads: bool = True) -> Start:
         run_dir=root if goes_on else None,
         first_step=layout.iteration_of(checkpoint) if goes_on else 0,
     )
+
+
+def _refuse_offload_without_gpu(args: SftArguments) -> None:
+    """A run on the CPU has all of its state in host memory: moving it there would only cost time."""
+    import torch
+
+    given = [name for name in ("optimizer_cpu_offload", "cpu_offloading_num_layers") if getattr(args, name)]
+    if given and not torch.cuda.is_available():
+        raise UserError(
+            f"--{given[0]} needs a GPU: this run is on the CPU, whose memory is the host's already.",
+            where=f"--{given[0]}",
+            fix="leave it out",
+        )
 
 
 def _start_root(args: SftArguments) -> tuple[Path, SftArguments]:

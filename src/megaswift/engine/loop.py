@@ -334,6 +334,7 @@ def _restored(job: Job, args: SftArguments) -> tuple[Any, dict[str, Any]]:
         deterministic=args.deterministic,
         flash_attention=args.use_flash_attn,
         variable_lengths=plan.pp > 1,
+        offloaded_layers=plan.cpu_offloading_num_layers,
     )
     model = build(load_config(Path(job.model_dir)), options)
     if job.first_step == 0:

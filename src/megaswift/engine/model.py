@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megaswift.engine.backend import PlainProvider, SequenceLayout, block_spec
+from megaswift.engine.kernels.activation_offload import offload_activations
 from megaswift.engine.kernels.linear_cross_entropy import linear_cross_entropy
 from megaswift.engine.kernels.megatron_fuse import fuse_embedding
 from megaswift.families import family_of
@@ -47,6 +48,7 @@ class ModelOptions:
     deterministic: bool = False
     flash_attention: bool | None = None
     variable_lengths: bool = False
+    offloaded_layers: int = 0  # of this stage, from its first on: their activations go to host memory
 
 
 class ChatModel(GPTModel):
@@ -212,6 +214,8 @@ def build(config: PreTrainedConfig, options: ModelOptions) -> ChatModel:
         for parameter in model.parameters():
             parameter.zero_()  # rows of vocabulary padding stay zero, whatever the checkpoint brings
     _mark_split_weights(model)
+    if options.offloaded_layers:
+        offload_activations(model.decoder, options.offloaded_layers)
     return fuse_embedding(model.to(device))
 
 
