@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -139,7 +141,77 @@ def test_where_the_state_lies(
     )  # scales of 8-bit moments come on top
 
 
-def passes(path: str, layers: int, recompute: str) -> dict[str, Any]:
+class LateStream:
+    """A copy stream as slow as a GPU's may be: what it was given happens only when somebody waits for it."""
+
+    now: LateStream | None = None  # that copies are given to
+
+    def __init__(self) -> None:
+        self.queue: list[Any] = []
+
+    def wait_stream(self, other: Any) -> None:
+        """The computation is always done at once."""
+
+    @contextlib.contextmanager
+    def current(self) -> Iterator[None]:
+        LateStream.now = self
+        yield
+        LateStream.now = None
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """To be done later; both ends must be alive then, else the memory would have other owners."""
+        ends = weakref.ref(target.untyped_storage()), weakref.ref(source.untyped_storage())
+        count = source.numel()  # bytes, from the beginning of either
+
+        def run() -> None:
+            storages = [end() for end in ends]
+            assert all(storage is not None for storage in storages), "memory was given away before its copy was made"
+            _COPY(*(torch.empty(0, dtype=torch.uint8).set_(storage)[:count] for storage in storages))
+
+        self.queue.append(run)
+
+
+class LateEvent:
+    def record(self, stream: LateStream) -> None:
+        self.stream, self.place = stream, len(stream.queue)
+
+    def wait(self) -> None:
+        for index in range(self.place):
+            run, self.stream.queue[index] = self.stream.queue[index], None
+            if run is not None:
+                run()
+
+
+_COPY = torch.Tensor.copy_
+
+
+@contextlib.contextmanager
+def late_copies() -> Iterator[None]:
+    """Copies of the offload are made at the last moment that its events allow."""
+
+    def copy(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+        if LateStream.now is None:
+            return _COPY(target, source, non_blocking)
+        LateStream.now.copy(target, source)
+        return target
+
+    compute = SimpleNamespace(wait_event=lambda event: event.wait(), wait_stream=lambda other: None)
+    with (
+        mock.patch.object(torch.cuda, "Stream", LateStream),
+        mock.patch.object(torch.cuda, "Event", LateEvent),
+        mock.patch.object(torch.cuda, "stream", lambda stream: stream.current()),
+        mock.patch.object(torch.cuda, "current_stream", lambda *_: compute),
+        mock.patch.object(torch.Tensor, "copy_", copy),
+    ):
+        yield
+
+
+def late_passes(path: str, layers: int, recompute: str) -> dict[str, Any]:
+    """`passes` with copies that come as late as they may."""
+    return passes(path, layers, recompute, late=True)
+
+
+def passes(path: str, layers: int, recompute: str, late: bool = False) -> dict[str, Any]:
     """On one rank: gradients of a few steps, weights after them, and what autograd kept on the device in between."""
     from megaswift.engine import loop, ranks
     from megaswift.engine.determinism import deterministic
@@ -148,7 +220,11 @@ def passes(path: str, layers: int, recompute: str) -> dict[str, Any]:
     activation_offload.SMALLEST = 2048
     job = Job.read(Path(path))
     plan, args = replace(job.plan, cpu_offloading_num_layers=layers), SftArguments(**job.options)
-    with deterministic(args.deterministic), ranks.joined(plan.tp, plan.pp, 42, plan.cp) as rank:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(deterministic(args.deterministic))
+        rank = stack.enter_context(ranks.joined(plan.tp, plan.pp, 42, plan.cp))
+        if late:
+            stack.enter_context(late_copies())
         trainer, _ = loop._restored(replace(job, plan=plan), args.changed(gradient_checkpointing=recompute == "full"))
         block = trainer.bare_model.decoder
         for layer in block.layers:
@@ -243,6 +319,26 @@ def test_activations_on_the_host(
             assert other["kept"] < kept[rank], f"{number} layers"
             assert other["made"][1] == other["made"][2] > 0  # rows of four lengths settle in the second step
         kept = [rank["kept"] for rank in offloaded]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="plays the part of a GPU's streams")
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_copies_may_be_late(recompute: str, model: tuple[Path, Path], pool: RankPool, tmp_path: Path) -> None:
+    """Nothing is read, overwritten or given away before the copy that it waits for."""
+    job = job_of(model, tmp_path, 2, gradient_accumulation_steps=2, pp=2)
+    job.write(tmp_path / "job.json")
+    plain = pool.run(2, passes, str(tmp_path / "job.json"), 0, recompute)
+    for layers in (1, LAYERS // 2):
+        late = pool.run(2, late_passes, str(tmp_path / "job.json"), layers, recompute)
+        for one, other in zip(plain, late, strict=True):
+            equal(one, other)
+    if recompute == "none":
+        job = job_of(model, tmp_path / "one", 1, gradient_accumulation_steps=4)
+        job.write(tmp_path / "job.json")
+        [one], [other] = (
+            pool.run(1, run, str(tmp_path / "job.json"), n, recompute) for run, n in ((passes, 0), (late_passes, LAYERS - 1))
+        )
+        equal(one, other)
 
 
 def test_what_cannot_be_had_is_refused(model: tuple[Path, Path], tmp_path: Path) -> None:

@@ -187,7 +187,8 @@ class ActivationOffload:
         this process, has made the copies: a whole forward pass would be in flight.
         """
         while self._leaving and (before is None or self._leaving[0][0] < before):
-            torch.cuda.current_stream().wait_event(self._leaving.popleft()[2])
+            torch.cuda.current_stream().wait_event(self._leaving[0][2])
+            self._leaving.popleft()
 
     def _unpack(self, saved: Any) -> Tensor:
         """Autograd needs a tensor: it is fetched if it has not been, and the layer before it is on its way."""
