@@ -67,6 +67,7 @@ def build_model(shape: str, seq: int, way: str) -> Any:
 
     from megaswift.engine import backend
     from megaswift.engine.graphs import Graphs
+    from megaswift.engine.kernels.activation_offload import offload_activations
     from megaswift.engine.kernels.fp8_linear import Fp8Products
     from megaswift.engine.kernels.linear_cross_entropy import linear_cross_entropy
     from megaswift.engine.kernels.megatron_fuse import fuse_embedding
@@ -94,6 +95,8 @@ def build_model(shape: str, seq: int, way: str) -> Any:
         position_embedding_type="none",
         share_embeddings_and_output_weights=True,
     )
+    if "a" in way:
+        offload_activations(model.decoder, config.num_layers - 1)
     model.graphs = Graphs(model.decoder, "true" if "g" in way else "false")
     return fuse_embedding(model.cuda())
 
@@ -115,7 +118,8 @@ def build(shape: str, seq: int, way: str) -> tuple[Any, Any, Any]:
     compat.use_our_adamw()
     options = dict(bf16=True, params_dtype=torch.bfloat16, use_distributed_optimizer=True, clip_grad=1.0, weight_decay=0.0)
     optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-5, **options), [ddp])
-    optimizer = fuse_optimizer(optimizer, "8bit" if "8" in way else "bf16" if "b" in way else "fp32")
+    moments = "8bit" if "8" in way else "bf16" if "b" in way else "fp32"
+    optimizer = fuse_optimizer(optimizer, moments, on_host="h" in way)
     for inner in optimizer.chained_optimizers:
         inner.optimizer.allocate()
     return model, ddp, optimizer
@@ -279,7 +283,9 @@ def main() -> None:
     parser.add_argument(
         "--shapes",
         default="0.5b:8:k,1.5b:4:k,3b:2",
-        help="SHAPE:MICRO_BATCH[:k keeps SwiGLU's result, o overlaps its gradient, b bf16 moments, 8 8-bit ones, f FP8 products, g CUDA graphs], comma separated",
+        help="SHAPE:MICRO_BATCH[:k keeps SwiGLU's result, o overlaps its gradient, b bf16 moments, 8 8-bit ones, f FP8 products, "
+        "g CUDA graphs, h optimizer on the host, a activations of all layers but the last there], comma separated; ways may be "
+        "joined: 8ha",
     )
     parser.add_argument("--seq", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=20)

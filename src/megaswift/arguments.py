@@ -260,6 +260,12 @@ class SftArguments(ModelArguments, LayoutArguments, DataArguments):
         False,
         "Linear layers of the blocks multiply in FP8, weight gradients in bf16: for GPUs of compute capability 8.9 and above.",
     )
+    optimizer_cpu_offload: bool = option(
+        False, "Keep master weights and moments in the host's memory, page-locked; the GPU still makes the update, over PCIe."
+    )
+    cpu_offloading_num_layers: int = option(
+        0, "Layers of each process, from its first on, whose activations wait in the host's memory for the backward pass."
+    )
     deterministic: bool = option(False, "Only kernels that give the same bits in each run.")
 
     def __post_init__(self) -> None:

@@ -46,10 +46,15 @@ class Plan:
     decay_steps: int
     wsd_decay_steps: int
     moments: str  # how the optimizer keeps them: fp32, bf16 or 8bit
-    rank_bytes: dict[str, int]  # on the fullest rank: weights, gradients, optimizer
+    rank_bytes: dict[str, int]  # on the fullest rank's device: weights, gradients, optimizer
     checkpoint_bytes: int
     megatron: dict[str, Any]  # the filled table of mapping.py
     table: list[tuple[str, str, str]] = field(default_factory=list)
+    optimizer_cpu_offload: bool = False
+    cpu_offloading_num_layers: int = 0
+    host_bytes: dict[str, int] = field(
+        default_factory=dict
+    )  # in the fullest rank's host memory: optimizer, activations at most
 
     @property
     def train_iters(self) -> int:
@@ -123,6 +128,17 @@ def check_fp8(config: PreTrainedConfig, tp: int, dtype: str) -> None:
                 where="--fp8, --tp",
                 fix="use a smaller --tp, or leave --fp8 out" if tp > 1 else "leave --fp8 out",
             )
+
+
+def check_offload(args: SftArguments, config: PreTrainedConfig) -> None:
+    """Raise UserError unless a process has as many layers as shall be offloaded."""
+    layers, wanted = sizes_of(config).layers // args.pp, args.cpu_offloading_num_layers
+    if not 0 <= wanted <= layers:
+        raise UserError(
+            f"--cpu_offloading_num_layers {wanted} is not between 0 and the {layers} layers of a process.",
+            where="--cpu_offloading_num_layers",
+            fix=f"use at most {layers}",
+        )
 
 
 def padded_vocab(vocab: int, tp: int) -> int:
@@ -211,6 +227,7 @@ def _check_graphs(args: SftArguments) -> None:
         "--use_flash_attn": args.use_flash_attn is not None,
         "--overlap_grad_reduce true": bool(args.overlap_grad_reduce),
         "--fp8": args.fp8,
+        "--cpu_offloading_num_layers": args.cpu_offloading_num_layers > 0,
     }
     for name, given in others.items():
         if given:
@@ -236,6 +253,7 @@ def make_plan(
     """The plan of a run. Raises UserError or DataError for what cannot work."""
     check_numbers(args)
     check_layout(config, args.tp, args.pp, world_size, args.sequence_parallel, args.cp)
+    check_offload(args, config)
     if train_rows == 0:
         raise DataError(
             "no row is left to train on.",
@@ -249,13 +267,9 @@ def make_plan(
         raise UserError("the run would have no step.", where="--num_train_epochs, --max_steps", fix="ask for at least one step")
     accumulation = mapping.accumulation(args, world_size)
     moments = mapping.MOMENTS.get(args.optim, "fp32")
-    if moments != "fp32" and dtype == "fp16":
-        raise UserError(
-            f"--optim {args.optim} does not work with fp16: its loss scaler needs Megatron-Core's own update.",
-            where="--optim, --dtype",
-            fix="use --dtype bf16, or --optim adamw_torch",
-        )
-    weights, optimizer = _bytes(config, args.tp, args.pp, world_size, dtype, moments)
+    if dtype == "fp16":
+        _check_fp16(args, moments)
+    rank_bytes, host_bytes = _bytes(args, config, world_size, dtype, moments)
     total = parameter_count(config)
     return Plan(
         model_type=model_type,
@@ -275,12 +289,29 @@ def make_plan(
         # Megatron counts warm-up into the decay and wants decay > warm-up; the last step then has exactly min_lr.
         decay_steps=max(steps, warmup + 1),
         wsd_decay_steps=max(1, math.ceil(0.1 * (steps - warmup))),
-        rank_bytes={"weights": weights * BYTES[dtype], "gradients": weights * 4, "optimizer": optimizer},
+        rank_bytes=rank_bytes,
         checkpoint_bytes=total * BYTES[dtype] + (0 if args.save_only_model else total * 12),
         moments=moments,
         megatron=values,
         table=mapping.filled_rows(args, facts),
+        optimizer_cpu_offload=args.optimizer_cpu_offload,
+        cpu_offloading_num_layers=args.cpu_offloading_num_layers,
+        host_bytes=host_bytes,
     )
+
+
+def _check_fp16(args: SftArguments, moments: str) -> None:
+    """Raise UserError for an optimizer that only our update has: fp16's loss scaler needs Megatron-Core's own."""
+    for given, name, plain in (
+        (moments != "fp32", f"--optim {args.optim}", "--optim adamw_torch"),
+        (args.optimizer_cpu_offload, "--optimizer_cpu_offload true", "--optimizer_cpu_offload false"),
+    ):
+        if given:
+            raise UserError(
+                f"{name} does not work with fp16: its loss scaler needs Megatron-Core's own update.",
+                where=f"{name.split()[0]}, --dtype",
+                fix=f"use --dtype bf16, or {plain}",
+            )
 
 
 def parameter_count(config: PreTrainedConfig) -> int:
@@ -289,17 +320,35 @@ def parameter_count(config: PreTrainedConfig) -> int:
     return sum(math.prod(shape) for shape in shapes)
 
 
-def _bytes(config: PreTrainedConfig, tp: int, pp: int, world_size: int, dtype: str, moments: str) -> tuple[int, int]:
-    """Parameters, and bytes of optimizer state, on the fullest rank: its layers, and embedding and output layer."""
+def _bytes(
+    args: SftArguments, config: PreTrainedConfig, world_size: int, dtype: str, moments: str
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes on the device and in the host memory of the fullest rank: its layers, and embedding and output layer."""
     sizes = sizes_of(config)
     tables = sizes.vocab * sizes.hidden * (1 if is_tied(config) else 2)
     layers = parameter_count(config) - tables
-    ends = tables if pp == 1 else sizes.vocab * sizes.hidden
-    weights = (layers // pp + ends) // tp
-    data_parallel = world_size // (tp * pp)
+    ends = tables if args.pp == 1 else sizes.vocab * sizes.hidden
+    weights = (layers // args.pp + ends) // args.tp
+    data_parallel = world_size // (args.tp * args.pp)
     # Two moments, and an fp32 copy of the weights unless they are fp32 already; shared out over data-parallel ranks.
     each = {"fp32": 8, "bf16": 4, "8bit": 2}[moments] + (0 if dtype == "fp32" else 4)
-    return weights, weights * each // data_parallel
+    state = weights * each // data_parallel
+    device, host = {"weights": weights * BYTES[dtype], "gradients": weights * 4, "optimizer": state}, {}
+    if args.optimizer_cpu_offload:
+        device["optimizer"], host["optimizer"] = 0, state
+    if args.cpu_offloading_num_layers:
+        host["activations"] = args.cpu_offloading_num_layers * _layer_activations(args, config) * BYTES[dtype]
+    return device, host
+
+
+def _layer_activations(args: SftArguments, config: PreTrainedConfig) -> int:
+    """The most values that a layer keeps for the backward passes of all micro batches in flight, with rows of max_length."""
+    sizes = sizes_of(config)
+    tokens = args.batch_size * args.max_length // args.cp * args.pp
+    if args.gradient_checkpointing:
+        return tokens * sizes.hidden // (args.tp if args.sequence_parallel else 1)
+    qkv = (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim
+    return tokens * (5 * sizes.hidden + (qkv + 3 * sizes.ffn) // args.tp)
 
 
 def _divisors(number: int) -> list[int]:

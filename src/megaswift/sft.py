@@ -252,8 +252,18 @@ def _print_plan(plan: Plan, data: PreparedData, args: SftArguments) -> None:
         f"{plan.megatron['lr_warmup_iters']} of them warm-up; {plan.val_rows} validation rows\n"
         f"memory of the fullest rank without activations: {sum(plan.rank_bytes.values()) / 1e9:.2f} GB "
         f"(weights {plan.rank_bytes['weights'] / 1e9:.2f}, gradients {plan.rank_bytes['gradients'] / 1e9:.2f}, optimizer {plan.rank_bytes['optimizer'] / 1e9:.2f}); "
-        f"one checkpoint {plan.checkpoint_bytes / 1e9:.2f} GB\n"
+        f"one checkpoint {plan.checkpoint_bytes / 1e9:.2f} GB\n{_host_memory(plan)}"
     )
+
+
+def _host_memory(plan: Plan) -> str:
+    """A line on what is offloaded; nothing is said where nothing is."""
+    if not plan.host_bytes:
+        return ""
+    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in plan.host_bytes.items())
+    total = sum(plan.host_bytes.values()) / 1e9
+    layers = f"; activations of {plan.cpu_offloading_num_layers} layers" if plan.cpu_offloading_num_layers else ""
+    return f"page-locked host memory of the fullest rank: at most {total:.2f} GB ({parts}){layers}\n"
 
 
 def _fill_run_dir(run_dir: Path, args: SftArguments, plan: Plan, start: Start) -> None:

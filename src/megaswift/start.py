@@ -13,7 +13,7 @@ from megaswift.checkpoint.lock import refuse_if_in_use
 from megaswift.checkpoint.resume import check_same_base, check_same_model, newest_run, newest_whole
 from megaswift.errors import UserError
 from megaswift.hf.publish import refuse_unfinished
-from megaswift.plan import check_fp8, check_layout, check_numbers, usable_length
+from megaswift.plan import check_fp8, check_layout, check_numbers, check_offload, usable_length
 from megaswift.terminal import say, shown
 
 
@@ -59,6 +59,7 @@ def find_start(args: SftArguments, leads: bool = True) -> Start:
     check_numbers(args)
     _check_device(args)
     check_layout(config, args.tp, args.pp, None, args.sequence_parallel, args.cp)
+    check_offload(args, config)
     _check_tensors(root, checkpoint if converted else None, config)
     manifest = read_manifest(checkpoint) if converted else {"dtype": _folder_dtype(root)}
     goes_on = bool(manifest.get("optimizer")) and layout.iteration_of(checkpoint) > 0
@@ -181,8 +182,17 @@ def _check_device(args: SftArguments) -> None:
     """Raise UserError for options that need a GPU where there is none."""
     import torch
 
-    if args.cuda_graphs == "true" and not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        return
+    if args.cuda_graphs == "true":
         raise UserError("--cuda_graphs true needs an NVIDIA GPU, and none is here.", where="--cuda_graphs", fix="leave it out")
+    for name in ("optimizer_cpu_offload", "cpu_offloading_num_layers"):
+        if getattr(args, name):
+            raise UserError(
+                f"--{name} needs a GPU: this run is on the CPU, whose memory is the host's already.",
+                where=f"--{name}",
+                fix="leave it out",
+            )
 
 
 def _dtype(args: SftArguments, stored: str) -> str:

@@ -18,6 +18,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megaswift.engine.kernels.activation_offload import OffloadingBlock
 from megaswift.engine.kernels.products import PLAIN, products_of
 
 _LIMIT = 64  # graphs; a run with more shapes than that runs the others as they are
@@ -160,8 +161,9 @@ def run_static(hidden: Tensor, static: Static, layout: Any) -> Tensor:
     return _Run.apply(hidden, static, layout)
 
 
-def obstacle(config: TransformerConfig, overlap_grad_reduce: bool = False) -> str | None:
-    """Why a model of this config cannot run as graphs, or None."""
+def obstacle(decoder: Any, overlap_grad_reduce: bool = False) -> str | None:
+    """Why a TransformerBlock cannot run as graphs, or None."""
+    config: TransformerConfig = decoder.config
     if not torch.cuda.is_available():
         return "there is no GPU"
     if config.pipeline_model_parallel_size > 1:
@@ -170,6 +172,8 @@ def obstacle(config: TransformerConfig, overlap_grad_reduce: bool = False) -> st
         return "messages between ranks are not captured"
     if products_of(config) is not PLAIN:
         return "weights in FP8 are kept over micro batches"
+    if isinstance(decoder, OffloadingBlock):
+        return "activations go to the host and come back"
     if overlap_grad_reduce:
         return "gradients are reduced while the backward pass goes on"
     if config.recompute_granularity:
@@ -190,7 +194,7 @@ class Graphs:
     def __init__(self, decoder: Any, mode: str, overlap_grad_reduce: bool = False) -> None:
         self.decoder = decoder
         self.parameters = list(decoder.parameters())
-        problem = obstacle(decoder.config, overlap_grad_reduce)
+        problem = obstacle(decoder, overlap_grad_reduce)
         self.on = mode == "true" and problem is None
         self.measuring = mode == "auto" and problem is None
         told = problem and mode != "false" and torch.cuda.is_available()

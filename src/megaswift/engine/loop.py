@@ -340,6 +340,7 @@ def _restored(job: Job, args: SftArguments) -> tuple[Any, dict[str, Any]]:
         flash_attention=args.use_flash_attn,
         variable_lengths=plan.pp > 1,
         fp8=args.fp8,
+        offloaded_layers=plan.cpu_offloading_num_layers,
     )
     model = build(load_config(Path(job.model_dir)), options)
     names = ("cuda_graphs", "overlap_grad_reduce", "overlap_param_gather")

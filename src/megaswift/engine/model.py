@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megaswift.engine.backend import PlainProvider, SequenceLayout, block_spec
+from megaswift.engine.kernels.activation_offload import offload_activations
 from megaswift.engine.kernels.attention import describe
 from megaswift.engine.kernels.fp8_linear import Fp8Products
 from megaswift.engine.kernels.linear_cross_entropy import linear_cross_entropy
@@ -52,6 +53,7 @@ class ModelOptions:
     flash_attention: bool | None = None
     variable_lengths: bool = False
     fp8: bool = False
+    offloaded_layers: int = 0  # of this stage, from its first on: their activations go to host memory
 
 
 class ChatModel(GPTModel):
@@ -234,6 +236,8 @@ def build(config: PreTrainedConfig, options: ModelOptions) -> ChatModel:
         for parameter in model.parameters():
             parameter.zero_()  # rows of vocabulary padding stay zero, whatever the checkpoint brings
     _mark_split_weights(model)
+    if options.offloaded_layers:
+        offload_activations(model.decoder, options.offloaded_layers)
     return fuse_embedding(model.to(device))
 
 

@@ -91,7 +91,7 @@ class Trainer:
         options = optimizer_config(plan)
         optimizer = get_megatron_optimizer(options, [self.model], get_standard_config_overrides(options))
         # Under fp16 it stays as it was: the loss scaler needs Megatron's own step.
-        self.optimizer = fuse_optimizer(optimizer, plan.moments)
+        self.optimizer = fuse_optimizer(optimizer, plan.moments, on_host=plan.optimizer_cpu_offload)
         for chained in optimizer.chained_optimizers:
             chained.optimizer.allocate()
         self.fused = isinstance(self.optimizer, FusedOptimizer)
@@ -292,9 +292,8 @@ def recompute_swiglu(model: ChatModel, plan: Plan) -> None:
             (config.num_attention_heads + 2 * config.num_query_groups) * config.kv_channels // config.tensor_model_parallel_size
         )
         tokens = plan.max_length * int(plan.megatron["micro_batch_size"]) // plan.cp
-        layers = (
-            config.num_layers // config.pipeline_model_parallel_size * config.pipeline_model_parallel_size
-        )  # of all micro batches in flight
+        stage = config.num_layers // config.pipeline_model_parallel_size - plan.cpu_offloading_num_layers
+        layers = stage * config.pipeline_model_parallel_size  # that stay on the device, of all micro batches in flight
         needed = 2 * (6 * config.hidden_size + 3 * ffn + heads) * tokens * layers
         recompute = needed > 0.8 * torch.cuda.mem_get_info()[0]
     for module in model.modules():

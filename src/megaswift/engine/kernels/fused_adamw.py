@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megaswift.engine.kernels.page_locked import HostTensors
 from megaswift.engine.kernels.small_moments import GROUP, new_moments, small_adamw_kernel, small_adamw_twin
 from megaswift.engine.kernels.triton_support import jit, tl, use_triton
 
@@ -262,12 +263,15 @@ class FusedAdamW(torch.optim.Optimizer):
 
     `moments` says how they are kept: "fp32", "bf16" or "8bit" (then `exp_avg_scale` and `exp_avg_sq_scale` stand beside them).
 
+    `host` makes the moments' tensors in page-locked host memory, where that is wanted; the kernels reach them there.
+
     A parameter may carry `low_precision_weight`, the bf16 tensor that receives its rounded value. `gradient_factor` is the
     device scalar that multiplies the gradients of the next step, and of that one only.
     """
 
     gradient_factor: Tensor | None = None
     moments: str = "fp32"
+    host: HostTensors | None = None
 
     def __init__(
         self,
@@ -286,10 +290,8 @@ class FusedAdamW(torch.optim.Optimizer):
         """Make all moments now: a run that does not fit fails at once, and step 0 can be saved."""
         for group in self.param_groups:
             for param in group["params"]:
-                if not self.state[param] and self.moments == "fp32":
-                    self.state[param] = {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
-                elif not self.state[param]:
-                    self.state[param] = new_moments(param, self.moments)
+                if not self.state[param]:
+                    self.state[param] = new_moments(param, self.moments, self.host.zeros if self.host else None)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch does; small moments stay where they are, for torch would widen them (their values are set one by one)."""

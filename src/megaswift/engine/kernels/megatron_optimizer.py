@@ -17,6 +17,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from torch import Tensor
 
 from megaswift.engine.kernels.fused_adamw import AddressTable, FusedAdamW, sum_of_squares
+from megaswift.engine.kernels.page_locked import HostTensors
 from megaswift.engine.kernels.small_moments import read_moments, write_moments
 
 
@@ -114,13 +115,24 @@ def _link_weights(inner: DistributedOptimizer) -> None:
             main.low_precision_weight = data[place.start : place.end]
 
 
-def fuse_optimizer(optimizer: Any, moments: str = "fp32") -> Any:
+def _move_masters(inner: DistributedOptimizer, host: HostTensors) -> None:
+    """Let each fp32 shard keep its values in host memory: the same tensors, wherever they are held, with other storage.
+
+    Parameters that are fp32 themselves have no such copy.
+    """
+    for mains in inner.shard_fp32_from_float16_groups:
+        for main in mains:
+            main.data = host.copy_of(main)
+
+
+def fuse_optimizer(optimizer: Any, moments: str = "fp32", on_host: bool = False) -> Any:
     """Give a freshly built Megatron-Core optimizer the fused step; its moments are not allocated yet.
 
     It stays as it is unless it is AdamW, in apex's form, under the distributed optimizer with fp32 state, in bf16 or fp32.
 
     Args:
         moments: how they are kept: "fp32", "bf16" or "8bit".
+        on_host: master weights and moments lie in page-locked host memory, which the kernels read and write over PCIe.
     """
     chain = getattr(optimizer, "chained_optimizers", [])
     if type(optimizer) is not ChainedOptimizer or not chain:
@@ -141,5 +153,10 @@ def fuse_optimizer(optimizer: Any, moments: str = "fp32") -> Any:
         inner.__class__ = _Sharded
         inner.optimizer.__class__ = FusedAdamW
         inner.optimizer.moments = moments
+        if on_host:
+            inner.optimizer.host = HostTensors()
+            _move_masters(inner, inner.optimizer.host)
+    if on_host and torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what the master weights leave counts as free from here on
     optimizer.__class__ = FusedOptimizer
     return optimizer

@@ -167,7 +167,8 @@ class _AddNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         x = x.contiguous()
         total, y, rstd = forward(x, None if delta is None else delta.contiguous(), weight, eps)
-        ctx.save_for_backward(total, weight, rstd)
+        ctx.save_for_backward(total, rstd)
+        ctx.weight = weight  # as it is: through saved-tensor hooks it would lose main_grad
         ctx.has_delta = delta is not None
         ctx.set_materialize_grads(False)
         # Returning the input itself would make autograd treat it as modified; a view of it is the same memory.
@@ -176,7 +177,7 @@ class _AddNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         dtotal, dy = grads
-        total, weight, rstd = ctx.saved_tensors
+        (total, rstd), weight = ctx.saved_tensors, ctx.weight
         if dy is None:
             return dtotal, (dtotal if ctx.has_delta else None), None, None
         dx, parts = backward(dy.contiguous(), None if dtotal is None else dtotal.contiguous(), total, weight, rstd)

@@ -15,6 +15,7 @@ Random numbers are a hash of the element's place and the step, so a run can be r
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -158,15 +159,19 @@ def small_adamw_kernel(
             )  # fmt: skip
 
 
-def new_moments(param: Tensor, kind: str) -> dict[str, Tensor]:
-    """State of a flat parameter at step 0: "bf16" or "8bit"."""
-    if kind == "bf16":
-        return {name: torch.zeros_like(param, dtype=torch.bfloat16) for name in ("exp_avg", "exp_avg_sq")}
+def new_moments(
+    param: Tensor, kind: str, zeros: Callable[[tuple[int, ...], torch.dtype], Tensor] | None = None
+) -> dict[str, Tensor]:
+    """State of a parameter at step 0: "fp32", or of a flat one "bf16" or "8bit"; `zeros` makes its tensors."""
+    make = zeros or (lambda shape, dtype: torch.zeros(shape, dtype=dtype, device=param.device))
+    names, shape = ("exp_avg", "exp_avg_sq"), tuple(param.shape)
+    if kind != "8bit":
+        return {name: make(shape, torch.float32 if kind == "fp32" else torch.bfloat16) for name in names}
     groups = -(-param.numel() // GROUP)
     state = {}
-    for name in ("exp_avg", "exp_avg_sq"):
-        state[name] = torch.zeros_like(param, dtype=torch.uint8)
-        state[f"{name}_scale"] = torch.zeros(groups, dtype=torch.float32, device=param.device)
+    for name in names:
+        state[name] = make(shape, torch.uint8)
+        state[f"{name}_scale"] = make((groups,), torch.float32)
     return state
 
 

@@ -21,13 +21,14 @@ class _SwiGLULinear(torch.autograd.Function):
         x = x.contiguous()
         ctx.recompute, ctx.overlap, ctx.products = recompute, overlap and products is PLAIN, products
         result, hidden = products.swiglu_forward(x, weight, residual, keep=not recompute)
-        ctx.save_for_backward(x, weight, *(() if hidden is None else (hidden,)))
+        ctx.save_for_backward(x, *(() if hidden is None else (hidden,)))
+        ctx.weight = weight  # as it is: through saved-tensor hooks it would lose main_grad
         ctx.has_residual = residual is not None
         return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, *kept = ctx.saved_tensors
+        (x, *kept), weight = ctx.saved_tensors, ctx.weight
         grad = grads[0].contiguous()
         residual = grad if ctx.has_residual else None
         flat, gate_up = grad.view(-1, grad.shape[-1]), x.view(-1, x.shape[-1])

@@ -31,14 +31,15 @@ class _Linear(torch.autograd.Function):
         group: Any,
         products: Products,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.bias, ctx.products = bias, products
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.bias = weight, bias  # as they are: through saved-tensor hooks they would lose main_grad
+        ctx.products = products
         ctx.reduce_grad, ctx.sequence, ctx.group = reduce_grad, sequence, group
         return products.forward(gather_sequence(x, group) if sequence else x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        (x,), weight = ctx.saved_tensors, ctx.weight
         grad = grads[0].contiguous()
         flat = grad.view(-1, grad.shape[-1])
         work = None
@@ -52,7 +53,7 @@ class _Linear(torch.autograd.Function):
             work.wait()
             x = whole
             if grad_x is not None:
-                part = torch.empty_like(ctx.saved_tensors[0])
+                part = torch.empty((x.shape[0] // dist.get_world_size(ctx.group), *x.shape[1:]), dtype=x.dtype, device=x.device)
                 work = dist.reduce_scatter_tensor(part, grad_x, group=ctx.group, async_op=True)
         elif ctx.reduce_grad and grad_x is not None:
             part = grad_x
