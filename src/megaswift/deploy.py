@@ -157,6 +157,7 @@ def _run_vllm(args: DeployArguments, path: Path, name: str, key: str | None) -> 
     words += ["--gpu-memory-utilization", str(args.gpu_memory_utilization)]
     if args.max_model_len is not None:
         words += ["--max-model-len", str(args.max_model_len)]
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if key:
         os.environ["VLLM_API_KEY"] = key  # not on the command line, where every user of the machine could read it
     sys.stdout.flush()

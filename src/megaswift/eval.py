@@ -87,6 +87,7 @@ def prepare(args: EvalArguments) -> Request:
     from megaswift.inference.backends import check_backend
     from megaswift.inference.options import GenerationOptions
 
+    args = _with_logits(args)
     _check(args)
     check_backend(args)
     own = "max_new_tokens" in args.explicit() and args.max_new_tokens is not None
@@ -112,6 +113,12 @@ def prepare(args: EvalArguments) -> Request:
     if args.eval_backend == "lm-eval":
         check_lm_eval(benches)
     return Request(args, benches, models, settings)
+
+
+def _with_logits(args: EvalArguments) -> EvalArguments:
+    """What reads log-likelihoods runs on pt, unless the user names a backend."""
+    reads = args.eval_backend == "lm-eval" or args.eval_method == "loglikelihood"
+    return args.changed(infer_backend="pt") if reads and args.infer_backend.upper() == "AUTO" else args
 
 
 def _check(args: EvalArguments) -> None:
@@ -216,6 +223,7 @@ def _evaluate(title: str, chosen: Chosen, request: Request, store: Any) -> Model
         line.show(_line(title, result), keep=True)
     line.close()
     place = located.origin if chosen.directory is None or chosen.megatron or chosen.adapter else str(chosen.directory)
+    backend.close()
     del backend
     gc.collect()
     _empty_gpu()
@@ -291,7 +299,8 @@ def _finish(directory: Path, models: list[Model], request: Request) -> None:
             raise DataError(
                 f"equal weights gave unequal answers: {broken[0]}.",
                 where=str(directory / "comparison.html"),
-                fix="compare the two folders' tokenizer, chat template and config files",
+                fix="compare the two folders' tokenizer, chat template and config files; with vLLM on a GPU evaluate again under "
+                "VLLM_BATCH_INVARIANT=1 first, for its batches, and with them the last bits, differ from run to run",
             )
     print(f"results: {directory / RESULT}", flush=True)
 

@@ -43,7 +43,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture
 def allowed() -> Iterator[None]:
     """Offload on a machine without a GPU."""
-    with mock.patch.object(start, "_refuse_offload_without_gpu"):
+    with mock.patch.object(start, "_check_device"):
         yield
 
 

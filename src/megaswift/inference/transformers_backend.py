@@ -69,6 +69,9 @@ class TransformersBackend:
         """Device and precision, for the header of a conversation."""
         return f"{self.model.device}, {str(self.model.dtype).removeprefix('torch.')}"
 
+    def close(self) -> None:
+        """Nothing has to be ended: memory is free when nobody holds the backend any more."""
+
     def prompt_ids(self, messages: Sequence[Message] | Conversation, options: GenerationOptions) -> list[int]:
         """Token ids of a conversation, up to where the assistant begins.
 

@@ -75,12 +75,18 @@ class VllmBackend:
                 )
             except Exception as error:  # vLLM's own classes, RuntimeError, ValueError, torch's
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+                if "See root cause above" in reason:  # its engine is a process of its own and has printed the cause
+                    reason = "its engine did not start, for the reason that it printed above."
                 raise UserError(
                     f"vLLM cannot load the model: {reason}",
                     where=str(path),
                     fix="lower --max_model_len or --gpu_memory_utilization, or use --infer_backend pt",
                 ) from error
         return cls(llm.llm_engine, tokenizer, prompts, f"vLLM {__version__}, {precision}")
+
+    def close(self) -> None:
+        """End vLLM's engine and free its memory; the backend cannot be used again."""
+        self._engine.engine_core.shutdown()
 
     def prompt_ids(self, messages: Sequence[Message] | Conversation, options: GenerationOptions) -> list[int]:
         """Token ids of a conversation, up to where the assistant begins. Raises PromptTooLongError."""
@@ -91,13 +97,16 @@ class VllmBackend:
     ) -> Iterator[tuple[int, Answer]]:
         """Answers as (index of the prompt, answer), each as soon as it is done; vLLM makes the batches itself."""
         _require_no_beams(options)
+        from vllm.sampling_params import RequestOutputKind
+
         names: dict[str, int] = {}
         waiting = iter(enumerate(prompts))
+        last = RequestOutputKind.FINAL_ONLY  # nobody sees what stands before the end, so vLLM need not make it in every step
         try:
             while True:
                 for place, prompt in itertools.islice(waiting, _AHEAD - len(names)):
                     seed = None if options.seed is None else options.seed + place
-                    names[self._add(prompt, options, seed)] = place
+                    names[self._add(prompt, options, seed, output_kind=last)] = place
                 if not names:
                     return
                 for output in self._engine.step():
@@ -113,8 +122,8 @@ class VllmBackend:
         _require_no_beams(options)
         return VllmStream(self, self.prompt_ids(messages, options), options)
 
-    def _add(self, prompt: Sequence[int], options: GenerationOptions, seed: int | None) -> str:
-        """Hand one request to the engine and return its name."""
+    def _add(self, prompt: Sequence[int], options: GenerationOptions, seed: int | None, **more: Any) -> str:
+        """Hand one request to the engine and return its name; `more` goes to vLLM's SamplingParams."""
         from vllm import SamplingParams
 
         name = str(next(self._numbers))
@@ -129,6 +138,8 @@ class VllmBackend:
             stop=list(options.stop_words) or None,
             stop_token_ids=sorted(self._ends),
             skip_special_tokens=False,
+            detokenize=bool(options.stop_words),  # the text is made here; vLLM needs it only to find stop words
+            **more,
         )
         self._engine.add_request(name, {"prompt_token_ids": list(prompt)}, params)
         return name
@@ -225,6 +236,11 @@ def _require_no_beams(options: GenerationOptions) -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """vLLM's own log and bars are for its developers; what matters is said by us. The user's settings win."""
+    import torch
+
+    if torch.cuda.is_available():
+        # Asking torch for the GPU has touched CUDA; a forked engine could not use it any more.
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
