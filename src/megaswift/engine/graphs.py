@@ -112,8 +112,6 @@ class Captured(Static):
 
     def __init__(self, decoder: Any, shape: Shape, hidden: Tensor, layout: Any, pool: Any, parameters: list[Tensor]) -> None:
         super().__init__(decoder, shape, hidden, layout)
-        if shape.samples is not None:
-            self.layout.segments = None
         stale = [p for p in parameters if getattr(p, "main_grad_stale", False)]
         self.graphs = (torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph())
         stream = torch.cuda.current_stream()  # the one that the weights' gradient hooks belong to
