@@ -235,13 +235,11 @@ class SftArguments(ModelArguments, LayoutArguments, DataArguments):
     )
     cuda_graphs: str = option(
         "auto",
-        "Replay the layers' kernels as CUDA graphs: for small models, whose kernels take longer to launch than to run. "
-        "auto: where the first steps show that.",
+        "Replay small models' layers as CUDA graphs; auto: where the first steps show that launching kernels takes the time.",
         ("auto", "true", "false"),
     )
     overlap_grad_reduce: bool | None = option(
-        None,
-        "Sum gradients over data-parallel processes while the backward pass goes on; default: on GPUs, from a billion parameters.",
+        None, "Sum gradients during the backward pass, where ranks share data; default: on GPUs, from a billion parameters."
     )
     overlap_param_gather: bool | None = option(
         None, "Gather new weights while the next forward pass goes on; default: where gradients are reduced that way."
@@ -255,6 +253,12 @@ class SftArguments(ModelArguments, LayoutArguments, DataArguments):
     group_by_length: bool = option(False, "Draw rows of similar length into one global batch.")
     gradient_checkpointing: bool = option(
         False, "Recompute activations in the backward pass: less memory, about a third more work."
+    )
+    recompute_modules: str = option(
+        "auto",
+        "Parts of a layer to recompute in the backward pass: swiglu (nearly free), or mlp (its first product too: half of the "
+        "memory or less, a fifth more work). auto: swiglu where memory is short.",
+        ("auto", "none", "swiglu", "mlp"),
     )
     fp8: bool = option(
         False,

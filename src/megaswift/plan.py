@@ -178,6 +178,12 @@ def check_numbers(args: SftArguments) -> None:
         )
     if args.cuda_graphs == "true":
         _check_graphs(args)
+    if args.gradient_checkpointing and args.recompute_modules in ("swiglu", "mlp"):
+        raise UserError(
+            f"--gradient_checkpointing true recomputes whole layers, --recompute_modules {args.recompute_modules} parts of them.",
+            where="--recompute_modules",
+            fix="give one of the two",
+        )
     if args.overlap_param_gather and not args.overlap_grad_reduce:
         raise UserError(
             "--overlap_param_gather true works only together with --overlap_grad_reduce true.",

@@ -174,6 +174,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_nothing_is_left_after_a_failure(tmp_path: Path, fault: str, threads: int) -> None:
     produce, error = FAULTS[fault]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in its background with Ctrl-C ignored
     tensors = planned({f"t{number}": torch.zeros(4) for number in range(9)})
     tensors.insert(4, PlannedTensor("bad", torch.float32, (4,), produce))
     before = threading.active_count()

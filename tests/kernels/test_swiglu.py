@@ -9,8 +9,9 @@ from tests.kernels.conftest import check, double, leaf
 
 from megaswift.engine.kernels import swiglu_linear as module
 from megaswift.engine.kernels.swiglu import backward_in_place, swiglu
-from megaswift.engine.kernels.swiglu_linear import swiglu_linear
+from megaswift.engine.kernels.swiglu_linear import FirstProduct, swiglu_linear
 from megaswift.engine.kernels.triton_support import HAS_TRITON, use_triton
+from megaswift.engine.kernels.weight_grad import linear
 
 SHAPES = [(5, 3, 33), (2, 1, 1030), (1, 4, 7)]
 
@@ -54,6 +55,30 @@ def test_swiglu_linear(case, shape, recompute, main, add):
     check(weight.main_grad if main else weight.grad, b.grad, case[1])
     if add:
         assert torch.equal(residual.grad, grad)
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_the_first_product_again(case, main):
+    """The same bits, and [gate, up] is not kept."""
+    start, one, two = leaf(7, 2, 24, like=case), leaf(66, 24, like=case), leaf(24, 33, like=case)
+    residual, grads, kept = torch.randn_like(start), [], []
+    for again in (False, True):
+        for tensor in (start, one, two):
+            tensor.grad = None
+        if main:
+            for weight in (one, two):
+                weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)
+                weight.grad_added_to_main_grad = False
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x):
+            inputs = start * 1
+            first = FirstProduct(inputs, one) if again else None
+            y = swiglu_linear(linear(inputs, one), two, residual=residual, first=first)
+        y.backward(torch.ones_like(y))
+        grads.append([start.grad, *(weight.main_grad if main else weight.grad for weight in (one, two))])
+        kept.append(sizes)
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+    assert kept[0].count(7 * 2 * 66) == 1 and kept[1].count(7 * 2 * 66) == 0
 
 
 @pytest.mark.parametrize("recompute", [True, False])

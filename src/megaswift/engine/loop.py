@@ -343,7 +343,7 @@ def _restored(job: Job, args: SftArguments) -> tuple[Any, dict[str, Any]]:
         offloaded_layers=plan.cpu_offloading_num_layers,
     )
     model = build(load_config(Path(job.model_dir)), options)
-    names = ("cuda_graphs", "overlap_grad_reduce", "overlap_param_gather")
+    names = ("cuda_graphs", "overlap_grad_reduce", "overlap_param_gather", "recompute_modules")
     ways: dict[str, Any] = {name: getattr(args, name) for name in names}
     if job.first_step == 0:
         start = Path(job.checkpoint)

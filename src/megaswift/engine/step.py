@@ -16,6 +16,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megaswift.engine import compat
@@ -65,6 +66,7 @@ class Trainer:
         cuda_graphs: str = "false",
         overlap_grad_reduce: bool | None = False,
         overlap_param_gather: bool | None = None,
+        recompute_modules: str = "auto",
     ) -> None:
         self.bare_model = model
         compat.use_our_adamw()
@@ -99,7 +101,7 @@ class Trainer:
         config.grad_scale_func = self.optimizer.scale_loss
         config.finalize_model_grads_func = self._finalize
         self.run_schedule = get_forward_backward_func()
-        recompute_swiglu(model, plan)
+        recompute(model, plan, recompute_modules)
         self.norm_limit = math.inf  # a step with a larger gradient norm changes nothing
 
     def close(self) -> None:
@@ -280,25 +282,34 @@ def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any
     return output, loss_function
 
 
-def recompute_swiglu(model: ChatModel, plan: Plan) -> None:
-    """Keep SwiGLU's result for the backward pass where memory allows (2 x ffn bytes a token and layer), else compute it again.
+def recompute(model: ChatModel, plan: Plan, modules: str) -> None:
+    """Let the MLPs compute parts again in the backward pass.
 
-    What a layer keeps besides is about 6 x hidden + 2 x ffn + queries, keys and values, two bytes each.
+    Args:
+        modules: "none"; "swiglu" (2 x ffn bytes a token and layer less, nearly free); "mlp" (4 x ffn more, for the first
+            product again); or "auto": "swiglu" where memory is short.
     """
-    config, recompute = model.config, False
-    if torch.cuda.is_available() and not config.recompute_granularity:
-        ffn = config.ffn_hidden_size // config.tensor_model_parallel_size
-        heads = (
-            (config.num_attention_heads + 2 * config.num_query_groups) * config.kv_channels // config.tensor_model_parallel_size
-        )
-        tokens = plan.max_length * int(plan.megatron["micro_batch_size"]) // plan.cp
-        stage = config.num_layers // config.pipeline_model_parallel_size - plan.cpu_offloading_num_layers
-        layers = stage * config.pipeline_model_parallel_size  # that stay on the device, of all micro batches in flight
-        needed = 2 * (6 * config.hidden_size + 3 * ffn + heads) * tokens * layers
-        recompute = needed > 0.8 * torch.cuda.mem_get_info()[0]
+    short = modules == "auto" and short_of_memory(model.config, plan)
     for module in model.modules():
         if isinstance(module, FusedMLP):
-            module.recompute_activation = recompute
+            module.recompute_activation = modules in ("swiglu", "mlp") or short
+            module.recompute_first = modules == "mlp"
+
+
+def short_of_memory(config: TransformerConfig, plan: Plan) -> bool:
+    """Whether SwiGLU's results do not fit beside what layers keep in any case.
+
+    That is about 6 x hidden + 2 x ffn + queries, keys and values, two bytes each.
+    """
+    if not torch.cuda.is_available() or config.recompute_granularity:
+        return False
+    ffn = config.ffn_hidden_size // config.tensor_model_parallel_size
+    heads = (config.num_attention_heads + 2 * config.num_query_groups) * config.kv_channels // config.tensor_model_parallel_size
+    tokens = plan.max_length * int(plan.megatron["micro_batch_size"]) // plan.cp
+    stage = config.num_layers // config.pipeline_model_parallel_size - plan.cpu_offloading_num_layers
+    layers = stage * config.pipeline_model_parallel_size  # that stay on the device, of all micro batches in flight
+    needed = 2 * (6 * config.hidden_size + 3 * ffn + heads) * tokens * layers
+    return needed > 0.8 * torch.cuda.mem_get_info()[0]
 
 
 def optimizer_config(plan: Plan) -> OptimizerConfig:

@@ -29,7 +29,7 @@ from megaswift.engine.kernels.products import products_of
 from megaswift.engine.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_keep
 from megaswift.engine.kernels.rope import rotate, split_rotate_qkv
 from megaswift.engine.kernels.swiglu import swiglu
-from megaswift.engine.kernels.swiglu_linear import swiglu_linear
+from megaswift.engine.kernels.swiglu_linear import FirstProduct, swiglu_linear
 
 
 class RMSNorm(torch.nn.Module):
@@ -122,9 +122,10 @@ class FusedSelfAttention(SelfAttention):
 
 
 class FusedMLP(MLP):
-    """An MLP whose SwiGLU is fused with the second product (see `swiglu_linear` for the two options)."""
+    """An MLP whose SwiGLU is fused with the second product (see `swiglu_linear` for the options)."""
 
     recompute_activation = True
+    recompute_first = False  # the first product, too
     overlap = False
 
     def forward(
@@ -137,7 +138,7 @@ class FusedMLP(MLP):
         second = self.linear_fc2
         if not self._fuses_second():
             return second(swiglu(both))
-        output = swiglu_linear(both, second.weight, **self._options())
+        output = swiglu_linear(both, second.weight, **self._options(hidden_states))
         if second.sequence_parallel:
             return reduce_scatter_to_sequence_parallel_region(output, group=second.tp_group), None
         return reduce_from_tensor_model_parallel_region(output, group=second.tp_group), None
@@ -147,12 +148,17 @@ class FusedMLP(MLP):
         second = self.linear_fc2
         if self._takes() and self._fuses_second() and second.tp_group.size() == 1:
             both, _ = self.linear_fc1(hidden_states)
-            return swiglu_linear(both, second.weight, **self._options(), residual=residual)
+            return swiglu_linear(both, second.weight, **self._options(hidden_states), residual=residual)
         output, bias = self.forward(hidden_states)
         return residual + (output if bias is None else output + bias)
 
-    def _options(self) -> dict[str, Any]:
-        return dict(recompute=self.recompute_activation, overlap=self.overlap, products=products_of(self.config))
+    def _options(self, hidden_states: Tensor) -> dict[str, Any]:
+        layer, first = self.linear_fc1, None
+        plain = isinstance(layer, ColumnParallelLinear) and layer.weight.requires_grad  # an adapter around it is not
+        if self.recompute_first and plain:
+            first = FirstProduct(hidden_states, layer.weight, layer.tp_group if layer.sequence_parallel else None)
+        products = products_of(self.config)
+        return dict(recompute=self.recompute_activation, overlap=self.overlap, products=products, first=first)
 
     def _takes(self) -> bool:
         config = self.config

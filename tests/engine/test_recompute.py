@@ -1,0 +1,69 @@
+"""`--recompute_modules`: parts of the MLPs are computed again in the backward pass, to the same bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from megaswift.arguments import SftArguments
+from megaswift.errors import UserError
+from megaswift.plan import check_numbers
+from tests.ranks import RankPool
+from tests.training import Run, run_job, tiny_start, train, write_rows
+
+
+def products_again(path: str) -> int:
+    """The loop of one rank; how many first products were computed a second time."""
+    from megaswift.engine.kernels import swiglu_linear as module
+
+    count = 0
+
+    class Counted(module.FirstProduct):
+        def __init__(self, *arguments: Any) -> None:
+            nonlocal count
+            count += 1
+            super().__init__(*arguments)
+
+    with mock.patch("megaswift.engine.kernels.megatron_layer.FirstProduct", Counted):
+        run_job(path)
+    return count
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("recompute")
+    return tiny_start(root, dtype="float32"), write_rows(root / "rows.jsonl")
+
+
+def three_steps(pool: RankPool, start: tuple[Path, Path], output: Path, world: int, **options: Any) -> tuple[Run, int]:
+    counts: list[int] = []
+    run = pool.run
+
+    def noted(*arguments: Any) -> Any:
+        counts.extend(run(*arguments))
+        return counts
+
+    common = dict(batch_size=2, gradient_accumulation_steps=2, max_steps=3, dataset_test_ratio=0.0)
+    with mock.patch("tests.training.run_job", products_again), mock.patch.object(pool, "run", noted):
+        ended = train(pool, output, world, resume_from_checkpoint=str(start[0]), dataset=[str(start[1])], **common, **options)
+    return ended, counts[0]
+
+
+@pytest.mark.parametrize("layout", [{}, {"tp": 2, "sequence_parallel": True}], ids=["tp1", "tp2 sp"])
+def test_the_same_bits(layout: dict[str, Any], start: tuple[Path, Path], pool: RankPool, tmp_path: Path) -> None:
+    world = layout.get("tp", 1)
+    plain, none = three_steps(pool, start, tmp_path / "plain", world, **layout)
+    again, some = three_steps(pool, start, tmp_path / "again", world, recompute_modules="mlp", **layout)
+    assert none == 0 and some == 3 * (2 * world) * 4  # steps, micro batches, layers
+    assert again.losses == plain.losses and again.norms == plain.norms
+
+
+def test_whole_layers_and_parts_exclude_each_other(start: tuple[Path, Path]) -> None:
+    args = SftArguments(
+        resume_from_checkpoint=str(start[0]), dataset=["rows"], gradient_checkpointing=True, recompute_modules="mlp"
+    )
+    with pytest.raises(UserError, match="recomputes whole layers, --recompute_modules mlp parts of them"):
+        check_numbers(args)
