@@ -17,7 +17,7 @@ from megaswift.engine.graphs import Graphs, Shape, Static, bucket
 from megaswift.errors import UserError
 from megaswift.plan import check_numbers
 from tests.ranks import RankPool
-from tests.training import Run, run_job, tiny_start, train, write_rows
+from tests.training import Run, long, run_job, tiny_start, train, write_rows
 
 RUNS = {
     "end to end": dict(batch_size=4),
@@ -84,7 +84,7 @@ def six_steps(pool: RankPool, start: tuple[Path, Path], output: Path, **options:
     return train(pool, output, 1, **common, **options)
 
 
-@pytest.mark.parametrize("form", RUNS)
+@pytest.mark.parametrize("form", [pytest.param("end to end", marks=long), "packed", "padded"])
 def test_filled_up_rows_train_alike(form: str, start: tuple[Path, Path], pool: RankPool, tmp_path: Path) -> None:
     """Six steps of two micro batches: losses and gradient norms to 1e-6, whether rows go as they are or filled up."""
     plain = six_steps(pool, start, tmp_path / "plain", **RUNS[form])

@@ -29,7 +29,7 @@ from megaswift.plan import Plan, check_offload
 from tests import tiny
 from tests.ranks import RankPool
 from tests.test_plan import plan as make_plan
-from tests.training import Run, tiny_start, train, write_rows
+from tests.training import Run, long, tiny_start, train, write_rows
 
 LAYERS, STEPS = 4, 3
 
@@ -67,7 +67,7 @@ def same_checkpoints(one: Run, other: Run, step: int) -> None:
     [
         ("fp32", "adamw_torch", 1, {}),
         ("bf16", "adamw_torch", 2, {"async_save": True}),
-        ("bf16", "adamw_bf16", 2, {"gradient_checkpointing": True}),
+        pytest.param("bf16", "adamw_bf16", 2, {"gradient_checkpointing": True}, marks=long),
         ("bf16", "adamw_8bit", 2, {"pp": 2}),
     ],
 )
@@ -293,11 +293,11 @@ def equal(one: dict[str, Any], other: dict[str, Any]) -> None:
         ("end to end", 1, "none", (1, LAYERS - 1, LAYERS), {"batch_size": 4}),
         ("padded", 1, "none", (LAYERS - 1,), {"batch_size": 4, "padding_free": False}),
         ("packed", 1, "full", (1, LAYERS), {"packing": True}),
-        ("padded", 1, "full", (LAYERS - 1,), {"batch_size": 4, "padding_free": False}),
+        pytest.param("padded", 1, "full", (LAYERS - 1,), {"batch_size": 4, "padding_free": False}, marks=long),
         ("padded", 1, "selective", (LAYERS - 1,), {"batch_size": 4, "padding_free": False}),
         ("end to end", 2, "none", (1, 2), {"pp": 2}),
-        ("end to end", 2, "full", (1, 2), {"pp": 2}),
-        ("end to end", 2, "none", (2,), {"cp": 2, "batch_size": 4}),
+        pytest.param("end to end", 2, "full", (1, 2), {"pp": 2}, marks=long),
+        pytest.param("end to end", 2, "none", (2,), {"cp": 2, "batch_size": 4}, marks=long),
         ("end to end", 2, "none", (3,), {"tp": 2, "sequence_parallel": True, "batch_size": 4}),
     ],
     ids=str,

@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 
 from tests.ranks import RankPool
-from tests.training import Run, run_job, tiny_start, train, write_rows
+from tests.training import Run, long, run_job, tiny_start, train, write_rows
 
 
 def in_small_buckets(path: str) -> tuple[int, int]:
@@ -55,7 +55,7 @@ def four_steps(pool: RankPool, start: tuple[Path, Path], output: Path, world: in
     return ended, results[-1]
 
 
-@pytest.mark.parametrize("layout", [{}, {"pp": 2}], ids=["dp2", "dp2 pp2"])
+@pytest.mark.parametrize("layout", [pytest.param({}, marks=long), {"pp": 2}], ids=["dp2", "dp2 pp2"])
 def test_the_same_training(layout: dict[str, int], start: tuple[Path, Path], pool: RankPool, tmp_path: Path) -> None:
     """And a checkpoint of one goes on in the other: the optimizer's pieces lie elsewhere, which the saved state does not know."""
     world = 4 if "pp" in layout else 2
