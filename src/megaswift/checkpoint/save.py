@@ -44,6 +44,9 @@ class TrainingState(Protocol):
     optimizer: Any
     scheduler: Any
 
+    def settle_weights(self) -> None:
+        """Wait until this rank has all new weights; all ranks call it at once."""
+
 
 def save(
     root: Path,
@@ -90,6 +93,7 @@ class Saving:
         self.target, self.iteration = iteration_directory(root, iteration), iteration
         self.manifest = manifest | {"iteration": iteration, "optimizer": not only_model}
         self.temporary = _agreed_directory(self.target, needed)
+        state.settle_weights()  # a collective: before anything can fail on one rank alone
         self.part = _Part()
         self.common: dict[str, Any] = {}
         self.thread: threading.Thread | None = None

@@ -239,7 +239,6 @@ class Training:
         """Begin a checkpoint; it is finished here, or with --async_save at a later boundary."""
         self.watchdog.long(f"saving after step {step}")
         self.began = time.perf_counter()
-        self.trainer.settle_weights()
         extra = {
             "consumed_samples": step * self.plan.global_batch,
             "data_fingerprint": self.train.fingerprint,

@@ -117,7 +117,7 @@ class Trainer:
             setattr(config, name, None)
 
     def settle_weights(self) -> None:
-        """Wait until this rank has all new weights; call it before anything but a forward pass reads them."""
+        """Wait until this rank has all new weights; all ranks call it, before anything but a forward pass reads them."""
         if self.model.ddp_config.overlap_param_gather:
             self.model.start_param_sync(force_sync=True)
 

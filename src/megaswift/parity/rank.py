@@ -99,6 +99,9 @@ class _Gradients:
         self.bare_model = self
         self.optimizer = self.scheduler = None
 
+    def settle_weights(self) -> None:
+        """Nothing to wait for: no weight is read."""
+
     def sharded_state_dict(self, prefix: str = "", metadata: Any = None) -> dict[str, Any]:
         """Megatron-Core's sharded state dict of the model with fp32 gradients as its data."""
         from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
