@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=100, help="questions of the log-likelihood rows")
     parser.add_argument("--few", type=int, default=32, help="questions of the generation rows")
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--gpu_memory_utilization", default="0.9", help="share of the GPU's memory for vLLM")
     parser.add_argument("--eval_python", default=str(ROOT / ".venv-eval/bin/python"))
     parser.add_argument("--vllm_python", default=str(ROOT / ".venv-vllm/bin/python"))
     args = parser.parse_args()
@@ -52,7 +53,7 @@ def main() -> None:
         ("swift eval, lm-eval in process", args.eval_python, ["--eval_backend", "lm-eval"], args.questions),
         ("lm-eval, model hf (plain)", args.eval_python, None, args.questions),
         ("swift eval, 16 tokens, pt", sys.executable, ["--max_new_tokens", "16"], args.few),
-        ("swift eval, 16 tokens, vLLM", args.vllm_python, ["--max_new_tokens", "16", "--infer_backend", "vllm", "--max_model_len", "1024"], args.few),
+        ("swift eval, 16 tokens, vLLM", args.vllm_python, ["--max_new_tokens", "16", "--infer_backend", "vllm", "--max_model_len", "1024", "--gpu_memory_utilization", args.gpu_memory_utilization], args.few),
     ):  # fmt: skip
         if Path(python).exists():
             found = plain(python, args, count) if words is None else ours(python, args, words, count)

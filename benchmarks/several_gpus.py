@@ -1,6 +1,7 @@
 """The document's example at its own size on one machine with several GPUs, and every layout beside what arithmetic says of it.
 
 python benchmarks/several_gpus.py predict seed layouts losses resume kill scaling [--gpus 4] [--shape 7b] [--out FILE.jsonl]
+python benchmarks/several_gpus.py predict layouts --gpus 2 --shape 3b --length 4096 --batch 2 --global-rows 16
 python benchmarks/several_gpus.py seed layouts losses resume kill scaling --shape tiny --steps 4     (a dry run on any machine)
 
 Random weights in a real shape, random text, full fine-tuning in bf16 (fp32 without a GPU). Parts; each prints lines of JSON:
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import shutil
@@ -27,10 +29,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 from sft_gpu import SHAPES, make_model, make_rows
 
@@ -38,8 +40,7 @@ SHAPES["7b"] = dict(
     hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, intermediate_size=18944
 )
 SHAPES["tiny"] = dict(hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, intermediate_size=128)
-SMALLER = {"7b": "1.5b", "1.5b": "0.5b", "0.5b": "tiny", "tiny": "tiny"}
-LENGTH = 2048
+SMALLER = {"7b": "1.5b", "3b": "1.5b", "1.5b": "0.5b", "0.5b": "tiny", "tiny": "tiny"}
 
 # What the arithmetic takes as given for one H200.
 PEAK = 989.4e12  # bf16 products, dense, FLOP/s
@@ -53,62 +54,76 @@ LATENCY = 25e-6  # s for one collective, launch included
 class Layout:
     """A layout and the options of its variant."""
 
-    tp: int
-    pp: int
-    words: tuple[str, ...] = ()
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    variant: str = ""
+
+    VARIANTS: ClassVar = {
+        "": (),
+        "sequence parallel": ("--sequence_parallel", "true"),
+        "nothing overlapped": ("--overlap_grad_reduce", "false"),
+    }
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        sizes = {key: size for key, size in (("--tp", self.tp), ("--pp", self.pp), ("--cp", self.cp)) if size > 1}
+        return (*(word for key, size in sizes.items() for word in (key, str(size))), *self.VARIANTS[self.variant])
+
+    def dp(self, gpus: int) -> int:
+        return gpus // (self.tp * self.pp * self.cp)
 
     def name(self, gpus: int) -> str:
-        dp = gpus // (self.tp * self.pp)
-        parts = [f"{key}{size}" for key, size in (("tp", self.tp), ("pp", self.pp), ("dp", dp)) if size > 1]
-        return " ".join([*parts, *(word.lstrip("-").replace("_", " ") for word in self.words if word.startswith("--"))]) or "1"
+        sizes = (("tp", self.tp), ("pp", self.pp), ("cp", self.cp), ("dp", self.dp(gpus)))
+        return " ".join([*(f"{key}{size}" for key, size in sizes if size > 1), *self.variant.split()]) or "1"
 
 
 def layouts(gpus: int) -> list[Layout]:
     """The layouts of the comparison that fit the number of GPUs, each once, and the variants of some."""
-    shapes = [(gpus, 1), (2, 1), (1, 1), (2, 2), (1, gpus)]
-    found = [Layout(tp, pp) for tp, pp in dict.fromkeys(shapes) if gpus % (tp * pp) == 0]
-    for layout in list(found):
-        if layout.tp > 1:
-            found.append(Layout(layout.tp, layout.pp, ("--sequence_parallel", "true")))
-    found.append(Layout(2, 1, ("--packing", "true")))
-    return [layout for layout in found if layout.tp * layout.pp <= gpus]
+    shapes = [(gpus, 1, 1), (2, 1, 1), (1, 1, 1), (2, 2, 1), (1, gpus, 1), (1, 1, gpus)]
+    found = [Layout(*shape) for shape in dict.fromkeys(shapes) if gpus % math.prod(shape) == 0]
+    found += [replace(layout, variant="sequence parallel") for layout in found if layout.tp > 1]
+    return [*found, Layout(variant="nothing overlapped")]
 
 
 def predict(work: Path, options: argparse.Namespace) -> None:
     """Bytes of weights, optimizer and activations; seconds from products, what tensor, pipeline and data parallelism send, and the optimizer."""
     for layout in layouts(options.gpus):
-        show(options, part="predict", layout=layout.name(options.gpus), **predicted(layout, options.shape, options.gpus))
+        show(options, part="predict", layout=layout.name(options.gpus), **predicted(layout, options))
 
 
-def predicted(layout: Layout, shape: str, gpus: int) -> dict[str, float]:
-    """One step of the document's global batch of 16 rows of 2,048 tokens."""
-    size = SimpleNamespace(**SHAPES[shape])
-    vocab, rows = 152064, 16
-    tp, pp, dp = layout.tp, layout.pp, gpus // (layout.tp * layout.pp)
+def predicted(layout: Layout, options: argparse.Namespace) -> dict[str, float]:
+    """One step of the global batch, each row as long as it may be; nothing overlapped."""
+    size = SimpleNamespace(**SHAPES[options.shape])
+    vocab, rows, gpus, length = options.vocab, options.global_rows, options.gpus, options.length
+    tp, pp, cp, dp = layout.tp, layout.pp, layout.cp, layout.dp(gpus)
     heads = size.hidden_size * (1 + size.num_key_value_heads / size.num_attention_heads)  # query and output, key and value
     layers = size.num_hidden_layers * (2 * size.hidden_size * heads + 3 * size.hidden_size * size.intermediate_size)
     table = vocab * size.hidden_size
     own = (layers / pp + (2 * table if pp == 1 else table)) / tp  # parameters of the fullest rank
-    flops = rows * LENGTH * (6 * (layers + table) + 6 * size.num_hidden_layers * size.hidden_size * LENGTH)
-    micro = rows // dp
+    flops = rows * length * (6 * (layers + table) + 6 * size.num_hidden_layers * size.hidden_size * length)
+    micro, tokens = rows // dp // options.batch, options.batch * length // cp  # micro batches a rank, tokens of one
     compute = flops / gpus / (PEAK * REACHED)
-    hidden = LENGTH * size.hidden_size * 2  # bytes of one activation of a row
+    hidden = tokens * size.hidden_size * 2  # bytes of one activation of a micro batch
     # Megatron's column-row pairs: two all-reduces forward, two backward, each sending 2 (tp - 1) / tp of the bytes.
     tensor = micro * size.num_hidden_layers / pp * 4 * (hidden * 2 * (tp - 1) / tp / LINK + LATENCY) if tp > 1 else 0.0
+    # Context parallelism gathers keys and values of a row in each layer and scatters their gradients.
+    keys = hidden * cp * 2 * size.num_key_value_heads / size.num_attention_heads
+    context = micro * size.num_hidden_layers * 2 * (keys * (cp - 1) / cp / LINK + LATENCY) if cp > 1 else 0.0
     bubble = (compute + tensor) * (pp - 1) / micro
-    data = own * (4 + 2) * (dp - 1) / dp / LINK  # fp32 gradients scattered, bf16 weights gathered
-    update = own * 28 / dp / MEMORY + own * 4 / MEMORY  # gradient, master, two moments read, three written; zeroed gradients
-    seconds = compute + tensor + bubble + data + update
+    shares = dp * cp  # ranks with the same weights share the optimizer's state
+    data = own * (4 + 2) * (shares - 1) / shares / LINK  # fp32 gradients scattered, bf16 weights gathered
+    update = own * 28 / shares / MEMORY + own * 4 / MEMORY  # gradient, master, two moments read, three written; zeroed gradients
+    seconds = compute + tensor + context + bubble + data + update
     # Saved for backward of a row and layer without recompute, in bytes: about 34 hidden-sized halves (Korthikanti et al. 2022,
     # without dropout and with fused norms and SwiGLU fewer: 8 of the hidden size, 4 of the feed-forward size, heads).
-    kept = LENGTH * 2 * (6 * size.hidden_size + 2 * heads + 3 * size.intermediate_size)
-    shared = tp if "--sequence_parallel" in layout.words else 1
-    activations = (kept - LENGTH * 8 * size.hidden_size) / tp + LENGTH * 8 * size.hidden_size / shared
-    memory = own * (2 + 4 + 12 / dp) + activations * size.num_hidden_layers / pp * min(micro, pp)
-    return {"seconds": seconds, "tokens_s_gpu": rows * LENGTH / seconds / gpus, "memory_gb": memory / 1e9} | {
-        key: value / seconds
-        for key, value in dict(compute=compute, tensor=tensor, bubble=bubble, data=data, update=update).items()
-    }
+    kept = tokens * 2 * (6 * size.hidden_size + 2 * heads + 3 * size.intermediate_size)
+    shared = tp if layout.variant == "sequence parallel" else 1
+    activations = (kept - tokens * 8 * size.hidden_size) / tp + tokens * 8 * size.hidden_size / shared
+    memory = own * (2 + 4 + 12 / shares) + activations * size.num_hidden_layers / pp * min(micro, pp)
+    parts = dict(compute=compute, tensor=tensor, context=context, bubble=bubble, data=data, update=update)
+    whole = {"seconds": seconds, "tokens_s_gpu": rows * length / seconds / gpus, "memory_gb": memory / 1e9}
+    return whole | {key: value / seconds for key, value in parts.items()}
 
 
 def seed(work: Path, options: argparse.Namespace) -> None:
@@ -116,7 +131,7 @@ def seed(work: Path, options: argparse.Namespace) -> None:
     began = time.perf_counter()
     swift(work, "export", *named(), "--to_megatron", "true", "--tp", "2", "--dtype", options.dtype)
     there = time.perf_counter() - began
-    log, run = trained(work, options, Layout(2, 1), "seed", "--learning_rate", "2e-6", start="bench-tp2-pp1")
+    log, run = trained(work, options, Layout(tp=2), "seed", "--learning_rate", "2e-6", start="bench-tp2-pp1")
     began = time.perf_counter()
     swift(work, "export", "--ckpt_dir", str(run), "--to_hf", "true")
     back = time.perf_counter() - began
@@ -127,8 +142,8 @@ def seed(work: Path, options: argparse.Namespace) -> None:
 def compare_layouts(work: Path, options: argparse.Namespace) -> None:
     """A short run of each layout; beside each, what was predicted."""
     for layout in layouts(options.gpus):
-        log, _ = trained(work, options, layout, "layout", "--save_only_model", "true")
-        ahead = predicted(layout, options.shape, options.gpus)
+        log, _ = trained(work, options, layout, "layout", *full(options))
+        ahead = predicted(layout, options)
         show(
             options, part="layouts", layout=layout.name(options.gpus), **speed(log, options),
             predicted_tokens_s_gpu=ahead["tokens_s_gpu"], predicted_memory_gb=ahead["memory_gb"],
@@ -137,7 +152,7 @@ def compare_layouts(work: Path, options: argparse.Namespace) -> None:
 
 def losses(work: Path, options: argparse.Namespace) -> None:
     """The command that users have for this."""
-    names = [layout for layout in layouts(options.gpus) if not layout.words]
+    names = [layout for layout in layouts(options.gpus) if not layout.variant]
     text = " ".join(layout.name(options.gpus).replace(" ", ",") for layout in names)
     printed = swift(
         work, "parity", *named(), "--dataset", "rows.jsonl", "--layouts", text, "--steps", str(min(options.steps, 20)), "--dtype",
@@ -151,7 +166,7 @@ def losses(work: Path, options: argparse.Namespace) -> None:
 def resume(work: Path, options: argparse.Namespace) -> None:
     """Losses after a checkpoint that another layout goes on from."""
     steps = options.steps - options.steps % 2
-    whole, run = trained(work, options, Layout(2, 1), "whole", "--save_steps", str(steps // 2), steps=steps)
+    whole, run = trained(work, options, Layout(tp=2), "whole", "--save_steps", str(steps // 2), steps=steps)
     half = work / "half" / run.parent.name / run.name
     shutil.copytree(run, half)
     shutil.rmtree(half / f"iter_{steps:07d}")  # as if it had been stopped in the middle
@@ -165,7 +180,7 @@ def resume(work: Path, options: argparse.Namespace) -> None:
 
 def kill(work: Path, options: argparse.Namespace) -> None:
     """The launcher's exit code and the time that it took, after one of its ranks is killed."""
-    words = sft_words(options, Layout(2, 1), "kill", 10_000, "bench")
+    words = sft_words(options, Layout(tp=2), "kill", 10_000, "bench")
     process = subprocess.Popen(
         [sys.executable, "-m", "megaswift", *words], cwd=work, env=os.environ | {"NPROC_PER_NODE": str(options.gpus)},
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
@@ -193,7 +208,7 @@ def scaling(work: Path, options: argparse.Namespace) -> None:
     make_model(work / "small", smaller, options.vocab, 32768)
     alone, gpus = 0.0, 1
     while gpus <= options.gpus:
-        log, _ = trained(work, options, Layout(1, 1), f"scale{gpus}", "--save_only_model", "true", start="small", ranks=gpus)
+        log, _ = trained(work, options, Layout(), f"scale{gpus}", *full(options), start="small", ranks=gpus)
         found = speed(log, options, gpus, smaller)
         alone = alone or found["tokens_s_gpu"]
         show(options, part="scaling", shape=smaller, gpus=gpus, efficiency=found["tokens_s_gpu"] / alone, **found)
@@ -216,8 +231,14 @@ def sft_words(options: argparse.Namespace, layout: Layout, name: str, steps: int
     source = (
         ["--resume_from_checkpoint", start] if start.startswith("bench-") else named("small" if start == "small" else "model")
     )
-    shape = ["--tp", str(layout.tp), "--pp", str(layout.pp), *layout.words]
-    return ["sft", *source, *common(options), *shape, "--max_steps", str(steps), "--output_dir", name]
+    return ["sft", *source, *common(options), *layout.words, "--max_steps", str(steps), "--output_dir", name]
+
+
+def full(options: argparse.Namespace) -> list[str]:
+    """Rows as long as they may be, so many a micro batch and a step; the end of the run keeps no optimizer state."""
+    steps = options.global_rows // options.batch // options.gpus
+    words = ["--packing", "true", "--batch_size", options.batch, "--gradient_accumulation_steps", steps]
+    return [str(word) for word in (*words, "--save_only_model", "true")]
 
 
 def trained(
@@ -310,6 +331,9 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=4, help="ranks; without a GPU, processes")
     parser.add_argument("--shape", default="7b", choices=SMALLER)
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--length", type=int, default=0, help="tokens of a row (default 2048, 128 for tiny)")
+    parser.add_argument("--batch", type=int, default=1, help="rows of a micro batch in layouts and scaling")
+    parser.add_argument("--global-rows", type=int, default=16, help="rows of a step there")
     parser.add_argument("--out", default="")
     options = parser.parse_args()
     if options.gpus < 2 or options.gpus % 2:
@@ -318,13 +342,13 @@ def main() -> None:
 
     tiny = options.shape == "tiny"
     options.dtype = "bf16" if torch.cuda.is_available() else "fp32"
-    options.vocab, options.length = (512, 128) if tiny else (152064, LENGTH)
+    options.vocab, options.length = 512 if tiny else 152064, options.length or (128 if tiny else 2048)
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         os.environ["MEGASWIFT_CACHE"] = str(work / "cache")
         if options.parts != ["predict"]:
             make_model(work / "model", options.shape, options.vocab, 32768, tied=options.shape != "7b")
-            make_rows(work / "rows.jsonl", options.length * 16 * (options.steps + 2), options.length)
+            make_rows(work / "rows.jsonl", options.length * options.global_rows * (options.steps + 2), options.length)
         for part in options.parts:
             PARTS[part](work, options)
 

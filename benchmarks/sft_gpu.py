@@ -41,7 +41,11 @@ def make_model(folder: Path, shape: str, vocab: int, positions: int, tied: bool 
     config.rope_parameters = {"rope_type": "default", "rope_theta": 1e6}
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    Qwen2ForCausalLM(config).save_pretrained(folder)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # billions of random numbers take a minute on a CPU
+        model = Qwen2ForCausalLM(config)
+    model.save_pretrained(folder)
+    del model
+    torch.cuda.empty_cache()
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     special = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]

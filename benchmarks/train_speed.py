@@ -86,7 +86,7 @@ def build_model(shape: str, seq: int, way: str) -> Any:
     config = TransformerConfig(**SHAPES[shape], **SETTINGS)
     if "f" in way:
         config.products = Fp8Products()  # type: ignore[attr-defined]
-    FusedMLP.recompute_activation, FusedMLP.overlap = "k" not in way, "o" in way
+    FusedMLP.recompute_activation, FusedMLP.recompute_first, FusedMLP.overlap = "k" not in way, "m" in way, "o" in way
     model = Model(
         config,
         backend.block_spec(backend.PlainProvider(), config.num_layers, False),
@@ -284,7 +284,7 @@ def main() -> None:
         "--shapes",
         default="0.5b:8:k,1.5b:4:k,3b:2",
         help="SHAPE:MICRO_BATCH[:k keeps SwiGLU's result, o overlaps its gradient, b bf16 moments, 8 8-bit ones, f FP8 products, "
-        "g CUDA graphs, h optimizer on the host, a activations of all layers but the last there], comma separated; ways may be "
+        "m computes the MLP's first product again, g CUDA graphs, h optimizer on the host, a activations of all layers but the last there], comma separated; ways may be "
         "joined: 8ha",
     )
     parser.add_argument("--seq", type=int, default=4096)
