@@ -16,6 +16,9 @@ from typing import Any
 
 TIMEOUT_S = 180
 
+# Ranks are forked, so nothing may touch CUDA before: whether there is a GPU is asked of the driver's library.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
 
 def _serve(connection: Any) -> None:
     """One rank: run one job. Gloo leaves threads behind that wake up a hundred times a second, so ranks are not used again."""

@@ -10,7 +10,7 @@ import contextlib
 import gc
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -169,6 +169,8 @@ def _models(args: EvalArguments) -> dict[str, Chosen]:
         title, equals, place = word.partition("=")
         if not equals or Path(word).expanduser().exists():
             title, place = "", word
+        if not place:
+            raise UserError(f"{word!r} names no model.", where="--compare", fix=f"{title}=DIR, or {title}=MODEL_TYPE")
         path = Path(place).expanduser()
         if path.is_dir():
             chosen = choose(args.changed(ckpt_dir=place))
@@ -176,6 +178,8 @@ def _models(args: EvalArguments) -> dict[str, Chosen]:
             chosen = choose(args.changed(model_id_or_path=place))
         else:
             chosen = choose(args.changed(model_type=place))
+        if "dtype" not in args.explicit():  # one precision for all, whatever each was converted or trained in
+            chosen = replace(chosen, args=chosen.args.changed(dtype=args.dtype))
         title = title or path.name
         count = sum(known.partition("#")[0] == title for known in models)
         models[title if not count else f"{title}#{count + 1}"] = chosen

@@ -13,7 +13,7 @@ import torch
 
 from megaswift.arguments import EvalArguments, parse
 from megaswift.errors import DataError, MegaswiftError, UserError
-from megaswift.eval import eval_main, prepare
+from megaswift.eval import _models, eval_main, prepare
 from megaswift.evaluation.run import weights_sha256
 from megaswift.inference.transformers_backend import TransformersBackend
 
@@ -158,6 +158,20 @@ def test_equal_weights_with_unequal_answers_are_an_error(model_dir: Path, data_d
         )  # fmt: skip
     assert "WARNING: converted has exactly the weights of original" in capsys.readouterr().out
     assert list(Path("eval_outputs/default").glob("*/comparison.html"))
+
+
+@pytest.mark.parametrize(("given", "used"), [([], "AUTO"), (["--dtype", "fp32"], "fp32")])
+def test_a_comparison_has_one_precision(model_dir: Path, tmp_path: Path, given: list[str], used: str) -> None:
+    """On a GPU a model converted in fp32 would else be asked in fp32, and its original in bf16."""
+    trained = shutil.copytree(model_dir, tmp_path / "trained")
+    (trained / "sft_args.json").write_text('{"dtype": "fp16"}')
+    args = parse(EvalArguments, ["--compare", f"a={model_dir}", f"b={trained}", "--eval_dataset", "arc", *given])
+    assert [chosen.args.dtype for chosen in _models(args).values()] == [used, used]
+
+
+def test_a_title_without_a_model(model_dir: Path) -> None:
+    with pytest.raises(UserError, match="'b=' names no model"):
+        eval_main(["--compare", f"a={model_dir}", "b=", "--eval_dataset", "arc"])
 
 
 def test_own_benchmarks(model_dir: Path, data_dir: Path, tmp_path: Path) -> None:
