@@ -106,6 +106,8 @@ def load_backend(args: BackendArguments, path: Path, model_type: str | None) -> 
     if pick_backend(args.infer_backend) == "vllm":
         from megaswift.inference.vllm_backend import VllmBackend
 
+        if _has_gpu():
+            note("vLLM is starting; the first time it compiles for the model, which can take minutes")
         return VllmBackend.load(
             path,
             gpu_memory_utilization=args.gpu_memory_utilization,

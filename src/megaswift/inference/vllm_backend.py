@@ -71,6 +71,7 @@ class VllmBackend:
                     trust_remote_code=False,
                     generation_config="vllm",  # nothing may come from a file that the user never saw
                     disable_log_stats=True,
+                    use_tqdm_on_load=False,
                     **words,
                 )
             except Exception as error:  # vLLM's own classes, RuntimeError, ValueError, torch's
