@@ -338,6 +338,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.gpus < 2 or options.gpus % 2:
         parser.error("--gpus takes an even number")
+    if options.batch < 1 or options.global_rows < 1 or options.global_rows % (options.batch * options.gpus):
+        parser.error("--global-rows takes a multiple of --batch x --gpus")
     import torch
 
     tiny = options.shape == "tiny"

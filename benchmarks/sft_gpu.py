@@ -1,8 +1,8 @@
 """`swift export`, `swift sft` and `swift parity` as a user runs them, on one GPU, with random weights in a real shape.
 
-python benchmarks/sft_gpu.py [--shape 0.5b] [--micro 8] [--length 4096] [--steps 12] [--tiny]
+python benchmarks/sft_gpu.py [--shape 0.5b] [--micro 8] [--length 4096] [--steps 12]
 
-Prints the throughput of packed real text (all tokens and supervised ones) and the difference to transformers in bf16.
+Prints the throughput of packed random text, as long as instruction rows are (all tokens and supervised ones), and the difference to transformers in bf16.
 """
 
 from __future__ import annotations

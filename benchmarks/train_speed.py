@@ -284,8 +284,8 @@ def main() -> None:
         "--shapes",
         default="0.5b:8:k,1.5b:4:k,3b:2",
         help="SHAPE:MICRO_BATCH[:k keeps SwiGLU's result, o overlaps its gradient, b bf16 moments, 8 8-bit ones, f FP8 products, "
-        "m computes the MLP's first product again, g CUDA graphs, h optimizer on the host, a activations of all layers but the last there], comma separated; ways may be "
-        "joined: 8ha",
+        "m computes the MLP's first product again, g CUDA graphs, h optimizer on the host, a activations of all layers but the "
+        "last there], comma separated; ways may be joined: 8ha",
     )
     parser.add_argument("--seq", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=20)
