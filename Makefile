@@ -38,8 +38,8 @@ faults-again: $(VENV)/ready-dev
 FAULTS := OMP_NUM_THREADS=1 MEGASWIFT_FAULTS=all MEGASWIFT_FAULTS_TABLE=true $(BIN)/python -m pytest
 
 check: $(VENV)/ready-dev
-	$(BIN)/ruff check src tests examples
-	$(BIN)/ruff format --check src tests examples
+	$(BIN)/ruff check src tests examples benchmarks
+	$(BIN)/ruff format --check src tests examples benchmarks
 	$(BIN)/mypy
 
 bench: $(VENV)/ready-dev

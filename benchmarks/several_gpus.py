@@ -113,7 +113,8 @@ def predicted(layout: Layout, options: argparse.Namespace) -> dict[str, float]:
     bubble = (compute + tensor) * (pp - 1) / micro
     shares = dp * cp  # ranks with the same weights share the optimizer's state
     data = own * (4 + 2) * (shares - 1) / shares / LINK  # fp32 gradients scattered, bf16 weights gathered
-    update = own * 28 / shares / MEMORY + own * 4 / MEMORY  # gradient, master, two moments read, three written; zeroed gradients
+    # gradient, master, two moments read, three written; zeroed gradients
+    update = own * 28 / shares / MEMORY + own * 4 / MEMORY
     seconds = compute + tensor + context + bubble + data + update
     # Saved for backward of a row and layer without recompute, in bytes: about 34 hidden-sized halves (Korthikanti et al. 2022,
     # without dropout and with fused norms and SwiGLU fewer: 8 of the hidden size, 4 of the feed-forward size, heads).

@@ -1,8 +1,9 @@
 """`swift export`, `swift sft` and `swift parity` as a user runs them, on one GPU, with random weights in a real shape.
 
-python benchmarks/sft_gpu.py [--shape 0.5b] [--micro 8] [--length 4096] [--steps 12]
+python benchmarks/sft_gpu.py [--shape 0.5b] [--micro 8] [--length 4096] [--steps 12] [--rows FILE ... --tokenizer DIR]
 
-Prints the throughput of packed random text, as long as instruction rows are (all tokens and supervised ones), and the difference to transformers in bf16.
+Prints the throughput of packed rows, all tokens and supervised ones, and the difference to transformers in bf16. Without --rows the
+rows are random text, as long as instruction rows are; with them they are those files, in the tokens of --tokenizer.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import argparse
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from statistics import median
 
 SHAPES = {
     "tiny": dict(hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, intermediate_size=128),
@@ -24,11 +27,10 @@ SHAPES = {
 }
 
 
-def make_model(folder: Path, shape: str, vocab: int, positions: int, tied: bool = True) -> None:
-    """A Qwen2 folder with random bf16 weights and a byte-level tokenizer."""
+def make_model(folder: Path, shape: str, vocab: int, positions: int, tied: bool = True, tokenizer: str | None = None) -> None:
+    """A Qwen2 folder with random bf16 weights and the given tokenizer, or one of bytes."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(
         vocab_size=vocab,
@@ -46,6 +48,19 @@ def make_model(folder: Path, shape: str, vocab: int, positions: int, tied: bool 
     model.save_pretrained(folder)
     del model
     torch.cuda.empty_cache()
+    if tokenizer is None:
+        byte_tokenizer(folder)
+        return
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+        if (Path(tokenizer) / name).exists():
+            shutil.copy(Path(tokenizer) / name, folder)
+
+
+def byte_tokenizer(folder: Path) -> None:
+    """A tokenizer of bytes with the marks of ChatML."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     special = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
@@ -90,13 +105,18 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--vocab", type=int, default=151936)
+    parser.add_argument("--rows", nargs="+", help="files of real rows instead of random text")
+    parser.add_argument("--tokenizer", help="folder with the tokenizer for them")
+    parser.add_argument("--template_type", default="AUTO")
+    parser.add_argument("--no_parity", action="store_true", help="leave the comparison with transformers out")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         os.environ["MEGASWIFT_CACHE"] = str(work / "cache")
-        make_model(work / "model", options.shape, options.vocab, 32768)
-        per_step = options.micro * options.length
-        make_rows(work / "rows.jsonl", per_step * (options.steps + 2), options.length)
+        make_model(work / "model", options.shape, options.vocab, 32768, tokenizer=options.tokenizer)
+        files = [str(Path(name).resolve()) for name in options.rows or []]
+        if not files:
+            make_rows(work / "rows.jsonl", options.micro * options.length * (options.steps + 2), options.length)
         print(
             swift(
                 work,
@@ -116,7 +136,9 @@ def main() -> None:
             "--resume_from_checkpoint",
             "bench-tp1-pp1",
             "--dataset",
-            "rows.jsonl",
+            *(files or ["rows.jsonl"]),
+            "--template_type",
+            options.template_type,
             "--packing",
             "true",
             "--learning_rate",
@@ -139,8 +161,15 @@ def main() -> None:
                 row["supervised_tokens_per_second"],
                 row["memory_gb"],
             )
-        middle = sorted(row["tokens_per_second"] for row in rows[3:])[len(rows[3:]) // 2]
-        print(f"{options.shape} x {options.micro}, packed to {options.length}: median {middle:,.0f} tokens/s", flush=True)
+        every, supervised = (
+            median(row[name] for row in rows[3:]) for name in ("tokens_per_second", "supervised_tokens_per_second")
+        )
+        print(
+            f"{options.shape} x {options.micro}, packed to {options.length}: {every:,.0f} tokens/s, {supervised:,.0f} supervised",
+            flush=True,
+        )
+        if options.no_parity:
+            return
         print(swift(work, "parity", *common, "--batch_size", "1", "--steps", "3", "--output_dir", "parity")[-1500:], flush=True)
 
 

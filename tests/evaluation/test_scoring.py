@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
+from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
 from megaswift.evaluation.items import Bench, Item
-from megaswift.evaluation.scoring import OwnScorer, make_scorer, read_letter, read_number, rouge_l
+from megaswift.evaluation.judge_process import JudgeProcess
+from megaswift.evaluation.scoring import Asked, OwnScorer, Verdict, make_scorer, read_letter, read_number, rouge_l
 from megaswift.evaluation.statistics import mcnemar, paired, paired_bootstrap, wilson
 
 FOUR = ("red", "green", "blue", "white")
@@ -87,3 +94,84 @@ def test_scorers_ask_and_judge(kind: str, scorer: str) -> None:
     assert made.judge(asked, right).correct
     assert not made.judge(asked, right.replace("B", "C").replace("12", "13")).correct
     assert made.judge(asked, "").prediction == ""
+
+
+class _Stubborn(OwnScorer):
+    """Hangs, dies or fails over some answers."""
+
+    def judge(self, asked: Asked, text: str) -> Verdict:
+        if text == "hang":
+            time.sleep(600)
+        if text == "die":
+            os._exit(7)
+        if text == "fail":
+            raise ValueError("this scorer cannot read that")
+        if text == "strange":
+            raise ValueError("this error cannot travel", lambda: None)
+        return super().judge(asked, text)
+
+
+def test_a_judge_process_survives_answers_that_hang_or_kill() -> None:
+    item = Item("main", "7", "What?", (), "12")
+    made = partial(_Stubborn, _bench("gsm8k", item), 0)
+    [asked] = made().asked()
+    with JudgeProcess(made, deadline=2.0) as judge:
+        assert judge(asked, "It is 12.").correct
+        before = judge._process.pid
+        began = time.monotonic()
+        assert judge(asked, "hang") == Verdict("", False, 0.0)
+        assert time.monotonic() - began < 30
+        assert not Path(f"/proc/{before}").exists()
+        assert judge(asked, "It is 12.").correct
+        assert judge(asked, "die") == Verdict("", False, 0.0)
+        assert judge(asked, "It is 13.") == Verdict("13", False, 0.0)
+        with pytest.raises(ValueError, match="cannot read that"):
+            judge(asked, "fail")
+        with pytest.raises(RuntimeError, match="ValueError: .*cannot travel"):
+            judge(asked, "strange")
+        last = judge._process.pid
+    assert not Path(f"/proc/{last}").exists()
+
+
+def test_a_judge_process_never_runs_the_users_script_again(tmp_path: Path) -> None:
+    script = tmp_path / "asks.py"
+    script.write_text(
+        "from functools import partial\n"
+        "from megaswift.evaluation.items import Bench, Item\n"
+        "from megaswift.evaluation.judge_process import JudgeProcess\n"
+        "from megaswift.evaluation.scoring import OwnScorer\n"
+        "print('once')\n"
+        "item = Item('main', '7', 'What?', (), '12')\n"
+        "bench = Bench('gsm8k', 'gsm8k', 'test', (item,))\n"
+        "scorer = partial(OwnScorer, bench, 0)\n"
+        "with JudgeProcess(scorer) as judge:\n"
+        "    print(judge(scorer().asked()[0], 'It is 12.').correct)\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "once\nTrue\n", done.stderr
+    assert not done.stderr
+
+
+def test_a_judge_that_cannot_be_made_says_why() -> None:
+    with (
+        JudgeProcess(partial(_missing, "evalscope is broken")) as judge,
+        pytest.raises(ImportError, match="evalscope is broken"),
+    ):
+        judge(Asked(Item("main", "7", "What?", (), "12"), []), "12")
+
+
+def _missing(text: str) -> OwnScorer:
+    raise ImportError(text)
+
+
+@pytest.mark.skipif(find_spec("evalscope") is None, reason="EvalScope is not installed (make test-eval installs it)")
+def test_evalscope_judges_mathematics_in_its_own_process() -> None:
+    item = Item("main", "7", "What?", (), "12")
+    made = make_scorer(_bench("gsm8k", item), 1, 42)
+    [asked] = made.asked()
+    answers = ["\\boxed{12}", "\\boxed{13}", "It is $\\frac{24}{2}$", "no idea", "\\boxed{" * 400]
+    with made.judging() as judge:
+        assert judge(asked, answers[0]).correct
+        child = judge._process.pid
+        assert [judge(asked, text) for text in answers] == [made.judge(asked, text) for text in answers]
+        assert judge._process.pid == child, "no answer took the deadline"

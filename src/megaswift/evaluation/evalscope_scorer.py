@@ -7,11 +7,16 @@ batches of similar length, in an order that does not depend on threads: two equa
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 from megaswift.errors import DataError
 from megaswift.evaluation.items import Bench, Item
+from megaswift.evaluation.judge_process import JudgeProcess
 from megaswift.evaluation.scoring import Asked, Verdict
 
 _NAMES = {"arc": "arc", "arc_easy": "arc", "mmlu": "mmlu", "ceval": "ceval", "gsm8k": "gsm8k"}
@@ -42,7 +47,7 @@ class EvalScopeScorer:
             seed=seed,
             dataset_args={name: {"few_shot_num": few_shot, "subset_list": subsets}},
         )
-        self._bench, self._few_shot = bench, few_shot
+        self._bench, self._few_shot, self._seed = bench, few_shot, seed
         self._adapter = get_benchmark(name, config)
         self._adapter.load = self._load  # its data come from hubs, one subset at a time; ours are read already
         self.title = f"evalscope {version('evalscope')}"
@@ -69,6 +74,13 @@ class EvalScopeScorer:
         score = self._adapter.calculate_metrics(state).score
         value = float(next(iter(score.value.values()), 0.0))
         return Verdict(str(score.extracted_prediction or ""), value >= 0.5, value)
+
+    def judging(self) -> AbstractContextManager[Callable[[Asked, str], Verdict]]:
+        """Letters are read here, mathematics in a process of its own (see `JudgeProcess`)."""
+        if self._bench.kind != "gsm8k":
+            return nullcontext(self.judge)
+        small = replace(self._bench, items=self._bench.items[:1], shots={})  # the child gets each question with its answer
+        return JudgeProcess(partial(EvalScopeScorer, small, 0, self._seed))
 
     def _load(self) -> tuple[Any, Any]:
         """What EvalScope's loader gives: samples by subset, and the solved examples."""

@@ -73,6 +73,7 @@ class BenchResult:
         return sum(row.get("finish") == finish for row in self.rows)
 
 
+_WRONG = Verdict("", False, 0.0)
 Tell = Callable[[str, int, int, float], None]  # benchmark, done, of, seconds
 
 
@@ -157,25 +158,30 @@ class _Generated(_Work):
         fitting = []
         for place in waiting:
             if self._prompts[place] is None:
-                yield place, self._row(place, Answer("", 0, 0, "length"), "too_long")
+                yield place, _row(Answer("", 0, 0, "length"), "too_long", _WRONG)
             else:
                 fitting.append(place)
         prompts = [prompt for place in fitting if (prompt := self._prompts[place]) is not None]
-        for number, answer in self._backend.answer_all(prompts, self._options, batch_size=self._batch):
-            yield fitting[number], self._row(fitting[number], answer, answer.finish)
+        if not prompts:
+            return
+        with self._scorer.judging() as judge:
+            for number, answer in self._backend.answer_all(prompts, self._options, batch_size=self._batch):
+                place = fitting[number]
+                verdict = judge(self._asked[place], answer.text) if answer.text.strip() else _WRONG
+                yield place, _row(answer, answer.finish, verdict)
 
-    def _row(self, place: int, answer: Answer, finish: str) -> dict[str, Any]:
-        wrong = Verdict("", False, 0.0)
-        verdict = self._scorer.judge(self._asked[place], answer.text) if answer.text.strip() else wrong
-        return {
-            "prediction": verdict.prediction,
-            "correct": verdict.correct,
-            "score": verdict.score,
-            "finish": finish,
-            "tokens": answer.tokens,
-            "prompt_tokens": answer.prompt_tokens,
-            "response": answer.text,
-        }
+
+def _row(answer: Answer, finish: str, verdict: Verdict) -> dict[str, Any]:
+    """An answer and its verdict, as in answers.jsonl."""
+    return {
+        "prediction": verdict.prediction,
+        "correct": verdict.correct,
+        "score": verdict.score,
+        "finish": finish,
+        "tokens": answer.tokens,
+        "prompt_tokens": answer.prompt_tokens,
+        "response": answer.text,
+    }
 
 
 class _Likelihoods(_Work):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -59,6 +60,9 @@ class Scorer(Protocol):
     def judge(self, asked: Asked, text: str) -> Verdict:
         """The verdict on one answer."""
 
+    def judging(self) -> AbstractContextManager[Callable[[Asked, str], Verdict]]:
+        """`judge` for many answers, fast and bounded in time, while the context is open."""
+
 
 class OwnScorer:
     """Short prompts that ask for a letter or a number, and rules that read it.
@@ -99,6 +103,10 @@ class OwnScorer:
             return Verdict(number, number == right != "", float(number == right != ""))
         overlap = rouge_l(text, item.answer)
         return Verdict(text.strip(), normal(text) == normal(item.answer) != "", overlap)
+
+    def judging(self) -> AbstractContextManager[Callable[[Asked, str], Verdict]]:
+        """`judge` itself: these rules take microseconds."""
+        return nullcontext(self.judge)
 
 
 _MARKS = {"ceval": ("问题：", "答案：")}
