@@ -313,7 +313,7 @@ class InferArguments(BackendArguments, DataArguments):
     num_beams: int = option(1, "Beams of beam search; 1: none.")
     stop_words: list[str] = option([], "Texts at which an answer ends.")
     stream: bool = option(True, "Show the answer while it is made.")
-    infer_batch_size: int = option(1, "Questions answered at once when a file is read.")
+    infer_batch_size: int = option(1, "Questions answered at once when a file is read; vLLM: as many as fit, unless given.")
     show_dataset_sample: int = option(10, "Questions taken from val_dataset; -1: all.")
     save_result: bool = option(True, "Write questions and answers to infer_result/.")
     result_dir: str | None = option(None, "Where results go; default: infer_result/ in the model's directory.")
@@ -362,7 +362,7 @@ class EvalArguments(BackendArguments):
     eval_data_dir: str | None = option(None, "Directory with the benchmarks' own files or zips; default: they come from a hub.")
     eval_limit: int | None = option(None, "Questions of each benchmark, spread evenly over its subsets; default: all.")
     eval_few_shot: int = option(0, "Solved examples before each question.")
-    eval_batch_size: int = option(8, "Questions answered at once.")
+    eval_batch_size: int = option(8, "Questions answered at once; vLLM: as many as fit, unless given.")
     eval_output_dir: str = option("eval_outputs", "Where results go, in {name}/{time}/.")
     name: str = option("", "Name of this evaluation in the output directory; default: default.")
     eval_use_cache: bool = option(

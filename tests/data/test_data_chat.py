@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megaswift.data.chat import ChatTemplate
 from megaswift.data.conversation import BadRow, Conversation, Message
-from megaswift.data.templates import TEMPLATES
+from megaswift.data.templates import TEMPLATES, compile_template
 from megaswift.data.tokens import Encoded
 from megaswift.errors import UserError
 
@@ -399,3 +399,24 @@ def test_state_makes_the_same_template() -> None:
     conversation = thinking("<think>a</think>b <|im_end|>")
     assert encode(copy, conversation).ids.tolist() == encode(template, conversation).ids.tolist()
     assert copy.state["source"] == QWEN3
+
+
+@pytest.mark.parametrize("name", [name for name in CHATS if CHATS[name].system])
+def test_the_source_for_other_programs_brings_the_system_prompt(name: str) -> None:
+    template = template_of(name)
+    user, own = {"role": "user", "content": "hi"}, {"role": "system", "content": "Own."}
+    special = template.state["special"]
+
+    def written(system: str | None, *messages: dict[str, str]) -> str:
+        jinja = compile_template(template.source(system))
+        return jinja.render(messages=list(messages), add_generation_prompt=True, **special)
+
+    for text in ("Ours.", 'Say "\\n"\n{{ x }} 你好 \U0001f600 \x07'):
+        assert written(text, user) == written(None, {"role": "system", "content": text}, user)
+    assert written("Ours.", own, user) == written(None, own, user)
+
+
+def test_a_named_template_brings_its_system_prompt_along() -> None:
+    template = ChatTemplate(tokenizer_of("chatml"), "qwen")
+    text = compile_template(template.source()).render(messages=[{"role": "user", "content": "hi"}], add_generation_prompt=True)
+    assert text.startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nhi")

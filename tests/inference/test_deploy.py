@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ import pytest
 from megaswift.arguments import DeployArguments
 from megaswift.deploy import check, deploy_main, is_loopback
 from megaswift.errors import UserError
+from megaswift.inference.gate import GATE_VARIABLE, KEY_VARIABLE, Rules, VllmGate
 from megaswift.inference.options import GenerationOptions
 from megaswift.inference.transformers_backend import TransformersBackend
 
@@ -42,10 +44,10 @@ def server(backend: TransformersBackend) -> Iterator[str]:
     """The address of a running server with small limits."""
     from megaswift.inference.server import Limits, Service, make_app
 
-    limits = Limits(body_bytes=5000, new_tokens=16, requests=3)
-    service = Service(backend, "tiny", GenerationOptions(max_new_tokens=16, temperature=0), limits, 4)
+    service = Service(backend, "tiny", GenerationOptions(max_new_tokens=16, temperature=0), Limits(new_tokens=16), 4)
     listening = socket.create_server(("127.0.0.1", 0))
-    running = uvicorn.Server(uvicorn.Config(make_app(service, KEY, ["127.0.0.1"]), log_level="error"))
+    app = make_app(service, Rules(5000, 3, ("127.0.0.1",)), KEY)
+    running = uvicorn.Server(uvicorn.Config(app, log_level="error"))
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     yield f"http://127.0.0.1:{listening.getsockname()[1]}"
@@ -159,6 +161,95 @@ def test_too_many_requests_are_told_to_wait(server: str) -> None:
         codes = list(pool.map(lambda _: post(server, body)[0], range(12)))
     assert set(codes) <= {200, 429}
     assert 200 in codes
+
+
+class _Asgi:
+    """An application that keeps what it was called with and answers when it is let."""
+
+    def __init__(self) -> None:
+        self.bodies: list[dict[str, Any]] = []
+        self.free = asyncio.Event()
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            await send({"type": "lifespan.startup.complete"})
+            return
+        body = (await receive())["body"]
+        assert dict(scope["headers"])[b"content-length"] == str(len(body)).encode()
+        self.bodies.append(json.loads(body))
+        await self.free.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+
+def test_the_gate_before_vllms_server(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    rules = Rules(5000, 2, ("localhost",), new_tokens=16, stop_token_ids=(7,), greeting="it answers")
+    monkeypatch.setenv(GATE_VARIABLE, rules.to_variable())
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
+
+    async def call(gate: VllmGate, kind: str, body: bytes = b"") -> Any:
+        sent: list[dict[str, Any]] = []
+        headers = [(b"host", b"localhost:80"), (b"authorization", f"Bearer {KEY}".encode()), (b"content-length", b"3")]
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": body}
+
+        async def send(message: dict[str, Any]) -> None:
+            sent.append(message)
+
+        await gate({"type": kind, "method": "POST", "path": "/v1/chat/completions", "headers": headers}, receive, send)
+        return sent[0].get("status", sent[0])
+
+    async def story() -> None:
+        app = _Asgi()
+        gate = VllmGate(app)
+        await call(gate, "lifespan")
+        assert capsys.readouterr().err == "it answers\n"
+        assert (await call(gate, "websocket"))["type"] == "websocket.close"
+        asked = [
+            asyncio.ensure_future(call(gate, "http", body))
+            for body in (b'{"max_tokens": 99}', b'{"stop_token_ids": [3], "max_completion_tokens": 4}')
+        ]
+        await asyncio.sleep(0)
+        assert await call(gate, "http", b"{}") == 429
+        app.free.set()
+        assert await asyncio.gather(*asked) == [200, 200]
+        assert app.bodies == [
+            {"max_tokens": 16, "stop_token_ids": [7]},
+            {"max_completion_tokens": 4, "stop_token_ids": [3, 7]},
+        ]
+        assert await call(gate, "http", b"{}") == 200  # places are free again
+
+    asyncio.run(story())
+
+
+def test_a_servers_system_prompt(backend: TransformersBackend) -> None:
+    from megaswift.inference.server import Limits, Service
+
+    async def prompts(messages: list[dict[str, str]], system: str | None) -> list[int]:
+        service = Service(backend, "tiny", GenerationOptions(max_new_tokens=4, temperature=0), Limits(), 1, system)
+        job = service.job(ASK | {"messages": messages})
+        service.line.close()
+        return job.prompt
+
+    user, own = {"role": "user", "content": "hi"}, {"role": "system", "content": "Own."}
+    served = asyncio.run(prompts([user], "Ours."))
+    assert (
+        served
+        == asyncio.run(prompts([{"role": "system", "content": "Ours."}, user], None))
+        != asyncio.run(prompts([user], None))
+    )
+    assert asyncio.run(prompts([own, user], "Ours.")) == asyncio.run(prompts([own, user], None))
+
+
+def test_what_vllms_server_cannot_do(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megaswift.inference.backends.pick_backend", lambda _: "vllm")
+    monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("vLLM was started"))
+    with pytest.raises(UserError, match="vLLM makes its batches itself"):
+        deploy_main(["--ckpt_dir", str(model_dir), "--port", "0", "--infer_batch_size", "4"])
+    monkeypatch.setattr("megaswift.inference.prompts.Prompts.system_text", lambda *_: "written by the template")
+    with pytest.raises(UserError, match="writes a system prompt by itself"):
+        deploy_main(["--ckpt_dir", str(model_dir), "--port", "0", "--system", ""])
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -87,3 +94,78 @@ def test_the_seeds_two_forms(form: str, folder: Path, tmp_path: Path, swift_infe
     assert done.returncode == 0, done.stderr.decode()
     assert "Paris" in done.stdout.decode()
     assert "vLLM 0." in done.stderr.decode()
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, str]]:
+    """The official client of a running `swift deploy`, and the server's address."""
+    openai = pytest.importorskip("openai")
+    log = tmp_path_factory.mktemp("deploy") / "log"
+    words = [
+        "--ckpt_dir",
+        str(folder),
+        "--infer_backend",
+        "vllm",
+        "--max_model_len",
+        "512",
+        "--port",
+        "0",
+        "--max_body_size",
+        "20KB",
+    ]
+    words += ["--max_new_tokens", "24", "--temperature", "0", "--max_concurrency", "2", "--system", "You answer briefly."]
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "megaswift", "deploy", *words],
+            stderr=file,
+            stdout=file,
+            env=os.environ | {"MEGASWIFT_API_KEY": "key"},
+        )
+    try:
+        for _ in range(600):
+            if "answers at " in log.read_text() or process.poll() is not None:
+                break
+            time.sleep(0.5)
+        assert "answers at http://127.0.0.1:" in log.read_text(), log.read_text()
+        address = log.read_text().split("answers at ")[1].split(";")[0].split(",")[0]
+        yield openai.OpenAI(base_url=address, api_key="key", max_retries=0, timeout=120), address
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) in (0, -signal.SIGTERM)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _post(address: str, body: bytes, **headers: str) -> tuple[int, str]:
+    request = urllib.request.Request(
+        f"{address}/chat/completions", body, {"Content-Type": "application/json", "Authorization": "Bearer key", **headers}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_vllms_server_answers_as_transformers_within_our_limits(server: tuple[Any, str], folder: Path) -> None:
+    from megaswift.inference.options import GenerationOptions
+    from megaswift.inference.transformers_backend import TransformersBackend
+
+    client, address = server
+    system = {"role": "system", "content": "You answer briefly."}
+    backend = TransformersBackend.load(folder, model_type=NAME)
+    options = GenerationOptions(max_new_tokens=24, temperature=0)
+    for question in QUESTIONS:
+        user = {"role": "user", "content": question}
+        [expected] = backend.generate([[system, user]], options)  # the server's own system prompt
+        answer = client.chat.completions.create(model=NAME, messages=[user], max_tokens=10_000)
+        assert (answer.choices[0].message.content, answer.usage.completion_tokens) == (expected.text, expected.tokens)
+        assert answer.usage.prompt_tokens == expected.prompt_tokens
+    chunks = client.chat.completions.create(model=NAME, messages=[{"role": "user", "content": QUESTIONS[0]}], stream=True)
+    assert "Paris" in "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert _post(address, b"x" * 21_000)[0] == 413
+    assert _post(address, b"{}", Authorization="Bearer wrong")[0] == 401
+    assert _post(address, b"{}", Host="evil.example")[0] == 400
+    assert _post(address, b"{}")[0] == 400
+    with urllib.request.urlopen(f"{address.removesuffix('/v1')}/health", timeout=10) as alive:
+        assert alive.status == 200

@@ -257,6 +257,19 @@ class ChatTemplate:
                 self._structures[key] = structure
         return structure
 
+    def source(self, system: str | None = None) -> str:
+        """The Jinja of this template for another program, with a system prompt for conversations that bring none.
+
+        Args:
+            system: that prompt; None for the template's default. "" adds none, and leaves what the Jinja writes by itself.
+        """
+        own = self.default_system if system is None else system
+        if own is None or not own.strip():
+            return self.state["source"]
+        text = json.dumps(own, ensure_ascii=False)  # Jinja reads the escapes of JSON
+        first = f"{{% if messages[0]['role'] != 'system' %}}{{% set messages = [{{'role': 'system', 'content': {text}}}] + messages %}}{{% endif %}}"
+        return first + "{{ '' }}" + self.state["source"]  # an expression, so that no line break after the block is lost
+
     # What happens to a conversation before the template sees it
 
     def _prepared(self, conversation: Conversation) -> Conversation:

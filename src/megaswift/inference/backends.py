@@ -14,6 +14,8 @@ from megaswift.errors import UserError
 from megaswift.inference.options import Answer, GenerationOptions, Message
 from megaswift.inference.prompts import Prompts
 
+_BATCH = {"infer_batch_size", "eval_batch_size"}  # vLLM has its own idea of how many answers fit, unless the user gives one
+
 
 class Stream(Iterator[str], Protocol):
     """Pieces of one answer while it is made."""
@@ -91,33 +93,37 @@ def load_backend(args: BackendArguments, path: Path, model_type: str | None) -> 
         path: the folder.
         model_type: registered name, for the template of a tokenizer that brings none.
     """
-    dtype = args.dtype
-    if not _has_gpu() and dtype in ("bf16", "fp16"):
-        if "dtype" in args.explicit():
-            note(f"{dtype} on a CPU is slower than fp32; leave --dtype out for fp32")
-        else:  # the precision in which a GPU trained it: fp32 holds the same values and is faster here
-            dtype = "AUTO"
     common: dict[str, Any] = {
-        "dtype": dtype,
+        "dtype": usable_dtype(args),
         "template_type": args.template_type,
         "model_type": model_type,
         "max_model_len": args.max_model_len,
     }
     if pick_backend(args.infer_backend) == "vllm":
-        from megaswift.inference.vllm_backend import VllmBackend
+        from megaswift.inference.vllm_backend import STARTING, VllmBackend
 
-        if _has_gpu():
-            note("vLLM is starting; the first time it compiles for the model, which can take minutes")
+        note(STARTING)
         return VllmBackend.load(
             path,
             gpu_memory_utilization=args.gpu_memory_utilization,
             tensor_parallel_size=args.tensor_parallel_size,
+            max_num_seqs=next((getattr(args, name) for name in _BATCH & args.explicit()), None),
             seed=args.seed,
             **common,
         )
     from megaswift.inference.transformers_backend import TransformersBackend
 
     return TransformersBackend.load(path, **common)
+
+
+def usable_dtype(args: BackendArguments) -> str:
+    """--dtype for this machine: on a CPU fp32 in place of the precision in which a GPU trained the model."""
+    if _has_gpu() or args.dtype not in ("bf16", "fp16"):
+        return args.dtype
+    if "dtype" in args.explicit():
+        note(f"{args.dtype} on a CPU is slower than fp32; leave --dtype out for fp32")
+        return args.dtype
+    return "AUTO"  # fp32, which holds the same values and is faster here
 
 
 def _has_gpu() -> bool:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import json
 import time
 import uuid
-import weakref
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from megaswift.errors import MegaswiftError, UserError
 from megaswift.inference.backends import Backend
+from megaswift.inference.gate import Gate, Refused, Rules
 from megaswift.inference.options import Answer, GenerationOptions, PromptError, PromptTooLongError
 from megaswift.inference.serving import Job, Line
 
@@ -27,24 +26,12 @@ class Limits:
     """What one server allows.
 
     Attributes:
-        body_bytes: of a request.
         new_tokens: of an answer.
-        requests: that wait or run at once.
         messages: of one conversation.
     """
 
-    body_bytes: int = 4_000_000
     new_tokens: int = 2048
-    requests: int = 64
     messages: int = 1000
-
-
-class Refused(Exception):
-    """A request that gets an error of the API instead of an answer."""
-
-    def __init__(self, status: int, message: str, code: str | None = None, kind: str = "invalid_request_error") -> None:
-        super().__init__(message)
-        self.status, self.body = status, {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 
 class Service:
@@ -54,13 +41,21 @@ class Service:
         backend: a loaded model.
         name: of the model in requests.
         options: decoding where a request says nothing.
+        system: system prompt of conversations that bring none; None for the template's.
     """
 
-    def __init__(self, backend: Backend, name: str, options: GenerationOptions, limits: Limits, batch_size: int) -> None:
-        self.name, self.limits = name, limits
+    def __init__(
+        self,
+        backend: Backend,
+        name: str,
+        options: GenerationOptions,
+        limits: Limits,
+        batch_size: int,
+        system: str | None = None,
+    ) -> None:
+        self.name, self.limits, self._system = name, limits, system
         self._backend, self._options = backend, options
         self.line = Line(backend, batch_size)
-        self.running: weakref.WeakSet[Job] = weakref.WeakSet()  # a job that nobody holds any more takes no place
         self.born = int(time.time())
 
     def job(self, request: Any) -> Job:
@@ -101,6 +96,8 @@ class Service:
             found.append({"role": "system" if message["role"] == "developer" else message["role"], "content": content})
         if found[-1]["role"] != "user":
             raise Refused(400, "the last message must be the user's")
+        if self._system is not None and found[0]["role"] != "system":
+            found.insert(0, {"role": "system", "content": self._system})
         return found
 
     def _decoding(self, request: dict[str, Any]) -> GenerationOptions:
@@ -176,14 +173,8 @@ class Service:
         return {"id": number, "object": kind, "created": int(time.time()), "model": self.name}
 
 
-def make_app(service: Service, api_key: str | None, hosts: list[str] | None) -> Any:
-    """The application.
-
-    Args:
-        api_key: what requests must bring as a bearer token; None for no key.
-        hosts: names under which this server may be called; None for any. A web page that points its own name at this
-            machine is refused by it.
-    """
+def make_app(service: Service, rules: Rules, api_key: str | None) -> Any:
+    """The application behind its gate; `rules` and `api_key` are the gate's."""
     from fastapi import FastAPI
     from fastapi.responses import JSONResponse, StreamingResponse
     from starlette.requests import Request
@@ -209,31 +200,18 @@ def make_app(service: Service, api_key: str | None, hosts: list[str] | None) -> 
         except (ValueError, RecursionError) as error:
             raise Refused(400, "the body is not JSON") from error
         job = service.job(body)
-        if len(service.running) >= service.limits.requests:
-            raise Refused(429, "too many requests are waiting; try again later", "rate_limit_exceeded", "rate_limit_error")
-        service.running.add(job)
         if job.streams:
             usage = bool((body.get("stream_options") or {}).get("include_usage"))
-            return StreamingResponse(_counted(service, job, service.events(job, usage)), media_type="text/event-stream")
+            return StreamingResponse(service.events(job, usage), media_type="text/event-stream")
         try:
             return JSONResponse(await _unless_gone(request, service.whole(job)))
         except (MegaswiftError, RuntimeError) as error:
             raise Refused(500, _first_line(error), kind="server_error") from error
-        finally:
-            service.running.discard(job)
 
     # Annotations are texts here, and `Request` is no name of the module: FastAPI would take it for a field of the body.
     chat.__annotations__ = {"request": Request}
     app.post("/v1/chat/completions")(chat)
-    return _Gate(app, service.limits.body_bytes, api_key, hosts)
-
-
-async def _counted(service: Service, job: Job, events: AsyncIterator[str]) -> AsyncIterator[str]:
-    try:
-        async for event in events:
-            yield event
-    finally:
-        service.running.discard(job)
+    return Gate(app, rules, api_key)
 
 
 async def _unless_gone(request: Any, work: Any) -> Any:
@@ -247,69 +225,6 @@ async def _unless_gone(request: Any, work: Any) -> Any:
         return task.result()
     finally:
         task.cancel()
-
-
-class _Gate:
-    """Looks at a request before the application does: host, key, size of the body."""
-
-    def __init__(self, app: Callable[..., Any], body_bytes: int, api_key: str | None, hosts: list[str] | None) -> None:
-        self._app, self._body_bytes, self._api_key, self._hosts = app, body_bytes, api_key, hosts
-
-    async def __call__(self, scope: dict[str, Any], receive: Callable[..., Any], send: Callable[..., Any]) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        headers = {name.lower(): value for name, value in scope["headers"]}
-        refusal = self._refusal(scope, headers)
-        if refusal is not None:
-            await _answer(send, refusal)
-            return
-        body = b""
-        if scope["method"] == "POST":
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    return
-                body += message.get("body", b"")
-                if len(body) > self._body_bytes:
-                    await _answer(send, self._too_large())
-                    return
-                if not message.get("more_body"):
-                    break
-        given = False
-
-        async def replay() -> Any:
-            nonlocal given
-            if given:
-                return await receive()
-            given = True
-            return {"type": "http.request", "body": body, "more_body": False}
-
-        await self._app(scope, replay, send)
-
-    def _refusal(self, scope: dict[str, Any], headers: dict[bytes, bytes]) -> Refused | None:
-        host = headers.get(b"host", b"").decode("latin-1")
-        name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
-        if self._hosts is not None and name not in self._hosts:
-            return Refused(400, f"this server does not answer to the name {name!r}")
-        if self._api_key is not None and scope["path"] != "/health":
-            given = headers.get(b"authorization", b"").decode("latin-1").removeprefix("Bearer ")
-            if not hmac.compare_digest(given.encode(), self._api_key.encode()):
-                return Refused(401, "the API key is missing or wrong", "invalid_api_key", "authentication_error")
-        length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self._body_bytes:
-            return self._too_large()
-        return None
-
-    def _too_large(self) -> Refused:
-        return Refused(413, f"the body is larger than {self._body_bytes} bytes")
-
-
-async def _answer(send: Callable[..., Any], refused: Refused) -> None:
-    body = json.dumps(refused.body).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), (b"connection", b"close")]
-    await send({"type": "http.response.start", "status": refused.status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
 
 
 def _usage(answer: Answer) -> dict[str, int]:

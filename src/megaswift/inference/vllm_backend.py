@@ -17,6 +17,7 @@ from megaswift.inference.prompts import Prompts
 from megaswift.inference.text import StopWords, TextAssembler, first_stop, whole_text
 
 _CPU_CACHE_GIB = "2"  # vLLM would take half of the machine's memory for its cache
+STARTING = "vLLM is starting; on a GPU it compiles for a model that it has not seen, which can take minutes"
 _AHEAD = 4096  # requests that are handed over at once
 
 
@@ -47,9 +48,13 @@ class VllmBackend:
         max_model_len: int | None = None,
         gpu_memory_utilization: float = 0.9,
         tensor_parallel_size: int = 1,
+        max_num_seqs: int | None = None,
         seed: int = 42,
     ) -> VllmBackend:
         """Load a Hugging Face directory; see `TransformersBackend.load` for the arguments that both have.
+
+        Args:
+            max_num_seqs: answers at once; None for vLLM's own number.
 
         Raises UserError where vLLM cannot load the model: too little memory, or an architecture that it does not know.
         """
@@ -58,8 +63,10 @@ class VllmBackend:
         tokenizer = load_tokenizer(path)
         prompts = Prompts(tokenizer, template_type=template_type, model_type=model_type)
         precision = str(pick_dtype(dtype)).removeprefix("torch.")
-        words = _engine_words(gpu_memory_utilization, tensor_parallel_size)
-        with _quiet():
+        words = engine_words(gpu_memory_utilization, tensor_parallel_size)
+        if max_num_seqs is not None:
+            words["max_num_seqs"] = max_num_seqs
+        with quiet_vllm():
             from vllm import LLM, __version__
 
             try:
@@ -96,7 +103,7 @@ class VllmBackend:
     def answer_all(
         self, prompts: Sequence[Sequence[int]], options: GenerationOptions, *, batch_size: int = 1
     ) -> Iterator[tuple[int, Answer]]:
-        """Answers as (index of the prompt, answer), each as soon as it is done; vLLM makes the batches itself."""
+        """Answers as (index of the prompt, answer), each as soon as it is done; vLLM makes the batches itself, whatever batch_size."""
         _require_no_beams(options)
         from vllm.sampling_params import RequestOutputKind
 
@@ -209,7 +216,7 @@ class VllmStream(Iterator[str]):
         return answer
 
 
-def _engine_words(gpu_memory_utilization: float, tensor_parallel_size: int) -> dict[str, Any]:
+def engine_words(gpu_memory_utilization: float, tensor_parallel_size: int) -> dict[str, Any]:
     """What the engine is told about the machine."""
     import torch
 
@@ -235,7 +242,7 @@ def _require_no_beams(options: GenerationOptions) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_vllm() -> Iterator[None]:
     """vLLM's own log and bars are for its developers; what matters is said by us. The user's settings win."""
     import torch
 
