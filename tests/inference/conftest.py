@@ -115,7 +115,8 @@ def run_infer(
         "except MegaswiftError as error: print(error.text(), file=sys.stderr); sys.exit(int(error.exit_code))\n"
     )
     source = str(Path(__file__).parents[2] / "src")
-    environment = os.environ | {"PYTHONPATH": source, "CUDA_VISIBLE_DEVICES": ""} | (env or {})
+    paths = os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""} | (env or {})
     data = typed.encode() if isinstance(typed, str) else typed
     return subprocess.run(
         [sys.executable, "-c", code, *arguments], input=data, capture_output=True, cwd=cwd, env=environment, timeout=timeout

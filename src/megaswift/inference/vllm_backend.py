@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Collection, Iterator, Sequence
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from megaswift.data.conversation import Conversation
-from megaswift.errors import UserError
+from megaswift.errors import RankLostError, UserError
 from megaswift.inference.loading import load_tokenizer
 from megaswift.inference.options import Answer, FinishReason, GenerationOptions, Message, fit_prompt
 from megaswift.inference.prompts import Prompts
 from megaswift.inference.text import StopWords, TextAssembler, first_stop, whole_text
+from megaswift.inference.vllm_log import EngineLog
 
 _CPU_CACHE_GIB = "2"  # vLLM would take half of the machine's memory for its cache
 STARTING = "vLLM is starting; on a GPU it compiles for a model that it has not seen, which can take minutes"
@@ -28,10 +33,10 @@ class VllmBackend:
         tokenizer, prompts, context: as in TransformersBackend; prompts are made by us, so both backends see equal tokens.
     """
 
-    def __init__(self, engine: Any, tokenizer: Any, prompts: Prompts, description: str) -> None:
+    def __init__(self, engine: Any, tokenizer: Any, prompts: Prompts, description: str, log: EngineLog) -> None:
         self.tokenizer, self.prompts = tokenizer, prompts
         self.description = description
-        self._engine = engine
+        self._engine, self._log = engine, log
         config = engine.model_config
         self.context = int(config.max_model_len)
         self._ends = frozenset(_end_ids(config, tokenizer)) | prompts.end_ids
@@ -66,7 +71,8 @@ class VllmBackend:
         words = engine_words(gpu_memory_utilization, tensor_parallel_size)
         if max_num_seqs is not None:
             words["max_num_seqs"] = max_num_seqs
-        with quiet_vllm():
+        log, others = EngineLog(), set(multiprocessing.active_children())
+        with log.taking(), quiet_vllm():
             from vllm import LLM, __version__
 
             try:
@@ -83,18 +89,33 @@ class VllmBackend:
                 )
             except Exception as error:  # vLLM's own classes, RuntimeError, ValueError, torch's
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-                if "See root cause above" in reason:  # its engine is a process of its own and has printed the cause
-                    reason = "its engine did not start, for the reason that it printed above."
+                if "See root cause above" in reason:  # its engine is a process of its own
+                    reason = log.cause() or "its engine did not start; VLLM_LOGGING_LEVEL=INFO shows its log."
                 raise UserError(
                     f"vLLM cannot load the model: {reason}",
                     where=str(path),
-                    fix="lower --max_model_len or --gpu_memory_utilization, or use --infer_backend pt",
+                    fix="lower --max_model_len, change --gpu_memory_utilization, or use --infer_backend pt",
                 ) from error
-        return cls(llm.llm_engine, tokenizer, prompts, f"vLLM {__version__}, {precision}")
+        _wake_when_dead(llm.llm_engine, set(multiprocessing.active_children()) - others)
+        return cls(llm.llm_engine, tokenizer, prompts, f"vLLM {__version__}, {precision}", log)
 
     def close(self) -> None:
         """End vLLM's engine and free its memory; the backend cannot be used again."""
         self._engine.engine_core.shutdown()
+        self._log.close()
+
+    def step(self) -> list[Any]:
+        """Let the engine go on; returns outputs of requests. Raises RankLostError where its process has died."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            return self._engine.step()
+        except EngineDeadError as error:
+            raise RankLostError(
+                f"vLLM's engine died: {self._log.cause() or 'it left no word'}",
+                fix="lower --gpu_memory_utilization where memory was full; what was answered is kept, so go on with the same command "
+                "and --resume_result true (swift infer) or --eval_use_cache true (swift eval)",
+            ) from error
 
     def prompt_ids(self, messages: Sequence[Message] | Conversation, options: GenerationOptions) -> list[int]:
         """Token ids of a conversation, up to where the assistant begins. Raises PromptTooLongError."""
@@ -117,13 +138,14 @@ class VllmBackend:
                     names[self._add(prompt, options, seed, output_kind=last)] = place
                 if not names:
                     return
-                for output in self._engine.step():
+                for output in self.step():
                     if output.finished and output.request_id in names:
                         place = names.pop(output.request_id)
                         yield place, self._answer(prompts[place], output.outputs[0], options)
         finally:
             if names:
-                self._engine.abort_request(list(names))
+                with contextlib.suppress(Exception):  # a dead engine has nothing to stop, and why it died is on its way
+                    self._engine.abort_request(list(names))
 
     def stream(self, messages: Sequence[Message] | Conversation, options: GenerationOptions) -> VllmStream:
         """Pieces of the answer while it is made."""
@@ -188,7 +210,7 @@ class VllmStream(Iterator[str]):
         if self._name is None:
             self._name = self._backend._add(self._prompt, self._options, self._options.seed)
         while True:
-            for output in self._backend._engine.step():
+            for output in self._backend.step():
                 if output.request_id == self._name:
                     piece = self._take(output)
                     if piece or self._done:
@@ -214,6 +236,21 @@ class VllmStream(Iterator[str]):
             self._backend._engine.abort_request([self._name])
         answer, self._done = self.answer, True
         return answer
+
+
+def _wake_when_dead(engine: Any, processes: Collection[BaseProcess]) -> None:
+    """Let those who wait for outputs hear that an engine's process has ended: vLLM (0.26, 0.32) lets them wait for ever."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    outputs = getattr(engine.engine_core, "outputs_queue", None)
+    if outputs is None or not processes:
+        return
+
+    def watch() -> None:
+        connection.wait([process.sentinel for process in processes])
+        outputs.put_nowait(EngineDeadError())
+
+    threading.Thread(target=watch, name="vLLM's engine", daemon=True).start()
 
 
 def engine_words(gpu_memory_utilization: float, tensor_parallel_size: int) -> dict[str, Any]:
@@ -250,6 +287,7 @@ def quiet_vllm() -> Iterator[None]:
         # Asking torch for the GPU has touched CUDA; a forked engine could not use it any more.
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout holds questions, answers and results only
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     yield
