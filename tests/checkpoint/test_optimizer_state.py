@@ -64,6 +64,10 @@ def _write_with_megatron(job: str, target: str, tp: int, pp: int) -> None:
         torch.distributed.barrier()
         multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # it writes in a process of its own
         dist_checkpointing.save({"model": model, "optimizer": optimizer}, target)
+    for (
+        process
+    ) in multiprocessing.active_children():  # Megatron-Core's queue for results would outlive this rank, which is killed
+        process.terminate()
 
 
 @pytest.mark.parametrize(("tp", "pp", "processes"), [(1, 1, 1), (1, 1, 3), (2, 1, 4)])

@@ -166,11 +166,25 @@ def test_the_server_of_vllm_gets_the_same_address_and_no_key_in_its_words(
 ) -> None:
     from megaswift import deploy
     from megaswift.arguments import DeployArguments
+    from megaswift.inference.gate import GATE_VARIABLE, KEY_VARIABLE
 
     words: list[str] = []
-    monkeypatch.setattr(os, "execv", lambda program, given: words.extend(given))
-    monkeypatch.setenv("VLLM_API_KEY", "")  # so that what is set here goes with the test
-    deploy._run_vllm(DeployArguments(ckpt_dir=str(start[0])), start[0], "name", TOKEN)
+
+    def execv(program: str, given: list[str]) -> None:
+        words.extend(given)
+        raise SystemExit  # a process that has become another does not come back
+
+    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.setattr("megaswift.inference.backends.pick_backend", lambda _: "vllm")
+    monkeypatch.setattr("megaswift.inference.vllm_server.packages_distributions", lambda: {"vllm": ["torch"]})
+    for name in (KEY_VARIABLE, GATE_VARIABLE):
+        monkeypatch.setenv(name, "")  # so that what is set here goes with the test
+    with pytest.raises(SystemExit):
+        deploy.deploy_main(DeployArguments(ckpt_dir=str(start[0]), api_key=TOKEN, port=0, max_body_size="3KB"))
     assert words[words.index("--host") + 1] == "127.0.0.1"
+    assert words[words.index("--allowed-origins") + 1] == "[]"
     assert not [word for word in words if TOKEN in word]
-    assert os.environ["VLLM_API_KEY"] == TOKEN
+    assert os.environ[KEY_VARIABLE] == TOKEN
+    rules = json.loads(os.environ[GATE_VARIABLE])
+    assert (rules["body_bytes"], rules["hosts"]) == (3000, ["localhost", "127.0.0.1", "[::1]"])
+    assert TOKEN not in os.environ[GATE_VARIABLE]
