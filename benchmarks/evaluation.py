@@ -53,10 +53,10 @@ def main() -> None:
     parser.add_argument("--vllm_python", default=str(ROOT / ".venv-vllm/bin/python"))
     args = parser.parse_args()
     for title, python, words, count in (
-        ("swift eval, log-likelihood, pt", sys.executable, ["--eval_method", "loglikelihood"], args.questions),
+        ("swift eval, log-likelihood, pt", sys.executable, ["--eval_method", "loglikelihood", "--infer_backend", "pt"], args.questions),
         ("swift eval, lm-eval in process", args.eval_python, ["--eval_backend", "lm-eval"], args.questions),
         ("lm-eval, model hf (plain)", args.eval_python, None, args.questions),
-        ("swift eval, 16 tokens, pt", sys.executable, ["--max_new_tokens", "16"], args.few),
+        ("swift eval, 16 tokens, pt", sys.executable, ["--max_new_tokens", "16", "--infer_backend", "pt"], args.few),
         ("swift eval, 16 tokens, vLLM", args.vllm_python, ["--max_new_tokens", "16", "--infer_backend", "vllm", "--max_model_len", "1024", "--gpu_memory_utilization", args.gpu_memory_utilization], args.few),
     ):  # fmt: skip
         if not Path(python).exists():

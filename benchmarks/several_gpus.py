@@ -93,7 +93,7 @@ def predict(work: Path, options: argparse.Namespace) -> None:
 
 
 def predicted(layout: Layout, options: argparse.Namespace) -> dict[str, float]:
-    """One step of the global batch, each row as long as it may be; nothing overlapped."""
+    """One step of the global batch, each row as long as it may be; nothing overlapped. Beside measurements: docs/performance.md."""
     size = SimpleNamespace(**SHAPES[options.shape])
     vocab, rows, gpus, length = options.vocab, options.global_rows, options.gpus, options.length
     tp, pp, cp, dp = layout.tp, layout.pp, layout.cp, layout.dp(gpus)
@@ -115,14 +115,18 @@ def predicted(layout: Layout, options: argparse.Namespace) -> dict[str, float]:
     data = own * (4 + 2) * (shares - 1) / shares / LINK  # fp32 gradients scattered, bf16 weights gathered
     # gradient, master, two moments read, three written; zeroed gradients
     update = own * 28 / shares / MEMORY + own * 4 / MEMORY
-    seconds = compute + tensor + context + bubble + data + update
+    # Each micro batch adds its gradients to the fp32 ones: read and written.
+    gradients = micro * own * 8 / MEMORY
+    seconds = compute + tensor + context + bubble + gradients + data + update
     # Saved for backward of a row and layer without recompute, in bytes: about 34 hidden-sized halves (Korthikanti et al. 2022,
     # without dropout and with fused norms and SwiGLU fewer: 8 of the hidden size, 4 of the feed-forward size, heads).
     kept = tokens * 2 * (6 * size.hidden_size + 2 * heads + 3 * size.intermediate_size)
     shared = tp if layout.variant == "sequence parallel" else 1
     activations = (kept - tokens * 8 * size.hidden_size) / tp + tokens * 8 * size.hidden_size / shared
     memory = own * (2 + 4 + 12 / shares) + activations * size.num_hidden_layers / pp * min(micro, pp)
-    parts = dict(compute=compute, tensor=tensor, context=context, bubble=bubble, data=data, update=update)
+    parts = dict(
+        compute=compute, tensor=tensor, context=context, bubble=bubble, gradients=gradients, data=data, update=update
+    )  # fmt: skip
     whole = {"seconds": seconds, "tokens_s_gpu": rows * length / seconds / gpus, "memory_gb": memory / 1e9}
     return whole | {key: value / seconds for key, value in parts.items()}
 
@@ -143,7 +147,8 @@ def seed(work: Path, options: argparse.Namespace) -> None:
 def compare_layouts(work: Path, options: argparse.Namespace) -> None:
     """A short run of each layout; beside each, what was predicted."""
     for layout in layouts(options.gpus):
-        log, _ = trained(work, options, layout, "layout", *full(options))
+        log, run = trained(work, options, layout, "layout", *full(options))
+        shutil.rmtree(run)  # or the disk holds the weights of every layout
         ahead = predicted(layout, options)
         show(
             options, part="layouts", layout=layout.name(options.gpus), **speed(log, options),
@@ -209,7 +214,8 @@ def scaling(work: Path, options: argparse.Namespace) -> None:
     make_model(work / "small", smaller, options.vocab, 32768)
     alone, gpus = 0.0, 1
     while gpus <= options.gpus:
-        log, _ = trained(work, options, Layout(), f"scale{gpus}", *full(options), start="small", ranks=gpus)
+        log, run = trained(work, options, Layout(), f"scale{gpus}", *full(options), start="small", ranks=gpus)
+        shutil.rmtree(run)
         found = speed(log, options, gpus, smaller)
         alone = alone or found["tokens_s_gpu"]
         show(options, part="scaling", shape=smaller, gpus=gpus, efficiency=found["tokens_s_gpu"] / alone, **found)

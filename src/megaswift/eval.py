@@ -205,14 +205,16 @@ def _evaluate(title: str, chosen: Chosen, request: Request, store: Any) -> Model
     """Load one model, ask it everything, and let go of it."""
     from megaswift.evaluation.comparison import Model
     from megaswift.evaluation.lm_eval_backend import run_lm_eval
-    from megaswift.evaluation.run import run_bench, weights_sha256
-    from megaswift.inference.backends import load_backend, note
+    from megaswift.evaluation.run import run_bench
+    from megaswift.evaluation.weights import weights_hashes
+    from megaswift.inference.backends import load_backend, note, usable_dtype
+    from megaswift.inference.loading import pick_dtype
 
     located = chosen.locate()
-    sha256 = weights_sha256(located.path)
-    backend = load_backend(chosen.args, located.path, located.model_type)
+    weights = weights_hashes(located.path, pick_dtype(usable_dtype(chosen.args)))
+    backend = load_backend(chosen.args, located.path, located.model_type, repeatable=True)
     note(f"{title}: {located.model_type} from {located.origin if chosen.megatron else located.path} ({backend.description})")
-    key, results = f"{sha256} {_config_sha256(located.path)} {backend.description}", []
+    key, results = f"{weights.stored} {_config_sha256(located.path)} {backend.description}", []
     line = LiveLine()
     for bench in request.benches:
 
@@ -231,7 +233,7 @@ def _evaluate(title: str, chosen: Chosen, request: Request, store: Any) -> Model
     del backend
     gc.collect()
     _empty_gpu()
-    return Model(title, place, sha256, tuple(results))
+    return Model(title, place, weights, tuple(results))
 
 
 def _config_sha256(path: Path) -> str:
@@ -284,7 +286,8 @@ def _result_row(model: Model, request: Request) -> dict[str, Any]:
         "model": model.title,
         "time": time.strftime("%Y%m%d_%H%M%S"),
         "place": model.place,
-        "weights_sha256": model.sha256,
+        "weights_sha256": model.weights.stored,
+        "weights_asked_sha256": model.weights.asked,
         "seed": request.settings.seed,
         "details": details,
     }

@@ -14,7 +14,7 @@ import torch
 from megaswift.arguments import EvalArguments, parse
 from megaswift.errors import DataError, MegaswiftError, UserError
 from megaswift.eval import _models, eval_main, prepare
-from megaswift.evaluation.run import weights_sha256
+from megaswift.evaluation.weights import weights_hashes
 from megaswift.inference.transformers_backend import TransformersBackend
 
 FOUR = ["--eval_dataset", "ceval", "mmlu", "gsm8k", "arc", "--eval_backend", "Native", "--max_new_tokens", "6"]
@@ -156,7 +156,7 @@ def test_equal_weights_with_unequal_answers_are_an_error(model_dir: Path, data_d
             ["--compare", f"original={model_dir}", f"converted={copy}", "--eval_data_dir", str(data_dir), "--eval_dataset",
              "arc", "--max_new_tokens", "6"]
         )  # fmt: skip
-    assert "WARNING: converted has exactly the weights of original" in capsys.readouterr().out
+    assert "WARNING: converted has the weights of original in the precision" in capsys.readouterr().out
     assert list(Path("eval_outputs/default").glob("*/comparison.html"))
 
 
@@ -211,7 +211,27 @@ def test_the_hash_is_of_the_weights_not_of_the_files(model_dir: Path, tmp_path: 
 
     AutoModelForCausalLM.from_pretrained(model_dir).save_pretrained(tmp_path / "cut", max_shard_size="30KB")
     assert len(list((tmp_path / "cut").glob("*.safetensors"))) > 1
-    assert weights_sha256(tmp_path / "cut") == weights_sha256(model_dir)
+    assert weights_hashes(tmp_path / "cut", torch.float32) == weights_hashes(model_dir, torch.float32)
+
+
+def test_a_conversion_to_bf16_is_the_original_where_both_are_asked_in_bf16(
+    model_dir: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    converted = shutil.copytree(model_dir, tmp_path / "converted")
+    AutoModelForCausalLM.from_pretrained(model_dir).to(torch.bfloat16).save_pretrained(converted)
+    words = ["--compare", f"original={model_dir}", f"converted={converted}", "--eval_data_dir", str(data_dir), "--eval_dataset", "arc",
+             "--eval_method", "loglikelihood", "--eval_limit", "4"]  # fmt: skip
+    for dtype, same in (("bf16", True), ("fp32", False)):
+        rows = eval_main([*words, "--dtype", dtype, "--name", dtype])
+        assert rows[0]["weights_sha256"] != rows[1]["weights_sha256"]
+        assert (rows[0]["weights_asked_sha256"] == rows[1]["weights_asked_sha256"]) == same
+        [file] = Path("eval_outputs", dtype).glob("*/comparison.json")
+        [pair] = json.loads(file.read_text(encoding="utf-8"))["pairs"]
+        assert pair["same_weights"] == same
+        if same:
+            assert pair["paired"]["changed"] == 0
 
 
 @pytest.mark.parametrize(

@@ -52,9 +52,12 @@ def answers(folder: Path) -> Iterator[dict[str, Any]]:
     options = GenerationOptions(max_new_tokens=24, temperature=0)
     asked = [[{"role": "user", "content": question}] for question in QUESTIONS]
     found: dict[str, Any] = {}
-    backend: Any = VllmBackend.load(folder, dtype="fp32", max_model_len=512, model_type=NAME, gpu_memory_utilization=0.3)
+    backend: Any = VllmBackend.load(
+        folder, dtype="fp32", max_model_len=512, model_type=NAME, gpu_memory_utilization=0.3, repeatable=True
+    )
     prompts = [backend.prompt_ids(messages, options) for messages in asked]
     found["vllm"] = [answer for _, answer in sorted(backend.answer_all(prompts, options), key=lambda pair: pair[0])]
+    found["together"] = _ends_in_one_step(backend, prompts[:1] * 40)
     stream = backend.stream(asked[0], options)
     found["pieces"] = list(stream)
     found["stream"] = stream.answer
@@ -82,6 +85,29 @@ def test_greedy_answers_are_those_of_transformers(answers: dict[str, Any]) -> No
     assert [answer.text for answer in answers["vllm"]] == [answer.text for answer in answers["pt"]]
     assert [answer.finish for answer in answers["vllm"]] == [answer.finish for answer in answers["pt"]]
     assert [answer.tokens for answer in answers["vllm"]] == [answer.tokens for answer in answers["pt"]]
+
+
+def _ends_in_one_step(backend: Any, prompts: list[list[int]]) -> list[int]:
+    """How many answers of one token came out of each step of the engine."""
+    from megaswift.inference.options import GenerationOptions
+
+    counts: list[int] = []
+    plain = backend.step
+
+    def step() -> list[Any]:
+        outputs = plain()
+        counts.append(sum(output.finished for output in outputs))
+        return outputs  # type: ignore[no-any-return]
+
+    backend.step = step
+    list(backend.answer_all(prompts, GenerationOptions(max_new_tokens=1, temperature=0)))
+    backend.step = plain
+    return [count for count in counts if count]
+
+
+def test_batches_do_not_depend_on_when_requests_arrive(answers: dict[str, Any]) -> None:
+    """The engine waits until all requests are there; they fit into one batch."""
+    assert answers["together"] == [40]
 
 
 def test_an_engine_that_dies_is_told(answers: dict[str, Any]) -> None:
@@ -145,6 +171,7 @@ def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[t
         "0",
         "--max_body_size",
         "20KB",
+        *EXACT,
     ]
     words += ["--max_new_tokens", "24", "--temperature", "0", "--max_concurrency", "2", "--system", "You answer briefly."]
     with log.open("w") as file:

@@ -13,6 +13,7 @@ from typing import Any
 from megaswift.evaluation.items import Bench
 from megaswift.evaluation.run import BenchResult
 from megaswift.evaluation.statistics import Paired, paired, wilson
+from megaswift.evaluation.weights import WeightsHashes
 
 _SHOWN = 200  # flipped questions on the page
 
@@ -24,13 +25,13 @@ class Model:
     Attributes:
         title: as in tables.
         place: directory or name.
-        sha256: of its weights.
+        weights: their hashes.
         results: one a benchmark, in the same order for all models.
     """
 
     title: str
     place: str
-    sha256: str
+    weights: WeightsHashes
     results: tuple[BenchResult, ...]
 
 
@@ -41,7 +42,7 @@ class Pair:
     bench: str
     first: str
     second: str
-    same_weights: bool
+    same_weights: bool  # in the precision that they were asked in
     paired: Paired
 
     @property
@@ -59,7 +60,7 @@ def pairs_of(models: Sequence[Model], seed: int) -> list[Pair]:
             scores = [float(row["score"]) for row in one.rows], [float(row["score"]) for row in two.rows]
             changed = sum(_said(a) != _said(b) for a, b in zip(one.rows, two.rows, strict=True))
             result = paired(*scores, list(zip(one.correct, two.correct)), changed, seed)
-            found.append(Pair(bench.bench.name, first.title, second.title, first.sha256 == second.sha256, result))
+            found.append(Pair(bench.bench.name, first.title, second.title, first.weights.asked == second.weights.asked, result))
     return found
 
 
@@ -129,7 +130,7 @@ def pair_text(pair: Pair) -> str:
 def warnings(pairs: Sequence[Pair]) -> list[str]:
     """What must be said loudly."""
     return [
-        f"{pair.second} has exactly the weights of {pair.first}, but {pair.paired.changed} answers on {pair.bench} differ:"
+        f"{pair.second} has the weights of {pair.first} in the precision that both were asked in, but {pair.paired.changed} answers on {pair.bench} differ:"
         " the folders' tokenizers, templates or configs differ, or the machine does not compute the same twice"
         for pair in pairs
         if pair.broken
@@ -140,7 +141,15 @@ def write_comparison(directory: Path, models: Sequence[Model], pairs: Sequence[P
     """comparison.json and comparison.html; returns the page."""
     flipped = flips(models)
     content = {
-        "models": [{"title": model.title, "place": model.place, "weights_sha256": model.sha256} for model in models],
+        "models": [
+            {
+                "title": model.title,
+                "place": model.place,
+                "weights_sha256": model.weights.stored,
+                "weights_asked_sha256": model.weights.asked,
+            }
+            for model in models
+        ],
         "accuracy": {
             result.bench.name: {model.title: model.results[number].accuracy for model in models}
             for number, result in enumerate(models[0].results)
@@ -170,7 +179,7 @@ def _page(models: Sequence[Model], pairs: Sequence[Pair], flipped: Sequence[dict
     parts = [f"<!doctype html><meta charset=utf-8><title>Comparison</title><style>{_STYLE}</style><h1>Comparison</h1>"]
     parts += [f"<p class=loud>{html.escape(text)}</p>" for text in warnings(pairs)]
     rows = "".join(
-        f"<tr><td>{html.escape(model.title)}<td>{html.escape(model.place)}<td><code>{model.sha256[:16]}</code>"
+        f"<tr><td>{html.escape(model.title)}<td>{html.escape(model.place)}<td><code>{model.weights.stored[:16]}</code>"
         for model in models
     )
     parts.append(f"<table><tr><th>model<th>place<th>weights (SHA-256){rows}</table>")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from megaswift.errors import UserError
@@ -219,30 +217,3 @@ class _Likelihoods(_Work):
                     "log_likelihoods": [round(value, 4) for value in found.sums],
                 },
             )
-
-
-def weights_sha256(path: Path) -> str:
-    """Hash of a folder's weights by name, precision, shape and bytes; how they are cut into files does not matter."""
-    from megaswift.hf.read import tensor_table
-
-    total = hashlib.sha256()
-    table = tensor_table(path)
-    for name in sorted(table):
-        entry = table[name]
-        total.update(f"{name} {entry.dtype} {tuple(entry.shape)} ".encode())
-        total.update(_bytes_hash(entry).encode())
-    return total.hexdigest()
-
-
-def _bytes_hash(entry: Any) -> str:
-    digest = hashlib.sha256()
-    with entry.file.open("rb") as file:
-        file.seek(entry.start)
-        left = entry.nbytes
-        while left:
-            piece = file.read(min(left, 1 << 22))
-            if not piece:
-                break
-            digest.update(piece)
-            left -= len(piece)
-    return digest.hexdigest()

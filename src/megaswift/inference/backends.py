@@ -85,13 +85,14 @@ def check_backend(args: BackendArguments) -> None:
             raise UserError(f"--{name} {getattr(args, name)} is not possible.", where=f"--{name}", fix=f"legal values: {legal}")
 
 
-def load_backend(args: BackendArguments, path: Path, model_type: str | None) -> Any:
+def load_backend(args: BackendArguments, path: Path, model_type: str | None, *, repeatable: bool = False) -> Any:
     """Load a Hugging Face folder into the backend that the options name.
 
     Args:
         args: --infer_backend, --dtype, --template_type and the backend's own options.
         path: the folder.
         model_type: registered name, for the template of a tokenizer that brings none.
+        repeatable: vLLM makes the same batches of the same prompts in every run; pt always does.
     """
     common: dict[str, Any] = {
         "dtype": usable_dtype(args),
@@ -109,6 +110,7 @@ def load_backend(args: BackendArguments, path: Path, model_type: str | None) -> 
             tensor_parallel_size=args.tensor_parallel_size,
             max_num_seqs=next((getattr(args, name) for name in _BATCH & args.explicit()), None),
             seed=args.seed,
+            repeatable=repeatable,
             **common,
         )
     from megaswift.inference.transformers_backend import TransformersBackend

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import InvalidStateError
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -33,10 +34,12 @@ class VllmBackend:
         tokenizer, prompts, context: as in TransformersBackend; prompts are made by us, so both backends see equal tokens.
     """
 
-    def __init__(self, engine: Any, tokenizer: Any, prompts: Prompts, description: str, log: EngineLog) -> None:
+    def __init__(
+        self, engine: Any, tokenizer: Any, prompts: Prompts, description: str, log: EngineLog, repeatable: bool = False
+    ) -> None:
         self.tokenizer, self.prompts = tokenizer, prompts
         self.description = description
-        self._engine, self._log = engine, log
+        self._engine, self._log, self._repeatable = engine, log, repeatable
         config = engine.model_config
         self.context = int(config.max_model_len)
         self._ends = frozenset(_end_ids(config, tokenizer)) | prompts.end_ids
@@ -55,11 +58,14 @@ class VllmBackend:
         tensor_parallel_size: int = 1,
         max_num_seqs: int | None = None,
         seed: int = 42,
+        repeatable: bool = False,
     ) -> VllmBackend:
         """Load a Hugging Face directory; see `TransformersBackend.load` for the arguments that both have.
 
         Args:
             max_num_seqs: answers at once; None for vLLM's own number.
+            repeatable: the same prompts make the same batches in every run, so that the last bits, which depend on a batch's
+                size, and with them the answers are the same; a little slower. See `_one_after_the_other`.
 
         Raises UserError where vLLM cannot load the model: too little memory, or an architecture that it does not know.
         """
@@ -71,6 +77,8 @@ class VllmBackend:
         words = engine_words(gpu_memory_utilization, tensor_parallel_size)
         if max_num_seqs is not None:
             words["max_num_seqs"] = max_num_seqs
+        if repeatable:
+            words["async_scheduling"] = False  # else a batch is made before it is known which answers the last one ended
         log, others = EngineLog(), set(multiprocessing.active_children())
         with log.taking(), quiet_vllm():
             from vllm import LLM, __version__
@@ -97,7 +105,7 @@ class VllmBackend:
                     fix="lower --max_model_len, change --gpu_memory_utilization, or use --infer_backend pt",
                 ) from error
         _wake_when_dead(llm.llm_engine, set(multiprocessing.active_children()) - others)
-        return cls(llm.llm_engine, tokenizer, prompts, f"vLLM {__version__}, {precision}", log)
+        return cls(llm.llm_engine, tokenizer, prompts, f"vLLM {__version__}, {precision}", log, repeatable)
 
     def close(self) -> None:
         """End vLLM's engine and free its memory; the backend cannot be used again."""
@@ -106,10 +114,15 @@ class VllmBackend:
 
     def step(self) -> list[Any]:
         """Let the engine go on; returns outputs of requests. Raises RankLostError where its process has died."""
+        with self._telling_of_death():
+            return self._engine.step()
+
+    @contextlib.contextmanager
+    def _telling_of_death(self) -> Iterator[None]:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
-            return self._engine.step()
+            yield
         except EngineDeadError as error:
             raise RankLostError(
                 f"vLLM's engine died: {self._log.cause() or 'it left no word'}",
@@ -133,9 +146,10 @@ class VllmBackend:
         last = RequestOutputKind.FINAL_ONLY  # nobody sees what stands before the end, so vLLM need not make it in every step
         try:
             while True:
-                for place, prompt in itertools.islice(waiting, _AHEAD - len(names)):
-                    seed = None if options.seed is None else options.seed + place
-                    names[self._add(prompt, options, seed, output_kind=last)] = place
+                with contextlib.nullcontext() if names else self._one_after_the_other():
+                    for place, prompt in itertools.islice(waiting, _AHEAD - len(names)):
+                        seed = None if options.seed is None else options.seed + place
+                        names[self._add(prompt, options, seed, output_kind=last)] = place
                 if not names:
                     return
                 for output in self.step():
@@ -151,6 +165,24 @@ class VllmBackend:
         """Pieces of the answer while it is made."""
         _require_no_beams(options)
         return VllmStream(self, self.prompt_ids(messages, options), options)
+
+    @contextlib.contextmanager
+    def _one_after_the_other(self) -> Iterator[None]:
+        """Where batches must be repeatable, the engine begins when the first requests are all there.
+
+        It takes requests in the order in which they came, so from then on only their order decides who shares a batch; begun
+        at once, it would answer those that happened to have arrived. Later ones queue behind thousands.
+        """
+        core = self._engine.engine_core
+        if not self._repeatable or not hasattr(core, "call_utility"):  # an engine within this process waits by itself
+            yield
+            return
+        with self._telling_of_death():
+            core.call_utility("pause_scheduler", "keep", False)
+            try:
+                yield
+            finally:
+                core.call_utility("resume_scheduler")
 
     def _add(self, prompt: Sequence[int], options: GenerationOptions, seed: int | None, **more: Any) -> str:
         """Hand one request to the engine and return its name; `more` goes to vLLM's SamplingParams."""
@@ -171,7 +203,8 @@ class VllmBackend:
             detokenize=bool(options.stop_words),  # the text is made here; vLLM needs it only to find stop words
             **more,
         )
-        self._engine.add_request(name, {"prompt_token_ids": list(prompt)}, params)
+        with self._telling_of_death():
+            self._engine.add_request(name, {"prompt_token_ids": list(prompt)}, params)
         return name
 
     def _answer(self, prompt: Sequence[int], output: Any, options: GenerationOptions, interrupted: bool = False) -> Answer:
@@ -239,16 +272,20 @@ class VllmStream(Iterator[str]):
 
 
 def _wake_when_dead(engine: Any, processes: Collection[BaseProcess]) -> None:
-    """Let those who wait for outputs hear that an engine's process has ended: vLLM (0.26, 0.32) lets them wait for ever."""
+    """Let those who wait for the engine hear that its process has ended: vLLM (0.26, 0.32) lets them wait for ever."""
     from vllm.v1.engine.exceptions import EngineDeadError
 
-    outputs = getattr(engine.engine_core, "outputs_queue", None)
+    core = engine.engine_core
+    outputs = getattr(core, "outputs_queue", None)
     if outputs is None or not processes:
         return
 
     def watch() -> None:
         connection.wait([process.sentinel for process in processes])
         outputs.put_nowait(EngineDeadError())
+        for waiting in list(core.utility_results.values()):
+            with contextlib.suppress(InvalidStateError):  # answered after all
+                waiting.set_exception(EngineDeadError())
 
     threading.Thread(target=watch, name="vLLM's engine", daemon=True).start()
 

@@ -1,0 +1,64 @@
+"""Which model was asked: hashes of a folder's weights, as stored and as asked."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megaswift.hf.read import tensor_table, torch_dtype
+
+if TYPE_CHECKING:
+    import torch
+
+    from megaswift.hf.header import TensorEntry
+
+_PIECE = 1 << 22  # bytes read at once; a multiple of every element's size
+
+
+@dataclass(frozen=True)
+class WeightsHashes:
+    """SHA-256 of a folder's weights by name, precision, shape and bytes; how they are cut into files does not matter.
+
+    Attributes:
+        stored: as they stand in the files.
+        asked: rounded to the precision that questions are asked in. fp32 weights and their conversion to bf16 are the same model
+            there.
+    """
+
+    stored: str
+    asked: str
+
+
+def weights_hashes(path: Path, dtype: torch.dtype) -> WeightsHashes:
+    """Read all weights of a folder once, in pieces of a few MiB."""
+    stored, asked = hashlib.sha256(), hashlib.sha256()
+    table = tensor_table(path)
+    for name in sorted(table):
+        entry = table[name]
+        own = torch_dtype(entry.dtype)
+        other = dtype if own.is_floating_point and own != dtype else None
+        files, rounded = _bytes_hashes(entry, own, other)
+        stored.update(f"{name} {entry.dtype} {tuple(entry.shape)} {files}".encode())
+        asked.update(f"{name} {other or own} {tuple(entry.shape)} {rounded}".encode())
+    return WeightsHashes(stored.hexdigest(), asked.hexdigest())
+
+
+def _bytes_hashes(entry: TensorEntry, own: torch.dtype, other: torch.dtype | None) -> tuple[str, str]:
+    """Hash of a tensor's bytes, and of its bytes in another precision (the same hash if there is none)."""
+    import torch
+
+    plain, rounded = hashlib.sha256(), hashlib.sha256()
+    with entry.file.open("rb") as file:
+        file.seek(entry.start)
+        left = entry.nbytes
+        while left:
+            piece = bytearray(file.read(min(left, _PIECE)))
+            if not piece:
+                break
+            plain.update(piece)
+            if other is not None:
+                rounded.update(torch.frombuffer(piece, dtype=own).to(other).view(torch.uint8).numpy())
+            left -= len(piece)
+    return plain.hexdigest(), (plain if other is None else rounded).hexdigest()
