@@ -59,6 +59,6 @@ def _bytes_hashes(entry: TensorEntry, own: torch.dtype, other: torch.dtype | Non
                 break
             plain.update(piece)
             if other is not None:
-                rounded.update(torch.frombuffer(piece, dtype=own).to(other).view(torch.uint8).numpy())
+                rounded.update(torch.frombuffer(piece, dtype=own).to(other).view(torch.uint8).numpy().data)
             left -= len(piece)
     return plain.hexdigest(), (plain if other is None else rounded).hexdigest()
