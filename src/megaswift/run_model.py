@@ -174,7 +174,7 @@ def exported(root: Path, model_type: str | None = None) -> tuple[Path, str]:
 def _export(root: Path, checkpoint: Path, model_type: str | None) -> Path:
     from megaswift.checkpoint.layout import MANIFEST, iteration_of
     from megaswift.checkpoint.manifest import quick_check, sha256_of
-    from megaswift.export import export_main
+    from megaswift.export.to_hf import convert_with_proof
 
     place = cache_root() / "exports" / f"{root.resolve().name}-{sha256_of(checkpoint / MANIFEST)[:16]}"
     target = place / (model_type or "model")
@@ -183,7 +183,7 @@ def _export(root: Path, checkpoint: Path, model_type: str | None) -> Path:
     shutil.rmtree(target, ignore_errors=True)
     words: dict[str, Any] = {"model_type": model_type} if model_type else {}
     with contextlib.redirect_stdout(sys.stderr):  # stdout holds questions and answers
-        export_main(
+        convert_with_proof(
             ExportArguments(
                 ckpt_dir=str(root), to_hf=True, iteration=iteration_of(checkpoint), hf_output_dir=str(target), **words
             )

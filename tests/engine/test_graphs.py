@@ -112,13 +112,24 @@ def test_the_fillings_really_ran(start: tuple[Path, Path], pool: RankPool, tmp_p
 def test_auto_judges_by_what_launching_took() -> None:
     for launched, on in ((0.097, True), (0.02, False)):
         graphs = Graphs.__new__(Graphs)
-        graphs.times, graphs.measuring = [(0.5, 0.9), (launched, 0.1)], True
+        graphs.times, graphs.measuring, graphs.problem = [(0.5, 0.9), (launched, 0.1)], True, None
         graphs._decide()
         assert graphs.on is on and not graphs.measuring
         assert f"CUDA graphs: {'on' if on else 'off'}, launching kernels took {1e3 * launched:.0f} of 100 ms" in str(
             graphs.take_note()
         )
         assert graphs.take_note() is None
+
+
+def test_where_graphs_cannot_be_larger_micro_batches_are_advised() -> None:
+    for launched, advice in ((0.097, "launching kernels took 97 of 100 ms of a step: fewer micro batches"), (0.02, None)):
+        graphs = Graphs.__new__(Graphs)
+        graphs.times, graphs.measuring, graphs.on, graphs.note = [(launched, 0.1)], True, False, None
+        graphs.problem = "messages between ranks are not captured"
+        graphs._decide()
+        note = graphs.take_note()
+        assert note is None if advice is None else str(note).startswith(advice)
+        assert not (graphs.on or graphs.measuring)
 
 
 @pytest.mark.parametrize(

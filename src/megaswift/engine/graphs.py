@@ -23,6 +23,9 @@ from megaswift.engine.kernels.products import PLAIN, products_of
 
 _LIMIT = 64  # graphs; a run with more shapes than that runs the others as they are
 _MEASURED = range(2, 5)  # the steps, from 1, that `auto` judges by; the first compiles kernels
+_MUCH = 0.8  # of a step's time until its kernels are launched: the GPU waits for the processor
+_MESSAGES = "messages between ranks are not captured"
+_REDUCED = "gradients are reduced while the backward pass goes on"
 
 
 def bucket(number: int) -> int:
@@ -167,13 +170,13 @@ def obstacle(decoder: Any, overlap_grad_reduce: bool = False) -> str | None:
     if config.pipeline_model_parallel_size > 1:
         return "a pipeline has several micro batches under way at once"
     if config.tensor_model_parallel_size > 1 or config.context_parallel_size > 1:
-        return "messages between ranks are not captured"
+        return _MESSAGES
     if products_of(config) is not PLAIN:
         return "weights in FP8 are kept over micro batches"
     if isinstance(decoder, OffloadingBlock):
         return "activations go to the host and come back"
     if overlap_grad_reduce:
-        return "gradients are reduced while the backward pass goes on"
+        return _REDUCED
     if config.recompute_granularity:
         return "recomputation asks for the random state"
     if config.deterministic_mode or getattr(config, "flash_attention", None) is not None:
@@ -184,6 +187,8 @@ def obstacle(decoder: Any, overlap_grad_reduce: bool = False) -> str | None:
 class Graphs:
     """Decides whether a model's layers run as graphs, keeps these, and says so.
 
+    Where graphs cannot be and launching takes the time, it says that larger micro batches would help.
+
     Args:
         decoder: the TransformerBlock.
         mode: "true", "false", or "auto": where launching kernels is what the first steps spent their time on.
@@ -192,16 +197,16 @@ class Graphs:
     def __init__(self, decoder: Any, mode: str, overlap_grad_reduce: bool = False) -> None:
         self.decoder = decoder
         self.parameters = list(decoder.parameters())
-        problem = obstacle(decoder, overlap_grad_reduce)
+        self.problem = problem = obstacle(decoder, overlap_grad_reduce)
         self.on = mode == "true" and problem is None
-        self.measuring = mode == "auto" and problem is None
+        self.measuring = mode == "auto" and problem in (None, _MESSAGES, _REDUCED)
         told = problem and mode != "false" and torch.cuda.is_available()
         self.note = f"CUDA graphs: off, {problem}" if told else None
         self.steps = 0
         self.times: list[tuple[float, float]] = []  # seconds until all kernels were launched, and until they were done
         self.seen: set[tuple[Any, ...]] = set()
         self.captured: dict[tuple[Any, ...], Captured] = {}
-        possible = self.on or self.measuring
+        possible = problem is None and (self.on or self.measuring)
         self.stream = torch.cuda.Stream() if possible else None
         self.pool = torch.cuda.graph_pool_handle() if possible else None
 
@@ -236,9 +241,15 @@ class Graphs:
 
     def _decide(self) -> None:
         launched, done = min(self.times, key=lambda pair: pair[1])
-        self.measuring, self.on = False, launched > 0.8 * done
+        self.measuring, waits = False, launched > _MUCH * done
         what = f"launching kernels took {1e3 * launched:.0f} of {1e3 * done:.0f} ms of a step"
-        self.note = f"CUDA graphs: {'on' if self.on else 'off'}, {what}"
+        if self.problem is None:
+            self.on = waits
+            self.note = f"CUDA graphs: {'on' if waits else 'off'}, {what}"
+        elif waits:
+            self.note = (
+                f"{what}: fewer micro batches with more tokens each (--batch_size, --max_length) would use the GPU better"
+            )
 
     def take_note(self) -> str | None:
         """What the user should read, once."""

@@ -58,7 +58,14 @@ class _Weights:
 
 
 def to_hf(args: ExportArguments) -> Path:
-    """A Megatron directory -> {ckpt_dir}/{model_type}-hf."""
+    """A Megatron directory -> {ckpt_dir}/{model_type}-hf, and what to do next."""
+    target, asks_by = convert_with_proof(args)
+    say(f"[bold]{shown(target)}[/bold] is ready. Next: swift infer {asks_by}")
+    return target
+
+
+def convert_with_proof(args: ExportArguments) -> tuple[Path, str]:
+    """Convert with proof; the new directory, and the options by which `swift infer` finds it."""
     if not args.ckpt_dir:
         raise UserError(
             "--to_hf needs a Megatron directory.",
@@ -83,13 +90,9 @@ def to_hf(args: ExportArguments) -> Path:
     equal = _equal_to_source(result.tensors, weights.manifest, DTYPE_NAMES[dtype])
     if equal:
         say(f"  {equal}")
-    hint = (
-        f"--ckpt_dir {shown(target)}"
-        if (root / SFT_ARGS).exists()
-        else f"--model_type {args.model_type} --model_id_or_path {shown(target)}"
-    )
-    say(f"[bold]{shown(target)}[/bold] is ready. Next: swift infer {hint}")
-    return target
+    if (root / SFT_ARGS).exists():
+        return target, f"--ckpt_dir {shown(target)}"
+    return target, f"--model_type {args.model_type} --model_id_or_path {shown(target)}"
 
 
 def _own_weights(root: Path, args: ExportArguments) -> _Weights:
