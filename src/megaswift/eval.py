@@ -207,12 +207,11 @@ def _evaluate(title: str, chosen: Chosen, request: Request, store: Any) -> Model
     from megaswift.evaluation.lm_eval_backend import run_lm_eval
     from megaswift.evaluation.run import run_bench
     from megaswift.evaluation.weights import weights_hashes
-    from megaswift.inference.backends import load_backend, note, usable_dtype
-    from megaswift.inference.loading import pick_dtype
+    from megaswift.inference.backends import load_backend, note
 
     located = chosen.locate()
-    weights = weights_hashes(located.path, pick_dtype(usable_dtype(chosen.args)))
     backend = load_backend(chosen.args, located.path, located.model_type, repeatable=True)
+    weights = weights_hashes(located.path, backend.dtype)
     note(f"{title}: {located.model_type} from {located.origin if chosen.megatron else located.path} ({backend.description})")
     key, results = f"{weights.stored} {_config_sha256(located.path)} {backend.description}", []
     line = LiveLine()
@@ -296,11 +295,11 @@ def _result_row(model: Model, request: Request) -> dict[str, Any]:
 def _finish(directory: Path, models: list[Model], request: Request) -> None:
     """Print the comparison, write its page, and raise where equal weights answered unequally."""
     if len(models) > 1:
-        from megaswift.evaluation.comparison import lines, pairs_of, warnings, write_comparison
+        from megaswift.evaluation.comparison import lines, pairs_of, roundings, warnings, write_comparison
 
-        pairs = pairs_of(models, request.settings.seed)
-        print("\n" + "\n".join(lines(models, pairs)))
-        print(f"page: {write_comparison(directory, models, pairs)}")
+        pairs, notes = pairs_of(models, request.settings.seed), roundings(models)
+        print("\n" + "\n".join(lines(models, pairs, notes)))
+        print(f"page: {write_comparison(directory, models, pairs, notes)}")
         broken = warnings(pairs)
         if broken:
             raise DataError(

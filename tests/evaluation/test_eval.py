@@ -211,11 +211,13 @@ def test_the_hash_is_of_the_weights_not_of_the_files(model_dir: Path, tmp_path: 
 
     AutoModelForCausalLM.from_pretrained(model_dir).save_pretrained(tmp_path / "cut", max_shard_size="30KB")
     assert len(list((tmp_path / "cut").glob("*.safetensors"))) > 1
-    assert weights_hashes(tmp_path / "cut", torch.float32) == weights_hashes(model_dir, torch.float32)
+    for dtype in (torch.float32, torch.bfloat16):
+        cut, whole = weights_hashes(tmp_path / "cut", dtype), weights_hashes(model_dir, dtype)
+        assert (cut.stored, cut.asked, cut.precision) == (whole.stored, whole.asked, "F32")
 
 
 def test_a_conversion_to_bf16_is_the_original_where_both_are_asked_in_bf16(
-    model_dir: Path, data_dir: Path, tmp_path: Path
+    model_dir: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -228,8 +230,12 @@ def test_a_conversion_to_bf16_is_the_original_where_both_are_asked_in_bf16(
         assert rows[0]["weights_sha256"] != rows[1]["weights_sha256"]
         assert (rows[0]["weights_asked_sha256"] == rows[1]["weights_asked_sha256"]) == same
         [file] = Path("eval_outputs", dtype).glob("*/comparison.json")
-        [pair] = json.loads(file.read_text(encoding="utf-8"))["pairs"]
+        found = json.loads(file.read_text(encoding="utf-8"))
+        [pair] = found["pairs"]
         assert pair["same_weights"] == same
+        note = "converted has the weights of original, rounded to BF16: answers may differ; --dtype bf16 asks both the same"
+        assert found["notes"] == ([] if same else [note])
+        assert (note in capsys.readouterr().out) is not same
         if same:
             assert pair["paired"]["changed"] == 0
 

@@ -13,9 +13,10 @@ from typing import Any
 from megaswift.evaluation.items import Bench
 from megaswift.evaluation.run import BenchResult
 from megaswift.evaluation.statistics import Paired, paired, wilson
-from megaswift.evaluation.weights import WeightsHashes
+from megaswift.evaluation.weights import WeightsHashes, is_rounded
 
 _SHOWN = 200  # flipped questions on the page
+_FLAGS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,23 @@ def _said(row: dict[str, Any]) -> Any:
     return row.get("response", row["prediction"])
 
 
+def roundings(models: Sequence[Model]) -> list[str]:
+    """For models that differ in nothing but the precision of their weights: why answers may differ, and what asks both alike."""
+    found = []
+    for first, second in itertools.combinations(models, 2):
+        one, two = first.weights, second.weights
+        if one.asked == two.asked:
+            continue
+        for rounded, whole, precision in ((second, first, two.precision), (first, second, one.precision)):
+            if is_rounded(rounded.weights, whole.weights):
+                found.append(
+                    f"{rounded.title} has the weights of {whole.title}, rounded to {precision}: answers may differ; --dtype"
+                    f" {_FLAGS.get(str(precision), precision)} asks both the same"
+                )
+                break
+    return found
+
+
 def flips(models: Sequence[Model]) -> list[dict[str, Any]]:
     """Questions that some models answer right and others wrong, or, with equal weights, differently at all."""
     found = []
@@ -87,8 +105,8 @@ def flips(models: Sequence[Model]) -> list[dict[str, Any]]:
     return found
 
 
-def lines(models: Sequence[Model], pairs: Sequence[Pair]) -> list[str]:
-    """The comparison as plain text: one line a benchmark and model, then the pairs, then what must not be overlooked."""
+def lines(models: Sequence[Model], pairs: Sequence[Pair], notes: Sequence[str] = ()) -> list[str]:
+    """The comparison as plain text: one line a benchmark and model, then the pairs, notes, and what must not be overlooked."""
     width = max(len(model.title) for model in models)
     out = []
     for number, result in enumerate(models[0].results):
@@ -98,8 +116,7 @@ def lines(models: Sequence[Model], pairs: Sequence[Pair]) -> list[str]:
         for pair in pairs:
             if pair.bench == result.bench.name:
                 out.append(f"  {pair.second} - {pair.first}: {pair_text(pair)}")
-    out += [f"WARNING: {text}" for text in warnings(pairs)]
-    return out
+    return [*out, *notes, *(f"WARNING: {text}" for text in warnings(pairs))]
 
 
 def accuracy_text(result: BenchResult) -> str:
@@ -123,21 +140,21 @@ def pair_text(pair: Pair) -> str:
     verdict = "significant" if found.significant else "not significant"
     return (
         f"{found.difference:+.1%} [{found.low:+.1%}, {found.high:+.1%}], {found.gained} gained, {found.lost} lost,"
-        f" McNemar p = {found.p:.3g} ({verdict}), {found.changed} answers differ"
+        f" McNemar p = {found.p:.3g} ({verdict}), {found.changed} {'answer differs' if found.changed == 1 else 'answers differ'}"
     )
 
 
 def warnings(pairs: Sequence[Pair]) -> list[str]:
     """What must be said loudly."""
     return [
-        f"{pair.second} has the weights of {pair.first} in the precision that both were asked in, but {pair.paired.changed} answers on {pair.bench} differ:"
+        f"{pair.second} has the weights of {pair.first} in the precision that both were asked in, but answers on {pair.bench} differ ({pair.paired.changed}):"
         " the folders' tokenizers, templates or configs differ, or the machine does not compute the same twice"
         for pair in pairs
         if pair.broken
     ]
 
 
-def write_comparison(directory: Path, models: Sequence[Model], pairs: Sequence[Pair]) -> Path:
+def write_comparison(directory: Path, models: Sequence[Model], pairs: Sequence[Pair], notes: Sequence[str] = ()) -> Path:
     """comparison.json and comparison.html; returns the page."""
     flipped = flips(models)
     content = {
@@ -155,12 +172,13 @@ def write_comparison(directory: Path, models: Sequence[Model], pairs: Sequence[P
             for number, result in enumerate(models[0].results)
         },
         "pairs": [asdict(pair) | {"significant": pair.paired.significant, "broken": pair.broken} for pair in pairs],
+        "notes": list(notes),
         "flipped": flipped,
     }
     text = json.dumps(content, ensure_ascii=False, indent=1)
     (directory / "comparison.json").write_text(text + "\n", encoding="utf-8")
     page = directory / "comparison.html"
-    page.write_text(_page(models, pairs, flipped), encoding="utf-8")
+    page.write_text(_page(models, pairs, flipped, notes), encoding="utf-8")
     return page
 
 
@@ -175,9 +193,10 @@ _STYLE = (
 )
 
 
-def _page(models: Sequence[Model], pairs: Sequence[Pair], flipped: Sequence[dict[str, Any]]) -> str:
+def _page(models: Sequence[Model], pairs: Sequence[Pair], flipped: Sequence[dict[str, Any]], notes: Sequence[str]) -> str:
     parts = [f"<!doctype html><meta charset=utf-8><title>Comparison</title><style>{_STYLE}</style><h1>Comparison</h1>"]
     parts += [f"<p class=loud>{html.escape(text)}</p>" for text in warnings(pairs)]
+    parts += [f"<p>{html.escape(text)}</p>" for text in notes]
     rows = "".join(
         f"<tr><td>{html.escape(model.title)}<td>{html.escape(model.place)}<td><code>{model.weights.stored[:16]}</code>"
         for model in models

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from megaswift.errors import DataError, UserError
 from megaswift.hf.folder import INDEX, inside, read_config, side_files, weight_files, weight_map
-from megaswift.hf.header import TensorEntry, read_header
+from megaswift.hf.header import ITEM_SIZE, TensorEntry, read_header
 from megaswift.hf.output import forget_pages, read_in_background
 from megaswift.hf.pickled import read_pickle
 
@@ -38,6 +38,11 @@ def torch_dtype(name: str) -> torch.dtype:
         "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
         "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     }[name]  # fmt: skip
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The safetensors name of a torch dtype."""
+    return next(name for name in ITEM_SIZE if torch_dtype(name) == dtype)
 
 
 def tensor_table(path: Path, allow_pickle: bool = False) -> dict[str, TensorEntry]:

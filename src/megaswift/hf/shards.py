@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from megaswift.hf.folder import WEIGHTS
 from megaswift.hf.output import FileRecord, HashedFile, reading_ahead
+from megaswift.hf.read import dtype_name
 
 if TYPE_CHECKING:
     import torch
@@ -102,18 +103,11 @@ def _shard(file: str, group: Sequence[PlannedTensor]) -> Shard:
     position = 0
     for tensor in ordered:
         offsets = [position, position + tensor.nbytes]
-        entries[tensor.name] = {"dtype": _dtype_name(tensor.dtype), "shape": list(tensor.shape), "data_offsets": offsets}
+        entries[tensor.name] = {"dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape), "data_offsets": offsets}
         position += tensor.nbytes
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)
     return Shard(file, tuple(ordered), len(text).to_bytes(8, "little") + text)
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    from megaswift.hf.header import ITEM_SIZE
-    from megaswift.hf.read import torch_dtype
-
-    return next(name for name in ITEM_SIZE if torch_dtype(name) == dtype)
 
 
 def write_shard(

@@ -6,13 +6,16 @@ import sys
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from megaswift.arguments import BackendArguments
 from megaswift.data.conversation import Conversation
 from megaswift.errors import UserError
 from megaswift.inference.options import Answer, GenerationOptions, Message
 from megaswift.inference.prompts import Prompts
+
+if TYPE_CHECKING:
+    import torch
 
 _BATCH = {"infer_batch_size", "eval_batch_size"}  # vLLM has its own idea of how many answers fit, unless the user gives one
 
@@ -35,12 +38,16 @@ class Backend(Protocol):
         tokenizer: of transformers.
         prompts: conversations -> token ids.
         context: most tokens of a prompt and its answer together.
+        dtype: torch's, in which the model computes.
         description: device and precision, in words.
     """
 
     tokenizer: Any
     prompts: Prompts
     context: int
+
+    @property
+    def dtype(self) -> torch.dtype: ...
 
     @property
     def description(self) -> str: ...

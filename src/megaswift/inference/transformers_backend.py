@@ -65,6 +65,11 @@ class TransformersBackend:
         return cls(load_model(path, dtype), tokenizer, prompts, max_model_len)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Precision in which the model computes."""
+        return self.model.dtype  # type: ignore[no-any-return]
+
+    @property
     def description(self) -> str:
         """Device and precision, for the header of a conversation."""
         return f"{self.model.device}, {str(self.model.dtype).removeprefix('torch.')}"

@@ -31,7 +31,7 @@ class VllmBackend:
     """A model that vLLM serves in this process, with its tokenizer and prompt format.
 
     Attributes:
-        tokenizer, prompts, context: as in TransformersBackend; prompts are made by us, so both backends see equal tokens.
+        tokenizer, prompts, context, dtype: as in TransformersBackend; prompts are made by us, so both backends see equal tokens.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class VllmBackend:
         self.description = description
         self._engine, self._log, self._repeatable = engine, log, repeatable
         config = engine.model_config
-        self.context = int(config.max_model_len)
+        self.context, self.dtype = int(config.max_model_len), config.dtype
         self._ends = frozenset(_end_ids(config, tokenizer)) | prompts.end_ids
         self._numbers = itertools.count()
 
