@@ -306,7 +306,7 @@ def _finish(directory: Path, models: list[Model], request: Request) -> None:
                 f"equal weights gave unequal answers: {broken[0]}.",
                 where=str(directory / "comparison.html"),
                 fix="compare the two folders' tokenizer, chat template and config files; with vLLM on a GPU evaluate again under "
-                "VLLM_BATCH_INVARIANT=1 first, for its batches, and with them the last bits, differ from run to run",
+                "VLLM_BATCH_INVARIANT=1 first: then no answer depends on those that share its batch",
             )
     print(f"results: {directory / RESULT}", flush=True)
 
