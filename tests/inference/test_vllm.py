@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -121,6 +122,19 @@ def test_streams_stop_words_and_seeds(answers: dict[str, Any]) -> None:
     assert answers["stopped"].finish == "interrupted"
     assert (answers["cut"].finish, "Paris" in answers["cut"].text) == ("stop", False)
     assert answers["drawn"][0] == answers["drawn"][1]
+
+
+def test_new_weights_find_what_was_compiled_for_others(folder: Path, tmp_path: Path) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    from megaswift.inference.vllm_place import under_one_name
+
+    found = set()
+    for place in (folder, shutil.copytree(folder, tmp_path / "other")):
+        with under_one_name(place) as name:
+            words = {"dtype": "float32", "max_model_len": 512, "tokenizer": str(place)}
+            found.add(EngineArgs(model=name, **words).create_engine_config().compute_hash())
+    assert len(found) == 1
 
 
 def _gpus() -> dict[str, str]:

