@@ -98,16 +98,11 @@ class VllmBackend:
                     **words,
                 )
             except Exception as error:  # vLLM's own classes, RuntimeError, ValueError, torch's
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-                if "See root cause above" in reason:  # its engine is a process of its own
-                    reason = log.cause() or "its engine did not start; VLLM_LOGGING_LEVEL=INFO shows its log."
-                raise UserError(
-                    f"vLLM cannot load the model: {reason}",
-                    where=str(path),
-                    fix="lower --max_model_len, change --gpu_memory_utilization, or use --infer_backend pt",
-                ) from error
-            _wake_when_dead(llm.llm_engine, set(multiprocessing.active_children()) - others)
-            return cls(llm.llm_engine, tokenizer, prompts, f"vLLM {__version__}, {precision}", log, repeatable)
+                raise _not_started(error, log, path) from error
+        engine = llm.llm_engine
+        engine.model_config.model = str(path)  # whatever vLLM may still read here, it finds
+        _wake_when_dead(engine, set(multiprocessing.active_children()) - others)
+        return cls(engine, tokenizer, prompts, f"vLLM {__version__}, {precision}", log, repeatable)
 
     def close(self) -> None:
         """End vLLM's engine and free its memory; the backend cannot be used again."""
@@ -271,6 +266,18 @@ class VllmStream(Iterator[str]):
             self._backend._engine.abort_request([self._name])
         answer, self._done = self.answer, True
         return answer
+
+
+def _not_started(error: Exception, log: EngineLog, path: Path) -> UserError:
+    """What to tell the user where vLLM did not start."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    if "See root cause above" in reason:  # its engine is a process of its own
+        reason = log.cause() or "its engine did not start; VLLM_LOGGING_LEVEL=INFO shows its log."
+    return UserError(
+        f"vLLM cannot load the model: {reason}",
+        where=str(path),
+        fix="lower --max_model_len, change --gpu_memory_utilization, or use --infer_backend pt",
+    )
 
 
 def _wake_when_dead(engine: Any, processes: Collection[BaseProcess]) -> None:

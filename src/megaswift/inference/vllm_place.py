@@ -37,7 +37,7 @@ def place_of(path: Path) -> Path | None:
 def under_one_name(path: Path) -> Iterator[str]:
     """The name for vLLM; the working directory is the one in which it is valid until the block ends.
 
-    Processes that begin in the block keep that directory.
+    Processes that begin in the block keep that directory; what this one keeps of the name afterwards means nothing any more.
     """
     place = place_of(path)
     if place is None:
