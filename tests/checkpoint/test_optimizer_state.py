@@ -64,9 +64,8 @@ def _write_with_megatron(job: str, target: str, tp: int, pp: int) -> None:
         torch.distributed.barrier()
         multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # it writes in a process of its own
         dist_checkpointing.save({"model": model, "optimizer": optimizer}, target)
-    for (
-        process
-    ) in multiprocessing.active_children():  # Megatron-Core's queue for results would outlive this rank, which is killed
+    # Megatron-Core's queue for results would outlive this rank, which is killed.
+    for process in multiprocessing.active_children():
         process.terminate()
 
 

@@ -179,8 +179,10 @@ def test_the_server_of_vllm_gets_the_same_address_and_no_key_in_its_words(
     monkeypatch.setattr("megaswift.inference.vllm_server.packages_distributions", lambda: {"vllm": ["torch"]})
     for name in (KEY_VARIABLE, GATE_VARIABLE):
         monkeypatch.setenv(name, "")  # so that what is set here goes with the test
+    monkeypatch.chdir(Path.cwd())  # the server begins in a directory of its own; the tests after this one do not
     with pytest.raises(SystemExit):
         deploy.deploy_main(DeployArguments(ckpt_dir=str(start[0]), api_key=TOKEN, port=0, max_body_size="3KB"))
+    assert Path(words[words.index("--model") + 1], "config.json").is_file()
     assert words[words.index("--host") + 1] == "127.0.0.1"
     assert words[words.index("--allowed-origins") + 1] == "[]"
     assert not [word for word in words if TOKEN in word]

@@ -74,14 +74,14 @@ def roundings(models: Sequence[Model]) -> list[str]:
     """For models that differ in nothing but the precision of their weights: why answers may differ, and what asks both alike."""
     found = []
     for first, second in itertools.combinations(models, 2):
-        one, two = first.weights, second.weights
-        if one.asked == two.asked:
+        if first.weights.asked == second.weights.asked:
             continue
-        for rounded, whole, precision in ((second, first, two.precision), (first, second, one.precision)):
+        for rounded, whole in ((second, first), (first, second)):
             if is_rounded(rounded.weights, whole.weights):
+                precision = str(rounded.weights.precision)
                 found.append(
                     f"{rounded.title} has the weights of {whole.title}, rounded to {precision}: answers may differ; --dtype"
-                    f" {_FLAGS.get(str(precision), precision)} asks both the same"
+                    f" {_FLAGS.get(precision, precision)} asks both the same"
                 )
                 break
     return found
