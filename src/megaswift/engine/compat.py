@@ -191,5 +191,6 @@ def quiet() -> None:
         r".*is a no-op on.*CPU.*|.*CUDA is not available.*",
     ):
         warnings.filterwarnings("ignore", message=message)
-    for name in ("megatron", "torch.distributed", "torch.distributed.checkpoint", "nv_one_logger"):
+    # torch.utils.cpp_extension: "No CUDA runtime is found", in the processes that are kept off the GPUs on purpose.
+    for name in ("megatron", "torch.distributed", "torch.distributed.checkpoint", "nv_one_logger", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)

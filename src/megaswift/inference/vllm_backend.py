@@ -80,6 +80,7 @@ class VllmBackend:
             words["max_num_seqs"] = max_num_seqs
         if repeatable:
             words["async_scheduling"] = False  # else a batch is made before it is known which answers the last one ended
+        place = str(path.resolve())  # here: inside the block below a relative path means another place
         log, others = EngineLog(), set(multiprocessing.active_children())
         with log.taking(), quiet_vllm(), under_one_name(path) as name:
             from vllm import LLM, __version__
@@ -87,7 +88,7 @@ class VllmBackend:
             try:
                 llm = LLM(
                     model=name,
-                    tokenizer=str(path.resolve()),
+                    tokenizer=place,
                     dtype=precision,
                     max_model_len=max_model_len,
                     seed=seed,
@@ -100,7 +101,7 @@ class VllmBackend:
             except Exception as error:  # vLLM's own classes, RuntimeError, ValueError, torch's
                 raise _not_started(error, log, path) from error
         engine = llm.llm_engine
-        engine.model_config.model = str(path)  # whatever vLLM may still read here, it finds
+        engine.model_config.model = place  # whatever vLLM may still read here, it finds
         _wake_when_dead(engine, set(multiprocessing.active_children()) - others)
         return cls(engine, tokenizer, prompts, f"vLLM {__version__}, {precision}", log, repeatable)
 
