@@ -182,9 +182,11 @@ def _streamed_rows(args: SftArguments, world_size: int) -> int | None:
 def _template(args: SftArguments, start: Start) -> ChatTemplate:
     """The chat template of the run."""
     if not args.dataset:
-        raise UserError(
-            "no training data is named.", where="--dataset", fix="for example: --dataset self-cognition#500 my_rows.jsonl"
-        )
+        fix = "for example: --dataset self-cognition#500 my_rows.jsonl"
+        if start.run_dir is not None:
+            run = shown(start.run_dir)
+            fix = f"the same data as before; all options of the run: swift sft {run}/sft_args.json --resume_from_checkpoint {run}"
+        raise UserError("no training data is named.", where="--dataset", fix=fix)
     from transformers import AutoTokenizer
 
     from megaswift.data.chat import ChatTemplate
@@ -248,12 +250,20 @@ def _print_plan(plan: Plan, data: PreparedData, args: SftArguments) -> None:
         f"{plan.world_size} processes = tp {plan.tp} x pp {plan.pp} x {f'cp {plan.cp} x ' if plan.cp > 1 else ''}dp {plan.dp}, {plan.dtype}{' with FP8 products in the blocks' if args.fp8 else ''}\n"
         f"global batch {plan.global_batch} = {args.batch_size} rows x {plan.gradient_accumulation_steps} accumulation x {plan.world_size} processes; "
         f"each data-parallel rank runs {plan.micro_batches} micro batches a step\n"
-        f"{plan.train_rows} rows x {args.num_train_epochs:g} epochs / {plan.global_batch} = {plan.train_iters} steps, "
-        f"{plan.megatron['lr_warmup_iters']} of them warm-up; {plan.val_rows} validation rows\n"
+        f"{_steps(plan, args)}; {plan.val_rows} validation rows\n"
         f"memory of the fullest rank without activations: {sum(plan.rank_bytes.values()) / 1e9:.2f} GB "
         f"(weights {plan.rank_bytes['weights'] / 1e9:.2f}, gradients {plan.rank_bytes['gradients'] / 1e9:.2f}, optimizer {plan.rank_bytes['optimizer'] / 1e9:.2f}); "
         f"one checkpoint {plan.checkpoint_bytes / 1e9:.2f} GB\n{_host_memory(plan)}"
     )
+
+
+def _steps(plan: Plan, args: SftArguments) -> str:
+    """How many steps, and why."""
+    warm_up = f"{plan.megatron['lr_warmup_iters']} of them warm-up"
+    if args.max_steps > 0:
+        epochs = plan.train_iters * plan.global_batch / plan.train_rows
+        return f"{plan.train_iters} steps (--max_steps), {warm_up}: {epochs:.3g} epochs of {plan.train_rows} rows"
+    return f"{plan.train_rows} rows x {args.num_train_epochs:g} epochs / {plan.global_batch} = {plan.train_iters} steps, {warm_up}"
 
 
 def _host_memory(plan: Plan) -> str:

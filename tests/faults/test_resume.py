@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections import Counter
@@ -12,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 
+from megaswift.arguments import SftArguments
 from megaswift.checkpoint.reader import Reader
 from megaswift.data.batches import Batches
 from megaswift.data.store import TokenRows
 from megaswift.errors import DataError, MegaswiftError, UserError
+from megaswift.option_parser import parse
 from tests.faults import table
 from tests.ranks import RankPool
 from tests.training import Run, tiny_start, train
@@ -153,6 +156,18 @@ def test_a_requeued_job_needs_one_command(
     assert longer.directory == first.directory
     assert len(longer.losses) == 3
     assert "now has 3 steps, it had 2" in capsys.readouterr().out
+
+
+def test_a_run_goes_on_with_its_own_options(whole: Run, pool: RankPool, tmp_path: Path) -> None:
+    """The command that is named to somebody who gives the run and no data."""
+    run = half(whole, tmp_path)
+    with pytest.raises(UserError) as refused:
+        train(pool, tmp_path, 2, resume_from_checkpoint=str(run), model_type="tiny-chat")
+    words = str(refused.value.fix).split("swift sft ")[1].split()
+    assert words == [f"{run}/sft_args.json", "--resume_from_checkpoint", str(run)]
+    again = train(pool, tmp_path, 2, **dataclasses.asdict(parse(SftArguments, words)))
+    assert again.directory == run
+    assert figures(again) == figures(whole)
 
 
 def test_a_damaged_checkpoint_is_gone_around(
