@@ -185,7 +185,9 @@ def _template(args: SftArguments, start: Start) -> ChatTemplate:
         fix = "for example: --dataset self-cognition#500 my_rows.jsonl"
         if start.run_dir is not None:
             run = shown(start.run_dir)
-            fix = f"the same data as before; all options of the run: swift sft {run}/sft_args.json --resume_from_checkpoint {run}"
+            fix = (
+                f"the same data as before; all options of the run: swift sft {run}/sft_args.json --resume_from_checkpoint {run}"
+            )
         raise UserError("no training data is named.", where="--dataset", fix=fix)
     from transformers import AutoTokenizer
 
@@ -263,7 +265,9 @@ def _steps(plan: Plan, args: SftArguments) -> str:
     if args.max_steps > 0:
         epochs = plan.train_iters * plan.global_batch / plan.train_rows
         return f"{plan.train_iters} steps (--max_steps), {warm_up}: {epochs:.3g} epochs of {plan.train_rows} rows"
-    return f"{plan.train_rows} rows x {args.num_train_epochs:g} epochs / {plan.global_batch} = {plan.train_iters} steps, {warm_up}"
+    return (
+        f"{plan.train_rows} rows x {args.num_train_epochs:g} epochs / {plan.global_batch} = {plan.train_iters} steps, {warm_up}"
+    )
 
 
 def _host_memory(plan: Plan) -> str:
