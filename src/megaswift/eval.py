@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from megaswift.evaluation.run import BenchResult, Settings
 
 RESULT = "eval_result.jsonl"
+_DECODING = ("temperature", "top_k", "top_p", "repetition_penalty")
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ def prepare(args: EvalArguments) -> Request:
     )
     models = _models(args)
     benches = _benches(args)
+    _refuse_unused(args, benches)
     if args.eval_backend == "lm-eval":
         check_lm_eval(benches)
     return Request(args, benches, models, settings)
@@ -146,6 +148,19 @@ def _check(args: EvalArguments) -> None:
             raise UserError(f"--{name} {getattr(args, name)} is not possible.", where=f"--{name}", fix=f"legal values: {legal}")
     if "/" in args.name or args.name.startswith("."):
         raise UserError(f"--name {args.name!r} cannot be a directory name.", where="--name", fix="use letters, digits, - and _")
+
+
+def _refuse_unused(args: EvalArguments, benches: list[Bench]) -> None:
+    """Raise UserError for a given option that this way of evaluating has no use for."""
+    unused: tuple[str, ...] = ()
+    way = f"--eval_backend {args.eval_backend}"
+    if args.eval_backend == "lm-eval":  # its tasks say how they are asked
+        unused = ("eval_method", "system", "template_type", *_DECODING)
+    elif args.eval_method == "loglikelihood" and not any(bench.generated for bench in benches):
+        way, unused = "--eval_method loglikelihood", ("system", "template_type", "max_new_tokens", *_DECODING)
+    for name in unused:
+        if name in args.explicit():
+            raise UserError(f"--{name} has no effect with {way}.", where=f"--{name}", fix="leave it out")
 
 
 def _models(args: EvalArguments) -> dict[str, Chosen]:
@@ -235,11 +250,17 @@ def _evaluate(title: str, chosen: Chosen, request: Request, store: Any) -> Model
     return Model(title, place, weights, tuple(results))
 
 
+_DECIDING = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt",
+    "special_tokens_map.json", "added_tokens.json",
+)  # fmt: skip
+
+
 def _config_sha256(path: Path) -> str:
-    """Hash of what beside weights and prompts decides an answer: a changed config must not find the old one's answers."""
+    """Hash of what beside weights and prompts decides an answer: with a changed config the old one's answers are not found."""
     import hashlib
 
-    files = [path / name for name in ("config.json", "generation_config.json")]
+    files = [path / name for name in _DECIDING]
     return hashlib.sha256(b"\0".join(file.read_bytes() if file.is_file() else b"" for file in files)).hexdigest()
 
 

@@ -112,7 +112,7 @@ def megatron_arguments(args: SftArguments, facts: Facts) -> dict[str, Any]:
 
 def filled_rows(args: SftArguments, facts: Facts) -> list[tuple[str, str, str]]:
     """The table as text for people: Megatron's names, our expression, the value."""
-    expressions = {("train_iters",): "max_steps"} if args.max_steps > 0 else {}
+    expressions: dict[tuple[str, ...], str] = {("train_iters",): "max_steps"} if args.max_steps > 0 else {}
     return [(", ".join(row.megatron), expressions.get(row.megatron, row.sft), _text(row.value(args, facts))) for row in TABLE]
 
 

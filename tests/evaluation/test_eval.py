@@ -14,6 +14,7 @@ import torch
 from megaswift.arguments import EvalArguments, parse
 from megaswift.errors import DataError, MegaswiftError, UserError
 from megaswift.eval import _models, eval_main, prepare
+from megaswift.evaluation.answers import AnswerStore
 from megaswift.evaluation.weights import weights_hashes
 from megaswift.inference.transformers_backend import TransformersBackend
 
@@ -94,8 +95,33 @@ def test_another_config_finds_no_earlier_answers(model_dir: Path, data_dir: Path
     run(copy, data_dir, *words)
     assert run(copy, data_dir, *words)["details"]["arc"]["asked_now"] == 0
     config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    assert run(copy, data_dir, *words, "--max_model_len", "200")["details"]["arc"]["asked_now"] == 4
     (copy / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}), encoding="utf-8")
     assert run(copy, data_dir, *words)["details"]["arc"]["asked_now"] == 4
+
+
+def test_an_answer_with_any_character_is_found_again(tmp_path: Path) -> None:
+    store = AnswerStore(tmp_path)
+    store.write({"key": "k", "response": "one\x85two\u2028three"})
+    store.close()
+    assert AnswerStore(tmp_path / "next", [tmp_path]).known("k") == {"key": "k", "response": "one\x85two\u2028three"}
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--eval_method", "loglikelihood", "--system", "x"], "--system has no effect with --eval_method loglikelihood"),
+        (["--eval_method", "loglikelihood", "--max_new_tokens", "9"], "--max_new_tokens has no effect"),
+        (["--eval_backend", "lm-eval", "--temperature", "1"], "--temperature has no effect with --eval_backend lm-eval"),
+        (["--eval_backend", "lm-eval", "--eval_method", "generate"], "--eval_method has no effect"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(model_dir: Path, data_dir: Path, words: list[str], named: str) -> None:
+    given = ["--ckpt_dir", str(model_dir), "--eval_data_dir", str(data_dir), "--eval_dataset", "arc", *words]
+    with pytest.raises(UserError, match=named):
+        prepare(parse(EvalArguments, given))
+    if "lm-eval" not in words:  # GSM8K is generated
+        prepare(parse(EvalArguments, [*given, "--eval_dataset", "arc", "gsm8k"]))
 
 
 def test_likelihoods_are_those_of_the_whole_text(model_dir: Path, data_dir: Path) -> None:

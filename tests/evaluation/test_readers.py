@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +12,9 @@ import pytest
 from eval_files import ARC, write_all, write_lines
 
 from megaswift.errors import DataError, MegaswiftError, UserError
+from megaswift.evaluation.custom import read_custom
 from megaswift.evaluation.items import Bench, Item, limited
-from megaswift.evaluation.readers import read_bench
+from megaswift.evaluation.readers import _hub_item, read_bench
 
 
 @pytest.fixture
@@ -59,6 +62,59 @@ def test_three_shapes_of_arc_are_one(tmp_path: Path) -> None:
     pandas.DataFrame(hub).to_parquet(tmp_path / "p" / "ARC-Challenge" / "test-00000-of-00001.parquet")
     found.append(read_bench("arc", str(tmp_path / "p")).sha256)
     assert len(set(found)) == 1
+
+
+def test_a_text_may_hold_any_character(tmp_path: Path) -> None:
+    """U+0085 stands in MMLU's own files; it ends no line of JSON."""
+    odd = "which\x85of\u2028these"
+    write_lines(tmp_path / "arc_challenge.jsonl", [{"query": odd, "choices": ["a", "b"], "gold": 1}])
+    assert [item.question for item in read_bench("arc", str(tmp_path)).items] == [odd]
+    row = {"question": odd, "choices": ["a", "b", "c", "d"], "answer": 2, "subject": "law"}
+    assert _hub_item("mmlu", "all", row, 7) == Item("law", "7", odd, ("a", "b", "c", "d"), "C")
+
+
+def test_no_question_is_read_twice(data: Path, tmp_path: Path) -> None:
+    """The hub's snapshots hold questions under two names, a zip lies beside what was unpacked from it, and others' names begin alike."""
+    pandas = pytest.importorskip("pandas")
+    solved = {"question": "1 + 1?", "answer": "two #### 2"}
+    law = {"question": "q", "choices": ["a", "b", "c", "d"], "answer": 0, "subject": "law"}
+    for name, row in (
+        ("gsm8k/main", solved),
+        ("gsm8k/socratic", solved),
+        ("mmlu/all", law),
+        ("mmlu/law", law),
+        ("mmlu_pro/all", law),
+    ):
+        (tmp_path / name).mkdir(parents=True)
+        pandas.DataFrame([row]).to_parquet(tmp_path / name / "test-00000-of-00001.parquet")
+    (tmp_path / "gsm8k" / "test_socratic.jsonl").write_text(json.dumps(solved) + "\n")
+    shutil.copy(data / "mmlu.zip", tmp_path)
+    for name in ("gsm8k", "mmlu"):
+        found = read_bench(name, str(tmp_path))
+        assert (len(found.items), found.source) == (1, str(tmp_path / name))
+    assert [item.subset for item in read_bench("mmlu", str(tmp_path)).items] == ["law"]
+    shutil.copy(data / "arc_challenge.jsonl", tmp_path)
+    shutil.copy(data / "arc_challenge.jsonl", tmp_path / "ARC-Challenge-Test.jsonl")
+    with pytest.raises(UserError, match="twice: ARC-Challenge-Test.jsonl and arc_challenge.jsonl"):
+        read_bench("arc", str(tmp_path))
+
+
+def test_a_split_is_not_taken_from_directories_above(data: Path, tmp_path: Path) -> None:
+    """Nor is anything read that a Mac puts into its zips."""
+    place = data.rename(tmp_path / "dev")
+    with zipfile.ZipFile(place / "mmlu.zip", "a") as archive:
+        archive.writestr("__MACOSX/test/._anatomy_test.csv", b"\x00\x05\x16\x07")
+    assert [len(read_bench(name, str(place)).items) for name in ("arc", "mmlu", "gsm8k")] == [4, 3, 2]
+
+
+def test_an_empty_choice_does_not_move_the_others(tmp_path: Path) -> None:
+    rows = "question,A,B,C,answer\nq,one,two,,B\n"
+    (tmp_path / "x_val.csv").write_text(rows)
+    entry = {"name": "x", "pattern": "ceval", "dataset": str(tmp_path)}
+    assert read_custom(entry, "c.json").items[0].choices == ("one", "two")
+    (tmp_path / "x_val.csv").write_text(rows + "q,one,,three,C\n")
+    with pytest.raises(DataError, match="before the last one is empty"):
+        read_custom(entry, "c.json")
 
 
 def _write(name: str, content: str | bytes) -> Callable[[Path], None]:

@@ -25,11 +25,19 @@ FOUR = ("red", "green", "blue", "white")
     [
         ("B", "B"), ("B. green", "B"), ("(C)", "C"), ("The answer is D.", "D"), ("Answer: a", "A"), ("答案：B", "B"), ("答案是 C。", "C"),
         ("A good question. The answer is B", "B"), ("A colour", ""), ("It is green.", "B"), ("red or green", ""), ("", ""), ("E", ""),
-        ("\x00\ud800", ""), ("Beautiful", ""),
+        ("\x00\ud800", ""), ("Beautiful", ""), ("The answer is a dog.", ""), ("Answer: a hot object is red", "A"), ("the answer is b because", "B"),
+        ("The answer is A because", "A"), ("greenish", ""), ("infrared", ""),
     ],
 )  # fmt: skip
 def test_letters(text: str, letter: str) -> None:
     assert read_letter(text, FOUR) == letter
+
+
+def test_choices_are_found_as_whole_words() -> None:
+    assert read_letter("It is 14.", "4567") == ""
+    assert read_letter("It is 4.", "4567") == "A"
+    assert read_letter("这是绿色的", ("红色", "绿色")) == "B"
+    assert read_letter("c++, of course", ("c", "c++")) == ""  # punctuation does not count, so both are said
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import torch
 
 from megaswift.errors import DataError, NonFiniteError, UserError
 from megaswift.inference import decoding
+from megaswift.inference.loading import load_model
 from megaswift.inference.options import GenerationOptions, PromptTooLongError
 from megaswift.inference.text import decode
 from megaswift.inference.transformers_backend import TransformersBackend
@@ -31,6 +32,12 @@ def plain_generate(backend: TransformersBackend, model_dir: Path, prompt: list[i
     ids = torch.tensor([prompt])
     output = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, eos_token_id=[0, 2], **settings)
     return output[0, len(prompt) :].tolist()
+
+
+def test_a_plain_install_can_place_a_model(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU transformers places it, which needs a package of its own."""
+    monkeypatch.setattr("megaswift.inference.loading._device_map", lambda _: "cpu")
+    assert load_model(model_dir).device == torch.device("cpu")
 
 
 def test_prompt_is_the_chat_template(backend) -> None:

@@ -63,7 +63,7 @@ def read_answers(path: Path) -> list[dict[str, Any]]:
     """The rows of an answers file; torn lines, which a crash leaves, are left out."""
     rows = []
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError:
         return []
     for line in lines:

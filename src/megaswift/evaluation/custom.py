@@ -78,7 +78,12 @@ def _choices(member: Member, subset: str) -> list[Item]:
         if len(row) != len(header):
             raise DataError(f"{len(header)} fields expected, but the row has {len(row)}.", where=where, fix="mend the row")
         values = dict(zip(header, row))
-        choices = tuple(values[letter].strip() for letter in letters if values[letter].strip())
+        texts = [values[letter].strip() for letter in letters]
+        choices = tuple(filter(None, texts))
+        if list(choices) != texts[: len(choices)]:  # left out, it would give its letter to the next one
+            raise DataError(
+                "a choice before the last one is empty.", where=where, fix="fill it; unused choices stand at the end"
+            )
         answer = values["answer"].strip().upper()
         if len(answer) != 1 or answer not in LETTERS[: len(choices)] or not values["question"].strip():
             raise DataError(f"the right answer is {values['answer']!r}; a letter of a choice is needed.", where=where)

@@ -36,18 +36,23 @@ class Member:
 
 
 def members(place: Path) -> list[Member]:
-    """All files under a directory or in a zip, sorted by name. Raises DataError for a damaged zip."""
+    """All files under a directory or in a zip, sorted by name, without hidden ones. Raises DataError for a damaged zip."""
     if place.is_dir():
-        found = [path for path in sorted(place.rglob("*")) if path.is_file()]
-        return [Member(path.relative_to(place).as_posix(), str(path), path.read_bytes) for path in found]
+        found = [(path.relative_to(place).as_posix(), path) for path in sorted(place.rglob("*")) if path.is_file()]
+        return [Member(name, str(path), path.read_bytes) for name, path in found if not _is_hidden(name)]
     if place.suffix != ".zip":
         return [Member(place.name, str(place), place.read_bytes)]
     try:
         with zipfile.ZipFile(place) as archive:
-            infos = [info for info in archive.infolist() if not info.is_dir()]
+            infos = [info for info in archive.infolist() if not info.is_dir() and not _is_hidden(info.filename)]
     except (OSError, zipfile.BadZipFile) as error:
         raise DataError(f"the zip cannot be read: {error}.", where=str(place), fix="fetch it again") from error
     return [Member(info.filename, f"{place}:{info.filename}", _reader(place, info)) for info in infos]
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether a path leads through what a file manager or a hub's client put there."""
+    return any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
 
 
 def _reader(place: Path, info: zipfile.ZipInfo) -> Callable[[], bytes]:
@@ -91,7 +96,7 @@ def json_rows(member: Member) -> Iterator[tuple[str, dict[str, Any]]]:
     if member.name.endswith(".parquet"):
         yield from _parquet_rows(member)
         return
-    for number, line in enumerate(text_of(member).splitlines(), 1):
+    for number, line in enumerate(text_of(member).split("\n"), 1):  # splitlines() also cuts at U+0085 and U+2028 inside a text
         if not line.strip():
             continue
         where = f"{member.where}:{number}"

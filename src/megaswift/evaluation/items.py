@@ -62,6 +62,11 @@ class Bench:
     custom: bool = False
 
     @property
+    def generated(self) -> bool:
+        """Whether its answers are texts, which have no choices whose likelihood could be taken."""
+        return self.kind in ("gsm8k", "general_qa")
+
+    @property
     def sha256(self) -> str:
         """Hash of the questions that are asked: the same hash means the same questions, choices and right answers."""
         rows = [[item.subset, item.id, item.question, item.choices, item.answer] for item in self.items]

@@ -123,7 +123,7 @@ class LikelihoodScorer:
         mask = torch.tensor([[0] * (longest - len(head)) + [1] * len(head) for head, _ in batch], device=device)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         output = self._body(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
-        first = self._log_probabilities(output.last_hidden_state[:, -1])
+        first = self._log_probabilities(output.last_hidden_state[:, -1].to(device))
         owner = [row for row, (_, tails) in enumerate(batch) for _ in tails]
         tails = [tail for _, group in batch for tail in group]
         sums = [float(first[row, tail[0]]) for row, tail in zip(owner, tails)]
@@ -140,7 +140,7 @@ class LikelihoodScorer:
     ) -> list[float]:
         """Log probabilities of the second and later tokens of each choice."""
         device, width = mask.device, max(map(len, tails)) - 1
-        rows = torch.tensor(owner, device=device)
+        rows = torch.tensor(owner)  # on the CPU: a model split over GPUs has each layer's cache on that layer's GPU
         cache.batch_select_indices(rows)
         given = torch.tensor([tail[:-1] + [0] * (width - len(tail) + 1) for tail in tails], device=device)
         wanted = torch.tensor([tail[1:] + [-1] * (width - len(tail) + 1) for tail in tails], device=device)
@@ -155,9 +155,10 @@ class LikelihoodScorer:
         )
         kept = wanted >= 0
         values = torch.zeros(wanted.shape, device=device)
-        logs = self._log_probabilities(output.last_hidden_state[kept])
+        logs = self._log_probabilities(output.last_hidden_state.to(device)[kept])
         values[kept] = logs.gather(1, wanted[kept][:, None])[:, 0]
         return values.sum(1).tolist()
 
     def _log_probabilities(self, hidden: torch.Tensor) -> torch.Tensor:
-        return torch.log_softmax(self._head(hidden).float(), dim=-1)
+        """Over the vocabulary, on the device of `hidden`, wherever the output layer lies."""
+        return torch.log_softmax(self._head(hidden).to(hidden.device).float(), dim=-1)

@@ -7,6 +7,7 @@ import logging
 import os
 import tempfile
 import time
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,11 @@ def run_lm_eval(backend: Any, model_key: str, bench: Bench, settings: Settings, 
 
     title = f"lm-eval {version('lm_eval')}"
     result = BenchResult(bench, scored_by=title)
+    limit = settings.options.max_new_tokens if settings.own_limit else None
     keys = [
-        answer_key(model_key, bench.name, item.id, item.question, title, settings.few_shot, settings.own_limit)
+        answer_key(
+            model_key, bench.name, asdict(item), title, limit, backend.context, *map(asdict, _examples(bench, item, settings))
+        )
         for item in bench.items
     ]
     known = [store.known(key) for key in keys]
@@ -69,6 +73,10 @@ def run_lm_eval(backend: Any, model_key: str, bench: Bench, settings: Settings, 
     return result
 
 
+def _examples(bench: Bench, item: Item, settings: Settings) -> tuple[Item, ...]:
+    return bench.examples(item, settings.few_shot) if settings.few_shot else ()
+
+
 def _evaluate(backend: Any, bench: Bench, settings: Settings, keys: list[str]) -> list[dict[str, Any]]:
     import lm_eval
     from datasets import disable_progress_bars
@@ -82,7 +90,6 @@ def _evaluate(backend: Any, bench: Bench, settings: Settings, keys: list[str]) -
         max_length=backend.context,
     )
     with tempfile.TemporaryDirectory(prefix="megaswift-lm-eval-") as place:
-        os.environ["HF_DATASETS_CACHE"] = os.environ.get("HF_DATASETS_CACHE") or place
         parts = _parts(bench)
         files = [_write_task(Path(place), bench, subset, items, settings) for subset, items in parts.items()]
         found = lm_eval.simple_evaluate(
@@ -123,7 +130,7 @@ def _write_task(place: Path, bench: Bench, subset: str, items: list[Item], setti
     splits = {bench.split: items}
     train = "dev" if bench.kind in ("mmlu", "ceval") else "train"
     if settings.few_shot:
-        splits[train] = list(bench.examples(items[0], settings.few_shot))
+        splits[train] = list(_examples(bench, items[0], settings))
     files = {}
     for split, group in splits.items():
         files[split] = str(place / f"{bench.name}-{subset}-{split}.jsonl")
@@ -134,7 +141,7 @@ def _write_task(place: Path, bench: Bench, subset: str, items: list[Item], setti
         "task": f"{bench.name}-{subset}",
         "dataset_path": "json",
         "dataset_name": None,
-        "dataset_kwargs": {"data_files": files},
+        "dataset_kwargs": {"data_files": files, "cache_dir": str(place / "cache")},  # not the user's: these rows are gone soon
         "training_split": train if settings.few_shot and train == "train" else None,
         "validation_split": "val" if bench.split == "val" else None,
         "fewshot_split": train if settings.few_shot else None,

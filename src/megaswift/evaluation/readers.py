@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ _HUB = {
     "arc": ("allenai/ai2_arc", "ARC-Challenge"),
     "arc_easy": ("allenai/ai2_arc", "ARC-Easy"),
 }
+# The whole name of a file or directory, without its ending: mmlu_pro and gsm8k_platinum are other benchmarks.
 _NAMES = {
     "mmlu": r"mmlu|hendrycks.?test",
     "ceval": r"c-?eval(-exam)?",
@@ -25,6 +27,7 @@ _NAMES = {
     "arc": r"arc.?challenge",
     "arc_easy": r"arc.?easy",
 }
+_NAME_ENDS = r"(?:[._-](?:test|val|validation|dev|train|all|main|exam|data|master))*"
 _WANTED = {
     "mmlu": "mmlu.zip, or mmlu/ with test/SUBJECT_test.csv, or mmlu/ with the hub's Parquet files",
     "ceval": "ceval.zip, or ceval/ with val/SUBJECT_val.csv, or ceval/ with the hub's Parquet files",
@@ -50,41 +53,80 @@ def read_bench(name: str, data_dir: str | None) -> Bench:
         raise UserError(
             f"there is no directory {root}.", where="--eval_data_dir", fix="name the directory of the benchmark files"
         )
-    found = _find(name, root)
+    found = _sources(name, root)
     if not found:
         raise UserError(f"{name} is not in {root}.", where="--eval_data_dir", fix=f"it needs {_WANTED[name]}")
     split, train = SPLITS[name], "dev" if name in ("mmlu", "ceval") else "train"
-    items = _items(name, [member for member in found if _split_of(member) in (split, None)])
-    if not items:
-        seen = sorted({value for value in map(_split_of, found) if value})
+    scored = [(place, kept) for place, files in found if (kept := _of_split(name, files, (split, None)))]
+    if not scored:
+        seen = sorted({value for _, files in found for value in map(_split_of, files) if value})
         raise DataError(
             f"{name} has no {split} split here (found: {', '.join(seen) or 'none'}).",
             where=str(root),
             fix=f"it needs {_WANTED[name]}",
         )
+    place, files = scored[0]
+    if place == root and len(files) > 1 and files[0].name.endswith(".jsonl"):
+        names = " and ".join(member.name for member in files[:2])
+        raise UserError(f"{name} has its {split} split twice: {names}.", where=str(root), fix="leave one of them there")
+    examples = [kept for _, others in found if (kept := _of_split(name, others, (train,)))]
     shots: dict[str, tuple[Item, ...]] = {}
-    for item in _items(name, [member for member in found if _split_of(member) == train]):
+    for item in _items(name, examples[0] if examples else []):
         shots[item.subset] = (*shots.get(item.subset, ()), item)
-    return Bench(name, KINDS[name], split, tuple(items), shots, str(root))
+    return Bench(name, KINDS[name], split, tuple(_items(name, files)), shots, str(place))
 
 
-def _find(name: str, root: Path) -> list[Member]:
-    """The files of one benchmark in a directory, by the names that its publishers and the hub gave them."""
-    pattern = re.compile(_NAMES[name], re.IGNORECASE)
-    found: list[Member] = []
+def _sources(name: str, root: Path) -> list[tuple[Path, list[Member]]]:
+    """Where a benchmark lies in a directory, by the names that its publishers and the hub gave it.
+
+    A directory, a zip, and the loose files together are a source each, in this order. Only one of them is scored, since a zip and what was
+    unpacked from it would count every question twice. The names of members begin with the source's own.
+    """
+    pattern = re.compile(f"(?:{_NAMES[name]}){_NAME_ENDS}", re.IGNORECASE)
+    directories: list[tuple[Path, list[Member]]] = []
+    zips: list[tuple[Path, list[Member]]] = []
+    loose: list[Member] = []
     for path in sorted(root.iterdir()):
-        if path.name.startswith(".") or not pattern.match(path.name):
+        stem = path.name if path.is_dir() else path.name.removesuffix(path.suffix)
+        if path.name.startswith(".") or not pattern.fullmatch(stem):
             continue
-        if path.is_dir() or path.suffix in (".zip", ".jsonl", ".parquet"):
-            found += members(path)
+        if path.is_dir() or path.suffix == ".zip":
+            inside = [replace(member, name=f"{stem}/{member.name}") for member in members(path)]
+            (directories if path.is_dir() else zips).append((path, _rows_only(inside)))
+        elif path.suffix in (".jsonl", ".parquet"):
+            loose += members(path)
+    found = [*directories, *zips, *([(root, loose)] if loose else [])]
     if not found and name in ("arc", "arc_easy") and (root / "arc").is_dir():
-        found = [member for member in members(root / "arc") if pattern.search(member.where)]
+        inside = [member for member in members(root / "arc") if re.search(_NAMES[name], member.name, re.IGNORECASE)]
+        found = [(root / "arc", _rows_only(inside))]
+    return [(place, files) for place, files in found if files]
+
+
+def _rows_only(found: Iterable[Member]) -> list[Member]:
     return [member for member in found if member.name.endswith((".csv", ".jsonl", ".parquet"))]
+
+
+def _of_split(name: str, files: Iterable[Member], splits: Sequence[str | None]) -> list[Member]:
+    """The files of a split, each question once.
+
+    The hub has MMLU's questions under `all` and again under each subject, and those of GSM8K under `main` and, with other
+    solutions, under `socratic`, as the publisher's own directory has them; a directory may hold two formats.
+    """
+    found = [member for member in files if _split_of(member) in splits]
+    if name == "gsm8k":
+        found = [member for member in found if "socratic" not in member.name]
+    if name == "mmlu" and any("/all/" in member.name for member in found):
+        found = [member for member in found if "/all/" in member.name]
+    for ending in (".csv", ".jsonl", ".parquet"):
+        kept = [member for member in found if member.name.endswith(ending)]
+        if kept:
+            return kept
+    return []
 
 
 def _split_of(member: Member) -> str | None:
     """Which split a file holds, from its own name, else from its directory's; None where neither tells."""
-    for part in reversed(member.where.replace(":", "/").split("/")[-3:]):
+    for part in reversed(member.name.split("/")):
         words = re.split(r"[^a-z]+", part.lower())
         for split, names in (("test", ("test",)), ("val", ("val", "validation")), ("dev", ("dev",)), ("train", ("train",))):
             if any(word in names for word in words):
@@ -194,7 +236,7 @@ _READERS: dict[str, Callable[[Member], list[Item]]] = {"mmlu": _mmlu, "ceval": _
 def _subject(member: Member) -> str:
     """The subject in a file's name (SUBJECT_test.csv), or its directory's where the name is only a split."""
     stem = re.sub(r"(?:^|[_-])(test|val|validation|dev|train)([_-].*)?$", "", member.base.rpartition(".")[0])
-    return stem or (member.where.replace(":", "/").split("/")[-2])
+    return stem or member.name.split("/")[-2]
 
 
 def _text(row: dict[str, Any], name: str, where: str) -> str:

@@ -88,7 +88,7 @@ def run_bench(
 
     Questions that do not fit the context count as wrong ("too_long"). Ctrl-C keeps what is done.
     """
-    likelihood = settings.method == "loglikelihood" and bench.kind not in ("gsm8k", "general_qa")
+    likelihood = settings.method == "loglikelihood" and not bench.generated
     work: _Work = _Likelihoods(backend, bench, settings) if likelihood else _Generated(backend, bench, settings)
     result = BenchResult(bench, scored_by=work.title, version=work.version)
     keys = [answer_key(model_key, bench.name, item.id, work.identity(place)) for place, item in enumerate(bench.items)]
@@ -150,7 +150,8 @@ class _Generated(_Work):
 
     def identity(self, place: int) -> Any:
         decoding = vars(self._options) | {"seed": self._options.seed if self._options.samples else None}
-        return [self.title, self.version, self._messages[place], self._prompts[place], decoding, type(self._backend).__name__]
+        backend = [type(self._backend).__name__, self._backend.context]
+        return [self.title, self.version, self._messages[place], self._prompts[place], decoding, *backend]
 
     def run(self, waiting: Sequence[int]) -> Iterator[tuple[int, dict[str, Any]]]:
         fitting = []
@@ -196,10 +197,11 @@ class _Likelihoods(_Work):
         self.title = f"megaswift {__version__}, log-likelihood"
         self._bench, self._batch = bench, settings.batch_size
         self._texts = [texts(bench, item, settings.few_shot) for item in bench.items]
+        self._context = backend.context
         self._scorer = LikelihoodScorer(backend.model, backend.tokenizer, backend.context)
 
     def identity(self, place: int) -> Any:
-        return [self.title, self.version, self._texts[place]]
+        return [self.title, self.version, self._texts[place], self._context]
 
     def run(self, waiting: Sequence[int]) -> Iterator[tuple[int, dict[str, Any]]]:
         for number, found in self._scorer.score_all([self._texts[place] for place in waiting], self._batch):

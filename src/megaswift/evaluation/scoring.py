@@ -72,7 +72,7 @@ class OwnScorer:
         few_shot: solved examples before each.
     """
 
-    version = "1"
+    version = "2"
 
     def __init__(self, bench: Bench, few_shot: int) -> None:
         from megaswift import __version__
@@ -109,6 +109,7 @@ class OwnScorer:
         return nullcontext(self.judge)
 
 
+_LETTER = r"[^\W\u3400-\u9fff]"  # or digit; not Chinese
 _MARKS = {"ceval": ("问题：", "答案：")}
 _ENGLISH = ("Question: ", "Answer: ")
 _REQUESTS = {
@@ -141,14 +142,22 @@ def read_letter(text: str, choices: Sequence[str]) -> str:
     repeated word for word, if it is the only one.
     """
     letters = LETTERS[: len(choices)]
-    named = re.findall(rf"(?:answer|答案|选择|选)\W*(?:is|are|为|是|:|：)?\W*([{letters}])(?![A-Za-z])", text, re.IGNORECASE)
+    small = rf"(?![ai]\s+[A-Za-z])[{letters.lower()}]"  # "the answer is a dog" names no choice
+    named = re.findall(rf"(?i:answer|答案|选择|选)\W*(?i:is|are|为|是|:|：)?\W*([{letters}]|{small})(?![A-Za-z'’])", text)
     if named:
         return named[-1].upper()
     first = re.match(rf"\W*([{letters}])(?![A-Za-z'’])", text)
     if first and not re.match(r"\W*A [a-z]", text):
         return first.group(1)
-    said = [letter for letter, choice in zip(letters, choices) if normal(choice) and normal(choice) in normal(text)]
+    said = [letter for letter, choice in zip(letters, choices) if _says(normal(text), normal(choice))]
     return said[0] if len(said) == 1 else ""
+
+
+def _says(text: str, choice: str) -> bool:
+    """Whether a choice stands in a text as whole words; Chinese has no borders of words."""
+    before = rf"(?<!{_LETTER})" if re.match(_LETTER, choice) else ""
+    after = rf"(?!{_LETTER})" if re.match(_LETTER, choice[::-1]) else ""
+    return bool(choice) and re.search(before + re.escape(choice) + after, text) is not None
 
 
 def read_number(text: str) -> str:
