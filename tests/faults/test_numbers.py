@@ -17,7 +17,7 @@ from tests.faults.harness import FaultRun, with_plan
 
 
 def poison(step: int, rank: int, factor: float, gradient_only: bool) -> None:
-    """In this process: multiply the gradients, and the loss unless `gradient_only`, of a step counted from 1."""
+    """In this process: multiply gradients and loss of a step counted from 1; `gradient_only`: set one gradient, leave the loss."""
     import os
 
     from megaswift.engine.step import Trainer
@@ -31,13 +31,25 @@ def poison(step: int, rank: int, factor: float, gradient_only: bool) -> None:
             return sums
         if int(os.environ["RANK"]) == rank:
             for parameter in self.model.parameters():
+                if gradient_only:
+                    parameter.main_grad.view(-1)[0] = factor
+                    break
                 parameter.main_grad.mul_(factor)
         return sums if gradient_only else sums * sums.new_tensor([factor, 1.0])
 
     Trainer.gradients = bad  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize(("rank", "factor", "gradient_only"), [(1, math.nan, False), (0, math.nan, True), (1, math.inf, False)])
+@pytest.mark.parametrize(
+    ("rank", "factor", "gradient_only"),
+    [
+        (1, math.nan, False),
+        (0, math.nan, True),
+        (1, math.inf, False),
+        (0, math.inf, True),
+        (1, 1e30, True),
+    ],  # whose square overflows
+)
 def test_a_nan_stops_every_rank_before_the_update(
     rank: int, factor: float, gradient_only: bool, base: Job, straight: FaultRun, tmp_path: Path
 ) -> None:
@@ -81,15 +93,22 @@ def constant(start: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory)
     )
 
 
-@pytest.mark.parametrize("factor", [1e6, math.nan], ids=["spike", "nan"])
-def test_a_skipped_step_leaves_no_trace(factor: float, constant: Job, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("factor", "gradient_only", "skip_spikes", "clip"),
+    [(1e6, False, 20.0, 1.0), (math.nan, False, 20.0, 1.0), (math.inf, True, 0.0, 1.0), (1e30, True, 0.0, 0.0)],
+)
+def test_a_skipped_step_leaves_no_trace(
+    factor: float, gradient_only: bool, skip_spikes: float, clip: float, constant: Job, tmp_path: Path
+) -> None:
     """Later losses are those of a run that never had that batch, and one NaN does not make every later step an outlier."""
     last = FEWEST + 6
     bad = FEWEST + 1  # counted in this process, which begins after two steps
-    case = FaultRun(with_plan(constant, train_iters=last), tmp_path / "bad", nonfinite="skip", skip_spikes=20.0)
-    ended = case.run(prepare=partial(poison, bad, 1, factor, False))
+    case = FaultRun(
+        with_plan(constant, clip_grad=clip, train_iters=last), tmp_path / "bad", nonfinite="skip", skip_spikes=skip_spikes
+    )
+    ended = case.run(prepare=partial(poison, bad, 1, factor, gradient_only))
     assert ended.codes == [0, 0], ended.output
-    other = FaultRun(with_plan(constant, train_iters=last - 1), tmp_path / "without")
+    other = FaultRun(with_plan(constant, clip_grad=clip, train_iters=last - 1), tmp_path / "without")
     assert other.run(prepare=partial(leave_out, bad + 1)).codes == [0, 0]
     skipped, clean = [row for row in case.rows() if "loss" in row], [row for row in other.rows() if "loss" in row]
     at = next(k for k, row in enumerate(skipped) if row["skipped_steps"])

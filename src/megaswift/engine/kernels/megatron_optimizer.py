@@ -80,7 +80,8 @@ class FusedOptimizer(ChainedOptimizer):
         factor = self._share(norm)
         if self.config.clip_grad > 0.0:
             factor = factor * (self.config.clip_grad / (norm + 1e-6)).clamp_max(1.0)
-        factor = torch.where(norm <= limit, factor, math.nan)  # false for NaN
+        # An infinite norm is within an infinite limit, and clips to a factor of 0, which times an infinite gradient is NaN.
+        factor = torch.where(norm.isfinite() & (norm <= limit), factor, math.nan)
         for inner in self.chained_optimizers:
             inner.optimizer.gradient_factor = factor
         self.tokens = None
