@@ -123,7 +123,7 @@ def test_the_newest_run_of_any_layout(tmp_path: Path) -> None:
 def test_the_newest_and_the_best_stay(losses: list[float | None], limit: int, kept: list[int], tmp_path: Path) -> None:
     for step, loss in enumerate(losses, 1):
         checkpoint(tmp_path, step, loss)
-    keep.delete_beyond(tmp_path, limit)
+    keep.delete_beyond(tmp_path, limit, len(losses))
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [f"iter_{step:07d}" for step in kept]
 
 
@@ -131,15 +131,24 @@ def test_the_only_good_checkpoint_is_never_deleted(tmp_path: Path) -> None:
     checkpoint(tmp_path, 1)
     for step in (2, 3):
         (checkpoint(tmp_path, step) / "common.pt").unlink()
-    keep.delete_beyond(tmp_path, 1)
+    keep.delete_beyond(tmp_path, 1, 3)
     assert name_of(tmp_path) == "iter_0000001"
+
+
+def test_what_was_passed_over_does_not_outlive_what_was_just_saved(tmp_path: Path) -> None:
+    """A flipped byte shows in the hash alone; the run went on from step 2 and has saved step 3."""
+    for step, loss in ((2, 5.0), (4, 1.0)):
+        checkpoint(tmp_path, step, loss)
+    checkpoint(tmp_path, 3, 4.0)
+    keep.delete_beyond(tmp_path, 1, 3)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["iter_0000003", "iter_0000004"]
 
 
 def test_a_deletion_cut_short_leaves_nothing_that_is_chosen(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         checkpoint(tmp_path, step)
     with mock.patch("shutil.rmtree", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
-        keep.delete_beyond(tmp_path, 2)
+        keep.delete_beyond(tmp_path, 2, 3)
     assert name_of(tmp_path) == "iter_0000003"
     assert not (tmp_path / "iter_0000001").exists()
     assert len(keep.clean(tmp_path)) == 1

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -145,3 +148,28 @@ def test_environments_that_cannot_be(
             SftArguments(resume_from_checkpoint=str(start[0]), dataset=[str(start[1])], output_dir=str(tmp_path / "out"))
         )
     assert not (tmp_path / "out").exists()
+
+
+def lose(directory: str) -> None:
+    """In this process: remove a directory while the first step is made."""
+    from megaswift.engine.step import Trainer
+
+    plain = Trainer.gradients
+
+    def gradients(self: Any, batches: Any) -> Any:
+        shutil.rmtree(directory, ignore_errors=True)
+        return plain(self, batches)
+
+    Trainer.gradients = gradients  # type: ignore[method-assign]
+
+
+def test_a_start_that_goes_away_stops_no_save(base: Job, straight: FaultRun, tmp_path: Path) -> None:
+    """Moved, or converted anew, while the run goes on: what the weights were made from was read with them."""
+    case, home = FaultRun(base, tmp_path), tmp_path / "home"
+    shutil.copytree(base.model_dir, home)
+    case.job = replace(case.job, model_dir=str(home))
+    ended = case.run(prepare=partial(lose, str(home)))
+    assert ended.codes == [0, 0], ended.output
+    assert not home.exists()
+    assert case.newest() == 4
+    assert case.losses() == straight.losses()

@@ -76,7 +76,7 @@ def test_manifests(content: Any, tmp_path: Path) -> None:
         survives(function, path)
     survives(newest_whole, tmp_path / "run", True)
     survives(find_checkpoint, tmp_path / "run", 1)
-    survives(delete_beyond, tmp_path / "run", 9)
+    survives(delete_beyond, tmp_path / "run", 9, 2)
     assert set(tmp_path.rglob("*")) == before
 
 

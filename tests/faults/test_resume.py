@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from megaswift.arguments import SftArguments
+from megaswift.checkpoint.manifest import older_links, read_manifest, sha256_of
 from megaswift.checkpoint.reader import Reader
 from megaswift.data.batches import Batches
 from megaswift.data.store import TokenRows
@@ -168,6 +169,16 @@ def test_a_run_goes_on_with_its_own_options(whole: Run, pool: RankPool, tmp_path
     again = train(pool, tmp_path, 2, **dataclasses.asdict(parse(SftArguments, words)))
     assert again.directory == run
     assert figures(again) == figures(whole)
+
+
+def test_the_base_is_known_when_older_checkpoints_are_gone(start: tuple[Path, Path], pool: RankPool, tmp_path: Path) -> None:
+    """One command, requeued three times; --save_total_limit deletes what each time began from."""
+    command = options(start, resume=True, eval_steps=100, save_steps=1, save_total_limit=1)
+    for steps in (2, 4, 6):
+        run = train(pool, tmp_path, 1, **{**command, "max_steps": steps})
+    links = older_links(read_manifest(run.directory / "iter_0000006"))
+    assert links[-1]["manifest_sha256"] == sha256_of(start[0] / "release" / "manifest.json")
+    assert [path.name for path in run.directory.glob("iter_*")] == ["iter_0000006"]
 
 
 def test_a_damaged_checkpoint_is_gone_around(

@@ -17,12 +17,12 @@ from megaswift.errors import DataError
 _DEBRIS = re.compile(r"iter_\d{7,}\.tmp-[0-9a-f]+|\.iter_\d{7,}-hf\.tmp-[0-9a-f]+|trash-.+")
 
 
-def to_keep(root: Path, limit: int) -> list[Path]:
-    """The checkpoints that stay: the newest `limit` whole ones, the best by validation loss among them.
+def to_keep(root: Path, limit: int, saved: int) -> list[Path]:
+    """The checkpoints that stay: the newest `limit` whole ones up to step `saved`, the best by validation loss among them.
 
     The newest and the best stay even where they are two and `limit` is one.
     """
-    whole = [path for path in candidates(root) if iteration_of(path) > 0 and quick_check(path) is None]
+    whole = [path for path in candidates(root) if 0 < iteration_of(path) <= saved and quick_check(path) is None]
     best = best_of(whole)
     if best is None or best in whole[:limit]:
         return whole[:limit]
@@ -40,14 +40,18 @@ def best_of(checkpoints: list[Path]) -> Path | None:
     return min(losses)[2] if losses else None
 
 
-def delete_beyond(root: Path, limit: int | None) -> list[Path]:
+def delete_beyond(root: Path, limit: int | None, saved: int) -> list[Path]:
     """Delete the checkpoints that do not stay, once `limit` whole ones are there; called by one process. Returns what is gone.
+
+    Args:
+        saved: step of the checkpoint that was just written, which is known to be good. Those of later steps were passed over when
+            the run was taken up (damaged, or weights alone): none of them counts, and the run will write them anew.
 
     Only checkpoints older than a whole newer one are deleted, so the only good one never is.
     """
     if limit is None:
         return []
-    kept, removed = to_keep(root, limit), []
+    kept, removed = to_keep(root, limit, saved), []
     for path in candidates(root):
         if len(kept) >= limit and path not in kept and 0 < iteration_of(path) < iteration_of(kept[0]):
             reached("keep.before_trash")

@@ -23,7 +23,7 @@ from megaswift.checkpoint.hf_load import is_hf_folder, load_hf_weights
 from megaswift.checkpoint.keep import delete_beyond
 from megaswift.checkpoint.layout import MANIFEST, iteration_directory
 from megaswift.checkpoint.load import load_training_state, load_weights
-from megaswift.checkpoint.manifest import ancestry
+from megaswift.checkpoint.manifest import ancestry, read_manifest
 from megaswift.checkpoint.save import Saving
 from megaswift.data.batches import Batches, EvalBatches, MicroBatch, prefetch
 from megaswift.data.store import TokenRows
@@ -116,6 +116,7 @@ class Training:
             stop,
             watchdog,
         )
+        self.origin = _origin(job, run_dir)
         self.saving: Saving | None = None  # the checkpoint that is being written in the background
         self.began, self.waited = 0.0, 0.0  # when it was begun; seconds that training waited for it
         self.eval_loss: tuple[int, float] | None = None  # step and loss of the last evaluation
@@ -252,8 +253,7 @@ class Training:
             "eval_loss": self.eval_loss[1]
             if self.eval_loss and self.eval_loss[0] == step and math.isfinite(self.eval_loss[1])
             else None,
-            "config": read_config(Path(self.job.model_dir)),
-            **_origin(Path(self.job.checkpoint), iteration_directory(self.run_dir, step)),
+            **self.origin,
         }
         self.saving = Saving(
             self.run_dir,
@@ -286,7 +286,7 @@ class Training:
             if copied:
                 self.log.note(copied)
             try:
-                delete_beyond(self.run_dir, self.args.save_total_limit)
+                delete_beyond(self.run_dir, self.args.save_total_limit, saving.iteration)
             except OSError as error:
                 problem = [f"an old checkpoint could not be deleted: {error}"]
         dist.broadcast_object_list(problem, src=0)
@@ -302,11 +302,17 @@ class Training:
         self.watchdog.beat(f"step {saving.iteration + 1}")
 
 
-def _origin(start: Path, target: Path) -> dict[str, Any]:
-    """What a checkpoint was made from: the chain of manifests, or the Hugging Face folder that has none."""
-    if (start / MANIFEST).exists():
-        return {"made_from": ancestry(start, target)}
-    return {"made_from": [], "source": {"origin": str(start)}}
+def _origin(job: Job, run_dir: Path) -> dict[str, Any]:
+    """What the run's checkpoints are made from: the config, and the chain of manifests or the Hugging Face folder that has none.
+
+    Read once, when the weights are: later the start may be gone (--save_total_limit deletes it), moved, or made anew.
+    """
+    start, found = Path(job.checkpoint), {"config": read_config(Path(job.model_dir))}
+    if not (start / MANIFEST).exists():
+        return found | {"made_from": [], "source": {"origin": str(start)}}
+    source = read_manifest(start).get("source") if job.first_step else None  # the run's own
+    links = {"made_from": ancestry(start, iteration_directory(run_dir, 0))}  # relative, and all checkpoints are neighbours
+    return found | links | ({"source": source} if source else {})
 
 
 def _agreed_run_dir(plan: Plan) -> Path:
