@@ -12,7 +12,9 @@ from megaswift.args_file import (
     SFT_ARGS,
     args_file_in,
     fill_from_file,
+    kept_places,
     read_args_file,
+    with_home,
     write_args_file,
 )
 from megaswift.arguments import ExportArguments, InferArguments, SftArguments, parse
@@ -77,3 +79,26 @@ def test_lists_and_numbers() -> None:
     assert (args.dataset, args.dataset_test_ratio, args.strict) == (["a", "b"], 0, True)
     with pytest.raises(DataError):
         fill_from_file(InferArguments(), {"dataset": "a"}, ("dataset",))
+
+
+def test_places_are_absolute_and_a_hub_id_is_no_place(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hf").mkdir()
+    args = SftArguments(model_id_or_path="hf", resume_from_checkpoint="start", output_dir="/out", logging_dir="tb")
+    assert kept_places(args) == {
+        "model_id_or_path": f"{tmp_path}/hf",
+        "resume_from_checkpoint": f"{tmp_path}/start",
+        "output_dir": "/out",
+        "logging_dir": f"{tmp_path}/tb",
+    }
+    assert "model_id_or_path" not in kept_places(SftArguments(model_id_or_path="owner/name"))
+
+
+def test_home_is_written_out_and_nothing_counts_as_given(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args = with_home(
+        ExportArguments(ckpt_dir="~/run", hf_output_dir="~", model_id_or_path="owner/~name", sign="~nobody-here/k")
+    )
+    assert (args.ckpt_dir, args.hf_output_dir) == (f"{tmp_path}/run", str(tmp_path))
+    assert (args.model_id_or_path, args.sign, args.megatron_output_dir) == ("owner/~name", "~nobody-here/k", None)
+    assert args.explicit() == {"ckpt_dir", "hf_output_dir", "model_id_or_path", "sign"}

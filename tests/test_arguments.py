@@ -56,6 +56,21 @@ def test_bad_words(words: list[str], message: str) -> None:
     assert message in caught.value.text()
 
 
+def test_a_comma_in_the_name_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a,b.jsonl", "rows.jsonl"):
+        Path(name).write_text("{}")
+    Path("some,folder").mkdir()
+    Path("folder").mkdir()
+    whole = ["a,b.jsonl", "./a,b.jsonl#7", "some,folder:x/y#3", "some,folder", f"{tmp_path}/a,b.jsonl"]
+    assert parse(SftArguments, ["--dataset", *whole]).dataset == whole
+    words = ["rows.jsonl,b.jsonl", "folder:x,rows.jsonl", "some,folder:x,rows.jsonl", "a,c.jsonl"]
+    apart = ["rows.jsonl", "b.jsonl", "folder:x", "rows.jsonl", "some", "folder:x", "rows.jsonl", "a", "c.jsonl"]
+    assert parse(SftArguments, ["--val_dataset", *words]).val_dataset == apart
+    Path("run.yaml").write_text("dataset: a,b.jsonl#2\n")
+    assert parse(SftArguments, ["run.yaml"]).dataset == ["a,b.jsonl#2"]
+
+
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_refused_options_say_what_to_use(name: str) -> None:
     with pytest.raises(UserError) as caught:
@@ -111,3 +126,15 @@ def test_the_list_of_options_is_frozen() -> None:
 def test_every_option_has_a_help_sentence(cls: type) -> None:
     for item in dataclasses.fields(cls):
         assert item.metadata["help"].endswith("."), item.name
+
+
+@pytest.mark.parametrize("cls", [SftArguments, InferArguments, EvalArguments, InspectArguments])
+@pytest.mark.parametrize("value", [-1, 2**32])
+def test_seeds_that_numpy_does_not_take(cls: type, value: int) -> None:
+    with pytest.raises(UserError, match="no seed") as caught:
+        parse(cls, ["--seed", str(value)])
+    assert caught.value.where == "--seed"
+    assert "from 0 to 4294967295" in caught.value.fix
+    with pytest.raises(UserError, match="--dataset_seed"):
+        SftArguments(dataset_seed=value)
+    assert SftArguments(seed=0).dataset_seed == 0

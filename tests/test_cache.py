@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from megaswift.cache import cache_root, published
+from megaswift.cache import alone, cache_root, published
 from megaswift.errors import UserError
 
 
@@ -45,4 +47,26 @@ def test_debris_of_killed_processes_goes(tmp_path: Path) -> None:
 def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="MEGASWIFT_CACHE"), published(tmp_path / "file" / "data" / "x"):
+        pass
+
+
+def test_one_process_at_a_time(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The second waits, and says so only where it was told to."""
+    code = (
+        "import sys; from pathlib import Path; from megaswift.cache import alone\n"
+        "with alone(Path(sys.argv[1]), 'waiting'): print('in', flush=True)"
+    )
+    target = tmp_path / "a" / "b"
+    with alone(target):
+        with alone(target.with_name("c")):
+            pass
+        process = subprocess.Popen([sys.executable, "-c", code, str(target)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert process.stderr is not None and process.stderr.readline() == b"waiting\n"
+        assert process.poll() is None
+    assert process.communicate(timeout=60)[0] == b"in\n"
+    with alone(target, "waiting"):
+        pass
+    assert capfd.readouterr() == ("", "") and not target.exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="MEGASWIFT_CACHE"), alone(tmp_path / "file" / "x"):
         pass

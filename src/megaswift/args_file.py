@@ -39,7 +39,37 @@ DATASET_OPTIONS = (
     "model_author",
 )
 
+# Options that name a file or a directory of this machine; model_id_or_path may be a hub id too.
+PATH_OPTIONS = (
+    "ckpt_dir",
+    "directory",
+    "hf_output_dir",
+    "logging_dir",
+    "megatron_output_dir",
+    "model_id_or_path",
+    "output_dir",
+    "public_key",
+    "resume_from_checkpoint",
+    "sign",
+)
+
 _SECRET_ENDINGS = ("token", "api_key", "password", "secret")
+
+
+def with_home(args: A) -> A:
+    """A copy in which `~` of options that name places is the home directory.
+
+    A shell writes it out only where it begins a word: not in --opt=~/x, nor in an option file.
+    """
+    values = {name: getattr(args, name, None) for name in PATH_OPTIONS}
+    return args.changed(**{name: os.path.expanduser(value) for name, value in values.items() if value})
+
+
+def kept_places(args: BaseArguments) -> dict[str, str]:
+    """The options that name places, absolute, so that they mean the same from any directory."""
+    values = {name: getattr(args, name, None) for name in PATH_OPTIONS}
+    local = {name: Path(value) for name, value in values.items() if value}
+    return {name: str(path.absolute()) for name, path in local.items() if name != "model_id_or_path" or path.exists()}
 
 
 def args_file_in(directory: Path | str) -> Path | None:

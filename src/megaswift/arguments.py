@@ -33,15 +33,13 @@ class BaseArguments:
         self.check_choices()
 
     def check_choices(self) -> None:
-        """Raise UserError for a value that is none of the option's words."""
+        """Raise UserError for a value that is none of the option's words, or no seed for numpy."""
         for item in fields(self):
-            choices, value = item.metadata.get("choices"), getattr(self, item.name)
+            name, choices, value = f"--{item.name}", item.metadata.get("choices"), getattr(self, item.name)
             if choices and value is not None and value not in choices:
-                raise UserError(
-                    f"--{item.name} {value!r} is not known.",
-                    where=f"--{item.name}",
-                    fix=f"use one of: {', '.join(choices)}",
-                )
+                raise UserError(f"{name} {value!r} is not known.", where=name, fix=f"use one of: {', '.join(choices)}")
+            if item.name.endswith("seed") and value is not None and not 0 <= value < 2**32:
+                raise UserError(f"{name} {value} is no seed.", where=name, fix=f"use a whole number from 0 to {2**32 - 1}")
 
     def explicit(self) -> frozenset[str]:
         """Names of the options that the user gave, as flags or as arguments; the others have their defaults."""
@@ -156,6 +154,7 @@ class VerifyArguments(BaseArguments):
 class SftArguments(ModelArguments, LayoutArguments, DataArguments):
     """`swift sft`: full fine-tuning with Megatron-Core."""
 
+    template_date: str | None = option(None, "YYYY-MM-DD for templates that write the date; default: the day the run began.")
     train_backend: str = option("megatron", "Training engine.", ("megatron",))
     sft_type: str = option("full", "What is trained: all weights.", ("full",))
     resume_from_checkpoint: str | None = option(

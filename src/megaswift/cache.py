@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
+import sys
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from megaswift.errors import UserError
 
@@ -46,6 +49,41 @@ def published(target: Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def alone(directory: Path, waiting: str = "") -> Iterator[None]:
+    """Hold a lock file beside a directory of the cache: processes that come at the same time wait for the first.
+
+    A file system without locks is no reason to stop: directories appear by one rename anyway.
+
+    Args:
+        waiting: said on stderr where another process holds the lock.
+
+    Raises UserError where the cache cannot be written.
+    """
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        file = (directory.parent / f".{directory.name}.lock").open("w")
+    except OSError as error:
+        raise UserError(
+            f"cannot make the cache directory: {error.strerror}.",
+            where=str(directory.parent),
+            fix="set MEGASWIFT_CACHE to a directory of yours",
+        ) from error
+    with file:
+        with suppress(OSError):
+            _lock(file, waiting)
+        yield
+
+
+def _lock(file: IO[str], waiting: str) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if waiting:
+            print(waiting, file=sys.stderr, flush=True)
+        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def _remove_debris(parent: Path) -> None:

@@ -13,6 +13,8 @@ import traceback
 
 from megaswift.errors import ExitCode, MegaswiftError, UserError, nearest
 
+NO_READER = 141  # 128 + SIGPIPE: what shells say of a program that ended because nobody read its output
+
 # verb -> (module, function, argument class, one line of help)
 VERBS = {
     "export": (
@@ -41,6 +43,18 @@ def main(argv: list[str] | None = None) -> int:
     # Imports make half a million lasting objects; looking for garbage among them again and again costs a second.
     gc.set_threshold(50_000, 20, 20)
     words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _run(words)
+        sys.stdout.flush()  # the interpreter would do it when nobody can catch any more what it raises
+        return code
+    except BrokenPipeError:  # the reader has gone (swift infer ... | head): that is no error, and nobody is there to be told
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in _without_reader():
+            os.dup2(nowhere, stream)  # what is still in a buffer is written at the end
+        return NO_READER
+
+
+def _run(words: list[str]) -> int:
     try:
         if not words or words[0] in ("-h", "--help"):
             print(overview())
@@ -78,11 +92,25 @@ def run_verb(verb: str, words: list[str]) -> int:
         getattr(importlib.import_module(module), function)(args)
     except (MegaswiftError, KeyboardInterrupt):
         raise
-    except Exception:
+    except SystemExit as error:  # rich's answer to a reader that has gone
+        raise (error.__context__ if isinstance(error.__context__, BrokenPipeError) else error) from None
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _without_reader():
+            raise
         traceback.print_exc()
         print("\nThis is a defect of megaswift, not of your input. Please report the lines above.", file=sys.stderr)
         return 1
     return ExitCode.DONE
+
+
+def _without_reader() -> list[int]:
+    """Which of standard output and standard error are pipes that nobody reads any more; other pipes may break too."""
+    import select
+
+    poll = select.poll()
+    for stream in (1, 2):
+        poll.register(stream, 0)  # errors are always told
+    return [stream for stream, event in poll.poll(0) if event & select.POLLERR]
 
 
 def report_error(error: MegaswiftError) -> None:

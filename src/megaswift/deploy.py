@@ -43,7 +43,7 @@ def deploy_main(arguments: DeployArguments | list[str]) -> None:
     located = chosen.locate()
     name = args.served_model_name or located.model_type
     listening = _listen(args.host, args.port)  # a port that is taken is told before the model is loaded
-    hosts = tuple(_LOOPBACK_NAMES) if is_loopback(args.host) else None
+    hosts = (*_LOOPBACK_NAMES, _in_url(args.host).lower()) if is_loopback(args.host) else None
     rules = Rules(size, args.max_concurrency, hosts)
     if by_vllm:
         from megaswift.inference.vllm_server import VllmServer
@@ -150,7 +150,11 @@ def _serve(
     service.line.close()
 
 
+def _in_url(host: str) -> str:
+    """An address as it stands in a URL, and in the Host header of a request."""
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
+
+
 def _greeting(name: str, description: str, host: str, listening: socket.socket, key: str | None) -> str:
-    shown = f"[{host}]" if ":" in host and not host.startswith("[") else host
-    address = f"http://{shown}:{listening.getsockname()[1]}/v1"
+    address = f"http://{_in_url(host)}:{listening.getsockname()[1]}/v1"
     return f"{name} ({description}) answers at {address}{'' if key else ', without an API key'}; Ctrl-C ends it"

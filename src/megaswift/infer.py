@@ -82,6 +82,7 @@ def prepare(args: InferArguments) -> Request:
     from megaswift.inference.backends import check_backend
     from megaswift.inference.options import GenerationOptions
 
+    check_backend(args)
     chosen = choose(args, DATASET_OPTIONS if args.load_dataset_config else ())
     values, args = chosen.values, chosen.args
     if args.load_dataset_config and chosen.directory is None:
@@ -94,8 +95,8 @@ def prepare(args: InferArguments) -> Request:
             where=str(chosen.directory),
             fix="give --val_dataset FILE; only a model made from a training run has sft_args.json with its datasets",
         )
+    _check_held_out(args, values)
     GenerationOptions.from_args(args)
-    check_backend(args)
     if args.infer_batch_size < 1:
         raise UserError(
             f"--infer_batch_size {args.infer_batch_size} is not possible.", where="--infer_batch_size", fix="use 1 or more"
@@ -104,6 +105,16 @@ def prepare(args: InferArguments) -> Request:
     if not chosen.megatron:
         _ = request.located  # a model that cannot be found is told before anything else is done
     return request
+
+
+def _check_held_out(args: InferArguments, values: dict[str, Any]) -> None:
+    """Raise UserError where the questions would be rows that a run held out, and it held none out."""
+    if values.get("streaming") is True and args.dataset and not args.val_dataset and args.dataset == values.get("dataset"):
+        raise UserError(
+            "the run that made the model streamed its data and held no row out: what it read, it was trained on.",
+            where="--dataset" if "dataset" in args.explicit() else "--load_dataset_config",
+            fix="give questions of their own: --val_dataset FILE",
+        )
 
 
 def _talks(args: InferArguments) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,6 +52,8 @@ def data_main(args: InspectArguments | list[str]) -> Inspection:
     from megaswift.arguments import parse
     from megaswift.data.encode import prepare
     from megaswift.data.page import write_page
+    from megaswift.engine.launch import cluster
+    from megaswift.sft import streamed_rows
     from megaswift.terminal import console, say
 
     if isinstance(args, list):
@@ -58,12 +61,13 @@ def data_main(args: InspectArguments | list[str]) -> Inspection:
     if args.examples < 0:
         raise UserError(f"--examples {args.examples} is below 0.", where="--examples")
     template = _template(args)
-    data = prepare(args, template, cache_dir=cache_root(), packing=args.packing)
+    rows = streamed_rows(args, cluster().world_size)
+    data = prepare(args, template, cache_dir=cache_root(), packing=args.packing, stream_rows=rows)
     inspection = inspect(data, template, args)
     lines = facts(inspection, args.max_length, args.batch_size)
     _print(inspection, lines, console())
     if args.output:
-        say(f"page: {write_page(Path(args.output), data.report, inspection, lines)}")
+        say(f"page: {write_page(Path(args.output).expanduser(), data.report, inspection, lines)}")
     return inspection
 
 
@@ -98,7 +102,11 @@ def _template(args: InspectArguments) -> ChatTemplate:
 
     entry = MODEL_TYPES.get(args.model_type or "")
     return ChatTemplate(
-        load_tokenizer(_directory(args)), args.template_type, args.system, fallback=entry.template if entry else None
+        load_tokenizer(_directory(args)),
+        args.template_type,
+        args.system,
+        fallback=entry.template if entry else None,
+        date=args.template_date or date.today().isoformat(),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import types
 import typing
 from dataclasses import field, fields
@@ -147,7 +148,7 @@ def _convert(name: str, hint: Any, words: list[str]) -> Any:
     """Words of the command line as a value of the option's type."""
     base, is_list = _base_type(hint)
     if is_list:
-        return [part for word in words for part in (_split_commas(word) if name in _COMMA_LISTS else [word])]
+        return [part for word in words for part in (split_commas(word) if name in _COMMA_LISTS else [word])]
     if not words:
         if base is bool:
             return True
@@ -176,8 +177,27 @@ def _base_type(hint: Any) -> tuple[type, bool]:
     return hint, False
 
 
-def _split_commas(word: str) -> list[str]:
-    return [part for part in word.split(",") if part] if "," in word and not word.lstrip().startswith(("{", "[")) else [word]
+def split_commas(word: str) -> list[str]:
+    """The items of a word with commas between them; JSON, and an item that names an existing file, stay whole."""
+    if "," not in word or word.lstrip().startswith(("{", "[")) or _names_a_file(word):
+        return [word]
+    return [part for part in word.split(",") if part]
+
+
+def _names_a_file(word: str) -> bool:
+    """Whether path[:subset/...][#N], with a comma in the path, names a file or folder of this machine."""
+    without_count = re.sub(r"#\d+\Z", "", word)
+    path, _, subsets = without_count.rpartition(":")
+    paths = [word, without_count] + ([path] if "," in path and "," not in subsets else [])
+    return any(exists(path.strip()) for path in paths)
+
+
+def exists(path: str) -> bool:
+    """Whether a text names a file or folder of this machine; most texts are no path at all."""
+    try:
+        return bool(path) and Path(path).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # too long, a NUL, the home of nobody: no path
+        return False
 
 
 def _scalar(base: type, word: str) -> Any:

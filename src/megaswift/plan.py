@@ -204,6 +204,11 @@ def check_numbers(args: SftArguments) -> None:
     ):
         if getattr(args, name) < low:
             raise UserError(f"--{name} {getattr(args, name)} is below {low}.", where=f"--{name}")
+    for name in ("start_timeout", "step_timeout"):
+        if not getattr(args, name) > 0:  # NaN included
+            raise UserError(
+                f"--{name} {getattr(args, name):g} leaves no time.", where=f"--{name}", fix="use a number of seconds above 0"
+            )
     if args.gradient_accumulation_steps is not None and args.gradient_accumulation_steps < 1:
         raise UserError(
             f"--gradient_accumulation_steps {args.gradient_accumulation_steps} is below 1.",

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megaswift.args_file import MODEL_OPTIONS, fill_from_file, read_args_file
 from megaswift.arguments import BackendArguments, ExportArguments
-from megaswift.cache import cache_root
+from megaswift.cache import alone, cache_root
 from megaswift.errors import DataError, UserError
 from megaswift.hf.folder import ADAPTER_CONFIG, is_adapter, read_json
 
 if TYPE_CHECKING:
     from megaswift.hf.locate import Located
 
-KEPT_EXPORTS = 2  # of one run: a conversation may still use the one before
+KEPT = 2  # exports of one run, and merged models of one adapter: a conversation may still use the one before
+
+_handed_out: set[Path] = set()  # what this process was given: a comparison of several models still reads it
 
 
 @dataclass(frozen=True)
@@ -101,61 +104,64 @@ def _choose_adapter(args: BackendArguments, adapter: Path, more: Iterable[str]) 
                 fix="name it: --model_type NAME or --model_id_or_path DIR",
             )
         base = named
-    chosen = choose(replace(args, ckpt_dir=None, model_id_or_path=base), more)
-    return replace(chosen, args=replace(chosen.args, ckpt_dir=args.ckpt_dir), adapter=adapter)
+    chosen = choose(args.changed(ckpt_dir=None, model_id_or_path=base), more)
+    return replace(chosen, args=chosen.args.changed(ckpt_dir=args.ckpt_dir), adapter=adapter)
 
 
 def _with_adapter(base: Located, adapter: Path) -> Located:
     """Base and adapter merged, in the cache; made once for each pair."""
     from dataclasses import replace
 
-    from megaswift.checkpoint.manifest import quick_check, sha256_of, versions, write_manifest
-    from megaswift.convert.lora import WEIGHTS, Adapter, merge_adapter, require_weights
-    from megaswift.hf.folder import read_config
-    from megaswift.hf.read import HFCheckpoint
-    from megaswift.terminal import say
+    from megaswift.checkpoint.manifest import sha256_of
+    from megaswift.convert.lora import WEIGHTS, require_weights
 
     stats = [(entry.name, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in sorted(base.path.glob("*.safetensors"))]
     require_weights(adapter)
     digest = sha256_of(adapter / WEIGHTS)
     key = hashlib.sha256(repr((digest, (adapter / ADAPTER_CONFIG).read_bytes(), str(base.path.resolve()), stats)).encode())
-    target = cache_root() / "merged" / f"{adapter.resolve().name}-{key.hexdigest()[:16]}"
-    if not (target.is_dir() and quick_check(target) is None):
-        shutil.rmtree(target, ignore_errors=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        opened, model = Adapter.open(adapter), HFCheckpoint.open(base.path)
-
-        def manifest(written: Any) -> None:
-            write_manifest(
-                written.path,
-                {
-                    "kind": "huggingface",
-                    "model_type": base.model_type,
-                    "made_from": [],
-                    "source": {
-                        "origin": base.origin,
-                        "revision": base.revision,
-                        "adapter": str(adapter),
-                        "adapter_sha256": digest,
-                    },
-                    "versions": versions(),
-                    "config": read_config(written.path),
-                    "files": {name: vars(record) for name, record in written.files.items()},
-                    "hf_tensors": written.tensors,
-                },
-            )
-
-        with contextlib.redirect_stdout(sys.stderr):
-            say(f"merging {len(opened.pairs)} LoRA matrices of {adapter} into {base.origin}")
-        merge_adapter(opened, model, target, manifest)
+    target = _made_once("merged", adapter, key.hexdigest(), "", lambda place: _merge(base, adapter, digest, place))
     return replace(base, path=target, origin=f"{base.origin} + {adapter.resolve()}")
+
+
+def _merge(base: Located, adapter: Path, digest: str, target: Path) -> None:
+    from megaswift.checkpoint.manifest import versions, write_manifest
+    from megaswift.convert.lora import Adapter, merge_adapter
+    from megaswift.hf.folder import read_config
+    from megaswift.hf.read import HFCheckpoint
+    from megaswift.terminal import say
+
+    opened, model = Adapter.open(adapter), HFCheckpoint.open(base.path)
+
+    def manifest(written: Any) -> None:
+        write_manifest(
+            written.path,
+            {
+                "kind": "huggingface",
+                "model_type": base.model_type,
+                "made_from": [],
+                "source": {
+                    "origin": base.origin,
+                    "revision": base.revision,
+                    "adapter": str(adapter),
+                    "adapter_sha256": digest,
+                },
+                "versions": versions(),
+                "config": read_config(written.path),
+                "files": {name: vars(record) for name, record in written.files.items()},
+                "hf_tensors": written.tensors,
+            },
+        )
+
+    with contextlib.redirect_stdout(sys.stderr):
+        say(f"merging {len(opened.pairs)} LoRA matrices of {adapter} into {base.origin}")
+    merge_adapter(opened, model, target, manifest)
 
 
 def exported(root: Path, model_type: str | None = None) -> tuple[Path, str]:
     """A verified Hugging Face folder of a Megatron directory's newest complete checkpoint, in the cache.
 
-    Returns the folder and the checkpoint's name. A run that still goes on may remove a checkpoint while it is read; the
-    one after it is taken then.
+    Returns the folder and the checkpoint's name. A run that still goes on may remove a checkpoint while it is read, or
+    while another process is waited for; the one after it is taken then.
     """
     from megaswift.checkpoint import layout
     from megaswift.hf.publish import refuse_unfinished
@@ -164,7 +170,7 @@ def exported(root: Path, model_type: str | None = None) -> tuple[Path, str]:
     checkpoint = layout.find_checkpoint(root)
     try:
         return _export(root, checkpoint, model_type), checkpoint.name
-    except DataError:
+    except (DataError, UserError):
         newer = layout.find_checkpoint(root)
         if newer == checkpoint:
             raise
@@ -173,30 +179,63 @@ def exported(root: Path, model_type: str | None = None) -> tuple[Path, str]:
 
 def _export(root: Path, checkpoint: Path, model_type: str | None) -> Path:
     from megaswift.checkpoint.layout import MANIFEST, iteration_of
-    from megaswift.checkpoint.manifest import quick_check, sha256_of
+    from megaswift.checkpoint.manifest import sha256_of
     from megaswift.export.to_hf import convert_with_proof
 
-    place = cache_root() / "exports" / f"{root.resolve().name}-{sha256_of(checkpoint / MANIFEST)[:16]}"
-    target = place / (model_type or "model")
-    if target.is_dir() and quick_check(target) is None:
-        return target
-    shutil.rmtree(target, ignore_errors=True)
-    words: dict[str, Any] = {"model_type": model_type} if model_type else {}
-    with contextlib.redirect_stdout(sys.stderr):  # stdout holds questions and answers
-        convert_with_proof(
-            ExportArguments(
-                ckpt_dir=str(root), to_hf=True, iteration=iteration_of(checkpoint), hf_output_dir=str(target), **words
+    def convert(target: Path) -> None:
+        words: dict[str, Any] = {"model_type": model_type} if model_type else {}
+        with contextlib.redirect_stdout(sys.stderr):  # stdout holds questions and answers
+            convert_with_proof(
+                ExportArguments(
+                    ckpt_dir=str(root), to_hf=True, iteration=iteration_of(checkpoint), hf_output_dir=str(target), **words
+                )
             )
-        )
-    for old in _older(place, root.resolve().name):
-        shutil.rmtree(old, ignore_errors=True)
+
+    return _made_once("exports", root, sha256_of(checkpoint / MANIFEST), model_type or "model", convert)
+
+
+def _made_once(kind: str, owner: Path, key: str, name: str, make: Callable[[Path], None]) -> Path:
+    """A model folder in the cache: {kind}/{owner}-{its place}-{key}/{name}, made now if it is not there.
+
+    Processes that want the same at once wait for the first. The newest few of each owner are kept.
+
+    Args:
+        owner: run or adapter that the folder is made from; others may have the same name in other places.
+        key: SHA-256 of what it is made from.
+    """
+    owner = owner.resolve()
+    group = cache_root() / kind / f"{owner.name}-{hashlib.sha256(os.fsencode(owner)).hexdigest()[:8]}"
+    place = group.with_name(f"{group.name}-{key[:16]}")
+    target = place / name
+    _handed_out.add(place)
+    if not _whole(target):
+        with alone(group, f"waiting for another process, which makes a model of {owner}"):
+            if not _whole(target):  # the process that was waited for may have made it
+                shutil.rmtree(target, ignore_errors=True)
+                make(target)
+            _used(place)
+            for old in _older(group):
+                shutil.rmtree(old, ignore_errors=True)
+    _used(place)
     return target
 
 
-def _older(place: Path, name: str) -> list[Path]:
-    """Exports of the same run that are no longer needed."""
-    found = [path for path in place.parent.iterdir() if path.is_dir() and path.name.rpartition("-")[0] == name]
-    return sorted(found, key=lambda path: -path.stat().st_mtime)[KEPT_EXPORTS:]
+def _whole(folder: Path) -> bool:
+    from megaswift.checkpoint.manifest import quick_check
+
+    return folder.is_dir() and quick_check(folder) is None
+
+
+def _used(place: Path) -> None:
+    """Other processes remove what was not used for long first."""
+    with contextlib.suppress(OSError):  # the cache may be read-only
+        os.utime(place)
+
+
+def _older(group: Path) -> list[Path]:
+    """What else the same owner has in the cache, but for the newest few and what this process uses."""
+    found = [path for path in group.parent.iterdir() if path.is_dir() and path.name.rpartition("-")[0] == group.name]
+    return [path for path in sorted(found, key=lambda path: -path.stat().st_mtime)[KEPT:] if path not in _handed_out]
 
 
 def _model_directory(args: BackendArguments) -> tuple[Path | None, bool]:

@@ -12,15 +12,17 @@ import datetime
 import re
 import shutil
 from contextlib import nullcontext, suppress
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megaswift import mapping
-from megaswift.args_file import write_args_file
+from megaswift.args_file import kept_places, read_args_file, write_args_file
 from megaswift.arguments import SftArguments, parse
 from megaswift.cache import cache_root
 from megaswift.checkpoint.keep import clean
+from megaswift.checkpoint.layout import MANIFEST, TRACKER
 from megaswift.checkpoint.lock import LOCK, locked
 from megaswift.checkpoint.resume import check_unchanged, with_saved_batch
 from megaswift.errors import Stopped, UserError
@@ -75,11 +77,13 @@ def _train(args: SftArguments, stop: StopSignals) -> Path:
     if args.fp8:
         versions.check_fp8(place.processes)
     start = find_start(args, place.leads)
-    args = with_saved_batch(start.args, start.manifest, place.world_size, shown(start.root)) if start.run_dir else start.args
+    given, args = start.args, start.args
+    if start.run_dir is not None:
+        args = with_saved_batch(args, start.manifest, place.world_size, shown(start.root))
     template = _template(args, start)
-    rows = _streamed_rows(args, place.world_size)
+    rows = streamed_rows(args, place.world_size)
     data = prepare(args, template, cache_dir=cache_root(), packing=args.packing, stream_rows=rows)
-    run_dir = start.run_dir or new_run_dir(args)
+    run_dir = start.run_dir or new_run_dir(args, place.leads)
     plan = _plan(args, start, data, place, run_dir)
     if start.run_dir is not None:
         _check_run(args, start, data, plan)
@@ -87,7 +91,7 @@ def _train(args: SftArguments, stop: StopSignals) -> Path:
     with locked(run_dir) if place.leads else nullcontext():
         if place.leads:
             _print_plan(plan, data, args)
-            _fill_run_dir(run_dir, args, plan, start)
+            _fill_run_dir(run_dir, given.changed(template_date=template.state["date"] or None), plan, start)
         if start.first_step >= plan.train_iters:
             say(f"[bold]{shown(run_dir)}[/bold] has made all of its {plan.train_iters} steps: there is nothing left to do.")
         else:
@@ -168,7 +172,7 @@ def _check_run(args: SftArguments, start: Start, data: PreparedData, plan: Plan)
         )
 
 
-def _streamed_rows(args: SftArguments, world_size: int) -> int | None:
+def streamed_rows(args: SftArguments, world_size: int) -> int | None:
     """Training rows that a streamed run needs; None where all data is read."""
     if not args.streaming:
         return None
@@ -194,7 +198,11 @@ def _template(args: SftArguments, start: Start) -> ChatTemplate:
     from megaswift.data.chat import ChatTemplate
 
     tokenizer = AutoTokenizer.from_pretrained(start.root, local_files_only=True, trust_remote_code=False)
-    return ChatTemplate(tokenizer, args.template_type, args.system, fallback=_registered_template(args))
+    began = (
+        read_args_file(start.root).get("template_date") if start.run_dir else None
+    )  # else the rows would be others every day
+    date = args.template_date or began or datetime.date.today().isoformat()
+    return ChatTemplate(tokenizer, args.template_type, args.system, fallback=_registered_template(args), date=date)
 
 
 def _registered_template(args: SftArguments) -> str | None:
@@ -204,12 +212,16 @@ def _registered_template(args: SftArguments) -> str | None:
     return entry.template if entry else None
 
 
-def new_run_dir(args: SftArguments) -> Path:
-    """Name of a new run: {output_dir}/{model_type}-tp{tp}-pp{pp}/v{N}-{time}, or output_dir itself without the suffix."""
+def new_run_dir(args: SftArguments, leads: bool = True) -> Path:
+    """Name of a new run: {output_dir}/{model_type}-tp{tp}-pp{pp}/v{N}-{time}, or output_dir itself without the suffix.
+
+    Args:
+        leads: on several machines, whether this is the one that makes the directory; when the others come, it may be there.
+    """
     root = Path(args.output_dir).absolute()
     if not args.add_output_dir_suffix:
         taken_before = root.exists() and any(path.name != LOCK for path in root.iterdir())
-        if taken_before and not args.overwrite and not (args.resume and (root / "plan.json").exists()):
+        if leads and taken_before and not args.overwrite and not (args.resume and (root / "plan.json").exists()):
             raise UserError(
                 "the output directory is not empty.", where=str(root), fix="use --overwrite true, or another --output_dir"
             )
@@ -283,10 +295,11 @@ def _host_memory(plan: Plan) -> str:
 def _fill_run_dir(run_dir: Path, args: SftArguments, plan: Plan, start: Start) -> None:
     """Config, tokenizer, options and plan go into the run before the first step, so that a killed run can be exported."""
     from megaswift.checkpoint.save import require_space
+    from megaswift.data.kept import kept_data
     from megaswift.hf.folder import side_files
 
     if start.run_dir is None and not args.add_output_dir_suffix:
-        _empty(run_dir)
+        _empty(run_dir, start)
     for name in clean(run_dir):
         say(f"[yellow]removed {name}, which an interrupted run left behind.[/yellow]")
     try:
@@ -294,7 +307,8 @@ def _fill_run_dir(run_dir: Path, args: SftArguments, plan: Plan, start: Start) -
         if start.run_dir is None:
             for file in side_files(start.root):
                 shutil.copyfile(file, run_dir / file.name)
-        write_args_file(run_dir, args, {"dtype": plan.dtype, "sft_type": "full"})
+        found = {"dtype": plan.dtype, "sft_type": "full"}
+        write_args_file(run_dir, args, {**kept_places(args), **kept_data(args), **found})
         plan.save(run_dir / "plan.json")
     except OSError as error:
         raise UserError(
@@ -303,14 +317,38 @@ def _fill_run_dir(run_dir: Path, args: SftArguments, plan: Plan, start: Start) -
     say(f"run directory: {shown(run_dir)}\n")
 
 
-def _empty(run_dir: Path) -> None:
-    """Remove an earlier run from a directory that is to be used again; the lock, which this process holds, stays."""
+# What commands leave in a run's directory, beside the model's own files and what is exported there, which has a manifest.
+_OF_A_RUN = (
+    "iter_*", "trash-*", ".iter_*", TRACKER, "logging.jsonl", "runs", "images", "plan.json", "job.json", "sft_args.json", "infer_result",
+    "hang-rank*.txt", "nonfinite_step_*.json", "spike_step_*.json", "config.json", "generation_config.json", "tokenizer*", "vocab*",
+    "merges.txt", "*.model", "*.tiktoken", "special_tokens_map.json", "added_tokens.json", "chat_template*",
+)  # fmt: skip
+
+
+def _empty(run_dir: Path, start: Start) -> None:
+    """Remove an earlier run from a directory that is to be used again; the lock, which this process holds, stays.
+
+    Raises UserError, and removes nothing, where the directory holds something else, or what the new run begins from.
+    """
+    from megaswift.hf.folder import side_files
+
     inside = [path for path in run_dir.iterdir() if path.name != LOCK]
-    if inside and not (run_dir / "plan.json").exists():
+    if any(place.resolve().is_relative_to(run_dir.resolve()) for place in (start.root, start.checkpoint)):
         raise UserError(
-            "this directory holds no run, so it is not replaced.",
+            "this directory holds the weights that the run is to begin from, so it is not replaced.",
             where=str(run_dir),
-            fix="remove it yourself, or choose another --output_dir",
+            fix="choose another --output_dir; to go on with the run there: --resume true",
+        )
+    known = (*_OF_A_RUN, *(file.name for file in side_files(start.root)))
+    others = [
+        path.name for path in inside if not any(fnmatch(path.name, name) for name in known) and not (path / MANIFEST).is_file()
+    ]
+    if others or (inside and not (run_dir / "plan.json").exists()):
+        found = f"what swift sft did not make ({', '.join(sorted(others)[:5])})" if others else "no run"
+        raise UserError(
+            f"this directory holds {found}, so it is not replaced.",
+            where=str(run_dir),
+            fix="move it away or remove it yourself, or choose another --output_dir",
         )
     for path in inside:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megaswift.args_file import MODEL_OPTIONS, fill_from_file, read_args_file
+from megaswift.args_file import LAYOUT_OPTIONS, MODEL_OPTIONS, fill_from_file, read_args_file, with_home
 from megaswift.arguments import SftArguments
 from megaswift.checkpoint import layout
 from megaswift.checkpoint.lock import refuse_if_in_use
@@ -39,6 +39,7 @@ def find_start(args: SftArguments, leads: bool = True) -> Start:
     """
     from megaswift.checkpoint.hf_load import is_hf_folder
 
+    args = with_home(args)
     root = _newest_run(args, leads) if args.resume else None
     if root is None:
         root, args = _start_root(args)
@@ -46,7 +47,9 @@ def find_start(args: SftArguments, leads: bool = True) -> Start:
     values = read_args_file(root)
     # A run that goes on in another layout is given one: then the old one's other half means nothing.
     relaid = args.explicit() & {"tp", "pp"} and _is_run(root)
-    args = fill_from_file(args, values, MODEL_OPTIONS if relaid else (*MODEL_OPTIONS, "tp", "pp"))
+    # A Hugging Face folder has no layout: its options file tells the one that it was exported from.
+    own_layout = () if relaid or is_hf_folder(root) else LAYOUT_OPTIONS
+    args = fill_from_file(args, values, (*MODEL_OPTIONS, *own_layout))
     if not args.model_type:
         raise UserError("the directory does not say its model_type.", where=str(root), fix="give --model_type NAME")
     from megaswift.checkpoint.manifest import check_config, read_manifest
@@ -134,7 +137,7 @@ def _model_type(args: SftArguments) -> str | None:
 def _named(args: SftArguments) -> Path | None:
     """The directory of weights that the command names."""
     given = args.resume_from_checkpoint or args.model_id_or_path
-    return Path(given).expanduser().absolute() if given else None
+    return Path(given).absolute() if given else None
 
 
 def _is_run(root: Path) -> bool:
@@ -199,6 +202,8 @@ def _dtype(args: SftArguments, stored: str) -> str:
     """The training precision: the flag, else bf16 on a GPU that has it and fp32 on a CPU."""
     import torch
 
+    from megaswift.engine.versions import has_bf16
+
     on_gpu = torch.cuda.is_available()
     if "dtype" in args.explicit() and args.dtype != "AUTO":
         if not on_gpu and args.dtype != "fp32":
@@ -206,6 +211,6 @@ def _dtype(args: SftArguments, stored: str) -> str:
         return args.dtype
     if not on_gpu:
         return "fp32"
-    if stored == "fp32":
-        return "fp32" if args.dtype == "fp32" else "bf16"
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    if stored == "fp32" and args.dtype == "fp32":
+        return "fp32"
+    return "bf16" if has_bf16() else "fp16"

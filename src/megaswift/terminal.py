@@ -2,27 +2,65 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import re
 import shutil
 import sys
 import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
-def console() -> Console:
-    """A console for tables and coloured lines on standard output."""
-    from rich.console import Console
+_OURS = ("bold", "/bold", "yellow", "/yellow")  # all the markup that is used here
+_TAG = re.compile(r"(\\*)\[([a-z#/@][^[]*?)\]")  # what rich takes for markup
 
-    return Console(highlight=False, soft_wrap=True)
+
+def console() -> Console:
+    """A console for tables and coloured lines on standard output.
+
+    Its markup is [bold] and [yellow], each to its [/...]. Any other word in brackets is text: paths, names and rows have them.
+    """
+    from rich.console import Console
+    from rich.errors import MarkupError
+    from rich.text import Text
+
+    class Plain(Console):
+        def render_str(self, text: str, **how: Any) -> Text:
+            if how.get("markup") is False:
+                return super().render_str(text, **how)
+            try:
+                return super().render_str(_TAG.sub(_escaped, text), **how)
+            except MarkupError:  # a text that closes what nobody opened
+                return super().render_str(text, **{**how, "markup": False})
+
+    return Plain(highlight=False, soft_wrap=True, emoji=False)
+
+
+def _escaped(tag: re.Match[str]) -> str:
+    """Backslashes are text too; before a tag rich halves them, and an odd one makes it text."""
+    return f"{tag[1] * 2}{'' if tag[2] in _OURS else chr(92)}[{tag[2]}]"
 
 
 def say(text: str) -> None:
-    """Print one line; [bold] and colours work as in rich."""
-    console().print(text)
+    """Print one line; [bold] and [yellow] work as in `console`."""
+    with terminal_may_be_gone():
+        console().print(text)
+
+
+@contextlib.contextmanager
+def terminal_may_be_gone() -> Iterator[None]:
+    """A run outlives the terminal that showed it: what is written to a closed one (EIO) is lost, and nothing else."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
 
 
 class LiveLine:
@@ -36,19 +74,23 @@ class LiveLine:
         """Show a line; `keep` lets it stay above the next ones."""
         if not self.live:
             if keep:
-                print(text, flush=True)
+                _write(text + "\n")
             return
         width = shutil.get_terminal_size().columns
-        sys.stdout.write("\r\033[K" + _cut(text, width - 1) + ("\n" if keep else ""))
-        sys.stdout.flush()
+        _write("\r\033[K" + _cut(text, width - 1) + ("\n" if keep else ""))
         self.shown = not keep
 
     def close(self) -> None:
         """Leave the last line on the screen."""
         if self.shown:
-            sys.stdout.write("\n")
-            sys.stdout.flush()
+            _write("\n")
             self.shown = False
+
+
+def _write(text: str) -> None:
+    with terminal_may_be_gone():
+        sys.stdout.write(text)
+        sys.stdout.flush()
 
 
 def _cut(text: str, width: int) -> str:

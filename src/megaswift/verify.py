@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megaswift.args_file import with_home
 from megaswift.arguments import VerifyArguments, parse
 from megaswift.checkpoint import layout
 from megaswift.errors import DataError, UserError
@@ -22,7 +23,7 @@ def verify_main(args: VerifyArguments | list[str]) -> list[Path]:
 
     Raises UserError where there is nothing to check, DataError naming the first thing that is not as it was written.
     """
-    args = parse(VerifyArguments, args) if isinstance(args, list) else args
+    args = with_home(parse(VerifyArguments, args) if isinstance(args, list) else args)
     if not args.directory:
         raise UserError("no directory is named.", where="swift verify", fix="swift verify DIR")
     targets = _targets(Path(args.directory).absolute())

@@ -18,6 +18,7 @@ from megaswift.checkpoint.layout import TRACKER
 from megaswift.checkpoint.lock import LOCK, in_use, locked
 from megaswift.checkpoint.manifest import MANIFEST, digest_files, write_manifest
 from megaswift.errors import DataError, ExitCode, UserError
+from megaswift.sft import new_run_dir
 
 RESUME = {"seed": 42, "global_batch": 16, "data_fingerprint": "abc-42-10", "train_iters": 9}
 
@@ -228,3 +229,11 @@ def test_what_differs_is_named() -> None:
         resume.check_same_model(SftArguments(dtype="bf16"), {"model_type": "a"}, {"dtype": "fp32"}, "run")
     with pytest.raises(UserError, match="model_type a, not b"):
         resume.check_same_model(SftArguments(model_type="b"), {"model_type": "a"}, {"dtype": "fp32"}, "run")
+
+
+def test_a_machine_that_comes_later_finds_the_directory_begun(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text("{}")
+    args = SftArguments(output_dir=str(tmp_path), add_output_dir_suffix=False)
+    assert new_run_dir(args, leads=False) == tmp_path
+    with pytest.raises(UserError, match="not empty"):
+        new_run_dir(args)

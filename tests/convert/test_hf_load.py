@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from safetensors.torch import load_file, save_file
 from tests import tiny
 from tests.ranks import RankFailed, RankPool
 
+from megaswift.arguments import SftArguments
 from megaswift.hf.config import load_config
 from megaswift.plan import padded_vocab
+from megaswift.start import find_start
 
 
 def both_ways(folder: str, release: str, tp: int, pp: int) -> tuple[list[str], int]:
@@ -67,3 +70,13 @@ def test_missing_and_infinite_tensors_are_named(tiny_folders: Any, pool: RankPoo
         save_file(tensors, copy / "model.safetensors", {"format": "pt"})
         with pytest.raises(RankFailed, match="model.layers.2.mlp.up_proj.weight"):
             pool.run(1, load_only, str(copy))
+
+
+def test_a_folder_has_no_layout(tiny_folders: Any, tmp_path: Path) -> None:
+    """Its options file tells the layout that it was exported from, which says nothing about where it goes."""
+    folder, _ = tiny_folders("llama", tie_word_embeddings=False)
+    copy = tmp_path / "folder"
+    shutil.copytree(folder, copy)
+    (copy / "sft_args.json").write_text(json.dumps({"model_type": "tiny", "tp": 2, "pp": 2}), encoding="utf-8")
+    args = find_start(SftArguments(resume_from_checkpoint=str(copy))).args
+    assert (args.model_type, args.tp, args.pp) == ("tiny", 1, 1)

@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_chats import CHATS, IM, QWEN3, Chat, byte_level, sentencepiece_like, tokenizer_of
+from data_chats import CHATML, CHATS, IM, QWEN3, TAGS, Chat, byte_level, sentencepiece_like, tokenizer_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megaswift.data.chat import ChatTemplate
 from megaswift.data.conversation import BadRow, Conversation, Message
+from megaswift.data.structure import as_dicts
 from megaswift.data.templates import TEMPLATES, compile_template
 from megaswift.data.tokens import Encoded
 from megaswift.errors import UserError
@@ -229,6 +230,59 @@ def test_tools_for_a_template_that_knows_none() -> None:
     assert first.startswith("<tool_call>\n{") and second == "Here it is.<|im_end|>"
     whole = template.decode(sample.ids)
     assert "<tools>" in whole and "user\n<tool_response>\nfound" in whole
+
+
+# As Hermes 2 Pro and Command R bring it beside their default: it fails where there are no tools.
+TOOL_USE = """\
+{{- '<|im_start|>system\\nTools:' }}
+{%- for tool in tools %}{{- ' ' + (tool.function | tojson) }}{%- endfor %}{{- '<|im_end|>\\n' }}
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' + message.content }}
+    {%- for call in message.tool_calls %}{{- '<tool_call>' + (call.function | tojson) + '</tool_call>' }}{%- endfor %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}
+"""
+
+
+def several(**named: str) -> Any:
+    tokenizer = byte_level(IM, TAGS)
+    tokenizer.chat_template = named
+    return tokenizer
+
+
+def test_a_tokenizer_with_several_templates() -> None:
+    """Its default is its own template, and the one for tools writes conversations with tools: as transformers chooses."""
+    tokenizer = several(default=CHATML, tool_use=TOOL_USE, rag="no {{ documents.x.y }}")
+    template = ChatTemplate(tokenizer, fallback="qwen")
+    plain = Conversation([Message("user", "hi"), Message("assistant", "ho")])
+    assert template.name == "AUTO" and spans(template, encode(template, plain)) == ["ho<|im_end|>"]
+    tool = {"type": "function", "function": {"name": "look_up", "description": "Finds things", "parameters": {}}}
+    call = {"name": "look_up", "arguments": {"what": "it"}}
+    turns = [Message("user", "find it"), Message("assistant", "", tool_calls=[call]), Message("tool", "found")]
+    with_tools = Conversation([*turns, Message("assistant", "Here.")], [tool])
+    for made in (template, ChatTemplate.from_state(template.state)):
+        assert spans(made, encode(made, with_tools)) == [
+            '<tool_call>{"name": "look_up", "arguments": {"what": "it"}}</tool_call><|im_end|>',
+            "Here.<|im_end|>",
+        ]
+    for conversation in (Conversation(plain.messages[:1]), Conversation(turns, [tool])):
+        messages, tools = as_dicts(conversation.messages), conversation.tools or None
+        ours = template.decode(template.prompt(conversation))
+        assert ours == tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
+        other = compile_template(template.source()).render(messages=messages, tools=tools, add_generation_prompt=True)
+        assert ours == other
+    without = Conversation(with_tools.messages)  # calls and no tools: transformers takes the default, which cannot write them
+    assert "<tool_call>" in spans(template, encode(template, without))[0]
+
+
+def test_several_templates_without_a_default() -> None:
+    tokenizer = several(tool_use=TOOL_USE)
+    assert ChatTemplate(tokenizer, fallback="qwen").name == "qwen"
+    with pytest.raises(UserError, match="no chat template that is its default, only: tool_use"):
+        ChatTemplate(tokenizer)
+    both = ChatTemplate(several(default=CHATML, tool_use=TOOL_USE.replace("<|im_end|>", "<|endoftext|>")))
+    assert both.all_ends == ("<|endoftext|>", "<|im_end|>")
 
 
 def test_llama3_tool_call_without_content() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -312,3 +313,31 @@ def test_streams_of_other_files(run: Callable[..., PreparedData], template: Chat
     with pytest.raises(DataError, match="no usable row"):
         (tmp_path / "c.jsonl").write_text("x\n")
         run(str(tmp_path / "c.jsonl"), stream_rows=5)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("notes.txt.jsonl", b'{"query": "q", "response": "a"}\n'),
+        ("rows.JSONL", b'{"query": "q", "response": "a"}\n'),
+        ("X.TXT", b"one\ntwo\n"),
+        ("x.jsonl.txt", b'["one"]\n'),
+        ("list.jsonl", b'\xef\xbb\xbf\n [{"query": "q",\n"response": "a"}, {"query": "r", "response": "b"}]'),
+        ("list.jsonl.gz", gzip.compress(b'[{"query": "q", "response": "a"}]', mtime=0)),
+        ("utf16.jsonl", '{"query": "q", "response": "a"}'.encode("utf-16")),
+        ("broken.jsonl.gz", gzip.compress(b"x", mtime=0)[:10] + b"\xff" * 20),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_streams_read_a_file_as_it_is_read_whole(
+    run: Callable[..., PreparedData], template: ChatTemplate, tmp_path: Path, name: str, data: bytes
+) -> None:
+    def read(**options: Any) -> list[str] | str:
+        try:
+            found = run(str(tmp_path / name), dataset_test_ratio=0.0, **options)
+        except DataError as error:
+            return error.what
+        return [text(template, found.train, row) for row in range(len(found.train))]
+
+    (tmp_path / name).write_bytes(data)
+    assert read(stream_rows=9) == read()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
-from megaswift.data.conversation import BadRow
+from megaswift.data.conversation import BadRow, Message
 from megaswift.data.rows import to_conversation
 
 Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -128,6 +129,31 @@ def test_thinking_blocks() -> None:
         }
     )
     assert (found.messages[1].reasoning, found.messages[1].content) == ("hm", "a")
+
+
+def test_calls_and_thoughts_beside_content_blocks() -> None:
+    """Both ways of writing them are read, and what stands there both ways is read once."""
+    call = {"name": "f", "arguments": {"x": 1}}
+    own = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}]
+    text, use = {"type": "text", "text": "a"}, {"type": "tool_use", "id": "1", "name": "f", "input": {"x": 1}}
+    thinking = {"type": "thinking", "thinking": "hm"}
+
+    def read(*blocks: dict, **beside: object) -> Message:
+        item = {"role": "assistant", "content": list(blocks), **beside}
+        return to_conversation({"messages": [Q, item, {"role": "tool", "content": "r"}, A]}).messages[1]
+
+    plain = Message("assistant", "a", "hm", [call])
+    assert read(text, tool_calls=own, reasoning_content="hm") == plain
+    assert read(text, thinking, tool_calls=json.dumps(own), reasoning="hm") == plain
+    assert read(text, use, tool_calls=own, reasoning_content="hm") == plain
+    assert read(tool_calls=own + own) == Message("assistant", "", None, [call, call])
+    assert read(text, use, thinking, tool_calls=[{"name": "g"}], reasoning_content="so") == Message(
+        "assistant", "a", "so\nhm", [call, {"name": "g", "arguments": {}}]
+    )
+    result = {"type": "tool_result", "content": "r"}
+    for blocks, beside, found in (([text], {"tool_calls": [1]}, "no name"), ([result], {"tool_calls": own}, "in one message")):
+        with pytest.raises(BadRow, match=found):
+            read(*blocks, **beside)
 
 
 @pytest.mark.parametrize(

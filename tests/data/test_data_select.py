@@ -37,6 +37,7 @@ def test_files_win_over_the_grammar(tmp_path: Path) -> None:
     odd.write_text("{}")
     assert parse_specs([str(odd)]) == [DatasetSpec(str(odd), None, str(odd))]
     assert parse_spec(f"{odd}#5").count == 5 and parse_spec(f"{odd}#5").name == str(odd)
+    assert parse_specs([f"{odd}#5"]) == [DatasetSpec(f"{odd}#5", None, str(odd), (), 5)]
     assert [spec.name for spec in parse_specs(["a#1,b", "c"])] == ["a", "b", "c"]
 
 

@@ -46,6 +46,19 @@ def test_the_whole_verb(model: None, jsonl: Callable[..., str], tmp_path: Path, 
     assert (tmp_path / "page" / "lengths.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_streamed_data_are_the_rows_that_training_reads(
+    model: None, jsonl: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = jsonl([{"query": f"q{k}", "response": "a"} for k in range(3000)])
+    words = ["--dataset", path, "--streaming", "true", "--gradient_accumulation_steps", "4", "--batch_size", "2"]
+    monkeypatch.setenv("NPROC_PER_NODE", "2")
+    found = data_main([*words, "--max_steps", "3"]).data
+    assert len(found.train) == 3 * 4 * 2 * 2 and found.val is None
+    assert found.report.datasets[0].rows < 3000
+    with pytest.raises(UserError, match="number of steps must be given"):
+        data_main(words)
+
+
 def test_histogram() -> None:
     sizes = np.array([1, 2, 3, 160, 160])
     bars = histogram(sizes)

@@ -5,9 +5,13 @@ from __future__ import annotations
 from importlib import metadata
 
 import pytest
+import torch
 
+from megaswift import start
+from megaswift.arguments import SftArguments
 from megaswift.engine.versions import check_versions
 from megaswift.errors import UserError
+from megaswift.inference.loading import pick_dtype
 
 
 def test_this_environment_is_good() -> None:
@@ -34,3 +38,14 @@ def test_found_and_needed_are_said(version: str | None, words: str, monkeypatch:
 
 def test_a_source_tree_declares_nothing() -> None:
     check_versions(package="no-such-package")
+
+
+@pytest.mark.parametrize(("ampere", "name"), [(True, "bf16"), (False, "fp16")])
+def test_auto_is_bf16_only_on_a_gpu_that_has_it(ampere: bool, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Older ones emulate it, which torch counts unless it is told not to; training and inference choose alike."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: ampere or including_emulation)
+    for stored in ("bf16", "fp16", "fp32"):
+        assert start._dtype(SftArguments(), stored) == name
+    assert start._dtype(SftArguments(dtype="bf16"), "bf16") == "bf16"
+    assert pick_dtype("AUTO") == {"bf16": torch.bfloat16, "fp16": torch.float16}[name]

@@ -22,16 +22,25 @@ LOOPBACK = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFF
 class Live:
     """`swift sft` on a tiny model, in a session of its own as a terminal would make it."""
 
-    def __init__(self, start: tuple[Path, Path], output: Path, *words: str, processes: int = 2, **environment: str) -> None:
+    def __init__(
+        self,
+        start: tuple[Path, Path],
+        output: Path,
+        *words: str,
+        processes: int = 2,
+        before: tuple[str, ...] = (),
+        cwd: Path | None = None,
+        **environment: str,
+    ) -> None:
         self.output, self.fault = output, ""
         self.log = output.parent / f"{output.name}{time.monotonic_ns()}.log"
         command = [
-            sys.executable, "-m", "megaswift", "sft", "--resume_from_checkpoint", str(start[0]), "--dataset", str(start[1]), "--max_steps", "5000", "--pp", "2",
+            *before, sys.executable, "-P", "-m", "megaswift", "sft", "--resume_from_checkpoint", str(start[0]), "--dataset", str(start[1]), "--max_steps", "5000", "--pp", "2",
             "--output_dir", str(output), "--logging_steps", "1", "--learning_rate", "1e-4", "--save_steps", "4000", "--eval_steps", "4000", "--resume", "true", *words,
         ]  # fmt: skip
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=cwd,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "NPROC_PER_NODE": str(processes), **environment},
             )  # fmt: skip
 

@@ -1,13 +1,24 @@
-"""Signals and kills at the real launcher and the real ranks: no orphan, no open port, the right exit code, and it goes on."""
+"""Signals and kills at the real launcher and the real ranks: no orphan, no open port, the right exit code, and it goes on.
+
+And what surrounds a launcher: terminals that close, other machines that do not come, the caller's own processes and files.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import pty
+import select
 import signal
+import socket
+import subprocess
+import sys
+import termios
 import time
 from collections.abc import Callable
+from fcntl import ioctl
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +26,8 @@ from megaswift.checkpoint.layout import iteration_of
 from megaswift.checkpoint.resume import newest_whole
 from tests.faults import table
 from tests.faults.conftest import ALL
-from tests.faults.live import LOOPBACK, Live, listening, send
+from tests.faults.live import LOOPBACK, PATIENCE_S, Live, alive, children, listening, send
+from tests.training import write_rows
 
 thorough = pytest.mark.skipif(not ALL, reason="a part of make faults")
 
@@ -146,3 +158,229 @@ def test_kill_of_a_rank(live: Callable[..., Live]) -> None:
     assert "rank 1 was ended by SIGKILL" in run.text()
     assert "Traceback" not in run.text()
     goes_on(run, live, 2)
+
+
+def until(there: Callable[[], Any], run: Live | None = None, within: float = PATIENCE_S) -> Any:
+    """What `there` gives, once it gives something."""
+    deadline = time.monotonic() + within
+    while not (found := there()):
+        assert time.monotonic() < deadline, run.text() if run else "it did not come"
+        assert run is None or run.process.poll() is None, run.text()
+        time.sleep(0.05)
+    return found
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_nohup(live: Callable[..., Live]) -> None:
+    """A closed terminal does nothing to it, neither to the launcher nor to the ranks."""
+    run = live(before=("nohup",))
+    run.wait_for_steps()
+    for pid in [run.process.pid, *run.ranks]:
+        send(pid, signal.SIGHUP)
+    time.sleep(1)
+    run.wait_for_steps()
+    send(run.process.pid, signal.SIGTERM)
+    assert run.end("SIGHUP under nohup, then SIGTERM") == 75, run.text()
+    assert "stopped by SIGTERM after step" in run.text()
+
+
+@thorough
+def test_sighup(live: Callable[..., Live]) -> None:
+    """It orders a stop as SIGTERM does, however often it comes, and is not taken for the second order."""
+    run = live()
+    run.wait_for_steps()
+    for _ in range(3):
+        send(run.process.pid, signal.SIGHUP)
+        time.sleep(0.1)
+    assert run.end("SIGHUP") == 75, run.text()
+    assert "stopped by SIGHUP after step" in run.text()
+    assert run.text().count("error:") == 1
+    assert iteration_of(newest_whole(run.run_dir, verify=True)[0]) == run.steps()[-1]
+
+
+@thorough
+def test_sigquit(live: Callable[..., Live]) -> None:
+    run = live()
+    run.wait_for_steps()
+    send(run.process.pid, signal.SIGQUIT)
+    assert run.end("SIGQUIT") == 75, run.text()
+    assert "ended at once by SIGQUIT" in run.text()
+    assert "start all machines" not in run.text()
+
+
+def test_a_closed_terminal(start: tuple[Path, Path], tmp_path: Path) -> None:
+    """The checkpoint is saved although nothing can be written to the terminal any more."""
+    terminal, inner = pty.openpty()
+    command = [
+        sys.executable, "-m", "megaswift", "sft", "--resume_from_checkpoint", str(start[0]), "--dataset", str(start[1]), "--max_steps", "5000", "--pp", "2",
+        "--output_dir", str(tmp_path / "output"), "--logging_steps", "1", "--save_steps", "4000", "--eval_steps", "4000",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command, stdin=inner, stdout=inner, stderr=inner, start_new_session=True, preexec_fn=lambda: ioctl(0, termios.TIOCSCTTY, 0),
+        env={**os.environ, "OMP_NUM_THREADS": "1", "NPROC_PER_NODE": "2"},
+    )  # fmt: skip
+    try:
+        os.close(inner)
+        run_dir, said, deadline = None, b"", time.monotonic() + PATIENCE_S
+        while run_dir is None or len(run_dir.read_text().splitlines()) < 3:
+            assert time.monotonic() < deadline, said
+            assert process.poll() is None, said
+            if select.select([terminal], [], [], 0.1)[0]:
+                said += os.read(terminal, 65536)
+            run_dir = next((tmp_path / "output").rglob("logging.jsonl"), None)
+        os.close(terminal)
+        process.wait(60)
+    finally:
+        process.kill()
+    directory = run_dir.parent
+    last = run_dir.read_text().count('"loss"')
+    assert iteration_of(newest_whole(directory, verify=True)[0]) == last
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core prepares data in one process")
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=thorough)])
+def test_a_signal_to_all_while_data_is_prepared(number: signal.Signals, live: Callable[..., Live], tmp_path: Path) -> None:
+    """A terminal sends SIGINT to the processes that tokenize as well: the end is that of one signal, and nothing is left."""
+    rows, cache = write_rows(tmp_path / "many.jsonl", 400_000), tmp_path / "cache"
+    run = live("--dataset", str(rows), MEGASWIFT_CACHE=str(cache))
+    workers = until(lambda: len(children(run.process.pid)) > 1 and children(run.process.pid), run)
+    time.sleep(0.5)
+    os.killpg(run.process.pid, number)
+    assert run.end(f"{number.name} to all processes while data is tokenized") == 75, run.text()
+    assert f"stopped by {number.name} before training began" in run.text()
+    assert "Traceback" not in run.text()
+    assert not [pid for pid in workers if alive(pid)]
+    assert not list(cache.rglob("*.tmp-*"))
+
+
+@thorough
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core prepares data in one process")
+def test_a_kill_while_data_is_prepared(live: Callable[..., Live], tmp_path: Path) -> None:
+    """No process that tokenizes outlives the one that was killed."""
+    rows = write_rows(tmp_path / "many.jsonl", 400_000)
+    run = live("--dataset", str(rows), MEGASWIFT_CACHE=str(tmp_path / "cache"))
+    workers = until(lambda: len(children(run.process.pid)) > 1 and children(run.process.pid), run)
+    time.sleep(0.5)
+    send(run.process.pid, signal.SIGKILL)
+    run.process.wait(10)
+    until(lambda: not [pid for pid in workers if alive(pid)], within=5)
+
+
+@pytest.mark.parametrize("machine", [0, 1])
+def test_a_signal_while_the_others_are_awaited(machine: int, live: Callable[..., Live], tmp_path: Path) -> None:
+    """The first one ends it: no rank is there yet that could obey."""
+    port, cache = free_port(), tmp_path / "cache"
+    run = live(
+        processes=1, NNODES="2", NODE_RANK=str(machine), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), MEGASWIFT_CACHE=str(cache)
+    )  # fmt: skip
+    until(lambda: listens(port) if machine == 0 else list(cache.glob("job-*.json")), run)
+    time.sleep(1.5)
+    send(run.process.pid, signal.SIGTERM)
+    assert run.process.wait(4) == 75, run.text()
+    assert "stopped by SIGTERM before training began" in run.text()
+    assert "Traceback" not in run.text()
+
+
+def test_two_machines_meet(start: tuple[Path, Path], tmp_path: Path) -> None:
+    """The second comes late; who only looks at the port disturbs nobody."""
+    port = free_port()
+    place = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    first = Live(start, tmp_path / "output", "--max_steps", "2", processes=1, NODE_RANK="0", **place)
+    second = None
+    try:
+        until(lambda: listens(port), first)
+        second = Live(start, tmp_path / "output", "--max_steps", "2", processes=1, NODE_RANK="1", **place)
+        assert [run.process.wait(PATIENCE_S) for run in (first, second)] == [0, 0], first.text() + second.text()
+    finally:
+        first.stop()
+        if second is not None:
+            second.stop()
+    assert first.steps() == [1, 2]
+
+
+SCRIPT = """
+import signal, subprocess, sys, time
+from megaswift import SftArguments, sft_main
+from megaswift.engine import launch
+
+launch.LAST_WORDS_S = 1.0
+failed = subprocess.Popen(["false"], start_new_session=True)
+sleeper = subprocess.Popen(["sleep", "600"], start_new_session=True)
+numbers = (signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM, signal.SIGINT)
+signal.signal(signal.SIGHUP, lambda *_: None)
+before = [signal.getsignal(number) for number in numbers]
+try:
+    sft_main(SftArguments(
+        resume_from_checkpoint=sys.argv[1], dataset=[sys.argv[2]], output_dir=sys.argv[3], max_steps=3, pp=2, eval_steps=100
+    ))
+    assert sleeper.poll() is None, "the sleeper was killed"
+    assert [signal.getsignal(number) for number in numbers] == before, "handlers were not restored"
+finally:
+    sleeper.kill()
+print("all is well")
+"""
+
+
+def test_a_script_with_children_of_its_own(start: tuple[Path, Path], tmp_path: Path) -> None:
+    """One that failed is not taken for a rank, one that sleeps is not killed, and signal handlers are the caller's again."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    ended = subprocess.run(
+        [sys.executable, str(script), str(start[0]), str(start[1]), str(tmp_path / "output")], capture_output=True, text=True, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "NPROC_PER_NODE": "2"}, timeout=PATIENCE_S,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "all is well" in ended.stdout
+
+
+def test_modules_in_the_working_directory(live: Callable[..., Live], tmp_path: Path) -> None:
+    """A numpy.py there is a file like any other, for ranks and copies too; PYTHONPATH works as ever."""
+    here, path, ran = tmp_path / "here", tmp_path / "path", tmp_path / "ran"
+    for directory in (here, path, ran):
+        directory.mkdir()
+    (here / "numpy.py").write_text(
+        f"open({str(tmp_path / 'executed')!r}, 'w').close()\nraise SystemExit('numpy.py was executed')\n"
+    )
+    (path / "sitecustomize.py").write_text(
+        f"import os, sys\nopen({str(ran)!r} + f'/{{os.getpid()}}', 'w').write(os.environ.get('RANK', '') + ' '.join(sys.orig_argv))\n"
+    )
+    run = live(
+        "--max_steps",
+        "2",
+        "--save_steps",
+        "1",
+        "--save_safetensors",
+        "true",
+        cwd=here,
+        PYTHONPATH=os.pathsep.join([str(path), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    )
+    assert run.process.wait(PATIENCE_S) == 0, run.text()
+    assert not (tmp_path / "executed").exists()
+    told = [file.read_text() for file in ran.iterdir()]
+    assert {"0", "1"} <= {text[:1] for text in told}
+    assert any("--hf_output_dir" in text for text in told)
+
+
+@pytest.mark.parametrize(
+    "stray", [{"MASTER_ADDR": "192.0.2.1", "MASTER_PORT": "1"}, {"WORLD_SIZE": "4"}], ids=lambda words: ",".join(words)
+)
+def test_one_process_in_the_environment_of_a_cluster(stray: dict[str, str], start: tuple[Path, Path], tmp_path: Path) -> None:
+    """Without RANK it is alone, whatever else is set."""
+    command = [
+        sys.executable, "-m", "megaswift", "sft", "--resume_from_checkpoint", str(start[0]), "--dataset", str(start[1]), "--max_steps", "1",
+        "--output_dir", str(tmp_path / "output"),
+    ]  # fmt: skip
+    ended = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=PATIENCE_S, env={**os.environ, "OMP_NUM_THREADS": "1", **stray}
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stdout + ended.stderr

@@ -181,6 +181,47 @@ def test_the_base_is_known_when_older_checkpoints_are_gone(start: tuple[Path, Pa
     assert [path.name for path in run.directory.glob("iter_*")] == ["iter_0000006"]
 
 
+def test_replacing_a_run_takes_nothing_else(start: tuple[Path, Path], pool: RankPool, tmp_path: Path) -> None:
+    """Not what somebody put beside it, and not the weights that the new run is to begin from."""
+    again = options(start, max_steps=1, add_output_dir_suffix=False, overwrite=True, save_only_model=True)
+    run = train(pool, tmp_path / "out", 1, **again).directory
+    (run / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="what swift sft did not make \\(notes.txt\\)"):
+        train(pool, run, 1, **again)
+    (run / "notes.txt").unlink()
+    with pytest.raises(UserError, match="the weights that the run is to begin from"):
+        train(pool, run, 1, **again | {"resume_from_checkpoint": str(run)})
+    assert (run / "iter_0000001").is_dir()
+    assert train(pool, run, 1, **again).directory == run
+
+
+def test_another_number_of_processes_after_a_resume(whole: Run, pool: RankPool, tmp_path: Path) -> None:
+    """What was worked out for one number of processes is not kept as if it had been given."""
+    run = half(whole, tmp_path)
+    for steps, processes in ((4, 1), (5, 2)):
+        words = [f"{run}/sft_args.json", "--resume_from_checkpoint", str(run), "--max_steps", str(steps), "--pp", "1"]
+        train(pool, tmp_path, processes, **dataclasses.asdict(parse(SftArguments, words)))
+
+
+def test_a_template_that_writes_the_date_is_given_that_of_the_run(
+    start: tuple[Path, Path], pool: RankPool, tmp_path: Path
+) -> None:
+    """Its rows would be others on every day, and the run could not go on."""
+    model = shutil.copytree(start[0], tmp_path / "model")
+    for file in (model / "tokenizer_config.json", model / "chat_template.jinja"):
+        if file.exists():
+            text = file.read_text(encoding="utf-8")
+            file.write_text(
+                text.replace("{% for message in messages %}", "{{ strftime_now('%d %b %Y') }}{% for message in messages %}")
+            )
+    command = options((model, start[1]), resume=True, save_steps=2, eval_steps=100)
+    first = train(pool, tmp_path, 1, **command | {"max_steps": 2, "template_date": "2020-01-31"})
+    again = train(pool, tmp_path, 1, **command | {"max_steps": 3})
+    assert (again.directory, len(again.losses)) == (first.directory, 3)
+    with pytest.raises(UserError, match="the training rows"):
+        train(pool, tmp_path, 1, **command | {"max_steps": 4, "template_date": "2020-02-01"})
+
+
 def test_a_damaged_checkpoint_is_gone_around(
     whole: Run, start: tuple[Path, Path], pool: RankPool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

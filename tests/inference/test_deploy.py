@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -10,10 +11,12 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +69,15 @@ def expected(backend: TransformersBackend, text: str = "who are you", **changes:
     return backend.generate([[{"role": "user", "content": text}]], options)[0].text
 
 
-def post(server: str, body: bytes, headers: dict[str, str] | None = None) -> tuple[int, dict[str, Any]]:
+def post(
+    server: str, body: bytes, headers: dict[str, str] | None = None, *, events: bool = False
+) -> tuple[int, dict[str, Any]]:
     request = urllib.request.Request(
         f"{server}/v1/chat/completions", body, {"Authorization": f"Bearer {KEY}", **(headers or {})}
     )
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
-            return answer.status, json.load(answer)
+            return answer.status, {} if events else json.load(answer)
     except urllib.error.HTTPError as error:
         return error.code, json.load(error)
 
@@ -138,12 +143,57 @@ def test_tokens_are_limited_whatever_is_asked(client: Any) -> None:
         ({"tools": [{}]}, 400, "tools is not supported"),
         ({"stop": [""]}, 400, "stop"),
         ({"response_format": {"type": "json_object"}}, 400, "must be text"),
+        ({"response_format": "json"}, 400, "response_format must be an object"),
+        ({"stream_options": "x"}, 400, "stream_options must be an object"),
+        ({"stream_options": {"include_usage": "yes"}, "stream": True}, 400, "include_usage must be true or false"),
+        ({"stream": "yes"}, 400, "stream must be true or false"),
+        ({"model": 5}, 400, "model must be a text"),
+        ({"n": True}, 400, "n must be a whole number"),
+        ({"tools": {}}, 400, "tools must be a list"),
+        ({"logit_bias": []}, 400, "logit_bias must be an object"),
+        ({"temperature": 10**400}, 400, "temperature must be a number"),
+        ({"temperature": float("inf")}, 400, "temperature must be a number"),
+        ({"top_k": 1.5}, 400, "top_k must be a whole number"),
+        ({"seed": 2**64}, 400, "seed must be a whole number of 64 bits"),
+        ({"max_tokens": 8, "max_completion_tokens": "x"}, 400, "max_completion_tokens must be a whole number"),
+        ({"max_completion_tokens": 8, "max_tokens": 1.5}, 400, "max_tokens must be a whole number"),
+        ({"stop": [1]}, 400, "stop"),
+        ({"stop": {}}, 400, "stop"),
+        ({"stop": ["\ud800"]}, 400, "stop"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, "text as its content"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, 400, "text as its content"),
+        ({"messages": [{"role": ["user"], "content": "hi"}]}, 400, "needs a role"),
+        ({"messages": [{"role": "assistant", "content": "a", "tool_calls": [{}]}, *ASK["messages"]]}, 400, "tool_calls"),
         ({"padding": "x" * 6000}, 413, "larger than 5000 bytes"),
     ],
 )
 def test_what_cannot_be_is_refused(server: str, changes: dict[str, Any], status: int, message: str) -> None:
     code, body = post(server, json.dumps(ASK | changes).encode())
     assert (code, message in body["error"]["message"]) == (status, True), body
+
+
+def test_any_value_gets_an_answer_or_an_error_of_the_api(server: str) -> None:
+    """Whatever stands in a field, nothing is a traceback; null is as if the field were not there."""
+    fields = (
+        "model messages stream stream_options response_format n stop temperature top_p top_k repetition_penalty seed max_tokens "
+        "max_completion_tokens tools functions logprobs top_logprobs logit_bias audio presence_penalty frequency_penalty"
+    ).split()
+    values = ["x", "", 5, -1, 1.5, True, [], [None], [["x"]], {}, {"type": 5, "include_usage": []}, 10**400, -(2**63) - 1]
+    for name in fields:
+        for value in values:
+            code, body = post(server, json.dumps(ASK | {"stream": False, "max_tokens": 1, name: value}).encode(), events=True)
+            assert code in (200, 400, 404), (name, value, body)
+            if code != 200:
+                assert {"message", "type", "param", "code"} == set(body["error"]), (name, value, body)
+        if name != "messages":
+            assert post(server, json.dumps(ASK | {name: None}).encode())[0] == 200, name
+
+
+def test_a_null_hides_no_other_limit(client: Any) -> None:
+    answer = client.chat.completions.create(**ASK | {"max_tokens": 3}, extra_body={"max_completion_tokens": None})
+    assert answer.usage.completion_tokens <= 3
+    answer = client.chat.completions.create(**ASK | {"max_tokens": 8}, max_completion_tokens=2)
+    assert answer.usage.completion_tokens <= 2
 
 
 def test_odd_bodies_keys_and_names(server: str) -> None:
@@ -189,7 +239,7 @@ def test_the_gate_before_vllms_server(monkeypatch: pytest.MonkeyPatch, capsys: p
 
     async def call(gate: VllmGate, kind: str, body: bytes = b"") -> Any:
         sent: list[dict[str, Any]] = []
-        headers = [(b"host", b"localhost:80"), (b"authorization", f"Bearer {KEY}".encode()), (b"content-length", b"3")]
+        headers = [(b"host", b"LocalHost:80"), (b"authorization", f"Bearer {KEY}".encode()), (b"content-length", b"3")]
 
         async def receive() -> dict[str, Any]:
             return {"type": "http.request", "body": body}
@@ -279,34 +329,67 @@ def test_a_port_that_is_taken(model_dir: Path, monkeypatch: pytest.MonkeyPatch) 
         deploy_main(DeployArguments(ckpt_dir=str(model_dir), port=taken.getsockname()[1]))
 
 
-def test_the_command_serves_and_ends_on_sigterm(model_dir: Path) -> None:
-    words = [
-        sys.executable,
-        "-m",
-        "megaswift",
-        "deploy",
-        "--ckpt_dir",
-        str(model_dir),
-        "--port",
-        "0",
-        "--served_model_name",
-        "tiny",
-    ]
-    environment = os.environ | {
-        "PYTHONPATH": str(Path(__file__).parents[2] / "src"),
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-    }
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment)
+@contextlib.contextmanager
+def command(model: Path, *words: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`swift deploy` in its own process, and the address that it tells."""
+    line = ["-m", "megaswift", "deploy", "--ckpt_dir", str(model), "--port", "0", "--served_model_name", "tiny", *words]
+    paths = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(Path(__file__).parents[2] / "src"))))
+    environment = os.environ | {"PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, *line], stderr=subprocess.PIPE, text=True, env=environment)
     try:
         assert process.stderr is not None
-        line = process.stderr.readline()
-        assert "answers at http://127.0.0.1:" in line, line
-        address = line.split("answers at ")[1].split(",")[0]
+        greeting = process.stderr.readline()
+        assert "answers at http://127.0.0." in greeting, greeting
+        yield process, greeting.split("answers at ")[1].split(",")[0]
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_the_command_serves_and_ends_on_sigterm(model_dir: Path) -> None:
+    with command(model_dir) as (process, address):
         client = openai.OpenAI(base_url=address, api_key="none", max_retries=3)
         assert client.chat.completions.create(**ASK).usage.completion_tokens > 0
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) in (0, -signal.SIGTERM)
-    finally:
-        process.kill()
-        process.wait()
+
+
+def never_ending(model: Path) -> Path:
+    """Lets a tiny model never choose an end token."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(model / "model.safetensors")
+    weights["lm_head.weight"][:3] = 0
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    return model
+
+
+def test_a_client_that_leaves_stops_a_whole_answer(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    """On another loopback address, which the server then answers to."""
+    model = never_ending(make_model(tmp_path / "model", context=50_000))
+    with command(model, "--host", "127.0.0.2", "--max_new_tokens", "40000") as (_, address):
+        assert address.startswith("http://127.0.0.2:")
+        impatient = openai.OpenAI(base_url=address, api_key="none", max_retries=0, timeout=1)
+        with pytest.raises(openai.APITimeoutError):
+            impatient.chat.completions.create(**ASK | {"max_tokens": 40_000})  # a minute of work, and more
+        started = time.monotonic()
+        patient = openai.OpenAI(base_url=address, api_key="none", max_retries=0, timeout=20)
+        assert patient.chat.completions.create(**ASK).usage.completion_tokens == 8
+        assert time.monotonic() - started < 15
+
+
+def test_an_answer_that_is_given_up_keeps_nobody(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    """A batch ends with its last answer that somebody waits for, and is that of a batch without the others."""
+    backend = TransformersBackend.load(never_ending(make_model(tmp_path / "model", context=50_000)))
+    options = GenerationOptions(max_new_tokens=40_000, temperature=0)
+    prompts = [backend.prompt_ids([{"role": "user", "content": text}], options) for text in ("who are you", "hi", "你是谁")]
+    given_up = [threading.Event() for _ in prompts]
+    timer = threading.Timer(0.3, lambda: [event.set() for event in given_up])
+    timer.start()
+    started = time.monotonic()
+    assert list(backend.answer_all(prompts, options, batch_size=3, given_up=lambda place: given_up[place].is_set())) == []
+    assert time.monotonic() - started < 10
+    short = replace(options, max_new_tokens=8)
+    found = dict(backend.answer_all(prompts, short, batch_size=3, given_up=lambda place: place == 1))
+    whole = dict(backend.answer_all(prompts, short, batch_size=3))
+    assert found == {place: whole[place] for place in (0, 2)}

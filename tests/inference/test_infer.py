@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from megaswift.arguments import InferArguments, parse
+from megaswift import deploy, eval
+from megaswift.arguments import DeployArguments, EvalArguments, InferArguments, parse
 from megaswift.errors import DataError, UserError
 from megaswift.infer import infer_main, prepare
+from megaswift.inference.backends import check_backend
 from megaswift.inference.text import printable
 
 RULE = "-" * 50
@@ -109,6 +114,63 @@ def test_load_dataset_config_asks_the_rows_that_the_run_held_out(model: Path, tm
     rows = infer_main(["--ckpt_dir", str(model), "--load_dataset_config", "true", *FAST])
     assert [row["label"] for row in rows] == [row["query"].replace("q", "r") for row in rows]
     assert len(rows) == 2
+
+
+def test_a_streamed_run_held_no_rows_out(model: Path, tmp_path: Path) -> None:
+    for name in ("d.jsonl", "v.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps({"query": f"{name}{k}", "response": "r"}) + "\n" for k in range(20)))
+    told = json.loads((model / "sft_args.json").read_text(encoding="utf-8"))
+    told |= {"dataset": [str(tmp_path / "d.jsonl")], "dataset_test_ratio": 0.1, "streaming": True}
+    (model / "sft_args.json").write_text(json.dumps(told), encoding="utf-8")
+    for words in (["--load_dataset_config", "true"], ["--dataset", str(tmp_path / "d.jsonl")]):
+        with pytest.raises(UserError, match="held no row out") as error:
+            prepare(parse(InferArguments, ["--ckpt_dir", str(model), *words]))
+        assert error.value.where == words[0]
+    prepare(parse(InferArguments, ["--ckpt_dir", str(model)]))  # a conversation
+    (model / "sft_args.json").write_text(json.dumps(told | {"val_dataset": [str(tmp_path / "v.jsonl#2")]}), encoding="utf-8")
+    rows = infer_main(["--ckpt_dir", str(model), "--load_dataset_config", "true", *FAST])
+    assert len(rows) == 2 and all(row["query"].startswith("v.jsonl") for row in rows)
+
+
+@pytest.mark.parametrize("option", [{"tensor_parallel_size": 2}, {"gpu_memory_utilization": 0.9}])
+def test_options_of_vllm_are_refused_where_pt_answers(monkeypatch: pytest.MonkeyPatch, option: dict) -> None:
+    monkeypatch.setattr("megaswift.inference.backends._has_gpu", lambda: False)
+    commands = (
+        lambda **more: prepare(InferArguments(model_type="my-tiny", **option, **more)),
+        lambda **more: eval.prepare(EvalArguments(model_type="my-tiny", eval_dataset=["arc"], **option, **more)),
+        lambda **more: deploy.check(DeployArguments(model_type="my-tiny", **option, **more), None),
+    )
+    for command in commands:
+        for backend in ({}, {"infer_backend": "AUTO"}, {"infer_backend": "pt"}):
+            with pytest.raises(UserError, match=f"--{next(iter(option))} is vLLM's: it does nothing with pt"):
+                command(**backend)
+    check_backend(InferArguments(infer_backend="pt"))
+    monkeypatch.setattr("megaswift.inference.backends._has_gpu", lambda: True)
+    monkeypatch.setattr("megaswift.inference.backends.find_spec", lambda _: object())
+    for name in ("AUTO", "vllm"):  # AUTO is vLLM here
+        check_backend(InferArguments(infer_backend=name, **option))
+
+
+def test_a_reader_who_leaves_ends_the_answers_quietly(model: Path, tmp_path: Path) -> None:
+    """swift infer ... | head"""
+    (tmp_path / "q.txt").write_text("who are you\n" * 90)
+    words = ["--ckpt_dir", str(model), "--val_dataset", str(tmp_path / "q.txt"), "--show_dataset_sample", "-1", *FAST]
+    paths = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(Path(__file__).parents[2] / "src"))))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "megaswift", "infer", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stdout is not None and process.stderr is not None
+    for _ in range(2):  # answers
+        assert any(line.strip() == RULE.encode() for line in process.stdout)
+    process.stdout.close()
+    notes = process.stderr.read().decode()
+    assert process.wait(60) == 141, notes
+    assert "Traceback" not in notes and "defect" not in notes and "Exception" not in notes
+    kept = read_results(model / "infer_result")
+    assert 0 < len(kept) < 90 and f"in {model / 'infer_result'}" in notes  # what was answered stays
 
 
 def test_system_precedence(model: Path) -> None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.inference.test_run_model import race
 from tests.tiny import save_tiny, write_tokenizer
 
-from megaswift.arguments import InferArguments
+from megaswift import run_model
+from megaswift.arguments import DeployArguments, InferArguments
 from megaswift.errors import DataError, MegaswiftError, UserError
 from megaswift.infer import infer_main, prepare
+from megaswift.run_model import KEPT, choose
 
 MODULES = {"model.layers.0.self_attn.q_proj": 4, "model.layers.3.mlp.down_proj": 8}
 
@@ -86,7 +90,60 @@ def test_it_answers_once_merged_and_the_base_stays(
     assert first["response"] == again["response"] != plain["response"]
     assert files == {path.name: path.read_bytes() for path in base.iterdir() if path.is_file()}
     assert list((adapter / "infer_result").glob("*.jsonl")), "results go to the adapter"
-    assert len(list((cache / "merged").iterdir())) == 1
+    assert len(merged(cache)) == 1
+
+
+def merged(cache: Path) -> list[Path]:
+    return sorted(path for path in (cache / "merged").iterdir() if path.is_dir())
+
+
+def test_only_what_the_user_gave_counts_as_given(base: Path, tmp_path: Path) -> None:
+    """The base's options file fills in the rest, and vLLM is not told of a batch size that nobody gave."""
+    adapter = write_adapter(tmp_path / "adapter", base)
+    told = {"model_type": "my-tiny", "system": "Be brief.", "template_type": "chatml", "dtype": "bf16"}
+    folder = base.with_name("told")
+    if not folder.exists():
+        folder.mkdir()
+        for file in base.iterdir():
+            (folder / file.name).symlink_to(file)
+    (folder / "sft_args.json").write_text(json.dumps(told))
+    args = choose(DeployArguments(ckpt_dir=str(adapter), model_id_or_path=str(folder), infer_backend="vllm")).args
+    assert args.explicit() == {"ckpt_dir", "model_id_or_path", "infer_backend"}
+    assert {name: getattr(args, name) for name in told} == told
+    assert (args.ckpt_dir, args.model_id_or_path) == (str(adapter), str(folder))
+    given = choose(
+        InferArguments(ckpt_dir=str(adapter), model_id_or_path=str(folder), system="Be long.", infer_batch_size=3)
+    ).args
+    assert "infer_batch_size" in given.explicit() and given.infer_batch_size == 3
+    assert (given.system, given.template_type) == ("Be long.", "chatml")
+
+
+def test_the_newest_merged_models_of_an_adapter_stay(
+    base: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter that is trained on, and one of the same name elsewhere."""
+    other = prepare(InferArguments(ckpt_dir=str(write_adapter(tmp_path / "elsewhere" / "adapter", base)))).located.path
+    adapter, made = write_adapter(tmp_path / "adapter", base), []
+    for alpha in (1, 2, 3, 4):
+        monkeypatch.setattr(run_model, "_handed_out", set())  # each by a process of its own
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": alpha}))
+        made.append(prepare(InferArguments(ckpt_dir=str(adapter))).located.path)
+        for age, path in enumerate(reversed(made)):
+            if path.exists():
+                os.utime(path, (1e9 - age, 1e9 - age))
+    assert merged(cache) == sorted([other, *made[-KEPT:]])
+
+
+def test_several_first_questions_at_once_share_one_merge(base: Path, tmp_path: Path, cache: Path) -> None:
+    question = tmp_path / "q.jsonl"
+    question.write_text('{"query": "who are you"}\n')
+    adapter = write_adapter(tmp_path / "adapter", base)
+    words = ["--ckpt_dir", str(adapter), "--val_dataset", str(question), "--max_new_tokens", "4", "--save_result", "false"]
+    results = race(words)
+    assert [result.returncode for result in results] == [0, 0], [result.stderr[-500:] for result in results]
+    assert sum(result.stderr.count("merging 2 LoRA matrices") for result in results) == 1
+    assert len(merged(cache)) == 1
 
 
 @pytest.mark.parametrize(
@@ -96,12 +153,27 @@ def test_it_answers_once_merged_and_the_base_stays(
         ({"fan_in_fan_out": True}, "transposed"),
         ({"peft_type": "IA3"}, "IA3, not LoRA"),
         ({"base_model_name_or_path": None}, "does not say which model"),
+        ({"init_lora_weights": "pissa"}, "began as PiSSA .*changed the base"),
+        ({"init_lora_weights": "pissa_niter_16"}, "began as PiSSA"),
+        ({"init_lora_weights": "OLoRA"}, "began as OLoRA"),
+        ({"init_lora_weights": "corda"}, "began as CorDA"),
+        ({"init_lora_weights": "lora_ga"}, "began as LoRA-GA"),
+        ({"init_lora_weights": "LoftQ"}, "began as LoftQ"),
     ],
 )
 def test_what_cannot_be_merged_is_refused(base: Path, tmp_path: Path, config: dict[str, Any], message: str) -> None:
     adapter = write_adapter(tmp_path / "adapter", base, **config)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         prepare(InferArguments(ckpt_dir=str(adapter))).located  # noqa: B018
+    if "init_lora_weights" in config:
+        wanted = "merge_and_unload" if config["init_lora_weights"] == "LoftQ" else "path_initial_model_for_weight_conversion"
+        assert wanted in caught.value.fix and caught.value.where == str(adapter / "adapter_config.json")
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "eva", "orthogonal", None])
+def test_a_start_that_leaves_the_base_as_it_is(base: Path, tmp_path: Path, start: Any) -> None:
+    adapter = write_adapter(tmp_path / "adapter", base, init_lora_weights=start)
+    assert prepare(InferArguments(ckpt_dir=str(adapter))).located.path.is_dir()
 
 
 @pytest.mark.parametrize(
@@ -119,7 +191,7 @@ def test_what_does_not_fit_is_named(base: Path, tmp_path: Path, cache: Path, ten
     adapter = write_adapter(tmp_path / "adapter", base, made)
     with pytest.raises(MegaswiftError, match=message):
         prepare(InferArguments(ckpt_dir=str(adapter))).located  # noqa: B018
-    assert not list((cache / "merged").glob("*"))
+    assert not merged(cache)
 
 
 def test_an_adapter_without_safetensors_is_refused(base: Path, tmp_path: Path) -> None:

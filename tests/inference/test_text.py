@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,6 +33,51 @@ def test_half_a_character_at_the_end_is_left_out(backend) -> None:
     ids = backend.tokenizer.encode("好x睡", add_special_tokens=False)
     assert whole_text(backend.tokenizer, ids[:-1]) == "好x"
     assert "".join(assembled(backend.tokenizer, ids[:-1])) == "好x"
+
+
+@pytest.fixture(scope="module")
+def byte_fallback():
+    """A tokenizer as Llama 2 and Mistral have it: a token for each byte, for characters that are no token."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "h", "i", "hi", "▁hi", "x"]
+    merges = [("h", "i"), ("▁", "hi")]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    model = models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def test_half_a_character_leaves_the_bytes_before_it_whole(byte_fallback) -> None:
+    ids = byte_fallback.encode("hi😀睡😀", add_special_tokens=False)
+    assert len(ids) == 1 + 4 + 3 + 4
+    for count in range(1, len(ids) + 1):
+        expected = "hi" + "😀" * (count >= 5) + "睡" * (count >= 8) + "😀" * (count == 12)
+        assert whole_text(byte_fallback, ids[:count]) == expected == "".join(assembled(byte_fallback, ids[:count]))
+    # A byte that is wrong costs itself, and what stands with it is read.
+    wrong = byte_fallback.convert_tokens_to_ids(["▁hi", "<0xE7>", "<0x9D>", "<0xA1>", "<0xFF>", "x"])
+    assert whole_text(byte_fallback, wrong) == "hi睡\ufffdx"
+
+
+@settings(max_examples=100, deadline=None)
+@given(ids=st.lists(st.integers(0, 264), max_size=20))
+def test_streamed_text_equals_whole_text_for_any_bytes(byte_fallback, ids: list[int]) -> None:
+    assert "".join(assembled(byte_fallback, ids)) == whole_text(byte_fallback, ids)
+
+
+def test_a_stop_word_of_bytes_is_found_behind_half_a_character(byte_fallback) -> None:
+    from megaswift.inference.decoding import criteria
+    from megaswift.inference.options import GenerationOptions
+
+    ids = byte_fallback.encode("hi睡睡觉", add_special_tokens=False)
+    rules = criteria(byte_fallback, GenerationOptions(stop_words=("觉",)), 0, [99], None)
+    found = [bool(rules(torch.tensor([ids[:count]]), None)) for count in range(1, len(ids) + 1)]
+    assert found == [False] * 9 + [True]
 
 
 @settings(max_examples=200, deadline=None)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tests.kernels.conftest import check, double, leaf
 
+from megaswift.engine.kernels import attention
 from megaswift.engine.kernels.attention import Lengths, _by_sample, dense_causal, packed_causal, varlen_causal
 
 
@@ -72,3 +73,29 @@ def test_unequal_lengths_at_real_sizes(heads, groups, dim, queries, keys):
     want.backward(grad.float())
     for got, wanted in ((y, want), *((a.grad, b.grad) for a, b in zip((q, k, v), exact))):
         assert float((got.float() - wanted).norm() / wanted.norm()) < 8e-3
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "varlen"])
+def test_a_gpu_without_the_flash_kernel(packed, monkeypatch):
+    """Before Ampere packed rows go sample by sample, as in fp32; the flash kernel would end the run."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    monkeypatch.setattr(attention, "_packed", lambda *_: pytest.fail("the flash kernel was called"))
+    attention._has_flash.cache_clear()
+    lengths = [3, 1, 5]
+    q, k, v = (torch.randn(9, 1, heads, 16).half().as_subclass(OnGpu) for heads in (4, 2, 2))
+    cu = torch.tensor([0, 3, 4, 9], dtype=torch.int32)
+    if packed:
+        mixed = packed_causal(q, k, v, cu, 5)
+    else:
+        mixed = varlen_causal(q[:, 0], k[:, 0], v[:, 0], Lengths.of(lengths, lengths, torch.device("cpu"))).reshape(9, 1, -1)
+    plain_parts = zip(*(part.as_subclass(torch.Tensor).split(lengths) for part in (q, k, v)))
+    want = torch.cat([plain(*(part.double() for part in parts), 0.25) for parts in plain_parts])
+    check(mixed.as_subclass(torch.Tensor), want, torch.bfloat16)
+    assert attention.describe(q, 2, packed=True) == "PyTorch's own choice for this GPU, sample by sample"
+    attention._has_flash.cache_clear()

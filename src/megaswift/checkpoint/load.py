@@ -101,8 +101,12 @@ def _unreadable(problem: str, directory: Path) -> DataError:
 
 
 def _restore_random_state(states: dict[str, Any]) -> None:
+    """What a device's generator had goes back to one of its kind only: a GPU's has 16 bytes, a CPU's 5056."""
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
     torch.set_rng_state(states["torch"])
+    saved = states.get("device_type") or ("cuda" if states["device"].numel() == 16 else "cpu")  # not in checkpoints of before
+    if saved != ("cuda" if torch.cuda.is_available() else "cpu"):
+        return
     torch.cuda.set_rng_state(states["device"])
     get_cuda_rng_tracker().set_states(states["tracker"])

@@ -162,6 +162,7 @@ def _random_state() -> Any:
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
     states = {
+        "device_type": "cuda" if torch.cuda.is_available() else "cpu",
         "torch": torch.get_rng_state(),
         "device": torch.cuda.get_rng_state(),
         "tracker": dict(get_cuda_rng_tracker().get_states()),

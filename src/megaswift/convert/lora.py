@@ -34,6 +34,9 @@ _REFUSED = {
     "lora_bias": "biases in the adapter (lora_bias)",
     "alora_invocation_tokens": "activation by tokens (aLoRA)",
 }
+# First words of init_lora_weights with which PEFT takes the adapter's first product out of the base, in memory: what is
+# trained belongs to weights that no folder holds. "gaussian", "eva" and "orthogonal" leave the base as it is.
+_CHANGES_BASE = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "lora_ga": "LoRA-GA", "loftq": "LoftQ"}
 _OWN_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab.*", "merges.txt")
 
 
@@ -63,6 +66,7 @@ class Adapter:
                 raise UserError(
                     f"the adapter uses {what}, which cannot be merged.", where=where, fix="merge it with peft first"
                 )
+        _require_plain_start(config, where)
         require_weights(path)
         read_header(path / WEIGHTS)  # names what is wrong with a damaged file
         from safetensors.torch import load_file
@@ -82,6 +86,25 @@ class Adapter:
         for module, half in halves.items():
             made.pairs[f"{module}.weight"] = _pair(module, half, config, str(path / WEIGHTS))
         return made
+
+
+def _require_plain_start(config: dict[str, Any], where: str) -> None:
+    """Raise UserError for an adapter that was trained beside another base than the one that its config names."""
+    start = str(config.get("init_lora_weights", True))
+    kind = next((what for word, what in _CHANGES_BASE.items() if start.lower().startswith(word)), None)
+    if kind is None:
+        return
+    fix = "merge it with peft first (merge_and_unload), save that model, and give its folder"
+    if kind != "LoftQ":
+        fix = (
+            "store it as a plain LoRA with peft: model.save_pretrained(DIR, path_initial_model_for_weight_conversion=START), "
+            "where START holds the adapter as it was before training"
+        )
+    raise UserError(
+        f"the adapter began as {kind} (init_lora_weights {start!r}), which changed the base, so it does not fit the model as published.",
+        where=where,
+        fix=fix,
+    )
 
 
 def require_weights(path: Path) -> None:

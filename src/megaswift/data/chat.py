@@ -7,6 +7,7 @@ template.prompt(conversation)             # generation: ids up to and with the a
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
 from dataclasses import replace
@@ -16,13 +17,16 @@ import numpy as np
 
 from megaswift.data.conversation import BadRow, Conversation, Message
 from megaswift.data.structure import NO_SYSTEM, Structure, align, as_dicts, build, render
-from megaswift.data.templates import TEMPLATES, TemplateRaised, compile_template, template_name
+from megaswift.data.templates import TEMPLATES, TemplateRaised, choose_source, compile_template
 from megaswift.data.tokens import Encoded, Kind, Piece, PieceEncoder, tokenizer_json
 from megaswift.data.tools import tools_as_text
-from megaswift.errors import UserError, nearest
+from megaswift.errors import UserError
 
 THOUGHTS = re.compile(r"\s*<think>(.*?)</think>\s*(.*)\Z", re.DOTALL)
 SHIELD = 0xE100  # control token number k inside tool texts is written as this character + k
+
+_PARAMETERS = {"type": "object", "properties": {"x": {"type": "string", "description": "x"}}, "required": ["x"]}
+_A_TOOL = [{"type": "function", "function": {"name": "f", "description": "f", "parameters": _PARAMETERS}}]
 
 
 class ChatTemplate:
@@ -33,18 +37,27 @@ class ChatTemplate:
         template_type: AUTO for the tokenizer's own template, or a name of `templates.TEMPLATES`.
         default_system: system prompt of conversations that bring none; "" for none at all; None for the template's.
         fallback: name to use when AUTO finds no template in the tokenizer.
+        date: YYYY-MM-DD for templates that write the date; None for the day on which they are used.
     """
 
     def __init__(
-        self, tokenizer: Any, template_type: str = "AUTO", default_system: str | None = None, *, fallback: str | None = None
+        self,
+        tokenizer: Any,
+        template_type: str = "AUTO",
+        default_system: str | None = None,
+        *,
+        fallback: str | None = None,
+        date: str | None = None,
     ) -> None:
-        source, name, system = _choose(tokenizer, template_type, fallback)
+        source, tool_use, name, system = choose_source(tokenizer, template_type, fallback)
         special = {key: value for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
         if tokenizer.eos_token_id is None:
             raise UserError("the tokenizer has no end token (eos_token).", where=str(getattr(tokenizer, "name_or_path", "")))
         state = {
             "name": name,
             "source": source,
+            "tool_use": tool_use,
+            "date": _day(date) if "strftime_now" in source + (tool_use or "") else "",
             "special": special,
             "default_system": system if default_system is None else default_system,
             "tokenizer": tokenizer_json(tokenizer),
@@ -68,16 +81,18 @@ class ChatTemplate:
         template._setup(state)
         return template
 
-    def _setup(self, state: dict[str, Any]) -> None:
+    def _setup(self, state: dict[str, Any], without_tools: ChatTemplate | None = None) -> None:
+        """`without_tools`: the template of all other conversations, where this one is for those with tools."""
         self.state = state
         self.name: str = state["name"]
         self.default_system: str | None = state["default_system"]
         self.eos_id: int = state["eos_id"]
         self.pad_id: int = state["pad_id"]
-        self.encoder = PieceEncoder(state["tokenizer"])
-        self._jinja = compile_template(state["source"])
+        self.encoder: PieceEncoder = without_tools.encoder if without_tools else PieceEncoder(state["tokenizer"])
+        self._jinja = compile_template(state["source"], state["date"])
         self.thinks = "</think>" in state["source"]
-        self._tools = "tools" in state["source"] and "tool_calls" in state["source"]
+        self._tools = without_tools is not None or ("tools" in state["source"] and "tool_calls" in state["source"])
+        self._any_tools = _A_TOOL if without_tools else []  # a template for tools may fail without any
         self._structures: dict[Any, Structure] = {}
         self._shields = {token: chr(SHIELD + k) for k, token in enumerate(sorted(self.encoder.control))}
         self._shielded_tokens = {shield: token for token, shield in self._shields.items()}
@@ -87,15 +102,19 @@ class ChatTemplate:
         self.header, self.after_user, self.ends = self._look()
         self.text_arguments = self._tools and self._wants_text_arguments()
         self._system_block = self._find_system_block()
+        self._tool_use: ChatTemplate | None = None  # what conversations with tools are written with, as in transformers
+        if state["tool_use"]:
+            self._tool_use = ChatTemplate.__new__(ChatTemplate)
+            self._tool_use._setup(state | {"source": state["tool_use"], "tool_use": None}, self)
 
     # What the template looks like
 
     def _look(self) -> tuple[str, str, tuple[str, ...]]:
         """(assistant header, what follows a user's text, tokens that end an assistant turn), from small renderings."""
-        user = {"role": "user", "content": "\ue0e0"}
+        user, tools = {"role": "user", "content": "\ue0e0"}, self._any_tools
         try:
-            plain, prompt = self.render([user], [], False), self.render([user], [], True)
-            full = self.render([user, {"role": "assistant", "content": "\ue0e1"}], [], False)
+            plain, prompt = self.render([user], tools, False), self.render([user], tools, True)
+            full = self.render([user, {"role": "assistant", "content": "\ue0e1"}], tools, False)
         except BadRow as error:
             raise UserError(
                 f"the chat template fails on a plain question: {error}.",
@@ -123,10 +142,9 @@ class ChatTemplate:
         """Whether the template fails on arguments that are an object, and takes them as JSON text."""
         call = Message("assistant", "", tool_calls=[{"name": "f", "arguments": {"x": 1}}])
         messages = [Message("user", "x"), call, Message("tool", "x")]
-        tools = [{"type": "function", "function": {"name": "f", "description": "f", "parameters": {}}}]
         for text_arguments in (False, True):
             try:
-                self.render(as_dicts(messages, text_arguments), tools, True)
+                self.render(as_dicts(messages, text_arguments), _A_TOOL, True)
                 return text_arguments
             except BadRow:
                 continue
@@ -138,7 +156,7 @@ class ChatTemplate:
         try:
             text = self.render(
                 [{"role": "system", "content": first}, {"role": "system", "content": second}, {"role": "user", "content": "x"}],
-                [],
+                self._any_tools,
                 False,
             )
         except BadRow:
@@ -205,6 +223,8 @@ class ChatTemplate:
         """The conversation as text pieces, each with who wrote it and whether it carries loss. Raises BadRow."""
         if conversation.text is not None:
             return [Piece(conversation.text, Kind.CONTENT, True)]
+        if self._tool_use is not None and conversation.tools:
+            return self._tool_use.pieces(conversation, prompt)
         conversation = self._prepared(conversation)
         messages = conversation.messages
         if not prompt and any(m.role == "assistant" and not m.content.strip() and not m.tool_calls for m in messages):
@@ -236,6 +256,8 @@ class ChatTemplate:
 
     def unsupervised_turns(self, conversation: Conversation) -> int:
         """How many assistant turns get no loss because the template leaves out their thoughts. Raises BadRow."""
+        if self._tool_use is not None and conversation.tools:
+            return self._tool_use.unsupervised_turns(conversation)
         if not self.thinks or not any(message.reasoning or "</think>" in message.content for message in conversation.messages):
             return 0
         return len(self._structure(self._prepared(conversation), False).unsupervised)
@@ -263,12 +285,24 @@ class ChatTemplate:
         Args:
             system: that prompt; None for the template's default. "" adds none, and leaves what the Jinja writes by itself.
         """
-        own = self.default_system if system is None else system
+        own, both = self.default_system if system is None else system, self._both_sources()
         if own is None or not own.strip():
-            return self.state["source"]
+            return both
         text = json.dumps(own, ensure_ascii=False)  # Jinja reads the escapes of JSON
         first = f"{{% if messages[0]['role'] != 'system' %}}{{% set messages = [{{'role': 'system', 'content': {text}}}] + messages %}}{{% endif %}}"
-        return first + "{{ '' }}" + self.state["source"]  # an expression, so that no line break after the block is lost
+        return first + "{{ '' }}" + both  # an expression, so that no line break after the block is lost
+
+    def _both_sources(self) -> str:
+        """The Jinja of this template and of that for tools as one, which chooses as we do."""
+        if self._tool_use is None:
+            return self.state["source"]
+        parts = [template.state["source"].removesuffix("\n") for template in (self._tool_use, self)]  # as Jinja does at an end
+        return "{% if tools %}{{ '' }}" + "{{ '' }}{% else %}{{ '' }}".join(parts) + "{{ '' }}{% endif %}"
+
+    @property
+    def all_ends(self) -> tuple[str, ...]:
+        """Tokens that end an answer, with and without tools."""
+        return self.ends if self._tool_use is None else tuple(sorted({*self.ends, *self._tool_use.ends}))
 
     # What happens to a conversation before the template sees it
 
@@ -330,22 +364,11 @@ def _split_thoughts(message: Message) -> Message:
     return replace(message, reasoning=match.group(1).strip("\n").strip(), content=match.group(2))
 
 
-def _choose(tokenizer: Any, template_type: str, fallback: str | None) -> tuple[str, str, str | None]:
-    """(Jinja source, name, default system prompt)."""
-    own = getattr(tokenizer, "chat_template", None)
-    if template_type == "AUTO" and isinstance(own, str) and own.strip():
-        return own, "AUTO", None
-    name = fallback if template_type == "AUTO" else template_type
-    name = template_name(name) if name is not None else None
-    if name is None:
-        raise UserError(
-            "the tokenizer brings no chat template.", where="--template_type", fix=f"choose one: {', '.join(TEMPLATES)}"
-        )
-    if name not in TEMPLATES:
-        raise UserError(
-            f"template {name!r} is not known.", where="--template_type", fix=f"did you mean: {nearest(name, list(TEMPLATES))}?"
-        )
-    return TEMPLATES[name].source, name, TEMPLATES[name].default_system
+def _day(date: str | None) -> str:
+    try:
+        return datetime.date.fromisoformat(date).isoformat() if date else ""
+    except ValueError as error:
+        raise UserError(f"{date!r} is no date.", where="--template_date", fix="for example 2026-11-29") from error
 
 
 def _own_bos(tokenizer: Any) -> int | None:

@@ -13,7 +13,6 @@ import shutil
 import time
 import uuid
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -165,13 +164,12 @@ def _key(args: DataArguments, template: ChatTemplate, layout: list[Any], train: 
         )
     }
     options["seed"] = args.seed if args.dataset_seed is None else args.dataset_seed
-    today = date.today().isoformat() if "strftime_now" in state["source"] else ""
     code = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(Path(__file__).parent.glob("*.py"))]
     data = (
         [[item.spec.text, item.digest, item.columns, item.converter] for item in train],
         [[item.spec.text, item.digest, item.columns, item.converter] for item in val],
     )
-    text = json.dumps([state, options, layout, data, today, code], sort_keys=True)
+    text = json.dumps([state, options, layout, data, code], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

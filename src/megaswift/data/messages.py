@@ -29,7 +29,7 @@ def read_messages(items: list[Any]) -> list[Message]:
             raise BadRow("unknown role", f"message {number}: {role_name!r}")
         where = f"message {number}, {role_name}"
         if isinstance(content, list):
-            messages.extend(_blocks(content, role, _loss(item, role, where), where))
+            messages.extend(_blocks(item, content, role, where))
         elif role == "call":
             _append_call(messages, content, _loss(item, "assistant", where), where)
         else:
@@ -59,17 +59,25 @@ def tools_of(value: Any) -> list[dict[str, Any]]:
 
 
 def _message(item: dict[str, Any], role: str, content: Any, where: str) -> Message:
-    calls = [_call(call, where) for call in _json_list(item.get("tool_calls"), where)] if role == "assistant" else []
+    calls, reasoning = _beside(item, role, where)
     if content is None and calls:
         content = ""
     if isinstance(content, dict) and role == "tool":
         content = json.dumps(content, ensure_ascii=False)
     if not isinstance(content, str):
         raise BadRow("wrong type", f"{where}: content is {type(content).__name__}, expected text")
-    reasoning = item.get("reasoning_content") or item.get("reasoning") if role == "assistant" else None
+    return Message(role, content, reasoning, calls, _loss(item, role, where))
+
+
+def _beside(item: dict[str, Any], role: str, where: str) -> tuple[list[dict[str, Any]], str | None]:
+    """The tool calls and thoughts that stand beside the content of an assistant's message."""
+    if role != "assistant":
+        return [], None
+    calls = [_call(call, where) for call in _json_list(item.get("tool_calls"), where)]
+    reasoning = item.get("reasoning_content") or item.get("reasoning")
     if reasoning is not None and not isinstance(reasoning, str):
         raise BadRow("wrong type", f"{where}: reasoning_content is {type(reasoning).__name__}, expected text")
-    return Message(role, content, reasoning, calls, _loss(item, role, where))
+    return calls, reasoning
 
 
 def _append_call(messages: list[Message], content: Any, loss: bool, where: str) -> None:
@@ -95,8 +103,10 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     return {"name": function["name"], "arguments": {} if arguments is None else arguments}
 
 
-def _blocks(blocks: list[Any], role: str, loss: bool, where: str) -> list[Message]:
-    """Content blocks: text, and Anthropic's tool_use, tool_result and thinking."""
+def _blocks(item: dict[str, Any], blocks: list[Any], role: str, where: str) -> list[Message]:
+    """Content blocks (text, and Anthropic's tool_use, tool_result and thinking) with what the message has beside them."""
+    loss = _loss(item, role, where)
+    role = "assistant" if role == "call" else role
     texts: list[str] = []
     thoughts: list[str] = []
     calls: list[dict[str, Any]] = []
@@ -115,10 +125,17 @@ def _blocks(blocks: list[Any], role: str, loss: bool, where: str) -> list[Messag
             raise BadRow("images, video or audio", "only text can be trained")
         else:
             raise BadRow("wrong type", f"{where}: content block of type {kind!r}")
-    if results and not texts:
+    own_calls, reasoning = _beside(item, role, where)
+    # Some programs write the same calls and thoughts both ways: as blocks, and beside them.
+    calls += [call for call in own_calls if call not in calls]
+    if reasoning and not all(thought in reasoning for thought in thoughts):
+        reasoning = "\n".join([reasoning, *thoughts])
+    reasoning = reasoning or "\n".join(thoughts) or None
+    if results and calls:
+        raise BadRow("wrong type", f"{where}: a tool call and a tool result in one message")  # which comes first is not said
+    if results and not texts and not reasoning:
         return results
-    role = "assistant" if role == "call" else role
-    return results + [Message(role, "".join(texts), "\n".join(thoughts) or None, calls, loss)]
+    return results + [Message(role, "".join(texts), reasoning, calls, loss)]
 
 
 def _result_text(content: Any, where: str) -> str:

@@ -66,13 +66,18 @@ def open_path(path: Path, subsets: tuple[str, ...] = ()) -> Source:
         return _open_table(path, tables.ParquetRows if suffix == ".parquet" else tables.arrow_rows, packed)
     data = _bytes_of(path, packed)
     start = 3 if data[:3] == BOM else 0
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise DataError("the file is UTF-16, expected UTF-8.", where=str(path), fix="save it as UTF-8")
+    refuse_utf16(path, data[:2])
     if suffix in (".csv", ".tsv"):
         return tables.csv_rows(path, data, "," if suffix == ".csv" else "\t")
-    if suffix == ".txt":
+    if is_text(path):
         return TextLines(path, data, start)
     return _open_json(path, data, start)
+
+
+def refuse_utf16(path: Path, first: bytes) -> None:
+    """Raise DataError where the first two bytes of a text file are the mark of UTF-16."""
+    if first in (b"\xff\xfe", b"\xfe\xff"):
+        raise DataError("the file is UTF-16, expected UTF-8.", where=str(path), fix="save it as UTF-8")
 
 
 HELD_OUT = frozenset(("test", "validation", "valid", "val", "dev", "eval"))
@@ -111,6 +116,11 @@ def files_of(path: Path, subsets: tuple[str, ...] = ()) -> list[Path]:
 def is_lines(path: Path) -> bool:
     """Whether a file is read line by line: .jsonl, .ndjson and .txt, packed or not."""
     return _suffix(path)[0] in (".jsonl", ".ndjson", ".txt")
+
+
+def is_text(path: Path) -> bool:
+    """Whether the lines of a file are plain text: .txt, packed or not."""
+    return _suffix(path)[0] == ".txt"
 
 
 def _is_metadata(relative: Path) -> bool:

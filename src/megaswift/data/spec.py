@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from megaswift.errors import UserError
+from megaswift.option_parser import exists, split_commas
 
 HUBS = ("hf", "ms")
 
@@ -31,16 +31,16 @@ class DatasetSpec:
     @property
     def is_local(self) -> bool:
         """Whether `name` is a file or folder of this machine."""
-        return self.hub is None and _exists(self.name)
+        return self.hub is None and exists(self.name)
 
 
 def parse_spec(text: str) -> DatasetSpec:
     """Take one `--dataset` item apart. Raises UserError for a wrong prefix or count."""
     hub, rest = _split_hub(text)
-    if _exists(rest):
+    if exists(rest):
         return DatasetSpec(text, hub, rest)
     rest, count = _split_count(text, rest)
-    if _exists(rest):
+    if exists(rest):
         return DatasetSpec(text, hub, rest, (), count)
     name, colon, tail = rest.partition(":")
     subsets = tuple(part for part in tail.split("/") if part)
@@ -55,16 +55,8 @@ def parse_specs(items: list[str]) -> list[DatasetSpec]:
     """Take several items apart; one item may hold several, separated by commas."""
     specs: list[DatasetSpec] = []
     for item in items:
-        parts = [item] if _exists(item) else item.split(",")
-        specs.extend(parse_spec(part.strip()) for part in parts if part.strip())
+        specs.extend(parse_spec(part.strip()) for part in split_commas(item) if part.strip())
     return specs
-
-
-def _exists(path: str) -> bool:
-    try:
-        return bool(path) and Path(path).expanduser().exists()
-    except (OSError, ValueError, RuntimeError):  # too long, a NUL, the home of nobody: no path
-        return False
 
 
 def _split_hub(text: str) -> tuple[str | None, str]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import gzip
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from megaswift.data import hubs
-from megaswift.data.read import BOM, files_of, is_lines, open_path, text_row
+from megaswift.data.read import BOM, files_of, is_lines, is_text, open_path, refuse_utf16, text_row
 from megaswift.data.resolve import Dataset, find
 from megaswift.data.spec import DatasetSpec
 from megaswift.data.tables import Raw
@@ -57,17 +59,35 @@ def resolve_stream(spec: DatasetSpec, custom_dataset_info: str | None = None) ->
 
 
 def _file_rows(path: Path) -> Iterator[Raw]:
-    """Lines of a file of lines; other files are opened as a whole."""
-    if not is_lines(path):
+    """Lines of a file of lines; other files, and a list under the name of lines, are opened as a whole."""
+    if not is_lines(path) or _is_list(path):
         source = open_path(path)
         yield from (source.raw(index) for index in range(len(source)))
         return
+    plain = is_text(path)
+    with _lines(path) as lines:
+        for number, line in enumerate(lines):
+            line = line.removeprefix(BOM) if number == 0 else line
+            if line.strip():
+                yield text_row(line) if plain else line
+
+
+def _is_list(path: Path) -> bool:
+    """Whether a file of lines holds one JSON list: told by its first byte, as `open_path` tells it."""
+    with _lines(path) as lines:
+        first = next(lines, b"")
+        refuse_utf16(path, first[:2])
+        first = first.removeprefix(BOM)
+        while first and not first.strip():
+            first = next(lines, b"")
+    return not is_text(path) and first.lstrip().startswith(b"[")
+
+
+@contextmanager
+def _lines(path: Path) -> Iterator[Iterator[bytes]]:
+    """The lines of a file, packed or not. Raises DataError where it cannot be read."""
     try:
         with gzip.open(path, "rb") if path.name.lower().endswith(".gz") else open(path, "rb") as handle:
-            is_text = ".txt" in path.suffixes
-            for number, line in enumerate(handle):
-                line = line.removeprefix(BOM) if number == 0 else line
-                if line.strip():
-                    yield text_row(line) if is_text else line
-    except (OSError, EOFError) as error:
+            yield iter(handle)
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"cannot read the file: {error}.", where=str(path)) from error

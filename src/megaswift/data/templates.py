@@ -12,7 +12,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
-from megaswift.errors import UserError
+from megaswift.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,12 @@ class TemplateRaised(Exception):
 
 
 @lru_cache(maxsize=32)
-def compile_template(source: str) -> Any:
-    """A compiled template; `.render(messages=..., tools=..., add_generation_prompt=..., bos_token=...)`."""
+def compile_template(source: str, date: str = "") -> Any:
+    """A compiled template; `.render(messages=..., tools=..., add_generation_prompt=..., bos_token=...)`.
+
+    Args:
+        date: YYYY-MM-DD that a template is given which asks for the time; "" for the moment of rendering.
+    """
     import jinja2
     from jinja2 import nodes
     from jinja2.ext import Extension, loopcontrols
@@ -132,7 +136,7 @@ def compile_template(source: str) -> Any:
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.globals["strftime_now"] = lambda form: (datetime.fromisoformat(date) if date else datetime.now()).strftime(form)
     try:
         return environment.from_string(source)
     except jinja2.TemplateError as error:
@@ -169,3 +173,30 @@ ALIASES = {
 def template_name(name: str) -> str:
     """The name of a template in `TEMPLATES`, or `name` itself where it is not known."""
     return ALIASES.get(name, name)
+
+
+def choose_source(tokenizer: Any, template_type: str, fallback: str | None) -> tuple[str, str | None, str, str | None]:
+    """The template of a tokenizer, or a named one, for ChatTemplate; its arguments are meant.
+
+    Returns (Jinja source, that of conversations with tools where it is another, name, default system prompt). Raises
+    UserError for a name that is not known, and where there is none.
+    """
+    own = getattr(tokenizer, "chat_template", None)
+    # A tokenizer may bring several by name, of which transformers uses these two by itself.
+    named = {key: text for key, text in (own if isinstance(own, dict) else {"default": own}).items() if text and text.strip()}
+    if template_type == "AUTO" and "default" in named:
+        return named["default"], named.get("tool_use"), "AUTO", None
+    name = fallback if template_type == "AUTO" else template_type
+    name = template_name(name) if name is not None else None
+    if name is None:
+        several = f" that is its default, only: {', '.join(sorted(named))}" if named else ""
+        raise UserError(
+            f"the tokenizer brings no chat template{several}.",
+            where="--template_type",
+            fix=f"choose one: {', '.join(TEMPLATES)}",
+        )
+    if name not in TEMPLATES:
+        raise UserError(
+            f"template {name!r} is not known.", where="--template_type", fix=f"did you mean: {nearest(name, list(TEMPLATES))}?"
+        )
+    return TEMPLATES[name].source, None, name, TEMPLATES[name].default_system

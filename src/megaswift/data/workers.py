@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -19,6 +21,7 @@ from megaswift.errors import UserError
 
 ENOUGH = 4_000  # rows above which forked workers pay for their start
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _pipeline: Pipeline | None = None  # in a forked worker: the parent's
 
 
@@ -37,7 +40,13 @@ class Workers:
         global _pipeline
         if self.processes > 1:
             _pipeline = self.pipeline
-            self._pool = ProcessPoolExecutor(self.processes, multiprocessing.get_context("fork"), _start)
+            self._pool = ProcessPoolExecutor(self.processes, multiprocessing.get_context("fork"), _start, (os.getpid(),))
+            # All are forked by the first task. Until a worker has left the parent's way with signals it must get none.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+            try:
+                self._pool.submit(os.getpid)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -88,7 +97,19 @@ def _result(future: Future[Any]) -> Any:
         ) from error
 
 
-def _start() -> None:
+def _start(parent: int) -> None:
+    """The first thing in a worker.
+
+    Ctrl-C reaches it too, but is the parent's to obey: through the inherited wake-up descriptor, or its handler, the parent
+    would count the signal once for each process.
+    """
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG, so that none outlives a parent that was killed
+    if os.getppid() != parent:  # it ended before this line
+        os._exit(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one worker is one core
 
 

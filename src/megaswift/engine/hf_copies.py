@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megaswift.checkpoint.layout import hf_copy_of, iteration_directory
+from megaswift.engine.launch import safe_path
 from megaswift.errors import DataError
 
 # The process ends with the one that started it, however that one ends (1: PR_SET_PDEATHSIG).
@@ -36,7 +37,7 @@ def copy_command(run_dir: Path, iteration: int, *, verify: bool) -> list[str]:
     target = hf_copy_of(iteration_directory(run_dir, iteration))
     words = ["export", "--ckpt_dir", str(run_dir), "--iteration", str(iteration), "--to_hf", "true"]
     words += ["--hf_output_dir", str(target), "--overwrite", "true", "--verify", str(verify).lower()]
-    return [sys.executable, "-c", _START, str(os.getpid()), *words]
+    return [sys.executable, *safe_path(), "-c", _START, str(os.getpid()), *words]
 
 
 def copy_now(run_dir: Path, iteration: int) -> Path:

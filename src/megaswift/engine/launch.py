@@ -6,27 +6,31 @@ NPROC_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT say how many and 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megaswift import errors
+from megaswift.engine.failures import connection_lost, nccl_failed, out_of_memory
 from megaswift.engine.signals import StopSignals
-from megaswift.errors import MegaswiftError, RankLostError, UserError
+from megaswift.errors import MegaswiftError, RankLostError, Stopped, UserError
 
 ERROR_DIR = "MEGASWIFT_ERROR_DIR"  # where ranks of this machine and the launcher leave notes for each other
 LAUNCHER = "MEGASWIFT_LAUNCHER"  # process id of the launcher
 LAST_WORDS_S = 10.0  # what the other ranks have to end by themselves when one has failed
+MEETING_S = 1800.0  # how long a machine waits for the others
 
 
 @dataclass(frozen=True)
@@ -51,11 +55,13 @@ class Cluster:
 
 def cluster() -> Cluster:
     """Read the environment. Raises UserError for values that are no numbers or do not belong together."""
-    if "RANK" in os.environ or "LOCAL_RANK" in os.environ:
+    given = [name for name in ("RANK", "LOCAL_RANK") if name in os.environ]
+    if given:
         raise UserError(
-            "swift sft starts its own processes; it was started by torchrun.",
-            where="RANK",
-            fix="run: NPROC_PER_NODE=N swift sft ... without torchrun",
+            f"swift sft starts its own processes, but {given[0]}={os.environ[given[0]]} is set: it was started by torchrun, or the cluster sets it.",
+            where=given[0],
+            fix="without torchrun: NPROC_PER_NODE=N swift sft ...; where the cluster sets it: "
+            "env -u RANK -u WORLD_SIZE -u LOCAL_RANK swift sft ...",
         )
     machines, machine = _number("NNODES", 1), _number("NODE_RANK", 0)
     found = Cluster(
@@ -90,33 +96,101 @@ def start_ranks(place: Cluster, job: Path, stop: StopSignals | None = None, modu
         job: file that the module is given.
         stop: signals that this process got; the first is passed on to the ranks.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     threads = max(1, len(os.sched_getaffinity(0)) // place.processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    with tempfile.TemporaryDirectory(prefix="megaswift-") as directory:
-        os.environ |= {ERROR_DIR: directory, LAUNCHER: str(os.getpid())}
-        if stop is not None:
-            stop.interrupt, stop.on_first = None, lambda name: ask_to_stop(Path(directory), name)
-            if stop.name:  # it came while these were being set
-                ask_to_stop(Path(directory), stop.name)
-        over = threading.Event()
-        threading.Thread(target=_oversee, args=(Path(directory), over), name="overseer", daemon=True).start()
+    with tempfile.TemporaryDirectory(prefix="megaswift-") as directory, _own_quit(), contextlib.ExitStack() as stack:
         try:
-            elastic_launch(_launch_config(place), sys.executable)("-m", module, str(job))
+            config, _store = _launch_config(place), _meet(place)
+            stack.enter_context(_overseen(Path(directory), stop))
+            elastic_launch(config, sys.executable)(*safe_path(), "-m", module, str(job))
         except ChildFailedError as error:
             raise _cause(Path(directory), error) from None
+        except SignalException as error:  # SIGQUIT
+            raise Stopped(
+                f"ended at once by {error.sigval.name}, without a checkpoint of the last steps.",
+                where=f"process {os.getpid()}",
+                fix="the same command with --resume true goes on from the newest checkpoint",
+            ) from None
         except Exception as error:  # torch raises several kinds when the other machines do not come
             raise RankLostError(
-                f"the processes could not be brought together: {str(error).splitlines()[0]}",
+                f"the processes could not be brought together: {(str(error) or type(error).__name__).splitlines()[0]}",
                 where="MASTER_ADDR, MASTER_PORT",
                 fix="start all machines; see that they reach MASTER_ADDR",
             ) from error
-        finally:
-            over.set()
-            os.environ.pop(ERROR_DIR, None)
+
+
+def safe_path() -> list[str]:
+    """For Python, before -m or -c: a numpy.py in the working directory is no module, unless that is where we come from ourselves."""
+    return [] if Path(__file__).parents[2] == Path.cwd() else ["-P"]
+
+
+@contextlib.contextmanager
+def _own_quit() -> Iterator[None]:
+    """torch takes SIGQUIT; at the end the caller's handler is there again."""
+    before = signal.getsignal(signal.SIGQUIT)
+    try:
+        yield
+    finally:
+        if before is not None and threading.current_thread() is threading.main_thread():  # None: not Python's
+            signal.signal(signal.SIGQUIT, before)
+
+
+@contextlib.contextmanager
+def _overseen(directory: Path, stop: StopSignals | None) -> Iterator[None]:
+    """From here on there are ranks: they and this process leave notes in the directory, and signals are passed on by one."""
+    os.environ |= {ERROR_DIR: str(directory), LAUNCHER: str(os.getpid())}
+    if stop is not None:
+        stop.interrupt, stop.on_first = None, lambda name: ask_to_stop(directory, name)
+        if stop.name:  # it came while these were being set
+            ask_to_stop(directory, stop.name)
+    over = threading.Event()
+    threading.Thread(target=_oversee, args=(directory, over), name="overseer", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+        os.environ.pop(ERROR_DIR, None)
+        if stop is not None:
+            stop.on_first = None  # the directory goes
+
+
+def _meet(place: Cluster) -> Any:
+    """Wait until all machines are there, in short steps that a signal interrupts; torch waits in C, and hears none.
+
+    Returns the store in which they met: rank 0's machine has to keep it, for torch goes on with its server.
+    """
+    from torch.distributed import TCPStore
+
+    if place.machines == 1:
+        return None
+    deadline = time.monotonic() + MEETING_S
+    while not place.leads:
+        try:
+            socket.create_connection((place.address, place.port), 2).close()
+            break
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.3)
+    limit = datetime.timedelta(seconds=MEETING_S)
+    store = TCPStore(place.address, place.port, None, place.leads, limit, wait_for_workers=False, multi_tenant=True)
+    names = [f"megaswift/machine{k}" for k in range(place.machines)]
+    store.set(names[place.machine], "here")
+    try:
+        while not store.check(names):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not all of {place.machines} machines came within {MEETING_S:.0f} s")
+            time.sleep(0.2)
+    except BaseException:
+        with contextlib.suppress(Exception):
+            store.delete_key(names[place.machine])
+        raise
+    return store
 
 
 def _launch_config(place: Cluster) -> Any:
@@ -129,9 +203,9 @@ def _launch_config(place: Cluster) -> Any:
         backend, endpoint = rendezvous.register(), "127.0.0.1:0"
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):  # nobody outside of this machine needs to reach the ranks
             os.environ.setdefault(name, "lo")
-    # SIGTERM and SIGINT are ours; where torch has no option for it, the environment says it.
-    ours: dict[str, Any] = {"signals_to_handle": "SIGHUP,SIGQUIT"} if hasattr(LaunchConfig, "signals_to_handle") else {}
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"
+    # SIGTERM, SIGINT and SIGHUP are ours; where torch has no option for it, the environment says it.
+    ours: dict[str, Any] = {"signals_to_handle": "SIGQUIT"} if hasattr(LaunchConfig, "signals_to_handle") else {}
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
     return LaunchConfig(
         min_nodes=place.machines,
         max_nodes=place.machines,
@@ -139,7 +213,7 @@ def _launch_config(place: Cluster) -> Any:
         run_id="megaswift",
         rdzv_backend=backend,
         rdzv_endpoint=endpoint,
-        rdzv_configs={"rank": place.machine, "timeout": 1800},
+        rdzv_configs={"rank": place.machine, "timeout": int(MEETING_S)},
         max_restarts=0,
         monitor_interval=0.2,
         log_line_prefix_template="",
@@ -177,27 +251,40 @@ def hang_reported() -> bool:
 def _oversee(directory: Path, over: threading.Event) -> None:
     """Wake stopped ranks when the run hangs, so that they write their stacks; end those that outlive a failure."""
     failed: float | None = None
+    ranks: set[int] = set()
     while not over.wait(0.3):
-        children = _children()
+        ranks = _ranks(directory, ranks)
         if (directory / "hang").exists():
-            for pid in children:
+            for pid in ranks:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGCONT)
-        if failed is None and (any(directory.glob("rank*.json")) or any(_ended_badly(pid) for pid in children)):
+        if failed is None and (any(directory.glob("rank*.json")) or any(_ended_badly(pid) for pid in ranks)):
             failed = time.monotonic()
         if failed is not None and time.monotonic() - failed > LAST_WORDS_S:
-            for pid in children:
+            for pid in ranks:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(pid, signal.SIGKILL)  # each rank leads a process group of its own
 
 
-def _children() -> list[int]:
-    """Process ids of the ranks that this process started."""
-    found = []
+def _ranks(directory: Path, known: set[int]) -> set[int]:
+    """Process ids of the ranks that this process started: told by the directory in their environment.
+
+    A script that calls `sft_main` may have children of its own, which are none of our business.
+
+    Args:
+        known: those of before; one that has ended shows no environment any more.
+    """
+    children = set()
     for task in Path("/proc/self/task").iterdir():
         with contextlib.suppress(OSError):
-            found += [int(word) for word in (task / "children").read_text().split()]
-    return [pid for pid in found if _leads_a_group(pid)]
+            children |= {int(word) for word in (task / "children").read_text().split()}
+    found, mark = known & children, f"{ERROR_DIR}={directory}".encode()
+    for pid in children - found:
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            if mark in words and any(word.startswith(b"RANK=") for word in words) and _leads_a_group(pid):
+                found.add(pid)
+    return found
 
 
 def _leads_a_group(pid: int) -> bool:
@@ -250,9 +337,10 @@ def report_from_rank(work: Callable[[], None]) -> int:
         report(error)
         return int(error.exit_code)
     except Exception as error:
-        known = out_of_memory(error) or _connection_lost(error)
+        cause = out_of_memory(error) or nccl_failed(error)
+        known = cause or connection_lost(error)
         if known is not None:
-            report(known, second=isinstance(known, RankLostError))
+            report(known, second=cause is None)
             return int(known.exit_code)
         traceback.print_exc()
         return 1
@@ -268,48 +356,6 @@ def _die_with_launcher() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
     if os.getppid() != int(launcher):  # it ended before this line
         os._exit(int(RankLostError.exit_code))
-
-
-def _connection_lost(error: Exception) -> RankLostError | None:
-    """Another rank is gone: a consequence, told only if nobody reports the cause."""
-    text = str(error)
-    if not any(
-        mark in text
-        for mark in (
-            "Connection closed by peer",
-            "Connection reset",
-            "Broken pipe",
-            "Timed out waiting",
-            "NCCL",
-            "Socket Timeout",
-            "connectFullMesh",
-            "timed out after",
-        )
-    ):
-        return None
-    return RankLostError(
-        f"rank {os.environ.get('RANK', '0')} lost the connection to another rank: {text.splitlines()[0][:200]}",
-        where="the network, or a rank on another machine",
-        fix="see the messages of the other machines; the same command with --resume true goes on",
-    )
-
-
-def out_of_memory(error: Exception) -> UserError | None:
-    """The user's way out of a failed allocation, on the device or on the host; None for another error."""
-    import torch
-
-    first = (str(error) or type(error).__name__).splitlines()[0]
-    if isinstance(error, torch.OutOfMemoryError):
-        what = f"the GPU is out of memory: {first}"
-    elif isinstance(error, MemoryError) or "DefaultCPUAllocator" in first:
-        what = f"this machine is out of memory: {first}"
-    else:
-        return None
-    return UserError(
-        what,
-        where=f"rank {os.environ.get('RANK', '0')}",
-        fix="use a smaller --batch_size or --max_length, --gradient_checkpointing true, or more --tp / --pp",
-    )
 
 
 def report(error: MegaswiftError, second: bool = False) -> None:

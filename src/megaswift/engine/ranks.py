@@ -44,11 +44,12 @@ class Rank:
 def joined(tp: int, pp: int, seed: int, cp: int = 1, start_timeout_s: float = 1800.0) -> Iterator[Rank]:
     """Join the run's process groups (nccl on GPUs, gloo on CPUs), seed the random states, and leave at the end.
 
-    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT come from torchrun; without them this is a run of one
-    process. All ranks of a model-parallel group get the same seed.
+    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT come from the launcher. Without RANK this is a run of one
+    process, whatever the others say: a cluster's environment often has them. All ranks of a model-parallel group get the
+    same seed.
     """
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    started = os.environ if "RANK" in os.environ else {}
+    rank, world, local_rank = (int(started.get(*item)) for item in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron-Core overlaps communication by launch order
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
@@ -61,7 +62,7 @@ def joined(tp: int, pp: int, seed: int, cp: int = 1, start_timeout_s: float = 18
         if not on_gpu:
             stack.enter_context(compat.cpu_engine())
             stack.enter_context(host_memory.kept())
-        if world == 1 and "MASTER_ADDR" not in os.environ:
+        if world == 1 and "MASTER_ADDR" not in started:
             store = dist.HashStore()
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one process needs no network
             dist.init_process_group("nccl" if on_gpu else "gloo", rank=0, world_size=1, store=store, timeout=timeout)

@@ -1,4 +1,7 @@
-"""SIGTERM and SIGINT: the first asks the run to stop at its next step boundary, the second ends the process at once."""
+"""SIGTERM, SIGINT and SIGHUP: the first asks the run to stop at its next step boundary, the second ends the process at once.
+
+A closed terminal sends SIGHUP; where that is ignored (nohup) it stays so.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,8 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():
             self._reader, self._writer = socket.socketpair()
             self._writer.setblocking(False)
-            self._old = {number: signal.signal(number, self._in_main_thread) for number in SIGNALS}
+            heard = SIGNALS if signal.getsignal(signal.SIGHUP) in (signal.SIG_IGN, None) else (*SIGNALS, signal.SIGHUP)
+            self._old = {number: signal.signal(number, self._in_main_thread) for number in heard}
             self._old_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
             threading.Thread(target=self._count, name="signals", daemon=True).start()
         return self
@@ -61,8 +65,8 @@ class StopSignals:
     def _count(self) -> None:
         with self._reader:
             while data := self._reader.recv(1):
-                if data[0] not in SIGNALS:
-                    continue
+                if data[0] not in self._old or (self.name and data[0] == signal.SIGHUP):
+                    continue  # terminals and service managers send SIGHUP beside another signal: it is never the second
                 if self.name:
                     os._exit(128 + data[0])
                 self.name = signal.Signals(data[0]).name

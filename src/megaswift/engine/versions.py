@@ -82,6 +82,13 @@ def check_fp8(processes: int) -> None:
             )
 
 
+def has_bf16() -> bool:
+    """Whether the GPU computes in bf16; older ones only emulate it, at a fraction of their speed in fp16."""
+    import torch
+
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def _gpus() -> list[Path]:
     """Device files of the NVIDIA GPUs that this process may open."""
     return sorted(Path("/dev").glob("nvidia[0-9]*"))

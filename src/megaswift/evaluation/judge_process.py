@@ -68,10 +68,12 @@ class JudgeProcess:
     def _start(self) -> Connection:
         # Neither forked nor spawned by multiprocessing: the asking process has threads, perhaps a GPU, and a user's script
         # may be its main module, which must not run again. A session of its own, so that Ctrl-C is the asking process's alone.
+        from megaswift.engine.launch import safe_path
+
         self._pipe, theirs = multiprocessing.Pipe()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(theirs.fileno())],
+                [sys.executable, *safe_path(), "-m", __name__, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,

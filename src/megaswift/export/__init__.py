@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megaswift.args_file import with_home
 from megaswift.arguments import ExportArguments, parse
 from megaswift.errors import UserError
 
@@ -24,7 +25,7 @@ def export_main(args: ExportArguments | list[str]) -> Path:
 
     Raises UserError or DataError; then nothing was made.
     """
-    args = parse(ExportArguments, args) if isinstance(args, list) else args
+    args = with_home(parse(ExportArguments, args) if isinstance(args, list) else args)
     if args.to_megatron == args.to_hf:
         raise UserError(
             "exactly one of --to_megatron true and --to_hf true is needed.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import secrets
 import shutil
@@ -17,6 +18,8 @@ from megaswift.terminal import say
 
 THREADS = 2  # files written at the same time
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_ITERATION = r"iter_\d+"
+_CHECKPOINT = re.compile(rf"{layout.RELEASE}|{_ITERATION}|mp_rank_\d+\w*")  # a directory of weights in a Megatron directory
 
 
 def parse_size(text: str) -> int:
@@ -27,8 +30,16 @@ def parse_size(text: str) -> int:
     return max(1, int(float(match.group(1)) * _UNITS[match.group(2).upper()]))
 
 
-def require_free_name(target: Path, overwrite: bool) -> None:
-    """Raise UserError for a name that is taken, unless it may be replaced and is something that this command made."""
+def require_free_name(target: Path, overwrite: bool, *sources: Path) -> None:
+    """Raise UserError for a name that is taken, unless it may be replaced and is something that this command made.
+
+    Never replaced: a training run, and what is read to make the target.
+
+    Args:
+        sources: the directories that are read.
+    """
+    for source in sources:
+        _require_apart(target, source)
     if not target.exists() and not target.is_symlink():
         return
     if not overwrite:
@@ -44,6 +55,37 @@ def require_free_name(target: Path, overwrite: bool) -> None:
             where=str(target),
             fix="remove it yourself, or name another one",
         )
+    run = _run_in(target)
+    if run is not None or any(target.glob("*.distcp")):
+        what = "is a checkpoint" if run is None else "is a training run" if run == target else "holds a training run"
+        raise UserError(
+            f"this {what}, so it is not replaced.", where=str(run or target), fix="remove it yourself, or name another one"
+        )
+
+
+def _require_apart(target: Path, source: Path) -> None:
+    """Raise UserError for a target that would take the place of what it is made from, or lie among its checkpoints.
+
+    Elsewhere in the source it may lie: the default of --to_hf does.
+    """
+    place, origin = target.resolve(), source.resolve()
+    if place == origin:
+        what = "is the directory that is converted"
+    elif origin.is_relative_to(place):
+        what = "holds the directory that is converted"
+    elif place.is_relative_to(origin) and _CHECKPOINT.fullmatch(place.relative_to(origin).parts[0]):
+        what = "is a place of checkpoints of the directory that is converted"
+    else:
+        return
+    raise UserError(f"the output directory {what} ({source}).", where=str(target), fix="name another one")
+
+
+def _run_in(directory: Path) -> Path | None:
+    """A training run in a directory: itself, or one below it."""
+    for place, folders, files in os.walk(directory):
+        if "plan.json" in files or any(re.fullmatch(_ITERATION, name) for name in folders):
+            return Path(place)
+    return None
 
 
 @contextlib.contextmanager
@@ -52,13 +94,15 @@ def replacing(target: Path) -> Iterator[Path]:
     if not target.exists():
         yield target
         return
-    fresh = target.with_name(f"{target.name}.new")
+    fresh = target.with_name(f".{target.name}.new")  # hidden: a plain name may be something of the user's
     if fresh.exists():  # complete, but its process was killed before it took the place
         shutil.rmtree(fresh)
     yield fresh
     old = target.with_name(f".{target.name}.old-{secrets.token_hex(4)}")
     target.rename(old)
     fresh.rename(target)
+    if old.is_symlink():
+        old.unlink()
     shutil.rmtree(old, ignore_errors=True)
 
 

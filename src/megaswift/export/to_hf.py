@@ -77,7 +77,7 @@ def convert_with_proof(args: ExportArguments) -> tuple[Path, str]:
     weights = _old_weights(root, args) or _own_weights(root, args)
     args = weights.args
     target = Path(args.hf_output_dir or root / f"{args.model_type}-hf").absolute()
-    require_free_name(target, args.overwrite)
+    require_free_name(target, args.overwrite, root, weights.model_dir)
     if args.verify and weights.manifest:
         _require_untouched(weights, root)
     from megaswift.convert import DTYPE_NAMES, DTYPES

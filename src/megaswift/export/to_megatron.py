@@ -36,6 +36,7 @@ class _Source:
     """What is converted.
 
     Args:
+        directory: of the weights.
         model_dir: where config.json and tokenizer are.
         config_overrides: fields of config.json that the weights ask to change.
         convert: writes the weights into a directory.
@@ -45,6 +46,7 @@ class _Source:
     model_type: str
     label: str
     config: Any
+    directory: Path
     model_dir: Path
     config_overrides: dict[str, Any]
     dtype: str
@@ -89,6 +91,7 @@ def to_megatron(args: ExportArguments) -> Path:
             model_type=located.model_type,
             label=f"{located.model_type} ({located.origin})",
             config=config,
+            directory=located.path,
             model_dir=located.path,
             config_overrides={},
             dtype=dtype,
@@ -136,6 +139,7 @@ def classic_to_megatron(args: ExportArguments) -> Path:
             model_type=model_type,
             label=f"{shown(found.directory)} (classic, tp {found.tp}, pp {found.pp})",
             config=old.config,
+            directory=root,
             model_dir=old.model_dir,
             config_overrides=old.overrides,
             dtype=dtype,
@@ -157,7 +161,7 @@ def _write(args: ExportArguments, source: _Source) -> Path:
 
     check_layout(source.config, args.tp, args.pp)
     target = Path(args.megatron_output_dir or f"{source.model_type}-tp{args.tp}-pp{args.pp}").absolute()
-    require_free_name(target, args.overwrite)
+    require_free_name(target, args.overwrite, source.directory, source.model_dir)
     plan = json.dumps(["megatron", source.dtype, source.identity])
     with replacing(target) as fresh, workspace(fresh, source.nbytes + (64 << 20), plan=plan, resume=args.resume) as work:
         release = work.path / layout.RELEASE

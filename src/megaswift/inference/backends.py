@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import torch
 
 _BATCH = {"infer_batch_size", "eval_batch_size"}  # vLLM has its own idea of how many answers fit, unless the user gives one
+
+_VLLM_ONLY = ("gpu_memory_utilization", "tensor_parallel_size")
 
 
 class Stream(Iterator[str], Protocol):
@@ -56,9 +58,17 @@ class Backend(Protocol):
         """Token ids up to where the assistant begins. Raises PromptTooLongError."""
 
     def answer_all(
-        self, prompts: Sequence[Sequence[int]], options: GenerationOptions, *, batch_size: int = 1
+        self,
+        prompts: Sequence[Sequence[int]],
+        options: GenerationOptions,
+        *,
+        batch_size: int = 1,
+        given_up: Callable[[int], bool] | None = None,
     ) -> Iterator[tuple[int, Answer]]:
-        """Answers as (index of the prompt, answer), as they are done."""
+        """Answers as (index of the prompt, answer), as they are done.
+
+        `given_up` says, while they are made, whether nobody waits for that of a prompt any more: it ends and does not come.
+        """
 
     def stream(self, messages: Sequence[Message] | Conversation, options: GenerationOptions) -> Stream:
         """One answer, piece by piece."""
@@ -80,8 +90,12 @@ def pick_backend(name: str) -> str:
 
 
 def check_backend(args: BackendArguments) -> None:
-    """Raise UserError for options of the backend that cannot be, before a model is loaded."""
-    pick_backend(args.infer_backend)
+    """Raise UserError for options of the backend that cannot be, before a model is loaded.
+
+    `args` as the user gave them: which options those were is asked.
+    """
+    if pick_backend(args.infer_backend) == "pt":
+        _refuse_vllms(args)
     checks = (
         ("max_model_len", args.max_model_len is None or args.max_model_len >= 2, "2 or more"),
         ("gpu_memory_utilization", 0 < args.gpu_memory_utilization <= 1, "above 0 and at most 1"),
@@ -90,6 +104,18 @@ def check_backend(args: BackendArguments) -> None:
     for name, good, legal in checks:
         if not good:
             raise UserError(f"--{name} {getattr(args, name)} is not possible.", where=f"--{name}", fix=f"legal values: {legal}")
+
+
+def _refuse_vllms(args: BackendArguments) -> None:
+    """Raise UserError where an option is given that only vLLM has, and pt answers."""
+    given = [name for name in _VLLM_ONLY if name in args.explicit()]
+    if given:
+        picked = "" if args.infer_backend == "pt" else f" (--infer_backend {args.infer_backend} is pt here)"
+        raise UserError(
+            f"--{given[0]} is vLLM's: it does nothing with pt.",
+            where=f"--{given[0]}{picked}",
+            fix="leave it out, or use --infer_backend vllm",
+        )
 
 
 def load_backend(args: BackendArguments, path: Path, model_type: str | None, *, repeatable: bool = False) -> Any:

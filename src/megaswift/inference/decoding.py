@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from megaswift.errors import NonFiniteError
 from megaswift.inference.options import GenerationOptions
-from megaswift.inference.text import decode, first_stop
+from megaswift.inference.text import first_stop, tail_text
 
 
 def context_length(config: Any) -> int:
@@ -63,16 +62,20 @@ def processors(options: GenerationOptions, mask: torch.Tensor, ids: torch.Tensor
 
 
 def criteria(
-    tokenizer: Any, options: GenerationOptions, prompt_length: int, room: Sequence[int], stopped: threading.Event | None
+    tokenizer: Any,
+    options: GenerationOptions,
+    prompt_length: int,
+    room: Sequence[int],
+    stops: Sequence[Callable[[], bool]] | None,
 ) -> StoppingCriteriaList:
-    """Stopping rules beside end tokens: length limits of single rows, stop words, a request to stop."""
+    """Stopping rules beside end tokens: length limits of single rows, stop words, requests to stop rows."""
     rules = StoppingCriteriaList()
     if min(room) != max(room):
         rules.append(_RowLimit(prompt_length, room))
     if options.stop_words:
         rules.append(_StopWordRule(tokenizer, options.stop_words, prompt_length))
-    if stopped is not None:
-        rules.append(_OnRequest(stopped))
+    if stops is not None:
+        rules.append(_OnRequest(stops))
     return rules
 
 
@@ -130,15 +133,16 @@ class _StopWordRule(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         tails = input_ids[:, max(self._prompt_length, input_ids.shape[1] - self._reach) :].tolist()
-        found = [first_stop(decode(self._tokenizer, tail), self._words) is not None for tail in tails]
+        found = [first_stop(tail_text(self._tokenizer, tail), self._words) is not None for tail in tails]
         return torch.tensor(found, device=input_ids.device)
 
 
 class _OnRequest(StoppingCriteria):
-    """Ends all rows when asked to (Ctrl-C)."""
+    """Ends a row when asked to: by Ctrl-C, or because nobody waits for it any more."""
 
-    def __init__(self, stopped: threading.Event) -> None:
-        self._stopped = stopped
+    def __init__(self, stops: Sequence[Callable[[], bool]]) -> None:
+        self._stops = stops
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.full((input_ids.shape[0],), self._stopped.is_set(), device=input_ids.device)
+        asked = torch.tensor([stop() for stop in self._stops])
+        return asked.repeat_interleave(input_ids.shape[0] // len(self._stops)).to(input_ids.device)

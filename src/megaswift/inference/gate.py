@@ -20,9 +20,16 @@ _Send = Callable[[dict[str, Any]], Awaitable[None]]
 class Refused(Exception):
     """A request that gets an error of the API instead of an answer."""
 
-    def __init__(self, status: int, message: str, code: str | None = None, kind: str = "invalid_request_error") -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+    ) -> None:
         super().__init__(message)
-        self.status, self.body = status, {"error": {"message": message, "type": kind, "param": None, "code": code}}
+        self.status, self.body = status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 @dataclass(frozen=True)
@@ -32,8 +39,8 @@ class Rules:
     Attributes:
         body_bytes: of a request.
         requests: POST requests that wait or run at once; more get status 429.
-        hosts: names under which the server may be called; None for any. A web page that points its own name at this
-            machine is refused by it.
+        hosts: names under which the server may be called, in small letters; None for any. A web page that points its own
+            name at this machine is refused by it.
         new_tokens: most that a request may ask for; a larger number is cut to it. 0: the application sees to it.
         stop_token_ids: tokens that end an answer, added to requests.
         greeting: printed on stderr once the server answers.
@@ -109,7 +116,7 @@ class Gate:
         headers = {name.lower(): value for name, value in scope["headers"]}
         host = headers.get(b"host", b"").decode("latin-1")
         name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
-        if self._rules.hosts is not None and name not in self._rules.hosts:
+        if self._rules.hosts is not None and name.lower() not in self._rules.hosts:
             raise Refused(400, f"this server does not answer to the name {name!r}")
         if self._api_key is not None and scope["path"] != "/health":
             given = headers.get(b"authorization", b"").decode("latin-1").removeprefix("Bearer ")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from megaswift.engine.versions import has_bf16
 from megaswift.errors import DataError, UserError
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -36,7 +37,7 @@ def pick_dtype(name: str) -> torch.dtype:
         return _DTYPES[name]
     if not torch.cuda.is_available():
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if has_bf16() else torch.float16
 
 
 def load_tokenizer(path: Path) -> Any:

@@ -31,7 +31,7 @@ class Prompts:
     def end_ids(self) -> frozenset[int]:
         """Tokens with which the template ends an answer."""
         control = self.template.encoder.control
-        return frozenset(control[token] for token in self.template.ends)
+        return frozenset(control[token] for token in self.template.all_ends)
 
     def ids(self, messages: Sequence[Mapping[str, Any]] | Conversation) -> list[int]:
         """Token ids up to where the assistant begins.

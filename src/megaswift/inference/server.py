@@ -15,10 +15,10 @@ from megaswift.errors import MegaswiftError, UserError
 from megaswift.inference.backends import Backend
 from megaswift.inference.gate import Gate, Refused, Rules
 from megaswift.inference.options import Answer, GenerationOptions, PromptError, PromptTooLongError
+from megaswift.inference.request import check_supported, check_types, decoding_of, message_of
 from megaswift.inference.serving import Job, Line
 
 _FINISH = {"stop": "stop", "length": "length", "interrupted": "stop"}
-_REFUSED = ("tools", "functions", "logprobs", "top_logprobs", "logit_bias", "audio", "presence_penalty", "frequency_penalty")
 
 
 @dataclass(frozen=True)
@@ -60,18 +60,11 @@ class Service:
 
     def job(self, request: Any) -> Job:
         """The job of a request. Raises Refused for what cannot be."""
-        if not isinstance(request, dict):
-            raise Refused(400, "the body must be a JSON object")
+        check_types(request)
         if request.get("model") not in (None, self.name):
             raise Refused(404, f"model {request['model']!r} is not served here; use {self.name!r}", "model_not_found")
         messages = self._messages(request.get("messages"))
-        for name in _REFUSED:
-            if request.get(name):
-                raise Refused(400, f"{name} is not supported")
-        if request.get("n", 1) not in (None, 1):
-            raise Refused(400, "n must be 1")
-        if (request.get("response_format") or {"type": "text"}).get("type") != "text":
-            raise Refused(400, "response_format must be text")
+        check_supported(request)
         options = self._decoding(request)
         try:
             prompt = self._backend.prompt_ids(messages, options)
@@ -83,17 +76,10 @@ class Service:
 
     def _messages(self, messages: Any) -> list[dict[str, Any]]:
         if not isinstance(messages, list) or not messages:
-            raise Refused(400, "messages must be a list with at least one message")
+            raise Refused(400, "messages must be a list with at least one message", param="messages")
         if len(messages) > self.limits.messages:
             raise Refused(400, f"more than {self.limits.messages} messages")
-        found = []
-        for message in messages:
-            content = message.get("content") if isinstance(message, dict) else None
-            if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-                content = "".join(str(part.get("text", "")) for part in content)
-            if not isinstance(content, str) or message.get("role") not in ("system", "developer", "user", "assistant"):
-                raise Refused(400, "a message needs a role (system, user, assistant) and text as its content")
-            found.append({"role": "system" if message["role"] == "developer" else message["role"], "content": content})
+        found = [message_of(message) for message in messages]
         if found[-1]["role"] != "user":
             raise Refused(400, "the last message must be the user's")
         if self._system is not None and found[0]["role"] != "system":
@@ -102,33 +88,8 @@ class Service:
 
     def _decoding(self, request: dict[str, Any]) -> GenerationOptions:
         """The request's decoding within the limits; what it leaves open is the server's."""
-        changes: dict[str, Any] = {}
-        for name, kind in (
-            ("temperature", float),
-            ("top_p", float),
-            ("top_k", int),
-            ("repetition_penalty", float),
-            ("seed", int),
-        ):
-            value = request.get(name)
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or (kind is int and not isinstance(value, int)):
-                raise Refused(400, f"{name} must be a number")
-            changes[name] = kind(value)
-        wanted = request.get("max_completion_tokens", request.get("max_tokens"))
-        if wanted is not None:
-            if not isinstance(wanted, int) or isinstance(wanted, bool) or wanted < 1:
-                raise Refused(400, "max_tokens must be a whole number of 1 or more")
-            changes["max_new_tokens"] = min(wanted, self.limits.new_tokens)
-        stop = request.get("stop")
-        if stop is not None:
-            words = [stop] if isinstance(stop, str) else stop
-            if not isinstance(words, list) or len(words) > 16 or not all(isinstance(word, str) and word for word in words):
-                raise Refused(400, "stop must be up to 16 texts")
-            changes["stop_words"] = tuple(words)
         try:
-            return replace(self._options, **changes)
+            return replace(self._options, **decoding_of(request, self.limits.new_tokens))
         except UserError as error:
             raise Refused(400, error.what.removeprefix("--")) from error
 

@@ -107,7 +107,10 @@ class Line:
                 self._stream(group[0])
                 return
             prompts = [job.prompt for job in group]
-            for place, answer in self._backend.answer_all(prompts, group[0].options, batch_size=len(group)):
+            answers = self._backend.answer_all(
+                prompts, group[0].options, batch_size=len(group), given_up=lambda place: group[place].given_up.is_set()
+            )
+            for place, answer in answers:
                 group[place].tell(answer)
         except Exception as error:  # the server must go on; the request is told
             for job in group:

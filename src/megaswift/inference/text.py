@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 _BROKEN = "\ufffd"  # what decoding gives for bytes that are no whole character (yet)
+_LONGEST = 4  # bytes of a character in UTF-8
 
 
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:
@@ -14,8 +15,25 @@ def decode(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def whole_text(tokenizer: Any, ids: Sequence[int]) -> str:
-    """Text of a whole answer; bytes of an unfinished character at its end are left out."""
-    return decode(tokenizer, ids).rstrip(_BROKEN)
+    """Text of a whole answer, as TextAssembler shows it; bytes of an unfinished character at its end are left out.
+
+    Tokenizers with a token for each byte (Llama 2, Mistral) decode a whole run of them as broken where one character of
+    it is, so an answer that is cut within an emoji would lose the one before it, too.
+    """
+    text = decode(tokenizer, ids)
+    if _BROKEN not in text:
+        return text
+    assembler = TextAssembler(tokenizer)
+    return "".join([*map(assembler.push, ids), assembler.flush()])
+
+
+def tail_text(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Text of the last tokens of an answer; bytes of a character that began before them are left out."""
+    for start in range(_LONGEST):
+        text = decode(tokenizer, ids[start:])
+        if not text.startswith(_BROKEN):
+            return text
+    return decode(tokenizer, ids)
 
 
 class TextAssembler:
@@ -46,7 +64,10 @@ class TextAssembler:
         whole = decode(self._tokenizer, self._context + self._waiting)
         if whole.endswith(_BROKEN) and not final:
             return ""
-        piece = whole.rstrip(_BROKEN)[len(decode(self._tokenizer, self._context)) :]
+        shown = decode(self._tokenizer, self._context)
+        if not whole.startswith(shown):  # a wrong byte breaks the whole run of bytes, the part that is shown already, too
+            shown, whole = "", decode(self._tokenizer, self._waiting)
+        piece = whole.rstrip(_BROKEN)[len(shown) :]
         if piece:
             self._context, self._waiting = self._waiting, []
         return piece

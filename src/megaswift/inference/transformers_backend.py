@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from megaswift.inference import decoding
 from megaswift.inference.loading import load_model, load_tokenizer
 from megaswift.inference.options import Answer, FinishReason, GenerationOptions, Message, fit_prompt, limited_context
 from megaswift.inference.prompts import Prompts
-from megaswift.inference.text import StopWords, TextAssembler, decode, first_stop, whole_text
+from megaswift.inference.text import StopWords, TextAssembler, first_stop, whole_text
 
 _WINDOW = 32  # batches that are sorted by length together: short enough that results keep coming
 
@@ -95,11 +96,17 @@ class TransformersBackend:
         return [answer for answer in answers if answer is not None]
 
     def answer_all(
-        self, prompts: Sequence[Sequence[int]], options: GenerationOptions, *, batch_size: int = 1
+        self,
+        prompts: Sequence[Sequence[int]],
+        options: GenerationOptions,
+        *,
+        batch_size: int = 1,
+        given_up: Callable[[int], bool] | None = None,
     ) -> Iterator[tuple[int, Answer]]:
         """Answers to prompts (from `prompt_ids`) as (index of the prompt, answer), each batch as soon as it is done.
 
         Prompts of similar length share a batch, so order of arrival differs from order of asking by at most 32 batches.
+        An answer that is `given_up` (see Backend) ends at the token that it is at; a batch ends with its last other one.
         """
         for start in range(0, len(prompts), _WINDOW * batch_size):
             window = range(start, min(start + _WINDOW * batch_size, len(prompts)))
@@ -107,7 +114,11 @@ class TransformersBackend:
             for first in range(0, len(by_length), batch_size):
                 places = by_length[first : first + batch_size]
                 seed = None if options.seed is None else options.seed + min(places)
-                yield from zip(places, self._generate_batch([prompts[place] for place in places], options, seed), strict=True)
+                stops = None if given_up is None else [partial(given_up, place) for place in places]
+                answers = self._generate_batch([prompts[place] for place in places], options, seed, stops)
+                for place, answer in zip(places, answers, strict=True):
+                    if given_up is None or not given_up(place):
+                        yield place, answer
 
     def stream(self, messages: Sequence[Message] | Conversation, options: GenerationOptions) -> AnswerStream:
         """Pieces of the answer while it is made; with beams, which end together, the whole answer as one piece."""
@@ -120,14 +131,14 @@ class TransformersBackend:
         seed: int | None,
         *,
         streamer: Any = None,
-        stopped: threading.Event | None = None,
+        stops: Sequence[Callable[[], bool]] | None = None,
     ) -> torch.Tensor:
         """One call of the model's generate().
 
         Args:
             prompts: token ids; shorter ones are padded on the left.
             streamer: gets the prompt, then each token, as transformers' streamers do.
-            stopped: ends generation once it is set.
+            stops: for each prompt, whether its answer is to end now.
 
         Returns ids of shape [batch, longest prompt + longest answer].
         """
@@ -145,7 +156,7 @@ class TransformersBackend:
                 attention_mask=mask,
                 generation_config=decoding.generation_config(options, max(room), sorted(self._end_ids(options)), pad),
                 logits_processor=decoding.processors(options, mask, ids),
-                stopping_criteria=decoding.criteria(self.tokenizer, options, longest, room, stopped),
+                stopping_criteria=decoding.criteria(self.tokenizer, options, longest, room, stops),
                 streamer=streamer,
             )
         except torch.OutOfMemoryError as error:
@@ -160,8 +171,14 @@ class TransformersBackend:
                 ) from error
             raise
 
-    def _generate_batch(self, prompts: list[Sequence[int]], options: GenerationOptions, seed: int | None) -> list[Answer]:
-        output = self.run(prompts, options, seed)
+    def _generate_batch(
+        self,
+        prompts: list[Sequence[int]],
+        options: GenerationOptions,
+        seed: int | None,
+        stops: Sequence[Callable[[], bool]] | None = None,
+    ) -> list[Answer]:
+        output = self.run(prompts, options, seed, stops=stops)
         longest = max(map(len, prompts))
         return [self.finished(prompt, row, options) for prompt, row in zip(prompts, output[:, longest:].tolist(), strict=True)]
 
@@ -194,7 +211,7 @@ def _tokens_until_stop(tokenizer: Any, ids: list[int], words: Sequence[str]) -> 
     low, high = 1, len(ids)
     while low < high:
         middle = (low + high) // 2
-        if first_stop(decode(tokenizer, ids[:middle]), words) is None:
+        if first_stop(whole_text(tokenizer, ids[:middle]), words) is None:
             low = middle + 1
         else:
             high = middle
@@ -273,7 +290,7 @@ def _generate_into(
 ) -> None:
     """What the thread does; it holds no reference to the stream, so that a stream nobody reads can end it."""
     try:
-        backend.run([prompt], options, options.seed, streamer=_ToQueue(tokens), stopped=stopped)
+        backend.run([prompt], options, options.seed, streamer=_ToQueue(tokens), stops=[stopped.is_set])
     except BaseException as error:
         tokens.put(error)
     else:

@@ -7,7 +7,7 @@ import itertools
 import multiprocessing
 import os
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import InvalidStateError
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
@@ -133,7 +133,12 @@ class VllmBackend:
         return fit_prompt(self.prompts.ids(messages), self.context, options)
 
     def answer_all(
-        self, prompts: Sequence[Sequence[int]], options: GenerationOptions, *, batch_size: int = 1
+        self,
+        prompts: Sequence[Sequence[int]],
+        options: GenerationOptions,
+        *,
+        batch_size: int = 1,
+        given_up: Callable[[int], bool] | None = None,
     ) -> Iterator[tuple[int, Answer]]:
         """Answers as (index of the prompt, answer), each as soon as it is done; vLLM makes the batches itself, whatever batch_size."""
         _require_no_beams(options)
@@ -144,6 +149,9 @@ class VllmBackend:
         last = RequestOutputKind.FINAL_ONLY  # nobody sees what stands before the end, so vLLM need not make it in every step
         try:
             while True:
+                for name in [] if given_up is None else [name for name, place in names.items() if given_up(place)]:
+                    self._engine.abort_request([name])
+                    del names[name]
                 with contextlib.nullcontext() if names else self._one_after_the_other():
                     for place, prompt in itertools.islice(waiting, _AHEAD - len(names)):
                         seed = None if options.seed is None else options.seed + place
@@ -153,7 +161,8 @@ class VllmBackend:
                 for output in self.step():
                     if output.finished and output.request_id in names:
                         place = names.pop(output.request_id)
-                        yield place, self._answer(prompts[place], output.outputs[0], options)
+                        if given_up is None or not given_up(place):
+                            yield place, self._answer(prompts[place], output.outputs[0], options)
         finally:
             if names:
                 with contextlib.suppress(Exception):  # a dead engine has nothing to stop, and why it died is on its way

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megaswift import sft
+from megaswift.args_file import with_home
 from megaswift.arguments import ExportArguments, ParityArguments, SftArguments, parse
 from megaswift.cache import cache_root
 from megaswift.checkpoint.layout import iteration_directory
@@ -39,13 +40,17 @@ def parity_main(args: ParityArguments | list[str]) -> Path:
 
     Raises DataError (exit 3) naming the first step and tensor that differ by more than the limit.
     """
-    args = parse(ParityArguments, args) if isinstance(args, list) else args
+    args = with_home(parse(ParityArguments, args) if isinstance(args, list) else args)
     names = {item.name for item in fields(SftArguments)}
     plain = SftArguments(**{name: getattr(args, name) for name in args.explicit() & names})
     if not args.learning:
         plain = plain.changed(max_steps=args.steps)
     if args.learning and args.layouts:
         raise UserError("--learning and --layouts are two comparisons.", where="--layouts", fix="run one after the other")
+    if args.streaming:
+        raise UserError(
+            "parity reads all rows.", where="--streaming", fix="leave it out; dataset#N takes N rows of a large file"
+        )
     if args.fp8:
         raise UserError(
             "--fp8 rounds more than parity allows: transformers has no such products to compare with.",

@@ -25,6 +25,17 @@ def _is_hopper(device: torch.device) -> bool:
     )
 
 
+@functools.cache
+def _has_flash(device: torch.device) -> bool:
+    """Whether PyTorch's flash kernel runs on a GPU: Ampere is the first that it was written for."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _takes_packed(query: Tensor) -> bool:
+    """Whether there is a kernel for packed rows; else each sample is a row of its own."""
+    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and _has_flash(query.device)
+
+
 def _cudnn_takes(query: Tensor) -> bool:
     """What the cuDNN kernel asks of its input, beside the GPU's age."""
     if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
@@ -89,6 +100,8 @@ def describe(query: Tensor, kv_heads: int, *, packed: bool) -> str:
         return "FlashAttention 4"
     if query.dtype == torch.float32:
         return "PyTorch's own choice for fp32" + (", sample by sample" if packed else "")
+    if not _has_flash(query.device):
+        return "PyTorch's own choice for this GPU" + (", sample by sample" if packed else "")
     used = "PyTorch's flash kernel" if packed or not _cudnn_takes(query) else "cuDNN"
     if reason:
         return f"{used}, for FlashAttention 4 does not work here: {reason.splitlines()[0]}"
@@ -149,7 +162,7 @@ def varlen_causal(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, softmax_sca
     Returns:
         [queries, heads, d].
     """
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+    if _takes_packed(q):
         cu, longest = (lengths.cu_queries, lengths.cu_keys), (max(lengths.queries), max(lengths.keys))
         return _packed(q, k, v, cu, longest, softmax_scale)
     return _by_sample(q, k, v, lengths.queries, lengths.keys, softmax_scale)
@@ -171,13 +184,13 @@ def packed_causal(
         query: [t, 1, heads, d]; key, value: [t, 1, kv heads, d].
         cu_seqlens: int32 [n + 1], where samples begin; the last entry is t.
         max_seqlen: length of the longest sample.
-        lengths: the samples' lengths as numbers, if the caller has them (used on the CPU, saves reading cu_seqlens).
+        lengths: the samples' lengths as numbers, if the caller has them (used where there is no kernel for packed rows).
     Returns:
         [t, 1, heads * d].
     """
     t, _, heads, dim = query.shape
     q, k, v = (part.squeeze(1) for part in (query, key, value))
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+    if _takes_packed(query):
         mixed = _packed(q, k, v, (cu_seqlens, cu_seqlens), (max_seqlen, max_seqlen), softmax_scale)
     else:
         lengths = lengths or cu_seqlens.diff().tolist()

@@ -1,0 +1,67 @@
+"""The command as a shell sees it: exit codes, and a reader who leaves before the end."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megaswift import cli, verify
+
+SWIFT = ("-m", "megaswift")
+
+
+def run_into_closed_pipe(*words: str, both: bool = False) -> tuple[int, str]:
+    """Exit code and standard error of Python whose standard output (`both`: standard error too) nobody reads."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    source = str(Path(__file__).parents[1] / "src")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), source)))}
+    done = subprocess.run(
+        [sys.executable, *words],
+        stdout=writing,
+        stderr=writing if both else subprocess.PIPE,
+        text=True,
+        env=environment,
+        timeout=60,
+    )
+    os.close(writing)
+    return done.returncode, done.stderr or ""
+
+
+@pytest.mark.parametrize("words", [["--help"], ["sft", "--help"], ["--version"]])
+def test_a_reader_who_leaves_is_no_error(words: list[str]) -> None:
+    assert run_into_closed_pipe(*SWIFT, *words) == (cli.NO_READER, "")
+
+
+def test_errors_that_nobody_reads() -> None:
+    code, error = run_into_closed_pipe(*SWIFT, "sft", "--lerning_rate", "1")
+    assert code == 2 and "unknown option" in error
+    assert run_into_closed_pipe(*SWIFT, "sft", "--lerning_rate", "1", both=True)[0] == cli.NO_READER
+
+
+TABLES = """
+import sys
+from megaswift import cli, verify
+from megaswift.terminal import say
+
+verify.verify_main = lambda _: [say("a line") for _ in range(3)]
+sys.exit(cli.main(["verify"]))
+"""
+
+
+def test_lines_of_rich_that_nobody_reads() -> None:
+    """rich ends a program by itself, with another exit code."""
+    assert run_into_closed_pipe("-c", TABLES) == (cli.NO_READER, "")
+
+
+def test_another_broken_pipe_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(_: object) -> None:
+        raise BrokenPipeError("a worker has gone")
+
+    monkeypatch.setattr(verify, "verify_main", fail)
+    assert cli.main(["verify"]) == 1
+    assert "a worker has gone" in capsys.readouterr().err
