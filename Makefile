@@ -1,6 +1,7 @@
 # make demo    the whole story on SmolLM2-135M-Instruct: convert, fine-tune, convert back, ask who it is
 # make test    the default test suite            make check    lint and types
 # make test-long    the default suite, and the parity document made once on tiny models
+# make test-gpu     the kernels, CUDA graphs, offload, FP8 and inference on an NVIDIA GPU
 # make test-vllm, make test-eval    the vLLM backend; EvalScope, lm-eval and the server, each in an environment of its own
 # make faults  every fault at every named point, about 15 minutes; writes the tables of docs/reliability.md
 # make parity  measures what docs/parity.md says and writes it, about half an hour; DATA=rows.json#400 names instruction rows to learn
@@ -15,13 +16,18 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 CPU_TORCH := 2.13.0+cpu
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test test-long faults faults-again check bench parity clean test-vllm test-eval
+.PHONY: demo test test-gpu test-long faults faults-again check bench parity clean test-vllm test-eval
 
 demo: $(VENV)/ready
 	$(BIN)/python examples/demo.py
 
+# The same on every machine: GPUs are for test-gpu.
 test: $(VENV)/ready-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-gpu: $(VENV)/ready-dev
+	$(BIN)/python -m pytest tests/kernels tests/engine/test_graphs.py tests/engine/test_gpu_offload.py tests/engine/test_fp8_training.py \
+	  tests/engine/test_optimizer.py tests/checkpoint/test_random_state.py tests/inference/test_gpu_infer.py
 
 test-long: export MEGASWIFT_LONG = true
 test-long: test

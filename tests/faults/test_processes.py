@@ -225,8 +225,13 @@ def test_a_closed_terminal(start: tuple[Path, Path], tmp_path: Path) -> None:
         sys.executable, "-m", "megaswift", "sft", "--resume_from_checkpoint", str(start[0]), "--dataset", str(start[1]), "--max_steps", "5000", "--pp", "2",
         "--output_dir", str(tmp_path / "output"), "--logging_steps", "1", "--save_steps", "4000", "--eval_steps", "4000",
     ]  # fmt: skip
+
+    def in_the_terminal() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
+        ioctl(0, termios.TIOCSCTTY, 0)
+
     process = subprocess.Popen(
-        command, stdin=inner, stdout=inner, stderr=inner, start_new_session=True, preexec_fn=lambda: ioctl(0, termios.TIOCSCTTY, 0),
+        command, stdin=inner, stdout=inner, stderr=inner, start_new_session=True, preexec_fn=in_the_terminal,
         env={**os.environ, "OMP_NUM_THREADS": "1", "NPROC_PER_NODE": "2"},
     )  # fmt: skip
     try:
