@@ -5,6 +5,7 @@ swift export | sft | infer [--options]
 
 from __future__ import annotations
 
+import errno
 import gc
 import importlib
 import os
@@ -12,6 +13,7 @@ import sys
 import traceback
 
 from megaswift.errors import ExitCode, MegaswiftError, UserError, nearest
+from megaswift.terminal import terminal_may_be_gone
 
 NO_READER = 141  # 128 + SIGPIPE: what shells say of a program that ended because nobody read its output
 
@@ -43,15 +45,27 @@ def main(argv: list[str] | None = None) -> int:
     # Imports make half a million lasting objects; looking for garbage among them again and again costs a second.
     gc.set_threshold(50_000, 20, 20)
     words = list(sys.argv[1:] if argv is None else argv)
+    code = 1
     try:
         code = _run(words)
-        sys.stdout.flush()  # the interpreter would do it when nobody can catch any more what it raises
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()  # the interpreter would do it when nobody can catch any more what it raises
         return code
     except BrokenPipeError:  # the reader has gone (swift infer ... | head): that is no error, and nobody is there to be told
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in _without_reader():
-            os.dup2(nowhere, stream)  # what is still in a buffer is written at the end
+        _write_nowhere(_without_reader())
         return NO_READER
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        _write_nowhere([1, 2])  # the terminal was closed; the exit code still tells what became of the command
+        return code
+
+
+def _write_nowhere(streams: list[int]) -> None:
+    """What is still in a buffer is written at the end of the process."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in streams:
+        os.dup2(nowhere, stream)
 
 
 def _run(words: list[str]) -> int:
@@ -66,7 +80,8 @@ def _run(words: list[str]) -> int:
             return ExitCode.DONE
         return run_verb(words[0], words[1:])
     except MegaswiftError as error:
-        report_error(error)
+        with terminal_may_be_gone():
+            report_error(error)
         return error.exit_code
     except KeyboardInterrupt:
         return 130

@@ -244,7 +244,7 @@ def test_a_closed_terminal(start: tuple[Path, Path], tmp_path: Path) -> None:
                 said += os.read(terminal, 65536)
             run_dir = next((tmp_path / "output").rglob("logging.jsonl"), None)
         os.close(terminal)
-        process.wait(60)
+        assert process.wait(60) == 75
     finally:
         process.kill()
     directory = run_dir.parent
