@@ -35,11 +35,7 @@ def published(target: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         _remove_debris(target.parent)
     except OSError as error:
-        raise UserError(
-            f"cannot write to the cache: {error.strerror}.",
-            where=str(target.parent),
-            fix="set MEGASWIFT_CACHE to a directory that can be written",
-        ) from error
+        raise _unwritable(error, target.parent) from error
     try:
         yield temporary
         try:
@@ -66,15 +62,19 @@ def alone(directory: Path, waiting: str = "") -> Iterator[None]:
         directory.parent.mkdir(parents=True, exist_ok=True)
         file = (directory.parent / f".{directory.name}.lock").open("w")
     except OSError as error:
-        raise UserError(
-            f"cannot make the cache directory: {error.strerror}.",
-            where=str(directory.parent),
-            fix="set MEGASWIFT_CACHE to a directory of yours",
-        ) from error
+        raise _unwritable(error, directory.parent) from error
     with file:
         with suppress(OSError):
             _lock(file, waiting)
         yield
+
+
+def _unwritable(error: OSError, directory: Path) -> UserError:
+    return UserError(
+        f"cannot write to the cache: {error.strerror}.",
+        where=str(directory),
+        fix="set MEGASWIFT_CACHE to a directory that can be written",
+    )
 
 
 def _lock(file: IO[str], waiting: str) -> None:

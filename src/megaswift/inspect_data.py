@@ -61,7 +61,7 @@ def data_main(args: InspectArguments | list[str]) -> Inspection:
     if args.examples < 0:
         raise UserError(f"--examples {args.examples} is below 0.", where="--examples")
     template = _template(args)
-    rows = streamed_rows(args, cluster().world_size)
+    rows = streamed_rows(args, cluster().world_size) if args.streaming else None
     data = prepare(args, template, cache_dir=cache_root(), packing=args.packing, stream_rows=rows)
     inspection = inspect(data, template, args)
     lines = facts(inspection, args.max_length, args.batch_size)

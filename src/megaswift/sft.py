@@ -22,10 +22,11 @@ from megaswift.args_file import kept_places, read_args_file, write_args_file
 from megaswift.arguments import SftArguments, parse
 from megaswift.cache import cache_root
 from megaswift.checkpoint.keep import clean
-from megaswift.checkpoint.layout import MANIFEST, TRACKER
+from megaswift.checkpoint.layout import MANIFEST
 from megaswift.checkpoint.lock import LOCK, locked
 from megaswift.checkpoint.resume import check_unchanged, with_saved_batch
 from megaswift.errors import Stopped, UserError
+from megaswift.hf.folder import RUN_FILES, side_files
 from megaswift.plan import Plan, make_plan
 from megaswift.start import Start, find_start
 from megaswift.terminal import console, say, shown
@@ -296,7 +297,6 @@ def _fill_run_dir(run_dir: Path, args: SftArguments, plan: Plan, start: Start) -
     """Config, tokenizer, options and plan go into the run before the first step, so that a killed run can be exported."""
     from megaswift.checkpoint.save import require_space
     from megaswift.data.kept import kept_data
-    from megaswift.hf.folder import side_files
 
     if start.run_dir is None and not args.add_output_dir_suffix:
         _empty(run_dir, start)
@@ -319,8 +319,7 @@ def _fill_run_dir(run_dir: Path, args: SftArguments, plan: Plan, start: Start) -
 
 # What commands leave in a run's directory, beside the model's own files and what is exported there, which has a manifest.
 _OF_A_RUN = (
-    "iter_*", "trash-*", ".iter_*", TRACKER, "logging.jsonl", "runs", "images", "plan.json", "job.json", "sft_args.json", "infer_result",
-    "hang-rank*.txt", "nonfinite_step_*.json", "spike_step_*.json", "config.json", "generation_config.json", "tokenizer*", "vocab*",
+    *RUN_FILES, "iter_*", "trash-*", ".iter_*", "runs", "images", "infer_result", "config.json", "generation_config.json", "tokenizer*", "vocab*",
     "merges.txt", "*.model", "*.tiktoken", "special_tokens_map.json", "added_tokens.json", "chat_template*",
 )  # fmt: skip
 
@@ -330,7 +329,6 @@ def _empty(run_dir: Path, start: Start) -> None:
 
     Raises UserError, and removes nothing, where the directory holds something else, or what the new run begins from.
     """
-    from megaswift.hf.folder import side_files
 
     inside = [path for path in run_dir.iterdir() if path.name != LOCK]
     if any(place.resolve().is_relative_to(run_dir.resolve()) for place in (start.root, start.checkpoint)):

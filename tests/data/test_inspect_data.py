@@ -21,7 +21,10 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inspect_data, "_directory", lambda args: tmp_path / "model")
 
 
-def test_the_whole_verb(model: None, jsonl: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_whole_verb(
+    model: None, jsonl: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "3")  # a cluster sets it in each of its machines; nothing is started here
     rows = [{"query": f"q <b> {k % 40}", "response": "a & b " * (1 + k % 7 % 3)} for k in range(50)]
     path = jsonl([*rows, "broken <row>"])
     words = [

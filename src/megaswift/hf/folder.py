@@ -21,15 +21,20 @@ INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
 MAX_JSON = 256 * 2**20  # bytes; the largest real index has a few MB
 
+# What a run's directory holds beside its checkpoints and the model's own files.
+RUN_FILES = (
+    "sft_args.json", "plan.json", "job.json", "logging.jsonl", "latest_checkpointed_iteration.txt", "hang-rank*.txt",
+    "nonfinite_step_*.json", "spike_step_*.json",
+)  # fmt: skip
+
 # Files that are not side files: weights in any format, code, pickles, traces of a training run, and what hubs and we
 # write beside a model and into a run. A model card describes the published model, not the one that comes out of a training.
 NOT_SIDE_FILES = (
     ".*", "*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.npy", "*.npz", "*.h5",
     "*.msgpack", "*.onnx", "*.onnx_data", "*.gguf", "*.ot", "*.tar", "*.zip", "*.py", "*.pyc", "*.ipynb", "*.sh",
     "readme*", "*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "*.pdf", "*.log", "*.lock", "*.tmp", "events.out.*",
-    "sft_args.json", "export_args.json", "args.json", "manifest.json", "conversion.html", "trainer_state.json",
-    "training_args.json", "*_results.json", "logging.jsonl", "plan.json", "latest_checkpointed_iteration.txt",
-    "*.sig", "job.json", "hang-rank*.txt", "nonfinite_step_*.json", "spike_step_*.json",
+    "export_args.json", "args.json", "manifest.json", "conversion.html", "trainer_state.json",
+    "training_args.json", "*_results.json", "*.sig", *RUN_FILES,
 )  # fmt: skip
 
 # Fields whose value would be used as a size: the largest that is believed.
