@@ -61,6 +61,48 @@ def test_rows_and_labels(run: Callable[..., PreparedData], template: ChatTemplat
     assert (labels[labels >= 0] == ids[labels >= 0]).all()
 
 
+def test_weights_of_messages(run: Callable[..., PreparedData], template: ChatTemplate, jsonl: Jsonl) -> None:
+    """Each token's weight is its message's; where all are 0 or 1 the data is what it was before there were weights."""
+    plain = rows(600)  # more than one unit of work, so that the weights begin in the middle of a file
+    first = {"role": "assistant", "content": "first", "loss_weight": 0.25}
+    talk = [
+        {"role": "user", "content": "q"},
+        first,
+        {"role": "user", "content": "r"},
+        {"role": "assistant", "content": "second"},
+    ]
+    data = run(jsonl([*plain, {"messages": talk}]), dataset_test_ratio=0.0)
+    assert (data.train.path / "weights.bin").stat().st_size == 4 * (data.train.path / "kept.bin").stat().st_size
+    entry = data.report.datasets[0]
+    for row in range(len(data.train)):
+        [sample] = data.train.samples(row)
+        assert sample.weights is not None
+        if b"first" not in template.decode(sample.ids).encode():
+            assert (sample.weights[sample.kept] == 1).all()
+            continue
+        for text, weight in (("first<|im_end|>", 0.25), ("second<|im_end|>", 1.0)):
+            assert template.decode(sample.ids[sample.kept & (sample.weights == weight)]) == text
+        expected = 0.25 * int((sample.weights == 0.25).sum()) + int((sample.weights == 1).sum())
+        assert (entry.weighted, entry.weight) == (1, pytest.approx(expected))
+    console = Console(file=io.StringIO(), width=200)
+    print_report(data.report, console)
+    assert "1 samples bring weights of their own" in console.file.getvalue()
+    cut = run(jsonl([{"messages": talk}]), dataset_test_ratio=0.0, max_length=6, truncation_strategy="split").train
+    pieces = [sample for row in range(len(cut)) for sample in cut.samples(row)]
+    assert (pieces[0].weights[pieces[0].kept] == 0.25).all() and len(pieces) > 1
+    talk[1]["loss_weight"] = 0
+    data = run(jsonl([*plain, {"messages": talk}]), dataset_test_ratio=0.0)
+    assert not (data.train.path / "weights.bin").exists() and data.report.datasets[0].weighted == 0
+
+
+def test_lost_weights_are_not_ones(run: Callable[..., PreparedData], jsonl: Jsonl) -> None:
+    answer = {"role": "assistant", "content": "a", "loss_scale": 2}
+    data = run(jsonl([{"messages": [{"role": "user", "content": "q"}, answer]}]), dataset_test_ratio=0.0)
+    (data.train.path / "weights.bin").unlink()
+    with pytest.raises(DataError, match="cannot be read"):
+        TokenRows.open(data.train.path)
+
+
 def test_self_cognition(run: Callable[..., PreparedData], template: ChatTemplate) -> None:
     data = run("self-cognition#160", **NAMES)
     assert (len(data.train), len(data.val or [])) == (159, 1)

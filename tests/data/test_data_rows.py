@@ -71,10 +71,16 @@ def test_questions_need_no_answer() -> None:
     assert turns({"messages": [Q]}, answered=False) == [("user", "q")]
 
 
-@pytest.mark.parametrize("name", ["loss", "loss_scale", "weight", "train"])
+@pytest.mark.parametrize("name", ["loss", "loss_scale", "weight", "train", "loss_weight"])
 def test_loss_per_message(name: str) -> None:
-    messages = to_conversation({"messages": [Q, A | {name: 0}, Q, A | {name: True}]}).messages
-    assert [message.loss for message in messages if message.role == "assistant"] == [False, True]
+    messages = to_conversation({"messages": [Q, A | {name: 0}, Q, A | {name: True}, Q, A | {name: 0.3}, Q, A]}).messages
+    assert [message.loss for message in messages if message.role == "assistant"] == [0.0, 1.0, 0.3, 1.0]
+    for wrong in (-1, "1", float("nan"), float("inf"), [1]):
+        with pytest.raises(BadRow, match=f"{name} is .*expected a number from 0"):
+            to_conversation({"messages": [Q, A | {name: wrong}]})
+    with pytest.raises(BadRow, match="not the assistant's"):
+        to_conversation({"messages": [Q | {name: 0.5}, A]})
+    assert to_conversation({"messages": [Q | {name: 0}, A]}).messages[1].loss == 1.0
 
 
 def test_tool_calls_of_every_kind() -> None:
@@ -174,7 +180,7 @@ def test_calls_and_thoughts_beside_content_blocks() -> None:
         ({"messages": [Q, {"role": "assistant", "content": ""}]}, "empty content"),
         ({"messages": [{"role": "user", "content": " \n"}, A]}, "empty content"),
         ({"messages": [Q, A | {"loss": 0}]}, "no supervised turn"),
-        ({"messages": [Q, A | {"loss": 0.5}]}, "wrong type"),
+        ({"messages": [Q, A | {"loss": "0.5"}]}, "wrong type"),
         ({"messages": [Q | {"loss": 1}, A]}, "loss on a turn that is not the assistant's"),
         ({"messages": [Q, {"role": "assistant", "content": [{"type": "image_url"}]}]}, "images, video or audio"),
         ({"messages": [Q, {"role": "tool_call", "content": "no json"}, A]}, "not JSON"),

@@ -35,7 +35,9 @@ LAYOUTS = {
 }
 
 
-def job(start: Path, rows: Path, world: int, tp: int, pp: int, sp: bool, cp: int, batch: int, **more: Any) -> Job:
+def job(
+    start: Path, rows: Path, world: int, tp: int, pp: int, sp: bool, cp: int, batch: int, samples: int = SAMPLES, **more: Any
+) -> Job:
     """One step over all samples. `batch`: rows of a micro batch."""
     args = SftArguments(
         resume_from_checkpoint=str(start), dataset=[str(rows)], tp=tp, pp=pp, cp=cp, sequence_parallel=sp, batch_size=batch,
@@ -45,7 +47,7 @@ def job(start: Path, rows: Path, world: int, tp: int, pp: int, sp: bool, cp: int
     args = found.args
     template = sft._template(args, found)
     data = prepare(args, template, cache_dir=cache_root(), packing=args.packing)
-    assert data.report.train_samples == SAMPLES, "no sample may be left out"
+    assert data.report.train_samples == samples, "no sample may be left out"
     assert len(data.train) % (batch * world) == 0, f"{len(data.train)} rows are no whole micro batches"
     args = args.changed(gradient_accumulation_steps=len(data.train) // (batch * world))
     found = replace(found, args=args)

@@ -35,7 +35,7 @@ def poison(step: int, rank: int, factor: float, gradient_only: bool) -> None:
                     parameter.main_grad.view(-1)[0] = factor
                     break
                 parameter.main_grad.mul_(factor)
-        return sums if gradient_only else sums * sums.new_tensor([factor, 1.0])
+        return sums if gradient_only else sums * sums.new_tensor([factor, 1.0, 1.0])
 
     Trainer.gradients = bad  # type: ignore[method-assign]
 

@@ -22,9 +22,9 @@ def batch(case, tokens=301, hidden=24, rows=130, real=117, keep=0.6):
     return h, w, labels
 
 
-def reference(h, w, labels, real, factor):
+def reference(h, w, labels, real, factor, factors=1.0):
     a, b = double(h), double(w)
-    loss = F.cross_entropy(a @ b[:real].t(), labels.to(a.device), ignore_index=-100, reduction="sum")
+    loss = (F.cross_entropy(a @ b[:real].t(), labels.to(a.device), ignore_index=-100, reduction="none") * factors).sum()
     (loss * factor).backward()
     return loss, a.grad, b.grad
 
@@ -58,6 +58,23 @@ def test_first_product_overwrites_a_stale_buffer(case):
     loss, _ = linear_cross_entropy(h, w, labels, vocab_size=117, grad_scale=1.0)
     loss.backward()
     check(w.main_grad, reference(h, w, labels, 117, 1.0)[2], case[1])
+
+
+@pytest.mark.parametrize("promised", [True, False])
+def test_a_factor_for_each_row(case, promised):
+    h, w, labels = batch(case)
+    factors = torch.rand(len(labels)) * 3
+    loss, count = linear_cross_entropy(
+        h, w, labels, vocab_size=117, grad_scale=0.37 if promised else None, factors=factors, chunk_bytes=128 * 130 * 4
+    )
+    (loss * 0.37).backward()
+    want, dh, dw = reference(h, w, labels, 117, 0.37, factors.to(h.device))
+    assert int(count) == int((labels != -100).sum())
+    check(loss, want, case[1])
+    check(h.grad, dh, case[1])
+    check(w.grad, dw, case[1])
+    each, _ = linear_cross_entropy(h, w, labels, vocab_size=117, factors=factors, reduction="none")
+    check(each.sum(), want, case[1])
 
 
 def test_each_token(case):
@@ -100,6 +117,7 @@ def _rank(rank: int, store: str, result: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     torch.manual_seed(5)
     h, w, labels = batch(("cpu", torch.float32), rows=160, real=70)  # rank 1 holds padding only
+    factors = torch.arange(len(labels)) % 3 + 0.5
     mine = w.detach().chunk(2)[rank].clone().requires_grad_()
     mine.main_grad, mine.grad_added_to_main_grad = torch.zeros_like(mine), False
     loss, _ = linear_cross_entropy(
@@ -110,11 +128,12 @@ def _rank(rank: int, store: str, result: str) -> None:
         vocab_size=70,
         tp_group=dist.group.WORLD,
         grad_scale=1.0,
+        factors=factors,
         chunk_bytes=128 * 80 * 4,
     )
     loss.backward()
     losses, _ = linear_cross_entropy(
-        h, mine, labels, vocab_start=80 * rank, vocab_size=70, tp_group=dist.group.WORLD, reduction="none"
+        h, mine, labels, vocab_start=80 * rank, vocab_size=70, tp_group=dist.group.WORLD, factors=factors, reduction="none"
     )
     torch.save((loss.detach(), h.grad, mine.main_grad, losses.sum()), f"{result}/{rank}")
     dist.destroy_process_group()
@@ -126,7 +145,7 @@ def test_vocabulary_split_over_two_ranks():
         parts = [torch.load(f"{folder}/{rank}") for rank in range(2)]
     torch.manual_seed(5)
     h, w, labels = batch(("cpu", torch.float32), rows=160, real=70)
-    loss, dh, dw = reference(h, w, labels, 70, 1.0)
+    loss, dh, dw = reference(h, w, labels, 70, 1.0, torch.arange(len(labels)) % 3 + 0.5)
     for part in parts:
         check(part[0], loss, torch.float32)
         check(part[3], loss, torch.float32)

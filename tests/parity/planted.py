@@ -61,7 +61,7 @@ def _mean_over_micro_batches() -> Any:
     def forward_step(batches: Any, chunk: Any) -> Any:
         output, _ = honest_step(batches, chunk)
         one = torch.ones((), dtype=torch.int32)
-        return output, lambda mean, *_: (mean, one, {"sums": torch.stack((mean.detach().float(), one.float()))})
+        return output, lambda mean, *_: (mean, one, {"sums": torch.stack((mean.detach().float(), one.float(), one.float()))})
 
     stack = contextlib.ExitStack()
     stack.enter_context(mock.patch.object(model, "linear_cross_entropy", mean_loss))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megaswift.data.store import IGNORED, TokenRows
-from megaswift.data.tokens import Encoded
+from megaswift.data.tokens import Encoded, weights_of
 from megaswift.errors import DataError, UserError
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ class MicroBatch:
     Attributes:
         tokens: int64 [b, s].
         labels: int64 [b, s], shifted left by one inside each sample; -100 where there is no loss.
+        weights: fp32 [b, s], what the loss at each label is multiplied by, 0 where there is none; None: 1 at every label.
         position_ids: int64 [b, s]; they restart at 0 in each sample.
         cu_seqlens: int32 [n + 1], borders of the samples that share the one row (b == 1); None for plain causal rows.
         sample_ids: rows of the data in it.
@@ -41,6 +42,7 @@ class MicroBatch:
     position_ids: Tensor
     cu_seqlens: Tensor | None
     sample_ids: tuple[int, ...]
+    weights: Tensor | None = None
     share: Any = None
 
 
@@ -249,6 +251,15 @@ def _labels(sample: Encoded) -> np.ndarray:
     return labels
 
 
+def _weights(sample: Encoded) -> np.ndarray:
+    """fp32: the weight of what each place must predict."""
+    return np.append(weights_of(sample)[1:], np.float32(0))
+
+
+def _weighted(samples: list[Encoded]) -> bool:
+    return any(sample.weights is not None for sample in samples)
+
+
 def _end_to_end(samples: list[Encoded], group: tuple[int, ...], pad_multiple: int, pad_id: int) -> MicroBatch:
     import torch
 
@@ -262,7 +273,10 @@ def _end_to_end(samples: list[Encoded], group: tuple[int, ...], pad_multiple: in
     if len(samples) > 1:  # one sample with a padded tail is a plain causal row
         borders = torch.from_numpy(np.concatenate([[0], np.cumsum(parts)]).astype(np.int32))
     row = [torch.from_numpy(array[None]) for array in (tokens, labels, positions)]
-    return MicroBatch(row[0], row[1], row[2], borders, group)
+    weights = None
+    if _weighted(samples):
+        weights = torch.from_numpy(np.concatenate([*map(_weights, samples), np.zeros(tail, np.float32)])[None])
+    return MicroBatch(row[0], row[1], row[2], borders, group, weights)
 
 
 def _padded(samples: list[Encoded], group: tuple[int, ...], pad_multiple: int, pad_id: int) -> MicroBatch:
@@ -275,5 +289,11 @@ def _padded(samples: list[Encoded], group: tuple[int, ...], pad_multiple: int, p
     for k, sample in enumerate(samples):
         tokens[k, : len(sample.ids)] = sample.ids
         labels[k, : len(sample.ids)] = _labels(sample)
+    weights = None
+    if _weighted(samples):
+        weights = torch.zeros((len(samples), width))
+        for k, sample in enumerate(samples):
+            weights[k, : len(sample.ids)] = torch.from_numpy(_weights(sample))
     positions = np.broadcast_to(np.arange(width), tokens.shape).copy()
-    return MicroBatch(torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(positions), None, group)
+    numbers = [torch.from_numpy(array) for array in (tokens, labels, positions)]
+    return MicroBatch(numbers[0], numbers[1], numbers[2], None, group, weights)

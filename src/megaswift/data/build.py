@@ -134,9 +134,11 @@ class Build:
 
     def _add(self, entry: DatasetReport, encoding: Encoding, writer: RowWriter, source: Any, rows: np.ndarray) -> None:
         """Write the samples of these rows of a source, and count the rows that gave none."""
-        writer.add(encoding.ids, encoding.kept, encoding.sizes)
+        writer.add(encoding.ids, encoding.kept, encoding.sizes, encoding.weights)
         self.columns |= encoding.found
         entry.unsupervised_turns += encoding.unsupervised
+        entry.weighted += encoding.weighted[0]
+        entry.weight += encoding.weighted[1]
         for number, error in encoding.bad.items():
             self._drop(entry, partial(source.where, int(rows[number])), error)
         for number, size in encoding.long.items():

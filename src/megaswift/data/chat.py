@@ -222,7 +222,7 @@ class ChatTemplate:
     def pieces(self, conversation: Conversation, prompt: bool = False) -> list[Piece]:
         """The conversation as text pieces, each with who wrote it and whether it carries loss. Raises BadRow."""
         if conversation.text is not None:
-            return [Piece(conversation.text, Kind.CONTENT, True)]
+            return [Piece(conversation.text, Kind.CONTENT, 1.0)]
         if self._tool_use is not None and conversation.tools:
             return self._tool_use.pieces(conversation, prompt)
         conversation = self._prepared(conversation)
@@ -234,15 +234,15 @@ class ChatTemplate:
         texts = align(structure, messages, real)
         pieces = []
         for segment in structure.segments:
-            kept = segment.kept and not prompt  # a prompt is not cut where loss begins, so it is tokenized as one text
+            weight = 0.0 if prompt else segment.weight  # a prompt is not cut where loss begins, so it is tokenized as one text
             if segment.slot is None:
-                pieces.extend(self._unshield(segment.text, kept))
+                pieces.extend(self._unshield(segment.text, weight))
                 continue
             kind, number = segment.slot
             message = messages[number]
             text = texts.get(segment.slot, (message.reasoning or "").strip("\n") if kind == "r" else message.content)
-            pieces.append(Piece(text, Kind.ANSWER if message.role == "assistant" else Kind.CONTENT, kept))
-        if not prompt and not any(piece.kept and piece.text for piece in pieces):
+            pieces.append(Piece(text, Kind.ANSWER if message.role == "assistant" else Kind.CONTENT, weight))
+        if not prompt and not any(piece.weight and piece.text for piece in pieces):
             raise BadRow("no supervised turn", "the chat template leaves out the thoughts of every supervised turn")
         return pieces
 
@@ -342,13 +342,13 @@ class ChatTemplate:
             text = text.replace(token, self._shields[token])
         return json.loads(text) if inside else value
 
-    def _unshield(self, text: str, kept: bool) -> list[Piece]:
+    def _unshield(self, text: str, weight: float) -> list[Piece]:
         if text.isascii():
-            return [Piece(text, Kind.TEMPLATE, kept)]
+            return [Piece(text, Kind.TEMPLATE, weight)]
         names = self._shielded_tokens
         parts = re.split(r"([\ue100-\uf8ff])", text)
         return [
-            Piece(names[part], Kind.CONTENT, kept) if part in names else Piece(part, Kind.TEMPLATE, kept)
+            Piece(names[part], Kind.CONTENT, weight) if part in names else Piece(part, Kind.TEMPLATE, weight)
             for part in parts
             if part
         ]

@@ -31,14 +31,14 @@ class Message:
         content: its text.
         reasoning: thinking text of an assistant turn, without its tags; None when there is none.
         tool_calls: {"name": str, "arguments": dict or text} of an assistant turn.
-        loss: whether an assistant turn is supervised.
+        loss: weight of an assistant turn's tokens in the loss; 0: it is not supervised.
     """
 
     role: str
     content: str
     reasoning: str | None = None
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
-    loss: bool = True
+    loss: float = 1.0
 
 
 @dataclass(slots=True)

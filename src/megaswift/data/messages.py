@@ -14,6 +14,8 @@ ALIASES = {
     "tool": "tool observation tool_response tool_result function ipython",
     "call": "tool_call function_call",
 }
+WEIGHT_NAMES = ("loss", "loss_scale", "weight", "train", "loss_weight")
+MAX_WEIGHT = 1_000_000
 ROLES = {alias: role for role, aliases in ALIASES.items() for alias in aliases.split()}
 
 
@@ -80,7 +82,7 @@ def _beside(item: dict[str, Any], role: str, where: str) -> tuple[list[dict[str,
     return calls, reasoning
 
 
-def _append_call(messages: list[Message], content: Any, loss: bool, where: str) -> None:
+def _append_call(messages: list[Message], content: Any, loss: float, where: str) -> None:
     """A message that is a tool call belongs to the assistant turn before it, or is one of its own."""
     parsed = _json(content, where) if isinstance(content, str) else content
     calls = [_call(call, where) for call in (parsed if isinstance(parsed, list) else [parsed])]
@@ -146,18 +148,22 @@ def _result_text(content: Any, where: str) -> str:
     raise BadRow("wrong type", f"{where}: a tool result is {type(content).__name__}, expected text")
 
 
-def _loss(item: dict[str, Any], role: str, where: str) -> bool:
-    """`loss` and `loss_scale` (ms-swift's), `weight` (OpenAI's) or `train` (Axolotl's): 0 or 1."""
-    for name in ("loss", "loss_scale", "weight", "train"):
+def _loss(item: dict[str, Any], role: str, where: str) -> float:
+    """The weight of a message's tokens in the loss, 0 for none, under one of the names that are usual.
+
+    `loss` and `loss_scale` are ms-swift's, `weight` is OpenAI's, `train` Axolotl's, `loss_weight` LLaMA-Factory's.
+    """
+    for name in WEIGHT_NAMES:
         value = item.get(name)
         if value is None:
             continue
-        if value not in (0, 1):
-            raise BadRow("wrong type", f"{where}: {name} is {value!r}, expected 0 or 1")
-        if value and role not in ("assistant", "call"):
+        if not isinstance(value, (bool, int, float)) or not 0 <= value <= MAX_WEIGHT:  # NaN is not within
+            raise BadRow("wrong type", f"{where}: {name} is {value!r}, expected a number from 0 to {MAX_WEIGHT:,}")
+        if role in ("assistant", "call"):
+            return float(value)
+        if value:
             raise BadRow("loss on a turn that is not the assistant's", where)
-        return bool(value)
-    return True
+    return 1.0
 
 
 def _json_list(value: Any, where: str) -> list[Any]:

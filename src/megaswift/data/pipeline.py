@@ -16,7 +16,7 @@ from megaswift.data.conversation import BadRow, Conversation
 from megaswift.data.read import Raw, decode
 from megaswift.data.registry import CONVERTERS
 from megaswift.data.rows import to_conversation
-from megaswift.data.tokens import Encoded
+from megaswift.data.tokens import Encoded, joined, weights_of
 
 NO_LOSS_LEFT = "no supervised token left within max_length"
 
@@ -43,7 +43,7 @@ class Encoding:
     """What became of some rows: samples end to end, and the fate of each row.
 
     Attributes:
-        ids, kept: int32 and bool arrays of all samples.
+        ids, kept: int32 and bool arrays of all samples. weights: fp32 array, or None where each weight is 0 or 1.
         sizes: tokens of each sample.
         counts: samples that each row gave; 0 for a dropped one.
         bad: row number (within the call) -> reason, for rows that cannot be used.
@@ -51,10 +51,12 @@ class Encoding:
         shapes: shape -> rows.
         unsupervised: assistant turns without loss because the template leaves out their thoughts.
         found: columns of the recipe that some row had.
+        weighted: samples with weights other than 0 and 1, and the sum of their weights.
     """
 
     ids: np.ndarray
     kept: np.ndarray
+    weights: np.ndarray | None
     sizes: list[int]
     counts: list[int]
     bad: dict[int, BadRow]
@@ -62,6 +64,7 @@ class Encoding:
     shapes: Counter[str]
     unsupervised: int = 0
     found: frozenset[str] = frozenset()
+    weighted: tuple[int, float] = (0, 0.0)
 
 
 Checked = tuple[dict[int, BadRow], Counter[str], frozenset[str]]  # see Pipeline.check
@@ -131,10 +134,21 @@ class Pipeline:
                 bad[number] = BadRow(NO_LOSS_LEFT)
             counts[number] = len(pieces)
             parts.extend(pieces)
-        ids = np.concatenate([part.ids for part in parts]) if parts else np.zeros(0, np.int32)
-        kept = np.concatenate([part.kept for part in parts]) if parts else np.zeros(0, bool)
-        sizes = [len(part.ids) for part in parts]
-        return Encoding(ids, kept, sizes, counts, bad, long, shapes, unsupervised, frozenset(found))
+        whole, sizes = joined(parts), [len(part.ids) for part in parts]
+        own = [float(weights_of(part).sum(dtype=np.float64)) for part in parts if part.weights is not None]
+        return Encoding(
+            whole.ids,
+            whole.kept,
+            whole.weights,
+            sizes,
+            counts,
+            bad,
+            long,
+            shapes,
+            unsupervised,
+            frozenset(found),
+            (len(own), sum(own)),
+        )
 
     def _cut(self, item: Encoded) -> list[Encoded]:
         size = self.max_length
@@ -143,10 +157,8 @@ class Pipeline:
         if self.truncation == "delete":
             return []
         if self.truncation == "truncation_left":
-            return [Encoded(item.ids[-size:], item.kept[-size:])]
-        return [
-            Encoded(item.ids[first : first + size], item.kept[first : first + size]) for first in range(0, len(item.ids), size)
-        ]
+            return [item.part(slice(-size, None))]
+        return [item.part(slice(first, first + size)) for first in range(0, len(item.ids), size)]
 
     def _surely_long(self, conversation: Conversation) -> bool:
         """Whether a row is too long by its bytes alone, so that a huge one need not be tokenized to be dropped."""

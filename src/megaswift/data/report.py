@@ -47,6 +47,7 @@ class DatasetReport:
         samples: samples that training and validation got, repeats included.
         tokens, supervised: their tokens, and those with loss.
         unsupervised_turns: assistant turns without loss because the chat template leaves out their thoughts.
+        weighted: samples on disk whose rows give tokens a weight other than 0 and 1; weight: the sum of these samples' weights.
     """
 
     item: str
@@ -64,6 +65,8 @@ class DatasetReport:
     tokens: int = 0
     supervised: int = 0
     unsupervised_turns: int = 0
+    weighted: int = 0
+    weight: float = 0.0
 
     def drop(self, reason: str, place: Callable[[], str], detail: str = "") -> None:
         """Count a row that cannot be used."""
@@ -187,6 +190,11 @@ def _print_details(item: DatasetReport, report: DataReport, console: Console) ->
         line(
             f"  {item.unsupervised_turns:,} earlier answers carry no loss: the chat template leaves out their thoughts",
             "yellow",
+        )
+    if item.weighted:
+        line(
+            f"  {item.weighted:,} samples bring weights of their own: {item.weight:,.6g} in all; "
+            "the loss is divided by the sum of weights"
         )
 
 

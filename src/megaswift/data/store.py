@@ -1,6 +1,7 @@
 """Tokenized rows on disk: written once by the launcher, memory-mapped by every rank.
 
-A directory holds ids.bin (int32), kept.bin (uint8), offsets.npy (where each sample starts), order.npy (the sample at
+A directory holds ids.bin (int32), kept.bin (uint8: 1 where there is loss), weights.bin (fp32 weights in the loss; only where
+some differ from 1), offsets.npy (where each sample starts), order.npy (the sample at
 each place, repeats included), bounds.npy (which places form one row; more than one when packed) and index.json.
 """
 
@@ -30,6 +31,8 @@ class RowWriter:
         self._sizes = array("i")
         self._supervised = array("i")
         self._hash = hashlib.sha256()
+        self._weights: Any = None  # the file of weights, once a sample brings some
+        self._weights_hash = hashlib.sha256()
 
     def __len__(self) -> int:
         return len(self._sizes)
@@ -44,8 +47,14 @@ class RowWriter:
         """Tokens with loss of each sample so far."""
         return np.array(self._supervised, np.int32)
 
-    def add(self, ids: np.ndarray, kept: np.ndarray, sizes: list[int]) -> None:
-        """Append samples given end to end: int32 ids, bool kept, and the size of each."""
+    def add(self, ids: np.ndarray, kept: np.ndarray, sizes: list[int], weights: np.ndarray | None = None) -> None:
+        """Append samples given end to end: int32 ids, bool kept, the size of each, and fp32 weights where they are not all 1."""
+        if weights is not None and self._weights is None:
+            self._weights = open(self.path / "weights.bin", "wb")  # noqa: SIM115 (closed by finish)
+            for size in self._sizes:
+                self._add_weights(np.ones(size, np.float32))
+        if self._weights is not None:
+            self._add_weights(np.ones(len(ids), np.float32) if weights is None else weights)
         for handle, data in zip(self._files, (ids.astype("<i4").tobytes(), kept.astype(np.uint8).tobytes()), strict=True):
             handle.write(data)
             self._hash.update(data)
@@ -53,10 +62,18 @@ class RowWriter:
         starts = np.cumsum([0, *sizes[:-1]])
         self._supervised.extend(np.add.reduceat(kept, starts, dtype=np.int32).tolist() if sizes else ())
 
+    def _add_weights(self, weights: np.ndarray) -> None:
+        data = weights.astype("<f4").tobytes()
+        self._weights.write(data)
+        self._weights_hash.update(data)
+
     def finish(self, order: np.ndarray, bounds: np.ndarray | None) -> str:
         """Write the tables and the index; returns the fingerprint. Row r holds the places bounds[r] to bounds[r + 1]."""
         for handle in self._files:
             handle.close()
+        if self._weights is not None:
+            self._weights.close()
+            self._hash.update(self._weights_hash.digest())
         if bounds is None:
             bounds = np.arange(len(order) + 1)
         offsets = np.concatenate([[0], np.cumsum(self.sizes, dtype=np.int64)]).astype(np.int64)
@@ -64,6 +81,8 @@ class RowWriter:
             np.save(self.path / f"{name}.npy", table)
             self._hash.update(table.tobytes())
         index = {"format": 1, "samples": len(self._sizes), "rows": len(bounds) - 1, "fingerprint": self._hash.hexdigest()[:32]}
+        if self._weights is not None:
+            index["weights"] = True
         (self.path / "index.json").write_text(json.dumps(index), encoding="utf-8")
         return str(index["fingerprint"])
 
@@ -83,6 +102,7 @@ class TokenRows:
         self._bounds = np.load(path / "bounds.npy", mmap_mode="r")
         self._ids = _map(path / "ids.bin", "<i4", int(self._offsets[-1]))
         self._kept = _map(path / "kept.bin", "u1", int(self._offsets[-1]))
+        self._weights = _map(path / "weights.bin", "<f4", int(self._offsets[-1])) if index.get("weights") else None
         ends = np.concatenate([[0], np.cumsum(self.sizes)])
         self.lengths: np.ndarray = np.diff(ends[self._bounds]).astype(np.int32)
         self.packed = len(self._order) != len(self.lengths)
@@ -118,7 +138,8 @@ class TokenRows:
     def stored(self, sample: int) -> Encoded:
         """One sample by its number on disk."""
         first, last = int(self._offsets[sample]), int(self._offsets[sample + 1])
-        return Encoded(np.asarray(self._ids[first:last]), np.asarray(self._kept[first:last]).view(bool))
+        weights = None if self._weights is None else np.asarray(self._weights[first:last])
+        return Encoded(np.asarray(self._ids[first:last]), np.asarray(self._kept[first:last]).view(bool), weights)
 
     def __getitem__(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids, labels) of a row, both int32 [length]; labels are the ids where they carry loss, else -100; not shifted."""

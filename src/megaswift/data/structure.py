@@ -41,10 +41,10 @@ class Renders(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A literal text of the template (`slot` None), or the place of a text; `kept`: it carries loss."""
+    """A literal text of the template (`slot` None), or the place of a text; `weight`: that of its tokens in the loss."""
 
     text: str
-    kept: bool
+    weight: float
     slot: Slot | None = None
 
 
@@ -159,7 +159,7 @@ def build(template: Renders, conversation: Conversation, prompt: bool = False) -
             text = text[:stop] if stop else text[: marks[-1].end()] + template.eos
             stop = len(text)
         if message.loss:
-            ranges.append((start, stop or marks[-1].end()))
+            ranges.append((start, stop or marks[-1].end(), message.loss))
     return Structure(_cut(text, ranges), rendered, deferred, tuple(unsupervised))
 
 
@@ -205,19 +205,19 @@ def _ways_to_write(value: str) -> Iterator[str]:
     yield json.dumps(value, ensure_ascii=False)[1:-1]
 
 
-def _cut(text: str, ranges: list[tuple[int, int]]) -> list[Segment]:
-    """Cut a marked text into literals and slots; `ranges` are the kept stretches. Marks of tool calls just go away."""
-    borders = sorted({0, len(text), *(position for pair in ranges for position in pair)})
+def _cut(text: str, ranges: list[tuple[int, int, float]]) -> list[Segment]:
+    """Cut a marked text into literals and slots; `ranges`: (first, last, weight in the loss). Marks of tool calls just go away."""
+    borders = sorted({0, len(text), *(position for part in ranges for position in part[:2])})
     segments: list[Segment] = []
     for first, last in pairwise(borders):
-        kept = any(start <= first and last <= stop for start, stop in ranges)
+        weight = next((weight for start, stop, weight in ranges if start <= first and last <= stop), 0.0)
         position = first
         for match in MARK.finditer(text, first, last):
-            segments.append(Segment(text[position : match.start()], kept))
+            segments.append(Segment(text[position : match.start()], weight))
             if match.group(1) != "t":
-                segments.append(Segment("", kept, (match.group(1), int(match.group(2)))))
+                segments.append(Segment("", weight, (match.group(1), int(match.group(2)))))
             position = match.end()
-        segments.append(Segment(text[position:last], kept))
+        segments.append(Segment(text[position:last], weight))
     return _joined(segments)
 
 
@@ -228,8 +228,8 @@ def _joined(segments: list[Segment]) -> list[Segment]:
         if segment.slot is None and not segment.text:
             continue
         before = result[-1] if result else None
-        if before and before.slot is None and segment.slot is None and before.kept == segment.kept:
-            result[-1] = Segment(before.text + segment.text, segment.kept)
+        if before and before.slot is None and segment.slot is None and before.weight == segment.weight:
+            result[-1] = Segment(before.text + segment.text, segment.weight)
         else:
             result.append(segment)
     return result

@@ -28,19 +28,45 @@ class Kind(IntEnum):
 
 @dataclass(slots=True)
 class Piece:
-    """A stretch of text of one kind. `kept` means: these tokens carry loss."""
+    """A stretch of text of one kind, and the weight of its tokens in the loss."""
 
     text: str
     kind: Kind
-    kept: bool = False
+    weight: float = 0.0
 
 
 @dataclass(slots=True)
 class Encoded:
-    """Token ids of one sample (int32) and which of them carry loss (bool)."""
+    """Token ids of one sample.
+
+    Attributes:
+        ids: int32 [n].
+        kept: bool [n], which of them carry loss.
+        weights: fp32 [n], what the loss of each is multiplied by; None where that is 1 wherever there is loss.
+    """
 
     ids: np.ndarray
     kept: np.ndarray
+    weights: np.ndarray | None = None
+
+    def part(self, piece: slice) -> Encoded:
+        """Some of its tokens."""
+        return Encoded(self.ids[piece], self.kept[piece], None if self.weights is None else self.weights[piece])
+
+
+def joined(samples: list[Encoded]) -> Encoded:
+    """Samples end to end."""
+    if not samples:
+        return Encoded(np.zeros(0, np.int32), np.zeros(0, bool))
+    weights = None
+    if any(sample.weights is not None for sample in samples):
+        weights = np.concatenate([weights_of(sample) for sample in samples])
+    return Encoded(np.concatenate([one.ids for one in samples]), np.concatenate([one.kept for one in samples]), weights)
+
+
+def weights_of(sample: Encoded) -> np.ndarray:
+    """fp32 [n]: the weight of every token, 0 where there is no loss."""
+    return sample.kept.astype(np.float32) if sample.weights is None else np.where(sample.kept, sample.weights, np.float32(0))
 
 
 class PieceEncoder:
@@ -73,12 +99,12 @@ class PieceEncoder:
 
     def encode(self, samples: Iterable[list[Piece]]) -> list[Encoded]:
         """Encode many samples with one call of the tokenizer."""
-        plans: list[list[tuple[int, bool]]] = []  # per sample: (token id, kept), or (-1 - run, kept)
+        plans: list[list[tuple[int, float]]] = []  # per sample: (token id, weight), or (-1 - run, weight)
         texts: list[str] = []
         index: dict[str, int] = {}
         for pieces in samples:
             plan = []
-            for text, token, kept in self._runs(pieces):
+            for text, token, weight in self._runs(pieces):
                 if token is None:
                     if len(text) > 64:
                         run = len(texts)
@@ -86,9 +112,9 @@ class PieceEncoder:
                     elif (run := index.get(text, -1)) < 0:
                         run = index[text] = len(texts)
                         texts.append(text)
-                    plan.append((-1 - run, kept))
+                    plan.append((-1 - run, weight))
                 else:
-                    plan.append((token, kept))
+                    plan.append((token, weight))
             plans.append(plan)
         runs = self._encode_texts(texts)
         return [_assemble(plan, runs) for plan in plans]
@@ -125,28 +151,28 @@ class PieceEncoder:
         parts.append(text[last:])
         return np.array([token for part in parts for token in self._plain.encode(part, add_special_tokens=False).ids], np.int32)
 
-    def _runs(self, pieces: list[Piece]) -> list[tuple[str, int | None, bool]]:
-        """Pieces as (text, None, kept) runs and ("", token id, kept) control tokens, in order."""
-        result: list[tuple[str, int | None, bool]] = []
-        text, text_kept, fresh = "", False, True  # fresh: a run that starts here would be the tokenizer's own start of a run
+    def _runs(self, pieces: list[Piece]) -> list[tuple[str, int | None, float]]:
+        """Pieces as (text, None, weight) runs and ("", token id, weight) control tokens, in order."""
+        result: list[tuple[str, int | None, float]] = []
+        text, text_weight, fresh = "", 0.0, True  # fresh: a run that starts here would be the tokenizer's own start of a run
 
         def close() -> None:
             nonlocal text
             if text:
-                result.append((text, None, text_kept))
+                result.append((text, None, text_weight))
                 text = ""
 
         for piece in pieces:
             for part, token in self._split(piece):
                 if token is not None:
                     close()
-                    result.append(("", token, piece.kept))
+                    result.append(("", token, piece.weight))
                     fresh = True
                     continue
-                if text and piece.kept != text_kept:
+                if text and piece.weight != text_weight:
                     close()
                 if not text:
-                    text_kept = piece.kept
+                    text_weight = piece.weight
                     if fresh and self._wants_prefix(part, not result):
                         part = " " + part
                     fresh = False
@@ -197,20 +223,21 @@ def _cutter(contents: Iterable[str], strips: dict[str, tuple[bool, bool]]) -> re
     )
 
 
-def _assemble(plan: list[tuple[int, bool]], runs: list[np.ndarray]) -> Encoded:
+def _assemble(plan: list[tuple[int, float]], runs: list[np.ndarray]) -> Encoded:
     size = sum(1 if token >= 0 else len(runs[-1 - token]) for token, _ in plan)
-    ids, kept = np.empty(size, np.int32), np.empty(size, bool)
+    ids, weights = np.empty(size, np.int32), np.empty(size, np.float32)
     position = 0
-    for token, keep in plan:
+    for token, weight in plan:
         if token >= 0:
-            ids[position], kept[position] = token, keep
+            ids[position], weights[position] = token, weight
             position += 1
         else:
             run = runs[-1 - token]
             end = position + len(run)
-            ids[position:end], kept[position:end] = run, keep
+            ids[position:end], weights[position:end] = run, weight
             position = end
-    return Encoded(ids, kept)
+    kept = weights != 0
+    return Encoded(ids, kept, None if all(weight in (0.0, 1.0) for _, weight in plan) else weights)
 
 
 def _take_prefix_out(data: dict[str, Any]) -> tuple[str, bool]:

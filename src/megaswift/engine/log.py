@@ -102,8 +102,8 @@ class RunLog:
         results, times = [result for result, _ in self.window], [seconds for _, seconds in self.window]
         supervised = sum(result.supervised for result in results)
         used = [result for result in results if not (result.nonfinite or result.spike)]
-        weights = sum(result.supervised for result in used)
-        loss = sum(result.loss * result.supervised for result in used) / max(weights, 1) if used else None
+        weight = sum(result.weight for result in used)
+        loss = sum(result.loss * result.weight for result in used) / (weight or 1.0) if used else None
         done = step - (self.first_step or step) + 1
         elapsed = time.perf_counter() - self.began
         return {

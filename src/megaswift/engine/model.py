@@ -72,6 +72,7 @@ class ChatModel(GPTModel):
         labels: Tensor | None = None,
         segments: list[int] | None = None,
         share: Share | None = None,
+        weights: Tensor | None = None,
     ) -> Tensor:
         """One micro batch through this stage.
 
@@ -80,6 +81,7 @@ class ChatModel(GPTModel):
             labels: [b, s], -100 where nothing is supervised; None asks for logits [b, s, vocab of this rank].
             segments: lengths of the samples packed into the one row.
             share: what part of the rows these are, where several ranks share them; it knows the samples itself.
+            weights: [b, s] fp32, what the loss at each label is multiplied by; None: 1.
 
         Returns:
             Hidden states [s, b, h] before the last stage; on it the summed loss (fp32 scalar) or the logits.
@@ -98,7 +100,7 @@ class ChatModel(GPTModel):
             return hidden
         if labels is None:
             return self._logits(hidden)
-        return self._loss(hidden, labels)
+        return self._loss(hidden, labels, weights)
 
     def attention_kernel(self, packed: bool) -> str:
         """What attends on this GPU, in words; `packed`: rows hold several samples. Compiles the kernels where that is needed."""
@@ -116,7 +118,7 @@ class ChatModel(GPTModel):
             self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
         )
 
-    def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+    def _loss(self, hidden: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
         """Summed cross entropy, without ever holding the logits of all tokens; vocabulary padding takes no part."""
         config, weight = self.config, self._weight()
         if config.sequence_parallel:
@@ -131,6 +133,7 @@ class ChatModel(GPTModel):
             vocab_size=self.true_vocab,
             tp_group=self.tp_group if self.tp_group.size() > 1 else None,
             grad_scale=scale,
+            factors=None if weights is None else weights.t(),
             reduce_hidden_grad=not config.sequence_parallel,
             shared_with_embedding=self.share_embeddings_and_output_weights and self.pre_process,
         )
@@ -256,7 +259,7 @@ def _mark_split_weights(model: torch.nn.Module) -> None:
 def run_micro_batch(model: Any, batch: MicroBatch) -> Tensor:
     """A micro batch through (a wrapper of) ChatModel."""
     segments = None if batch.cu_seqlens is None else batch.cu_seqlens.diff().tolist()
-    return model(batch.tokens, batch.position_ids, batch.labels, segments, batch.share)
+    return model(batch.tokens, batch.position_ids, batch.labels, segments, batch.share, batch.weights)
 
 
 __all__ = ["ChatModel", "ModelOptions", "RotaryTable", "build", "run_micro_batch", "transformer_config"]

@@ -44,10 +44,11 @@ OVERLAP_FROM = 1_000_000_000
 class StepResult:
     """What one step gave; equal on all ranks."""
 
-    loss: float  # mean over the supervised tokens of the global batch
+    loss: float  # mean over the supervised tokens of the global batch, by their weights
     grad_norm: float | None  # before clipping; None if the step was skipped
     learning_rate: float
     supervised: int  # tokens with loss in the global batch
+    weight: float  # sum of their weights: their number, unless rows bring other weights than 0 and 1
     tokens: int = 0  # all its tokens, padding left out
     skipped: bool = False  # fp16 only: gradients overflowed, no update
     loss_scale: float | None = None  # fp16 only: what the next step's loss is multiplied by
@@ -128,8 +129,8 @@ class Trainer:
     def gradients(self, batches: list[MicroBatch]) -> Tensor:
         """Forward and backward over the micro batches.
 
-        Returns [summed loss, supervised tokens] of the global batch, on the device. `gradient_divisor` tells what the
-        gradient buffers must be divided by to be gradients of the mean loss.
+        Returns [summed loss, sum of weights, supervised tokens] of the global batch, on the device. `gradient_divisor` tells
+        what the gradient buffers must be divided by to be gradients of the mean loss.
         """
         self.model.train()
         zero_main_grads(self.model)
@@ -137,12 +138,14 @@ class Trainer:
         with self.graphs.step(), products_of(self.bare_model.config).unchanged_weights(len(batches)):
             sums = self._forward_backward(batches, forward_only=False)
         if self.fused:
-            self.optimizer.tokens = sums[1].float()
+            self.optimizer.divisor = divisor(sums).float()
+        else:
+            self.model.scale_gradients(divisor(sums).float().reciprocal())
         return sums
 
     def gradient_divisor(self, sums: Tensor) -> float:
-        """1 where the buffers are divided already, else the number of supervised tokens: the update does it then."""
-        return max(float(sums[1]), 1.0) if self.fused else 1.0
+        """1 where the buffers are divided already, else the sum of weights: the update does it then."""
+        return float(divisor(sums)) if self.fused else 1.0
 
     def update(self, sums: Tensor) -> StepResult:
         """One step of schedule and optimizer with the gradients at hand, unless something is not finite or a spike."""
@@ -150,14 +153,14 @@ class Trainer:
         rate = max(group["lr"] for group in self.optimizer.param_groups)
         before = self._loss_scale()
         skipped = self.optimizer.prepare_grads()  # fp16: gradients of a rank overflowed; all ranks have agreed on it
-        mean = sums[0] / sums[1].clamp_min(1)
+        mean = sums[0] / divisor(sums)
         if skipped:
-            return self._overflowed(float(mean), rate, int(sums[1]), before)
+            return self._overflowed(float(mean), rate, sums, before)
         norm = torch.as_tensor(self.optimizer.get_grad_norm(), dtype=torch.float64, device=sums.device)
         if self.fused:  # the device decides whether the update happens; the host only reads it afterwards
             self.optimizer.update(torch.where(mean.isfinite(), norm, math.nan).float(), limit=self.norm_limit)
-        loss, supervised, grad_norm = torch.stack((mean, sums[1], norm)).tolist()
-        result = StepResult(loss, grad_norm, rate, int(supervised), loss_scale=self._loss_scale())
+        loss, weight, supervised, grad_norm = torch.stack((mean, sums[1], sums[2], norm)).tolist()
+        result = StepResult(loss, grad_norm, rate, int(supervised), weight, loss_scale=self._loss_scale())
         result.nonfinite = not _all_finite(loss, grad_norm)
         result.spike = not result.nonfinite and grad_norm > self.norm_limit
         if self.fused:
@@ -172,9 +175,10 @@ class Trainer:
         """What fp16 losses are multiplied by, so that small gradients do not vanish; None in other precisions."""
         return float(self.optimizer.get_loss_scale()) if self.bare_model.config.fp16 else None
 
-    def _overflowed(self, loss: float, rate: float, supervised: int, scale: float | None) -> StepResult:
+    def _overflowed(self, loss: float, rate: float, sums: Tensor, scale: float | None) -> StepResult:
         """A step without update. The scaler lowers its scale after two such steps; at its floor that cannot help any more."""
-        result = StepResult(loss, None, rate, supervised, skipped=True, loss_scale=self._loss_scale())
+        weight, supervised = float(sums[1]), int(sums[2])
+        result = StepResult(loss, None, rate, supervised, weight, skipped=True, loss_scale=self._loss_scale())
         hopeless = scale is None or scale <= MIN_LOSS_SCALE
         if hopeless or not _all_finite(loss, 0.0):
             result.nonfinite, result.grad_norm = True, math.inf
@@ -188,22 +192,22 @@ class Trainer:
                 clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=grad_norm)
 
     def _finalize(self, chunks: list[Any], num_tokens: Tensor | None = None, **options: Any) -> None:
-        """After the last backward pass: reduce the gradients over ranks; the fused update divides by the tokens itself."""
+        """After the last backward pass: reduce the gradients over ranks; they are divided later, by the sum of weights."""
         settle_main_grads(self.model)
-        finalize_model_grads(chunks, None if self.fused else num_tokens, **options)
+        finalize_model_grads(chunks, None, **options)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[list[MicroBatch]]) -> float:
-        """Mean loss over all supervised tokens of the batches."""
+        """Mean loss over all supervised tokens of the batches, by their weights."""
         self.model.eval()
-        total, count = 0.0, 0
+        total, weight = 0.0, 0.0
         for group in batches:
-            summed, supervised = self._forward_backward(group, forward_only=True).tolist()
-            total, count = total + summed, count + supervised
-        return total / max(count, 1)
+            summed, more, _ = self._forward_backward(group, forward_only=True).tolist()
+            total, weight = total + summed, weight + more
+        return total / weight if weight > 0 else 0.0
 
     def _forward_backward(self, batches: list[MicroBatch], forward_only: bool) -> Tensor:
-        """Run Megatron-Core's schedule; the summed loss and the supervised tokens of the whole global batch (fp64 [2])."""
+        """Run Megatron-Core's schedule; summed loss, sum of weights and supervised tokens of the whole global batch (fp64 [3])."""
         if parallel_state.get_context_parallel_world_size() > 1:
             batches = [share_of(batch, parallel_state.get_context_parallel_group()) for batch in batches]
         reports = self.run_schedule(
@@ -215,7 +219,7 @@ class Trainer:
             micro_batch_size=batches[0].tokens.shape[0],
             forward_only=forward_only,
         )
-        sums = torch.zeros(2, dtype=torch.float64, device=batches[0].tokens.device)
+        sums = torch.zeros(3, dtype=torch.float64, device=batches[0].tokens.device)
         for report in reports:  # empty before the last pipeline stage
             sums += report["sums"].to(torch.float64)
         dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
@@ -226,6 +230,11 @@ class Trainer:
                 group=parallel_state.get_pipeline_model_parallel_group(),
             )
         return sums
+
+
+def divisor(sums: Tensor) -> Tensor:
+    """What a summed loss and its gradients are divided by: the sum of weights, or 1 where no token has any."""
+    return torch.where(sums[1] > 0, sums[1], torch.ones_like(sums[1]))
 
 
 def overlaps(model: ChatModel, wanted: bool | None, cuda_graphs: str) -> bool:
@@ -272,12 +281,14 @@ def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any
     """Megatron-Core's forward_step_func: the output of one micro batch and the function that makes its loss."""
     batch = next(batches)
     output = run_micro_batch(model, batch)
-    supervised = (batch.labels != -100).sum().to(output.device, torch.int32, non_blocking=True)
+    count = (batch.labels != -100).sum()
+    weight = count.float() if batch.weights is None else batch.weights.double().sum().float()
+    supervised, weight = (x.to(output.device, non_blocking=True) for x in (count.int(), weight))
 
     def loss_function(summed: Tensor, *_: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        # Three values ask Megatron-Core for per-token normalisation: gradients of sums, divided once by the number of
-        # supervised tokens in the whole global batch.
-        return summed, supervised, {"sums": torch.stack((summed.detach().float(), supervised.float()))}
+        # Three values ask Megatron-Core for per-token normalisation: gradients of sums, which we divide once by the sum of
+        # weights in the whole global batch.
+        return summed, supervised, {"sums": torch.stack((summed.detach().float(), weight, supervised.float()))}
 
     return output, loss_function
 

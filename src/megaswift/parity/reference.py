@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megaswift.arguments import SftArguments
 from megaswift.data.store import TokenRows
-from megaswift.data.tokens import Encoded
+from megaswift.data.tokens import Encoded, weights_of
 from megaswift.parity.layers import of_transformers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -104,15 +104,15 @@ class Reference:
 
     @torch.no_grad()
     def evaluate(self, rows: TokenRows) -> float:
-        """Mean loss over all supervised tokens of the rows."""
-        total, count = 0.0, 0
+        """Mean loss over all supervised tokens of the rows, by their weights."""
+        total, weight = 0.0, 0.0
         self.model.eval()
         for row in range(len(rows)):
             for sample in rows.samples(row):
                 total += float(self._summed_loss(sample))
-                count += int(sample.kept[1:].sum())
+                weight += _weight(sample)
         self.model.train()
-        return total / max(count, 1)
+        return total / weight if weight else 0.0
 
     def save(self, folder: Path) -> None:
         """Write the model as it is now as a Hugging Face folder, weights and config."""
@@ -123,15 +123,18 @@ class Reference:
         return learning_rate(self.args, step, self.steps, self.warmup)
 
     def _summed_loss(self, sample: Encoded) -> Tensor:
-        """Cross entropy summed over the supervised tokens of one sample."""
+        """Cross entropy summed over the supervised tokens of one sample, each times its weight."""
         ids = torch.from_numpy(sample.ids.astype(np.int64))[None].to(self.device)
         labels = ids[0, 1:].masked_fill(~torch.from_numpy(sample.kept[1:].copy()).to(self.device), -100)
         logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-        return F.cross_entropy(logits, labels, reduction="sum", ignore_index=-100)
+        if sample.weights is None:
+            return F.cross_entropy(logits, labels, reduction="sum", ignore_index=-100)
+        losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=-100)
+        return (losses * torch.from_numpy(weights_of(sample)[1:]).to(self.device)).sum()
 
     def _gradients(self, samples: list[Encoded]) -> tuple[float, dict[str, Tensor]]:
-        """Mean loss over all supervised tokens and its gradients, accumulated in fp32."""
-        count = max(sum(int(sample.kept[1:].sum()) for sample in samples), 1)
+        """Mean loss over all supervised tokens, by their weights, and its gradients, accumulated in fp32."""
+        weight = sum(map(_weight, samples)) or 1.0
         sums = {} if self.exact else {name: torch.zeros_like(master) for name, master in self.masters.items()}
         loss = 0.0
         for sample in samples:
@@ -149,7 +152,7 @@ class Reference:
             for name, parameter in self.names.items():
                 sums[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 parameter.grad = None
-        return loss / count, {name: value / count for name, value in sums.items()}
+        return loss / weight, {name: value / weight for name, value in sums.items()}
 
     @torch.no_grad()
     def _update(self, gradients: dict[str, Tensor], norm: float, rate: float) -> None:
@@ -162,3 +165,8 @@ class Reference:
         self.optimizer.step()
         for name, parameter in self.names.items():
             parameter.copy_(self.masters[name])
+
+
+def _weight(sample: Encoded) -> float:
+    """Sum of the weights of what a sample must predict; its first token is predicted by nothing."""
+    return float(weights_of(sample)[1:].sum(dtype=np.float64))

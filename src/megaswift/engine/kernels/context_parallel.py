@@ -67,7 +67,8 @@ def share_of(batch: MicroBatch, group: dist.ProcessGroup) -> MicroBatch:
         _slice(number * part, (number + 1) * part, samples, rows, batch.tokens.device) for number in (rank, 2 * size - 1 - rank)
     )
     share = Share((first, second), group)
-    own: dict[str, Any] = {name: share.take(getattr(batch, name)) for name in ("tokens", "labels", "position_ids")}
+    names = ("tokens", "labels", "position_ids") + (() if batch.weights is None else ("weights",))
+    own: dict[str, Any] = {name: share.take(getattr(batch, name)) for name in names}
     return replace(batch, **own, cu_seqlens=None, share=share)
 
 

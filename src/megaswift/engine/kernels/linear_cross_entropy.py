@@ -39,11 +39,24 @@ def _two_blocks(base, at, end, top, total, BLOCK: tl.constexpr, MASKED: tl.const
 
 
 @jit
-def _row_kernel(logits, labels, stats, scale, valid, first, stride, rows, BLOCK: tl.constexpr, GRAD: tl.constexpr):
+def _row_kernel(
+    logits,
+    labels,
+    stats,
+    scale,
+    factors,
+    valid,
+    first,
+    stride,
+    rows,
+    BLOCK: tl.constexpr,
+    GRAD: tl.constexpr,
+    EACH: tl.constexpr,
+):
     # A persistent grid: few enough rows are under way that the second pass finds its row in the L2 cache, from the end
     # backwards, the part that was read last. Maximum and sum are kept for each lane, so the first pass has no reduction
     # across threads until its end. With GRAD (the whole vocabulary is here) the second pass turns the row into
-    # (softmax - one hot) * scale. Instructions, not bytes, are scarce here: whole blocks go without masks, and the label's
+    # (softmax - one hot) * scale, and with EACH times the row's own factor. Instructions, not bytes, are scarce here: whole blocks go without masks, and the label's
     # element is corrected on its own after the others.
     log2e: tl.constexpr = 1.4426950408889634
     lane = tl.arange(0, BLOCK)
@@ -67,6 +80,8 @@ def _row_kernel(logits, labels, stats, scale, valid, first, stride, rows, BLOCK:
         tl.store(stats + 2 * rows + row, target)
         if GRAD:
             factor = tl.load(scale)
+            if EACH:
+                factor *= tl.load(factors + row)
             share = factor / denominator
             shift = peak * log2e
             blocks = valid // BLOCK
@@ -85,12 +100,14 @@ def _row_kernel(logits, labels, stats, scale, valid, first, stride, rows, BLOCK:
 
 
 @jit
-def _grad_kernel(logits, labels, lse, scale, valid, first, stride, BLOCK: tl.constexpr):
+def _grad_kernel(logits, labels, lse, scale, factors, valid, first, stride, BLOCK: tl.constexpr, EACH: tl.constexpr):
     row = tl.program_id(0)
     base = logits + row.to(tl.int64) * stride
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     label = tl.load(labels + row) - first
     factor = tl.load(scale)
+    if EACH:
+        factor *= tl.load(factors + row)
     x = tl.load(base + at, mask=at < valid, other=float("-inf")).to(tl.float32)
     grad = (tl.exp(x - tl.load(lse + row)) - tl.where(at == label, 1.0, 0.0)) * factor
     tl.store(base + at, tl.where(at < valid, grad, 0.0).to(logits.dtype.element_ty), mask=at < stride)
@@ -121,25 +138,26 @@ def _combine(stats: Tensor, shard: _Shard) -> tuple[Tensor, Tensor]:
     return lse, lse - stats[2]
 
 
-def _chunk_on_gpu(logits: Tensor, labels: Tensor, scale: Tensor | None, shard: _Shard) -> Tensor:
-    """Losses of the rows; with `scale` the logits become their gradient times it."""
+def _chunk_on_gpu(logits: Tensor, labels: Tensor, scale: Tensor | None, factors: Tensor | None, shard: _Shard) -> Tensor:
+    """Losses of the rows, without factors; with `scale` the logits become their gradient times it and the row's factor."""
     rows, width = logits.shape
     stats = torch.empty((3, rows), dtype=torch.float32, device=logits.device)
     fused = scale is not None and shard.alone
-    dummy = stats if scale is None else scale
+    dummy, each = stats if scale is None else scale, factors is not None
+    own = stats if factors is None else factors
     grid = (min(rows, _ROW_PROGRAMS * processors(logits.device)),)
     _row_kernel[grid](
-        logits, labels, stats, dummy, shard.valid, shard.first, width, rows, _ROW_BLOCK, fused, num_warps=_ROW_WARPS
+        logits, labels, stats, dummy, own, shard.valid, shard.first, width, rows, _ROW_BLOCK, fused, each, num_warps=_ROW_WARPS
     )
     lse, losses = _combine(stats, shard)
     if scale is not None and not fused:
         _grad_kernel[(rows, (width + 4095) // 4096)](
-            logits, labels, lse, scale, shard.valid, shard.first, width, 4096, num_warps=8
+            logits, labels, lse, scale, own, shard.valid, shard.first, width, 4096, each, num_warps=8
         )
     return losses
 
 
-def _chunk_twin(logits: Tensor, labels: Tensor, scale: Tensor | None, shard: _Shard) -> Tensor:
+def _chunk_twin(logits: Tensor, labels: Tensor, scale: Tensor | None, factors: Tensor | None, shard: _Shard) -> Tensor:
     """The same with PyTorch's operations, in as few passes over fp32 logits as they allow; half types go through fp32."""
     if shard.valid < logits.shape[1]:
         logits[:, shard.valid :] = float("-inf")
@@ -162,6 +180,8 @@ def _chunk_twin(logits: Tensor, labels: Tensor, scale: Tensor | None, shard: _Sh
         softmax.scatter_add_(1, column, -here.to(softmax.dtype).unsqueeze(1))
         if scale.is_cuda or float(scale) != 1.0:
             softmax.mul_(scale)
+        if factors is not None:
+            softmax.mul_(factors.unsqueeze(1))
         if softmax is not logits:
             logits.copy_(softmax)
     return losses
@@ -173,12 +193,14 @@ class _Plan:
 
     Args:
         scale: the factor of all gradients, or None for losses alone.
+        factors: one more factor for each row, of its loss and of its gradient (fp32); None: 1.
         into: the fp32 buffer that the weight's gradient goes to, or None; `overwrite` it instead of adding.
     """
 
     shard: _Shard
     budget: int
     scale: Tensor | None = None
+    factors: Tensor | None = None
     want_hidden: bool = False
     into: Tensor | None = None
     overwrite: bool = False
@@ -203,7 +225,8 @@ def _run(hidden: Tensor, weight: Tensor, labels: Tensor, plan: _Plan) -> tuple[T
         part = slice(begin, min(begin + step, rows))
         inputs = hidden[part]
         logits = torch.mm(inputs, weight.t(), out=space[: inputs.shape[0]])
-        losses[part] = chunk(logits, labels[part], plan.scale, plan.shard)
+        factors = None if plan.factors is None else plan.factors[part]
+        losses[part] = chunk(logits, labels[part], plan.scale, factors, plan.shard)
         if dhidden is not None:
             torch.mm(logits, weight, out=dhidden[part])
         if plan.into is not None:
@@ -211,7 +234,7 @@ def _run(hidden: Tensor, weight: Tensor, labels: Tensor, plan: _Plan) -> tuple[T
             overwrite = False
     if plan.into is not None and overwrite:  # no row had a label
         plan.into.zero_()
-    return losses, dhidden
+    return losses if plan.factors is None else losses * plan.factors, dhidden
 
 
 @dataclass
@@ -263,16 +286,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return dhidden, None if ctx.options.shared_with_embedding else placeholder(weight), None, None, None
 
 
-def labelled_rows(labels: Tensor, device: torch.device) -> tuple[Tensor | None, Tensor]:
-    """(indices of the rows with a label, or None when all have one; their labels), both on `device`.
+def labelled_rows(
+    labels: Tensor, device: torch.device, factors: Tensor | None = None
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """(indices of the rows with a label, or None when all have one; their labels; their factors), all on `device`.
 
     With labels on the CPU nothing waits for the GPU: pass the batch's labels as the loader made them.
     """
     flat = labels.reshape(-1)
     rows = torch.nonzero(flat != IGNORED).squeeze(1)
+    own = None if factors is None else factors.reshape(-1)
     if rows.numel() == flat.numel():
-        return None, _move(flat, device)
-    return _move(rows, device), _move(flat[rows], device)
+        return None, _move(flat, device), None if own is None else _move(own, device)
+    return _move(rows, device), _move(flat[rows], device), None if own is None else _move(own[rows], device)
 
 
 def _move(numbers: Tensor, device: torch.device) -> Tensor:
@@ -291,6 +317,7 @@ def linear_cross_entropy(
     vocab_size: int | None = None,
     tp_group: dist.ProcessGroup | None = None,
     grad_scale: float | Tensor | None = None,
+    factors: Tensor | None = None,
     reduce_hidden_grad: bool = True,
     shared_with_embedding: bool = False,
     reduction: str = "sum",
@@ -306,6 +333,7 @@ def linear_cross_entropy(
         grad_scale: what the caller promises to multiply loss_sum by before `backward` (1.0 for a plain sum). With it the
             weight's gradient is added to `weight.main_grad` in the forward pass, and a broken promise is an error.
             Without it the gradient waits in its own fp32 buffer until the factor is known.
+        factors: fp32 [T], what each row's loss is multiplied by; None: 1. Best on the CPU, as labels are.
         reduce_hidden_grad: sum the gradient of `hidden` over `tp_group`. Pass False if `hidden` came from a gather whose
             backward pass is a reduce-scatter.
         shared_with_embedding: the weight is also the input embedding of this rank, whose operation answers autograd for it.
@@ -315,10 +343,10 @@ def linear_cross_entropy(
         loss (fp32; a scalar, or [T] for "none"), and the number of labelled tokens (int64 scalar).
     """
     device = hidden.device
-    rows, chosen = labelled_rows(labels, device)
+    rows, chosen, own = labelled_rows(labels, device, factors)
     count = torch.full((), chosen.numel(), dtype=torch.int64, device=device)
     real = weight.shape[0] if vocab_size is None else max(0, min(weight.shape[0], vocab_size - vocab_start))
-    plan = _Plan(_Shard(vocab_start, real, tp_group), chunk_bytes or (5 << 29 if hidden.is_cuda else 1 << 27))
+    plan = _Plan(_Shard(vocab_start, real, tp_group), chunk_bytes or (5 << 29 if hidden.is_cuda else 1 << 27), factors=own)
     hidden = hidden.contiguous()
     if reduction == "none" or not torch.is_grad_enabled() or not (hidden.requires_grad or weight.requires_grad):
         with torch.no_grad():

@@ -58,11 +58,11 @@ class _Sharded(DistributedOptimizer):
 class FusedOptimizer(ChainedOptimizer):
     """The chain of optimizers that `get_megatron_optimizer` returns, after `fuse_optimizer`.
 
-    `tokens` is the number of tokens that the summed loss stands for, a device scalar; gradients are divided by it. It is
-    used by one update and then forgotten.
+    `divisor` is what the summed loss stands for, the sum of its tokens' weights, above 0 and on the device; gradients are
+    divided by it. It is used by one update and then forgotten.
     """
 
-    tokens: Tensor | None = None
+    divisor: Tensor | None = None
 
     @torch.no_grad()
     def get_grad_norm(self) -> Tensor:  # type: ignore[override]
@@ -84,7 +84,7 @@ class FusedOptimizer(ChainedOptimizer):
         factor = torch.where(norm.isfinite() & (norm <= limit), factor, math.nan)
         for inner in self.chained_optimizers:
             inner.optimizer.gradient_factor = factor
-        self.tokens = None
+        self.divisor = None
         self.step_with_ready_grads()
 
     def forget_step(self) -> None:
@@ -103,7 +103,7 @@ class FusedOptimizer(ChainedOptimizer):
         return True, norm, None
 
     def _share(self, like: Tensor) -> Tensor:
-        return torch.ones_like(like) if self.tokens is None else self.tokens.to(like).clamp_min(1.0).reciprocal()
+        return torch.ones_like(like) if self.divisor is None else self.divisor.to(like).reciprocal()
 
 
 def _link_weights(inner: DistributedOptimizer) -> None:
