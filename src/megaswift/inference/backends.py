@@ -73,6 +73,9 @@ class Backend(Protocol):
     def stream(self, messages: Sequence[Message] | Conversation, options: GenerationOptions) -> Stream:
         """One answer, piece by piece."""
 
+    def stream_ids(self, prompt: Sequence[int], options: GenerationOptions) -> Stream:
+        """One answer to a prompt of token ids, piece by piece."""
+
 
 def pick_backend(name: str) -> str:
     """pt or vllm, from --infer_backend. Raises UserError where vLLM is wanted and cannot be had."""
