@@ -15,6 +15,7 @@ from megaswift.arguments import EvalArguments, parse
 from megaswift.errors import DataError, MegaswiftError, UserError
 from megaswift.eval import _models, eval_main, prepare
 from megaswift.evaluation.answers import AnswerStore
+from megaswift.evaluation.scoring import OwnScorer
 from megaswift.evaluation.weights import weights_hashes
 from megaswift.inference.options import Answer
 from megaswift.inference.transformers_backend import TransformersBackend
@@ -249,15 +250,16 @@ def test_a_model_that_thinks(opened: bool, data_dir: Path, tmp_path: Path, monke
         yield from enumerate(Answer(text, 3, 5, end) for text, end in zip(said, ends, strict=True))
 
     monkeypatch.setattr(TransformersBackend, "answer_all", answer_all)
+    monkeypatch.setattr("megaswift.evaluation.run.make_scorer", lambda bench, few_shot, _: OwnScorer(bench, few_shot))
     row = run(model, data_dir, "--eval_dataset", "arc")
     details = row["details"]["arc"]
     assert [row["prediction"] for row in answers()] == ["B", "", "", "D"]
     assert (details["cut_at_limit"], details["thoughts_cut"], details["unreadable"]) == (1, 1, 2)
     assert details["max_new_tokens"] == limits[0] >= 8192
-    told = capsys.readouterr().err
-    assert "8,192 tokens more for each answer" in told
-    assert "1 of these within their thoughts" in told
-    assert "arc: 1 answers were cut within their thoughts" in told
+    told = capsys.readouterr()
+    assert "8,192 tokens more for each answer" in told.err
+    assert "1 of these within their thoughts" in told.out
+    assert "arc: answers cut within their thoughts, at 8,224 tokens, and so counted as wrong: 1" in told.err
     run(model, data_dir, "--eval_dataset", "arc", "--max_new_tokens", "40")
     assert limits[1] == 40
     assert "tokens more for each answer" not in capsys.readouterr().err

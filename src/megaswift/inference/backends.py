@@ -170,6 +170,14 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def empty_gpu() -> None:
+    """Give memory that nothing holds any more back to the GPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def note(text: str) -> None:
     """A line about the program on stderr: stdout holds questions, answers and results only."""
     print(text, file=sys.stderr, flush=True)
