@@ -39,7 +39,7 @@ FOUR = ("red", "green", "blue", "white")
         ("B is correct because A is not", "B"), ("(B) is the right choice", "B"), ("The answer is not A, it's B.", "B"),
         ("The answer is A or B", ""), ("A or B", ""), ("B/C", ""), ("B\n\nThe answer A is wrong because", "B"), ("b) green", "B"), ("b. green", "B"),
         ("I think it is A, no, I choose B", "B"), ("选B", "B"), ("故选：B。", "B"), ("应选 (B)", "B"), ("本题选B项", "B"), ("正确答案是选项B", "B"), ("答案应该是B", "B"),
-        ("B选项正确", "B"), ("B项正确", "B"), ("B是正确的", "B"), ("我认为是B", "B"), ("不选A，选C", "C"), ("选项A错误，选项B正确", "B"), ("答案不是A而是B", "B"), ("A错误，B正确", "B"),
+        ("B选项正确", "B"), ("B项正确", "B"), ("B是正确的", "B"), ("我认为是B", "B"), ("不选A，选C", "C"), ("选C，不选A", "C"), ("选项A错误，选项B正确", "B"), ("答案不是A而是B", "B"), ("A错误，B正确", "B"),
         ("选项B", "B"), ("Answer: B\n\nQuestion: What?\nA. x\nAnswer: C", "B"), ("答案：B\n\n问题：什么？\n答案：C", "B"), ("Question: What?\nAnswer: C", "C"),
         ("Let me think.\nQuestion: which?\nAnswer: D", "D"), ("B\n\nHuman: next?\n\nC", "B"), ("Vitamin C is green", "B"), ("A\nB\nC\nD", ""),
         ("The answer is C, since D is wrong.", "C"), ("I", ""), ("Let's see... B!", "B"), ("It must be D", "D"), ("Therefore, D.", "D"),
@@ -138,7 +138,7 @@ def test_thoughts_apart(text: str, opened: bool, said: str, unfinished: bool) ->
 def test_no_question_is_its_own_solved_example() -> None:
     """Neither for the prompt of one question nor where all of a subset share theirs; spaces make no other question."""
     items = [Item("law", str(number), f"Question  {number}?", FOUR, "B") for number in range(2)]
-    shots = [Item("law", f"s{number}", f"Question {number}?", FOUR, "B") for number in range(4)]
+    shots = [Item("law", f"s{number}", f"Question{' ' * (number + 1)}{number}?", FOUR, "B") for number in range(4)]
     bench = Bench("mmlu", "mmlu", "test", tuple(items), {"law": tuple(shots)})
     assert [shot.id for shot in bench.examples(items[0], 2)] == ["s1", "s2"]
     assert [shot.id for shot in bench.examples(items[1], 2)] == ["s0", "s2"]
