@@ -507,7 +507,7 @@ def test_vllms_gate_refuses_what_vllm_would_pass_over(monkeypatch: pytest.Monkey
             refused = tools is False or "tools" not in body
             code, said = _called(app, "POST", "/v1/chat/completions", body)
             assert (code, message in said) == ((400, True) if refused else (200, False)), said
-        passed = {"user": "me", "metadata": {"a": "b"}, "logprobs": True, "functions": []}
+        passed = {"user": "me", "metadata": {"a": "b"}, "logprobs": True, "functions": [], "modalities": ["text"]}
         assert _called(app, "POST", "/v1/chat/completions", passed)[0] == 200
         code, said = _called(app, "GET", "/v1/models/a/b")
         assert (code, json.loads(said)["id"]) == (200, "a/b")

@@ -100,9 +100,7 @@ def check_supported(request: dict[str, Any], known: frozenset[str]) -> None:
         known: fields that have their effect, CHAT or COMPLETION.
     """
     for name, value in request.items():
-        if value is None or name in known or name in BOOKKEEPING:
-            continue
-        if not any(value == same and type(value) is type(same) for same in _neutral(name, known)):
+        if name not in known and not asks_for_nothing(name, value):
             raise unsupported(name)
     for name in request.get("stream_options") or {}:
         if name not in ("include_usage", "include_obfuscation"):
@@ -112,10 +110,10 @@ def check_supported(request: dict[str, Any], known: frozenset[str]) -> None:
         raise Refused(400, f"tool_choice must be auto or none{_hint('tool_choice')}", param="tool_choice")
 
 
-def _neutral(name: str, known: frozenset[str]) -> tuple[Any, ...]:
-    if name in ("presence_penalty", "frequency_penalty"):
-        return (0, 0.0)
-    return () if known is COMPLETION and name == "logprobs" else _NEUTRAL.get(name, ())  # there 0 asks for the token's own
+def asks_for_nothing(name: str, value: Any) -> bool:
+    """Whether a field changes no answer: it is absent, bookkeeping, or has the value that is the same as none."""
+    same = (0, 0.0) if name in ("presence_penalty", "frequency_penalty") else _NEUTRAL.get(name, ())
+    return value is None or name in BOOKKEEPING or any(value == other and type(value) is type(other) for other in same)
 
 
 def unsupported(name: str, param: str | None = None) -> Refused:

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from megaswift.inference.gate import GATE_VARIABLE, KEY_VARIABLE, Gate, Refused, Rules
-from megaswift.inference.request import BOOKKEEPING, refuse_media
+from megaswift.inference.request import asks_for_nothing, refuse_media
 
 
 class VllmGate(Gate):
@@ -39,9 +39,7 @@ class VllmGate(Gate):
     def _check_fields(self, request: dict[str, Any], known: frozenset[str] | None) -> None:
         """Raise Refused for fields without an effect: vLLM passes over those that it does not have, and only its log tells."""
         for name, value in request.items():
-            if value in (None, [], {}) or name in BOOKKEEPING:
-                continue
-            if known is not None and name not in known:
+            if known is not None and name not in known and not asks_for_nothing(name, value):
                 raise Refused(400, f"{name} is not supported by this server", param=name)
         if request.get("tools") and not self._rules.tools:
             raise Refused(400, "tools is not supported: the model's chat template has no place for them", param="tools")
