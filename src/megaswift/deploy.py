@@ -44,7 +44,7 @@ def deploy_main(arguments: DeployArguments | list[str]) -> None:
     name = args.served_model_name or located.model_type
     listening = _listen(args.host, args.port)  # a port that is taken is told before the model is loaded
     hosts = tuple(dict.fromkeys([*_LOOPBACK_NAMES, _in_url(args.host).lower()])) if is_loopback(args.host) else None
-    rules = Rules(size, args.max_concurrency, hosts)
+    rules = Rules(size, args.max_concurrency, hosts, model=name)
     if by_vllm:
         from megaswift.inference.vllm_server import VllmServer
 

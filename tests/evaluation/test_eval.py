@@ -15,7 +15,9 @@ from megaswift.arguments import EvalArguments, parse
 from megaswift.errors import DataError, MegaswiftError, UserError
 from megaswift.eval import _models, eval_main, prepare
 from megaswift.evaluation.answers import AnswerStore
+from megaswift.evaluation.scoring import OwnScorer
 from megaswift.evaluation.weights import weights_hashes
+from megaswift.inference.options import Answer
 from megaswift.inference.transformers_backend import TransformersBackend
 
 FOUR = ["--eval_dataset", "ceval", "mmlu", "gsm8k", "arc", "--eval_backend", "Native", "--max_new_tokens", "6"]
@@ -230,6 +232,37 @@ def test_a_prompt_that_does_not_fit_is_counted_as_wrong(model_dir: Path, data_di
     row = run(model_dir, data_dir, "--eval_dataset", "arc", "--max_model_len", "20", "--max_new_tokens", "4")
     assert row["details"]["arc"]["too_long"] == 4
     assert row["result"]["arc"] == 0
+
+
+@pytest.mark.parametrize("opened", [False, True], ids=["the model opens its thoughts", "the prompt opens them"])
+def test_a_model_that_thinks(opened: bool, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """It has room for its thoughts, and one that the limit cuts is counted by that name, whatever letters stand in it."""
+    from tests.inference.conftest import CHATML, make_model_dir
+
+    header = "'<|im_start|>assistant\n"
+    template = CHATML.replace(header, f"{header}<think>\n") if opened else CHATML + "{# <think> </think> #}"
+    model, mark = make_model_dir(tmp_path / "thinking", chat_template=template, context=768), "" if opened else "<think>"
+    said = [f"{mark}A? D?</think>\n\nB", f"{mark}The answer is B", f"{mark}B", f"{mark}x</think>Option D is right"]
+    ends, limits = ["stop", "length", "stop", "stop"], []
+
+    def answer_all(self: Any, prompts: Any, options: Any, *, batch_size: int = 1) -> Any:
+        limits.append(options.max_new_tokens)
+        yield from enumerate(Answer(text, 3, 5, end) for text, end in zip(said, ends, strict=True))
+
+    monkeypatch.setattr(TransformersBackend, "answer_all", answer_all)
+    monkeypatch.setattr("megaswift.evaluation.run.make_scorer", lambda bench, few_shot, _: OwnScorer(bench, few_shot))
+    row = run(model, data_dir, "--eval_dataset", "arc")
+    details = row["details"]["arc"]
+    assert [row["prediction"] for row in answers()] == ["B", "", "", "D"]
+    assert (details["cut_at_limit"], details["thoughts_cut"], details["unreadable"]) == (1, 1, 2)
+    assert details["max_new_tokens"] == limits[0] >= 8192
+    told = capsys.readouterr()
+    assert "8,192 tokens more for each answer" in told.err
+    assert "1 of these within their thoughts" in told.out
+    assert "arc: answers cut within their thoughts, at 8,224 tokens, and so counted as wrong: 1" in told.err
+    run(model, data_dir, "--eval_dataset", "arc", "--max_new_tokens", "40")
+    assert limits[1] == 40
+    assert "tokens more for each answer" not in capsys.readouterr().err
 
 
 def test_the_hash_is_of_the_weights_not_of_the_files(model_dir: Path, tmp_path: Path) -> None:

@@ -25,9 +25,13 @@ import pytest
 from megaswift.arguments import DeployArguments
 from megaswift.deploy import check, deploy_main, is_loopback
 from megaswift.errors import UserError
-from megaswift.inference.gate import GATE_VARIABLE, KEY_VARIABLE, Rules, VllmGate
-from megaswift.inference.options import GenerationOptions
+from megaswift.inference.gate import GATE_VARIABLE, KEY_VARIABLE, Rules
+from megaswift.inference.objects import CHAT_FORM
+from megaswift.inference.options import Answer, GenerationOptions
+from megaswift.inference.request import _NEUTRAL, BOOKKEEPING, CHAT, COMPLETION
+from megaswift.inference.tool_calls import Call, form_of, split_calls
 from megaswift.inference.transformers_backend import TransformersBackend
+from megaswift.inference.vllm_gate import VllmGate
 
 uvicorn = pytest.importorskip("uvicorn", reason="the server's packages are not installed (pip install '.[deploy]')")
 pytest.importorskip("fastapi")
@@ -49,7 +53,7 @@ def server(backend: TransformersBackend) -> Iterator[str]:
 
     service = Service(backend, "tiny", GenerationOptions(max_new_tokens=16, temperature=0), Limits(new_tokens=16), 4)
     listening = socket.create_server(("127.0.0.1", 0))
-    app = make_app(service, Rules(5000, 3, ("127.0.0.1",)), KEY)
+    app = make_app(service, Rules(5000, 3, ("127.0.0.1",), model="tiny"), KEY)
     running = uvicorn.Server(uvicorn.Config(app, log_level="error"))
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
@@ -70,11 +74,9 @@ def expected(backend: TransformersBackend, text: str = "who are you", **changes:
 
 
 def post(
-    server: str, body: bytes, headers: dict[str, str] | None = None, *, events: bool = False
+    server: str, body: bytes, headers: dict[str, str] | None = None, *, events: bool = False, path: str = "chat/completions"
 ) -> tuple[int, dict[str, Any]]:
-    request = urllib.request.Request(
-        f"{server}/v1/chat/completions", body, {"Authorization": f"Bearer {KEY}", **(headers or {})}
-    )
+    request = urllib.request.Request(f"{server}/v1/{path}", body, {"Authorization": f"Bearer {KEY}", **(headers or {})})
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
             return answer.status, {} if events else json.load(answer)
@@ -133,14 +135,36 @@ def test_tokens_are_limited_whatever_is_asked(client: Any) -> None:
         ({"model": "gpt-4"}, 404, "use 'tiny'"),
         ({"messages": []}, 400, "at least one message"),
         ({"messages": [{"role": "user"}]}, 400, "text as its content"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "text as its content"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            400,
+            "messages[0].content[0]: image_url is not supported",
+        ),
         ({"messages": [{"role": "assistant", "content": "hi"}]}, 400, "must be the user's"),
         ({"messages": [{"role": "user", "content": "a" * 2000}]}, 400, "tokens"),
         ({"temperature": -1}, 400, "temperature"),
         ({"temperature": "hot"}, 400, "must be a number"),
         ({"max_tokens": 0}, 400, "max_tokens"),
         ({"n": 2}, 400, "n must be 1"),
-        ({"tools": [{}]}, 400, "tools is not supported"),
+        ({"tools": [{}]}, 400, "an entry of tools has no name"),
+        ({"tool_choice": "required"}, 400, "tool_choice must be auto or none"),
+        ({"logprobs": True}, 400, "logprobs is not supported with --infer_backend pt; vllm has it"),
+        ({"top_logprobs": 2}, 400, "top_logprobs is not supported"),
+        ({"presence_penalty": 0.5}, 400, "presence_penalty is not supported"),
+        ({"logit_bias": {"5": 1}}, 400, "logit_bias is not supported"),
+        ({"parallel_tool_calls": False}, 400, "parallel_tool_calls is not supported"),
+        ({"reasoning_effort": "low"}, 400, "reasoning_effort is not supported"),
+        ({"modalities": ["text", "audio"]}, 400, "modalities is not supported"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, 400, "chat_template_kwargs is not supported"),
+        ({"temprature": 0}, 400, "temprature is not supported"),
+        ({"prompt": "x"}, 400, "prompt is not supported"),
+        ({"stream_options": {"include_usage": True, "x": 1}}, 400, "stream_options.x is not supported"),
+        ({"messages": [{"role": "user", "content": "hi", "name": "Tom"}]}, 400, "messages[0].name is not supported"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "input_audio"}]}]},
+            400,
+            "content[1]: input_audio",
+        ),
         ({"stop": [""]}, 400, "stop"),
         ({"response_format": {"type": "json_object"}}, 400, "must be text"),
         ({"response_format": "json"}, 400, "response_format must be an object"),
@@ -163,7 +187,11 @@ def test_tokens_are_limited_whatever_is_asked(client: Any) -> None:
         ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, "text as its content"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, 400, "text as its content"),
         ({"messages": [{"role": ["user"], "content": "hi"}]}, 400, "needs a role"),
-        ({"messages": [{"role": "assistant", "content": "a", "tool_calls": [{}]}, *ASK["messages"]]}, 400, "tool_calls"),
+        (
+            {"messages": [{"role": "assistant", "content": "a", "tool_calls": [{}]}, *ASK["messages"]]},
+            400,
+            "a tool call has no name",
+        ),
         ({"padding": "x" * 6000}, 413, "larger than 5000 bytes"),
     ],
 )
@@ -233,7 +261,7 @@ class _Asgi:
 
 
 def test_the_gate_before_vllms_server(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    rules = Rules(5000, 2, ("localhost",), new_tokens=16, stop_token_ids=(7,), greeting="it answers")
+    rules = Rules(5000, 2, ("localhost",), new_tokens=16, stop_token_ids=(7,), model="tiny", greeting="it answers")
     monkeypatch.setenv(GATE_VARIABLE, rules.to_variable())
     monkeypatch.setenv(KEY_VARIABLE, KEY)
 
@@ -273,12 +301,241 @@ def test_the_gate_before_vllms_server(monkeypatch: pytest.MonkeyPatch, capsys: p
     asyncio.run(story())
 
 
+def test_the_model_by_its_name(client: Any, server: str) -> None:
+    found = client.models.retrieve("tiny")
+    assert (found.id, found.object, found.owned_by) == ("tiny", "model", "megaswift")
+    with pytest.raises(openai.NotFoundError, match="model 'gpt-4' is not served here; use 'tiny'"):
+        client.models.retrieve("gpt-4")
+
+
+def test_what_the_server_does_not_have_is_an_error_of_the_api(server: str) -> None:
+    code, body = post(server, b"{}", path="embeddings")
+    assert (code, body["error"]["message"]) == (404, "POST /v1/embeddings: Not Found")
+
+
+def test_completions_of_plain_text(client: Any, backend: TransformersBackend) -> None:
+    """Texts and token ids, one or several, whole and streamed: no template stands around them."""
+    texts = ["who are you", "What is"]
+    ids = [backend.tokenizer(text)["input_ids"] for text in texts]
+    wanted = dict(backend.answer_all(ids, GenerationOptions(max_new_tokens=8, temperature=0), batch_size=2))
+    ask = {"model": "tiny", "max_tokens": 8, "temperature": 0}
+    for prompt in (texts, ids):
+        answer = client.completions.create(prompt=prompt, **ask)
+        assert [(choice.index, choice.text) for choice in answer.choices] == [(0, wanted[0].text), (1, wanted[1].text)]
+        assert answer.object == "text_completion"
+        assert answer.usage.prompt_tokens == sum(map(len, ids))
+    for prompt in (texts[0], ids[0]):
+        assert client.completions.create(prompt=prompt, **ask).choices[0].text == wanted[0].text
+    chunks = list(client.completions.create(prompt=texts, stream=True, stream_options={"include_usage": True}, **ask))
+    joined = ["".join(c.text for chunk in chunks for c in chunk.choices if c.index == place) for place in (0, 1)]
+    assert joined == [wanted[0].text, wanted[1].text]
+    assert chunks[-1].usage.completion_tokens == wanted[0].tokens + wanted[1].tokens
+    assert client.completions.create(model="tiny", prompt="a").usage.completion_tokens <= 16
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": None}, "prompt must be a text"), ({"prompt": []}, "prompt must hold 1 to 64"), ({"prompt": ["a", 5]}, "prompt must be"),
+        ({"prompt": [[5], [999_999]]}, "token ids from 0 to"), ({"prompt": ["a"] * 65}, "1 to 64 texts"), ({"prompt": "a " * 2000}, "tokens"),
+        ({"logprobs": 0}, "logprobs is not supported"), ({"echo": True}, "echo is not supported"), ({"suffix": "x"}, "suffix is not supported"),
+        ({"best_of": 2}, "best_of is not supported"), ({"n": 2}, "n must be 1"), ({"messages": []}, "messages is not supported"),
+        ({"max_completion_tokens": 2}, "max_completion_tokens is not supported"), ({"model": "gpt-4"}, "use 'tiny'"),
+    ],
+)  # fmt: skip
+def test_completions_that_cannot_be(server: str, changes: dict[str, Any], message: str) -> None:
+    code, body = post(server, json.dumps({"prompt": "a", "max_tokens": 1} | changes).encode(), path="completions")
+    assert (code, message in body["error"]["message"]) == (404 if "model" in changes else 400, True), body
+
+
+def test_every_field_of_the_official_client_is_known(client: Any) -> None:
+    """Each has its effect, is bookkeeping, or is refused unless it asks for nothing."""
+    from openai.types import completion_create_params as text
+    from openai.types.chat import completion_create_params as chat
+
+    for params, known in ((chat.CompletionCreateParamsBase, CHAT), (text.CompletionCreateParamsBase, COMPLETION)):
+        assert not set(params.__annotations__) - known - BOOKKEEPING - set(_NEUTRAL)
+        assert not known & BOOKKEEPING
+    free = dict(user="me", metadata={"a": "b"}, store=True, n=1, logprobs=False, presence_penalty=0, frequency_penalty=0.0,
+                response_format={"type": "text"}, parallel_tool_calls=True, tool_choice="auto", modalities=["text"])  # fmt: skip
+    assert client.chat.completions.create(**ASK | free).choices[0].message.content
+
+
+HOUR = {
+    "type": "function",
+    "function": {
+        "name": "hour",
+        "description": "The hour.",
+        "parameters": {"type": "object", "properties": {"town": {"type": "string"}}},
+    },
+}
+CALLED = 'I look.\n<tool_call>\n{"name": "hour", "arguments": {"town": "Nuuk"}}\n</tool_call>\n<tool_call>{"name": "hour", "arguments": {}}</tool_call>'
+
+
+class _Said:
+    """A stream that says a text in small pieces."""
+
+    def __init__(self, text: str) -> None:
+        self.answer = Answer(text, 3, 9, "stop")
+        self._pieces = iter([text[place : place + 3] for place in range(0, len(text), 3)])
+
+    def __iter__(self) -> Iterator[str]:
+        return self._pieces
+
+    def stop(self) -> Answer:
+        return self.answer
+
+
+def test_tools_are_written_and_calls_are_read(
+    client: Any, backend: TransformersBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[int]] = []
+
+    def answer_all(self: Any, prompts: Any, *_: Any, **__: Any) -> Iterator[tuple[int, Answer]]:
+        asked.extend(prompts)
+        yield 0, Answer(CALLED, 3, 9, "stop")
+
+    monkeypatch.setattr(TransformersBackend, "answer_all", answer_all)
+    monkeypatch.setattr(TransformersBackend, "stream_ids", lambda *_: _Said(CALLED))
+    first = client.chat.completions.create(**ASK, tools=[HOUR])
+    [choice] = first.choices
+    assert (choice.finish_reason, choice.message.content) == ("tool_calls", "I look.")
+    calls = [(call.function.name, json.loads(call.function.arguments)) for call in choice.message.tool_calls]
+    assert calls == [("hour", {"town": "Nuuk"}), ("hour", {})]
+    assert '"name": "hour"' in backend.tokenizer.decode(asked[0])
+    chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**ASK, tools=[HOUR], stream=True)]
+    assert "".join(chunk.delta.content or "" for chunk in chunks).strip() == "I look."
+    streamed = [call for chunk in chunks for call in chunk.delta.tool_calls or []]
+    assert [(call.index, call.function.name, json.loads(call.function.arguments)) for call in streamed] == [
+        (number, *call) for number, call in enumerate(calls)
+    ]
+    assert chunks[-1].finish_reason == "tool_calls"
+    history = [*ASK["messages"], choice.message.model_dump(), {"role": "tool", "tool_call_id": "c", "content": "It is noon."}]
+    client.chat.completions.create(**ASK | {"messages": history})
+    assert "<tool_response>\nIt is noon.\n</tool_response>" in backend.tokenizer.decode(asked[1])
+    assert '{"name": "hour", "arguments": {"town": "Nuuk"}}' in backend.tokenizer.decode(asked[1])
+    plain = client.chat.completions.create(**ASK, tools=[HOUR], tool_choice="none")
+    assert (plain.choices[0].message.content, plain.choices[0].message.tool_calls) == (CALLED, None)
+    assert '"name": "hour"' not in backend.tokenizer.decode(asked[2])
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "calls"),
+    [
+        ("plain", "plain", []), ("<tool_call>{broken}</tool_call>", "<tool_call>{broken}</tool_call>", []), ("<tool_call>{", "<tool_call>{", []),
+        ('<think><tool_call>{"name": "x"}</tool_call></think>no', '<think><tool_call>{"name": "x"}</tool_call></think>no', []),
+        ('<tool_call>{"name": "x", "arguments": {"a": "}"}}</tool_call>', "", [Call("x", '{"a": "}"}')]),
+        ('<tool_call>{"name": 5}</tool_call>', '<tool_call>{"name": 5}</tool_call>', []),
+    ],
+)  # fmt: skip
+def test_calls_in_a_text(text: str, content: str, calls: list[Call]) -> None:
+    assert split_calls(text) == (content, calls)
+    pieces = CHAT_FORM.pieces(0, True)
+    events = [*(event for part in text for event in pieces.text(part)), *pieces.last(Answer(text, 1, 1, "stop"))]
+    assert "".join(event["delta"].get("content", "") for event in events) == content
+    assert sum(len(event["delta"].get("tool_calls", ())) for event in events) == len(calls)
+
+
+WITH_TOOLS = (
+    "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}CALL{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+FORMS = {
+    "hermes": '<tool_call>\n{{ {"name": c.function.name, "arguments": c.function.arguments} | tojson }}\n</tool_call>',
+    "llama3_json": '{"name": "{{ c.function.name }}", "parameters": {{ c.function.arguments | tojson }}}',
+    "mistral": "[TOOL_CALLS][{{ c.function | tojson }}]",
+    None: "{{ c.function.name }}({{ c.function.arguments }})",
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_form_of_calls_is_the_templates(
+    form: str | None, make_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it is not the one that is read here, tools are refused by name; vLLM is told its parser."""
+    from megaswift.inference.server import Limits, Service
+    from megaswift.inference.vllm_server import VllmServer
+
+    model = make_model(tmp_path / "model", chat_template=WITH_TOOLS.replace("CALL", FORMS[form]))
+    loaded = TransformersBackend.load(model)
+    assert form_of(loaded.prompts, loaded.tokenizer) == form
+    service = Service(loaded, "tiny", GenerationOptions(max_new_tokens=4), Limits(), 1)
+
+    async def ask() -> Any:
+        return service.chat(ASK | {"tools": [HOUR]})
+
+    if form == "hermes":
+        assert asyncio.run(ask()).tools
+    else:
+        with pytest.raises(Exception, match="tools is not supported: the calls of this chat template are not read here"):
+            asyncio.run(ask())
+    service.line.close()
+    monkeypatch.setattr("megaswift.inference.vllm_server.packages_distributions", lambda: {"vllm": ["openai"]})
+    line = VllmServer(DeployArguments(ckpt_dir=str(model)), model, "tiny", "tiny").command(80)
+    assert ("--enable-auto-tool-choice" in line) is (form is not None)
+    assert (line[line.index("--tool-call-parser") + 1] if "--tool-call-parser" in line else None) == form
+
+
+def test_vllms_gate_refuses_what_vllm_would_pass_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its application here is a FastAPI one whose request allows any further field, as vLLM's does."""
+    from fastapi import FastAPI
+    from pydantic import BaseModel, ConfigDict
+
+    class Request(BaseModel):
+        model_config = ConfigDict(extra="allow")
+        messages: list[Any] = []
+        tools: list[Any] | None = None
+        logprobs: bool | None = None
+
+    async def chat(request: Request) -> dict[str, Any]:
+        return request.model_dump()
+
+    chat.__annotations__["request"] = Request
+    refusals = [
+        ({"web_search_options": {"a": 1}}, "web_search_options is not supported by this server"), ({"temprature": 0}, "temprature is not supported"),
+        ({"tools": [HOUR]}, "tools is not supported: the model's chat template has no place for them"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "image_url is not supported"),
+    ]  # fmt: skip
+    for tools in (True, False):
+        monkeypatch.setenv(GATE_VARIABLE, Rules(5000, 2, None, new_tokens=16, tools=tools, model="a/b").to_variable())
+        monkeypatch.delenv(KEY_VARIABLE, raising=False)
+        app = FastAPI()
+        app.post("/v1/chat/completions")(chat)
+        app.add_middleware(VllmGate)
+        for body, message in refusals:
+            refused = tools is False or "tools" not in body
+            code, said = _called(app, "POST", "/v1/chat/completions", body)
+            assert (code, message in said) == ((400, True) if refused else (200, False)), said
+        passed = {"user": "me", "metadata": {"a": "b"}, "logprobs": True, "functions": [], "modalities": ["text"]}
+        assert _called(app, "POST", "/v1/chat/completions", passed)[0] == 200
+        code, said = _called(app, "GET", "/v1/models/a/b")
+        assert (code, json.loads(said)["id"]) == (200, "a/b")
+        assert _called(app, "GET", "/v1/models/c")[0] == 404
+
+
+def _called(app: Any, method: str, path: str, content: Any = None) -> tuple[int, str]:
+    """Status and body of one call of an ASGI application."""
+    body, sent = b"" if content is None else json.dumps(content).encode(), []
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    scope = {"type": "http", "method": method, "path": path, "raw_path": path.encode(), "headers": headers, "query_string": b""}
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    asyncio.run(app(scope, receive, send))
+    return sent[0]["status"], b"".join(message.get("body", b"") for message in sent).decode()
+
+
 def test_a_servers_system_prompt(backend: TransformersBackend) -> None:
     from megaswift.inference.server import Limits, Service
 
     async def prompts(messages: list[dict[str, str]], system: str | None) -> list[int]:
         service = Service(backend, "tiny", GenerationOptions(max_new_tokens=4, temperature=0), Limits(), 1, system)
-        job = service.job(ASK | {"messages": messages})
+        [job] = service.chat(ASK | {"messages": messages}).jobs
         service.line.close()
         return job.prompt
 
@@ -350,6 +607,8 @@ def test_the_command_serves_and_ends_on_sigterm(model_dir: Path) -> None:
     with command(model_dir) as (process, address):
         client = openai.OpenAI(base_url=address, api_key="none", max_retries=3)
         assert client.chat.completions.create(**ASK).usage.completion_tokens > 0
+        code, body = post(address.removesuffix("/v1"), json.dumps(ASK).encode(), {"Host": "evil.example"})
+        assert (code, "evil.example" in body["error"]["message"]) == (400, True)
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) in (0, -signal.SIGTERM)
 

@@ -53,6 +53,22 @@ def test_shapes(row: dict, query: str, label: str | None, system: str | None, hi
     assert (question.query, question.label, question.system, question.history) == (query, label, system, history)
 
 
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ({"query": "q", "images": ["a.png"]}, "images"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a.png"}}]}]}, "image_url"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "q"}]}]},
+            "image",
+        ),
+    ],
+)
+def test_pictures_are_refused_by_name(row: dict, named: str) -> None:
+    with pytest.raises(BadRow, match=f"{named} is not supported; the model reads text only"):
+        question_of(row)
+
+
 def test_a_row_without_system_prompt_takes_the_given_one() -> None:
     assert question_of({"query": "q"}, system="given").system == "given"
     assert question_of({"query": "q", "system": "own"}, system="given").system == "own"

@@ -15,7 +15,7 @@ from megaswift.errors import DataError, NonFiniteError, UserError
 from megaswift.inference import decoding
 from megaswift.inference.loading import load_model
 from megaswift.inference.options import GenerationOptions, PromptTooLongError
-from megaswift.inference.text import decode
+from megaswift.inference.text import decode, whole_text
 from megaswift.inference.transformers_backend import TransformersBackend
 
 QUESTIONS = ["who are you", "你是谁", "a", "What is the capital of France? " * 3, "晚上睡不着觉怎么办"]
@@ -260,3 +260,26 @@ def test_a_tokenizer_without_template_takes_that_of_the_model_type(make_model, t
     assert 2 in named._ends
     chosen = TransformersBackend.load(path, template_type="chatml")
     assert chosen.tokenizer.decode(chosen.prompt_ids(CONVERSATIONS[0], GREEDY)).startswith("<|im_start|>user\n")
+
+
+def test_an_ordinary_end_token_is_no_part_of_the_answer(backend, model_dir, tmp_path) -> None:
+    """Whole and streamed: special tokens hide themselves when decoded, but a config may name any token as the end."""
+    for conversation in CONVERSATIONS:
+        ids = plain_generate(backend, model_dir, backend.prompt_ids(conversation, GREEDY), max_new_tokens=40, do_sample=False)
+        texts = [decode(backend.tokenizer, [token]) for token in ids]
+        places = [k for k in range(2, len(ids)) if ids[k] not in ids[:k] and "\ufffd" not in texts[k] and texts[k].strip()]
+        places = [k for k in places if whole_text(backend.tokenizer, ids[: k + 1]).endswith(texts[k])]
+        if places:
+            break
+    place = places[-1]
+    model = shutil.copytree(model_dir, tmp_path / "model")
+    for name in ("config.json", "generation_config.json"):
+        settings = json.loads((model / name).read_text(encoding="utf-8"))
+        (model / name).write_text(json.dumps(settings | {"eos_token_id": ids[place]}), encoding="utf-8")
+    other = TransformersBackend.load(model)
+    [answer] = other.generate([conversation], GREEDY)
+    assert (answer.text, answer.tokens, answer.finish) == (whole_text(other.tokenizer, ids[:place]), place + 1, "stop")
+    assert whole_text(other.tokenizer, ids[: place + 1]) == answer.text + texts[place]
+    stream = other.stream(conversation, GREEDY)
+    assert "".join(stream) == answer.text
+    assert stream.answer == answer

@@ -224,6 +224,36 @@ def _post(address: str, body: bytes, **headers: str) -> tuple[int, str]:
         return error.code, error.read().decode()
 
 
+def test_vllms_server_has_what_it_has_and_refuses_the_rest_by_name(server: tuple[Any, str]) -> None:
+    client, _ = server
+    import openai
+
+    assert client.models.retrieve(NAME).id == NAME
+    with pytest.raises(openai.NotFoundError, match="is not served here"):
+        client.models.retrieve("gpt-4")
+    text = client.completions.create(model=NAME, prompt="The capital of France is", max_tokens=4, logprobs=1)
+    assert "Paris" in text.choices[0].text
+    assert len(text.choices[0].logprobs.token_logprobs) == 4
+    ask = {"model": NAME, "messages": [{"role": "user", "content": "Is Paris in France? Answer yes or no."}]}
+    answer = client.chat.completions.create(**ask, logprobs=True, top_logprobs=2, max_tokens=2)
+    assert [len(token.top_logprobs) for token in answer.choices[0].logprobs.content] == [2, 2]
+    schema = {"type": "object", "properties": {"in_france": {"type": "boolean"}}, "required": ["in_france"], "additionalProperties": False}  # fmt: skip
+    structure = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
+    answer = client.chat.completions.create(**ask, response_format=structure, max_tokens=24)
+    assert isinstance(json.loads(answer.choices[0].message.content)["in_france"], bool)
+    picture = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}]}
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    for changes, message in (
+        ({"messages": [picture]}, "image_url is not supported"),
+        ({"tools": [tool]}, "the model's chat template has no place for them"),
+        ({"extra_body": {"temprature": 0}}, "temprature is not supported by this server"),
+        ({"web_search_options": {"search_context_size": "low"}}, "web_search_options is not supported"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=message):
+            client.chat.completions.create(**ask | changes)
+    assert client.chat.completions.create(**ask, user="me", metadata={"a": "b"}, max_tokens=1).choices
+
+
 def test_vllms_server_answers_as_transformers_within_our_limits(server: tuple[Any, str], folder: Path) -> None:
     from megaswift.inference.options import GenerationOptions
     from megaswift.inference.transformers_backend import TransformersBackend

@@ -300,6 +300,11 @@ class ChatTemplate:
         return "{% if tools %}{{ '' }}" + "{{ '' }}{% else %}{{ '' }}".join(parts) + "{{ '' }}{% endif %}"
 
     @property
+    def writes_tools(self) -> bool:
+        """Whether the Jinja itself has a place for tools; else they are written into the messages before it sees them."""
+        return self._tools or self._tool_use is not None
+
+    @property
     def all_ends(self) -> tuple[str, ...]:
         """Tokens that end an answer, with and without tools."""
         return self.ends if self._tool_use is None else tuple(sorted({*self.ends, *self._tool_use.ends}))

@@ -126,7 +126,13 @@ def accuracy_text(result: BenchResult) -> str:
     notes = [f"{name} {value:.1%}" for name, value in result.more.items() if isinstance(value, float)]
     unread = sum(not row["prediction"] for row in result.rows)
     cut, long = result.count("length"), result.count("too_long")
-    for count, what in ((unread, "without a readable answer"), (cut, "cut at the length limit"), (long, "too long to ask")):
+    counts = (
+        (unread, "without a readable answer"),
+        (cut, "cut at the length limit"),
+        (result.thoughts_cut, "of these within their thoughts"),
+        (long, "too long to ask"),
+    )
+    for count, what in counts:
         if count:
             notes.append(f"{count} {what}")
     return text + (f"  ({'; '.join(notes)})" if notes else "")

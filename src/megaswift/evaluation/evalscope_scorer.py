@@ -15,7 +15,7 @@ from importlib.metadata import version
 from typing import Any
 
 from megaswift.errors import DataError
-from megaswift.evaluation.items import Bench, Item
+from megaswift.evaluation.items import Bench, Item, by_subset
 from megaswift.evaluation.judge_process import JudgeProcess
 from megaswift.evaluation.scoring import Asked, Verdict
 
@@ -38,9 +38,9 @@ class EvalScopeScorer:
 
         name = _NAMES[bench.name]
         if few_shot:
-            for item in bench.items:
-                bench.examples(item, few_shot)  # says by name what is missing; EvalScope only asserts
-        subsets = list(dict.fromkeys(item.subset for item in bench.items))
+            for items in by_subset(bench.items).values():
+                bench.common_examples(items, few_shot)  # says by name what is missing; EvalScope only asserts
+        subsets = list(by_subset(bench.items))
         config = TaskConfig(
             model="megaswift",
             datasets=[name],
@@ -86,18 +86,17 @@ class EvalScopeScorer:
         """What EvalScope's loader gives: samples by subset, and the solved examples."""
         from evalscope.api.dataset import DatasetDict, MemoryDataset
 
-        questions: dict[str, list[Item]] = {}
-        for item in self._bench.items:
-            questions.setdefault(item.subset, []).append(item)
-        shots = {subset: list(self._shots(items[0])) for subset, items in questions.items()}
+        questions = by_subset(self._bench.items)
+        shots = {subset: list(self._shots(items)) for subset, items in questions.items()}
 
         def dataset(parts: dict[str, list[Item]]) -> Any:
             return DatasetDict({subset: MemoryDataset(self._samples(subset, items)) for subset, items in parts.items()})
 
         return dataset(questions), dataset(shots) if self._few_shot else None
 
-    def _shots(self, item: Item) -> tuple[Item, ...]:
-        return self._bench.examples(item, self._few_shot) if self._few_shot else ()
+    def _shots(self, items: list[Item]) -> tuple[Item, ...]:
+        """Solved examples of a subset: EvalScope shows the same before each of its questions."""
+        return self._bench.common_examples(items, self._few_shot) if self._few_shot else ()
 
     def _samples(self, subset: str, items: list[Item]) -> list[Any]:
         samples = []

@@ -74,14 +74,32 @@ class Bench:
 
     def examples(self, item: Item, count: int) -> tuple[Item, ...]:
         """The first `count` solved examples for a question. Raises UserError where there are fewer."""
-        found = [shot for shot in self.shots.get(item.subset, self.shots.get("", ())) if shot.question != item.question]
+        return self.common_examples([item], count)
+
+    def common_examples(self, items: Sequence[Item], count: int) -> tuple[Item, ...]:
+        """The first `count` solved examples that are none of some questions of one subset, which all get them.
+
+        Raises UserError where there are fewer.
+        """
+        subset, asked = items[0].subset, {" ".join(item.question.split()) for item in items}
+        shots = self.shots.get(subset, self.shots.get("", ()))
+        found = [shot for shot in shots if " ".join(shot.question.split()) not in asked]
         if len(found) < count:
+            same = f" beside {len(shots) - len(found)} that are asked themselves" if len(found) < len(shots) else ""
             raise UserError(
-                f"{self.name} has {len(found)} solved examples for {item.subset}, but --eval_few_shot asks for {count}.",
+                f"{self.name} has {len(found)} solved examples for {subset}{same}, but --eval_few_shot asks for {count}.",
                 where=self.source,
                 fix=f"use --eval_few_shot {len(found)}, or add the {'train' if self.kind in ('arc', 'gsm8k') else 'dev'} split",
             )
         return tuple(found[:count])
+
+
+def by_subset(items: Sequence[Item]) -> dict[str, list[Item]]:
+    """Questions by their subset, both in the order in which they stand."""
+    found: dict[str, list[Item]] = {}
+    for item in items:
+        found.setdefault(item.subset, []).append(item)
+    return found
 
 
 KINDS = {"arc": "arc", "arc_easy": "arc", "mmlu": "mmlu", "ceval": "ceval", "gsm8k": "gsm8k"}
@@ -107,9 +125,7 @@ def limited(bench: Bench, limit: int | None) -> Bench:
     total = len(bench.items)
     if limit is None or limit >= total:
         return replace(bench, total=total)
-    waiting: dict[str, list[Item]] = {}
-    for item in bench.items:
-        waiting.setdefault(item.subset, []).append(item)
+    waiting = by_subset(bench.items)
     if limit < len(waiting):  # not the first subjects of the alphabet, but subjects from all over it
         subsets = list(waiting)
         chosen = {subsets[place * len(subsets) // limit] for place in range(limit)}

@@ -14,7 +14,7 @@ from typing import Any
 
 from megaswift.errors import UserError
 from megaswift.evaluation.answers import AnswerStore, answer_key
-from megaswift.evaluation.items import LETTERS, Bench, Item
+from megaswift.evaluation.items import LETTERS, Bench, Item, by_subset
 from megaswift.evaluation.run import BenchResult, Settings
 
 _TASK_FILES = {
@@ -51,10 +51,9 @@ def run_lm_eval(backend: Any, model_key: str, bench: Bench, settings: Settings, 
     title = f"lm-eval {version('lm_eval')}"
     result = BenchResult(bench, scored_by=title)
     limit = settings.options.max_new_tokens if settings.own_limit else None
+    shots = {subset: _examples(bench, items, settings) for subset, items in by_subset(bench.items).items()}
     keys = [
-        answer_key(
-            model_key, bench.name, asdict(item), title, limit, backend.context, *map(asdict, _examples(bench, item, settings))
-        )
+        answer_key(model_key, bench.name, asdict(item), title, limit, backend.context, *map(asdict, shots[item.subset]))
         for item in bench.items
     ]
     known = [store.known(key) for key in keys]
@@ -73,8 +72,9 @@ def run_lm_eval(backend: Any, model_key: str, bench: Bench, settings: Settings, 
     return result
 
 
-def _examples(bench: Bench, item: Item, settings: Settings) -> tuple[Item, ...]:
-    return bench.examples(item, settings.few_shot) if settings.few_shot else ()
+def _examples(bench: Bench, items: list[Item], settings: Settings) -> tuple[Item, ...]:
+    """Solved examples of a subset: the harness shows the same before each of its questions."""
+    return bench.common_examples(items, settings.few_shot) if settings.few_shot else ()
 
 
 def _evaluate(backend: Any, bench: Bench, settings: Settings, keys: list[str]) -> list[dict[str, Any]]:
@@ -90,7 +90,7 @@ def _evaluate(backend: Any, bench: Bench, settings: Settings, keys: list[str]) -
         max_length=backend.context,
     )
     with tempfile.TemporaryDirectory(prefix="megaswift-lm-eval-") as place:
-        parts = _parts(bench)
+        parts = by_subset(bench.items)
         files = [_write_task(Path(place), bench, subset, items, settings) for subset, items in parts.items()]
         found = lm_eval.simple_evaluate(
             model=model,
@@ -112,13 +112,6 @@ def _evaluate(backend: Any, bench: Bench, settings: Settings, keys: list[str]) -
     return [rows[item.subset, item.id] | {"key": key} for item, key in zip(bench.items, keys)]
 
 
-def _parts(bench: Bench) -> dict[str, list[Item]]:
-    parts: dict[str, list[Item]] = {}
-    for item in bench.items:
-        parts.setdefault(item.subset, []).append(item)
-    return parts
-
-
 def _write_task(place: Path, bench: Bench, subset: str, items: list[Item], settings: Settings) -> Path:
     """A task file that includes the harness's own and says where our rows are."""
     import lm_eval.tasks
@@ -130,7 +123,7 @@ def _write_task(place: Path, bench: Bench, subset: str, items: list[Item], setti
     splits = {bench.split: items}
     train = "dev" if bench.kind in ("mmlu", "ceval") else "train"
     if settings.few_shot:
-        splits[train] = list(_examples(bench, items[0], settings))
+        splits[train] = list(_examples(bench, items, settings))
     files = {}
     for split, group in splits.items():
         files[split] = str(place / f"{bench.name}-{subset}-{split}.jsonl")

@@ -12,6 +12,7 @@ from megaswift.evaluation.answers import AnswerStore, answer_key
 from megaswift.evaluation.items import LETTERS, Bench, Item
 from megaswift.evaluation.scoring import Asked, Scorer, Verdict, make_scorer
 from megaswift.inference.options import Answer, GenerationOptions, PromptError
+from megaswift.inference.thoughts import apart, opens_thought
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class Settings:
     """How questions are asked.
 
     Attributes:
-        options: decoding; max_new_tokens is replaced by the scorer's unless `own_limit`.
+        options: decoding; max_new_tokens is replaced by the scorer's unless `own_limit`, with room for thoughts where the
+            chat template has any.
         method: generate or loglikelihood.
         few_shot, batch_size, seed: as the options say.
         system: system prompt; None for the template's own.
@@ -45,6 +47,7 @@ class BenchResult:
         scored_by, version: who judged.
         seconds: spent on this benchmark; answers taken from earlier evaluations cost none.
         asked: questions that were really asked now.
+        limit: most tokens of an answer; 0 where none is generated.
         more: further figures, such as acc_norm.
     """
 
@@ -54,6 +57,7 @@ class BenchResult:
     version: str = ""
     seconds: float = 0.0
     asked: int = 0
+    limit: int = 0
     more: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -70,7 +74,13 @@ class BenchResult:
         """Answers that ended in one way: stop, length, too_long."""
         return sum(row.get("finish") == finish for row in self.rows)
 
+    @property
+    def thoughts_cut(self) -> int:
+        """Answers that the length limit cut within their thoughts, so that nothing was answered."""
+        return sum(bool(row.get("thought_cut")) for row in self.rows)
 
+
+THOUGHTS = 8192  # tokens beside the answer's own, where a chat template has thoughts: those about mathematics take thousands
 _WRONG = Verdict("", False, 0.0)
 Tell = Callable[[str, int, int, float], None]  # benchmark, done, of, seconds
 
@@ -90,7 +100,7 @@ def run_bench(
     """
     likelihood = settings.method == "loglikelihood" and not bench.generated
     work: _Work = _Likelihoods(backend, bench, settings) if likelihood else _Generated(backend, bench, settings)
-    result = BenchResult(bench, scored_by=work.title, version=work.version)
+    result = BenchResult(bench, scored_by=work.title, version=work.version, limit=work.limit)
     keys = [answer_key(model_key, bench.name, item.id, work.identity(place)) for place, item in enumerate(bench.items)]
     rows: dict[int, dict[str, Any]] = {}
     for place, key in enumerate(keys):
@@ -115,11 +125,19 @@ def run_bench(
     return result
 
 
+def thinks(backend: Any) -> bool:
+    """Whether the chat template has thoughts, or begins one for the model: then answers need room for them."""
+    return backend.prompts.template.thinks or opens_thought(
+        backend.tokenizer, backend.prompts.ids([{"role": "user", "content": "x"}])
+    )
+
+
 class _Work:
     """How one benchmark is asked: by generation or by log-likelihood."""
 
     title: str
     version: str
+    limit = 0
 
     def identity(self, place: int) -> Any:
         """What an answer depends on beside the weights."""
@@ -134,8 +152,9 @@ class _Generated(_Work):
     def __init__(self, backend: Any, bench: Bench, settings: Settings) -> None:
         self._scorer: Scorer = make_scorer(bench, settings.few_shot, settings.seed)
         self.title, self.version = self._scorer.title, self._scorer.version
-        limit = settings.options.max_new_tokens if settings.own_limit else self._scorer.max_new_tokens
-        self._options = replace(settings.options, max_new_tokens=limit, seed=settings.seed)
+        room = self._scorer.max_new_tokens + (THOUGHTS if thinks(backend) else 0)
+        self.limit = settings.options.max_new_tokens if settings.own_limit else room
+        self._options = replace(settings.options, max_new_tokens=self.limit, seed=settings.seed)
         self._backend, self._batch = backend, settings.batch_size
         self._asked: list[Asked] = self._scorer.asked()
         system = [] if settings.system is None else [{"role": "system", "content": settings.system}]
@@ -151,7 +170,7 @@ class _Generated(_Work):
     def identity(self, place: int) -> Any:
         decoding = vars(self._options) | {"seed": self._options.seed if self._options.samples else None}
         backend = [type(self._backend).__name__, self._backend.context]
-        return [self.title, self.version, self._messages[place], self._prompts[place], decoding, *backend]
+        return [self.title, self.version, "thoughts apart", self._messages[place], self._prompts[place], decoding, *backend]
 
     def run(self, waiting: Sequence[int]) -> Iterator[tuple[int, dict[str, Any]]]:
         fitting = []
@@ -166,8 +185,10 @@ class _Generated(_Work):
         with self._scorer.judging() as judge:
             for number, answer in self._backend.answer_all(prompts, self._options, batch_size=self._batch):
                 place = fitting[number]
-                verdict = judge(self._asked[place], answer.text) if answer.text.strip() else _WRONG
-                yield place, _row(answer, answer.finish, verdict)
+                said, unfinished = apart(answer.text, opens_thought(self._backend.tokenizer, prompts[number]))
+                verdict = judge(self._asked[place], said) if said else _WRONG
+                cut = unfinished and answer.finish == "length"
+                yield place, _row(answer, answer.finish, verdict) | ({"thought_cut": True} if cut else {})
 
 
 def _row(answer: Answer, finish: str, verdict: Verdict) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from megaswift.evaluation.items import LETTERS, Bench, Item
+from megaswift.evaluation.reading import normal, own_words, read_letter, read_number
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class OwnScorer:
         few_shot: solved examples before each.
     """
 
-    version = "2"
+    version = "3"
 
     def __init__(self, bench: Bench, few_shot: int) -> None:
         from megaswift import __version__
@@ -101,15 +102,14 @@ class OwnScorer:
         if self._bench.kind == "gsm8k":
             number, right = read_number(text), read_number(item.answer)
             return Verdict(number, number == right != "", float(number == right != ""))
-        overlap = rouge_l(text, item.answer)
-        return Verdict(text.strip(), normal(text) == normal(item.answer) != "", overlap)
+        said = own_words(text, item.answer)
+        return Verdict(said, normal(said) == normal(item.answer) != "", rouge_l(said, item.answer))
 
     def judging(self) -> AbstractContextManager[Callable[[Asked, str], Verdict]]:
         """`judge` itself: these rules take microseconds."""
         return nullcontext(self.judge)
 
 
-_LETTER = r"[^\W\u3400-\u9fff]"  # or digit; not Chinese
 _MARKS = {"ceval": ("问题：", "答案：")}
 _ENGLISH = ("Question: ", "Answer: ")
 _REQUESTS = {
@@ -133,46 +133,6 @@ def _solution(item: Item, kind: str) -> str:
     if kind == "gsm8k":
         return f"{item.explanation}\nThe answer is {item.answer}."
     return f"{_MARKS.get(kind, _ENGLISH)[1]}{item.answer}"
-
-
-def read_letter(text: str, choices: Sequence[str]) -> str:
-    """The letter that an answer chooses; "" where it chooses none or cannot be read.
-
-    A letter after "answer" or its Chinese word counts first, then one that stands at the beginning, then a choice that is
-    repeated word for word, if it is the only one.
-    """
-    letters = LETTERS[: len(choices)]
-    small = rf"(?![ai]\s+[A-Za-z])[{letters.lower()}]"  # "the answer is a dog" names no choice
-    named = re.findall(rf"(?i:answer|答案|选择|选)\W*(?i:is|are|为|是|:|：)?\W*([{letters}]|{small})(?![A-Za-z'’])", text)
-    if named:
-        return named[-1].upper()
-    first = re.match(rf"\W*([{letters}])(?![A-Za-z'’])", text)
-    if first and not re.match(r"\W*A [a-z]", text):
-        return first.group(1)
-    said = [letter for letter, choice in zip(letters, choices) if _says(normal(text), normal(choice))]
-    return said[0] if len(said) == 1 else ""
-
-
-def _says(text: str, choice: str) -> bool:
-    """Whether a choice stands in a text as whole words; Chinese has no borders of words."""
-    before = rf"(?<!{_LETTER})" if re.match(_LETTER, choice) else ""
-    after = rf"(?!{_LETTER})" if re.match(_LETTER, choice[::-1]) else ""
-    return bool(choice) and re.search(before + re.escape(choice) + after, text) is not None
-
-
-def read_number(text: str) -> str:
-    """The last number of an answer, without thousands separators and trailing zeros; "" where there is none."""
-    stated = re.findall(r"(?:answer is|答案是|####|\\boxed\{)\s*[^\d\n-]{0,3}(-?\d[\d,]*(?:\.\d+)?)", text)
-    found = stated or re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
-    if not found:
-        return ""
-    number = found[-1].replace(",", "")
-    return (number.rstrip("0").rstrip(".") if "." in number else number.lstrip("+")) or "0"
-
-
-def normal(text: str) -> str:
-    """Text without case, punctuation and repeated spaces."""
-    return " ".join(re.sub(r"[^\w\s]", " ", text.lower()).split())
 
 
 def rouge_l(text: str, reference: str) -> float:

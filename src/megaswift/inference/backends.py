@@ -73,6 +73,9 @@ class Backend(Protocol):
     def stream(self, messages: Sequence[Message] | Conversation, options: GenerationOptions) -> Stream:
         """One answer, piece by piece."""
 
+    def stream_ids(self, prompt: Sequence[int], options: GenerationOptions) -> Stream:
+        """One answer to a prompt of token ids, piece by piece."""
+
 
 def pick_backend(name: str) -> str:
     """pt or vllm, from --infer_backend. Raises UserError where vLLM is wanted and cannot be had."""
@@ -165,6 +168,14 @@ def _has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def empty_gpu() -> None:
+    """Give memory that nothing holds any more back to the GPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def note(text: str) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hmac
 import json
-import os
 import sys
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 KEY_VARIABLE = "MEGASWIFT_API_KEY"
 GATE_VARIABLE = "MEGASWIFT_GATE"  # for vLLM's server, which makes the gate itself: the rules as JSON
+_MODELS = "/v1/models/"
 
 _Receive = Callable[[], Awaitable[dict[str, Any]]]
 _Send = Callable[[dict[str, Any]], Awaitable[None]]
@@ -43,6 +44,8 @@ class Rules:
             name at this machine is refused by it.
         new_tokens: most that a request may ask for; a larger number is cut to it. 0: the application sees to it.
         stop_token_ids: tokens that end an answer, added to requests.
+        tools: the model's chat template has a place for tools; looked at where new_tokens is.
+        model: name of the model in requests.
         greeting: printed on stderr once the server answers.
     """
 
@@ -51,6 +54,8 @@ class Rules:
     hosts: tuple[str, ...] | None = None
     new_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
+    tools: bool = True
+    model: str = ""
     greeting: str = ""
 
     def to_variable(self) -> str:
@@ -68,7 +73,7 @@ class Gate:
 
     def __init__(self, app: Callable[..., Awaitable[None]], rules: Rules, api_key: str | None) -> None:
         self._app, self._rules, self._api_key = app, rules, api_key
-        self._running = 0
+        self._running, self._born = 0, int(time.time())
 
     async def __call__(self, scope: dict[str, Any], receive: _Receive, send: _Send) -> None:
         if scope["type"] == "lifespan":
@@ -82,20 +87,22 @@ class Gate:
         try:
             self._check(scope)
             if scope["method"] != "POST":
-                await self._app(scope, receive, send)
+                if scope["method"] == "GET" and scope["path"].startswith(_MODELS):
+                    await _send_json(send, 200, self._model(scope["path"].removeprefix(_MODELS)))
+                else:
+                    await self._app(scope, receive, send)
                 return
             body = await self._body(receive)
             if body is None:
                 return
             if self._running >= self._rules.requests:
                 raise Refused(429, "too many requests are waiting; try again later", "rate_limit_exceeded", "rate_limit_error")
+            body = self.changed(scope, body)
         except Refused as error:
-            await _answer(send, error)
+            await _send_json(send, error.status, error.body)
             return
-        if self._rules.stop_token_ids or self._rules.new_tokens:
-            body = self._changed(body)
-            others = [(name, value) for name, value in scope["headers"] if name.lower() != b"content-length"]
-            scope = scope | {"headers": [*others, (b"content-length", str(len(body)).encode())]}
+        others = [(name, value) for name, value in scope["headers"] if name.lower() != b"content-length"]
+        scope = scope | {"headers": [*others, (b"content-length", str(len(body)).encode())]}
         given = False
 
         async def replay() -> dict[str, Any]:
@@ -139,21 +146,17 @@ class Gate:
             if not message.get("more_body"):
                 return body
 
-    def _changed(self, body: bytes) -> bytes:
-        """A request within the rules; a body that is no JSON object goes on as it is, to be refused behind the gate."""
-        try:
-            request = json.loads(body)
-        except (ValueError, RecursionError):
-            return body
-        if not isinstance(request, dict):
-            return body
-        for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
-            if isinstance(request.get(name), int) and request[name] > self._rules.new_tokens > 0:
-                request[name] = self._rules.new_tokens
-        own = request.get("stop_token_ids") or []
-        if self._rules.stop_token_ids and isinstance(own, list):
-            request["stop_token_ids"] = [*own, *self._rules.stop_token_ids]
-        return json.dumps(request).encode()
+    def changed(self, scope: dict[str, Any], body: bytes) -> bytes:
+        """The body that the application gets. Raises Refused. Here: as it came."""
+        return body
+
+    def _model(self, name: str) -> dict[str, Any]:
+        """The one model, as OpenAI's API describes it. Raises Refused for another name."""
+        if name != self._rules.model:
+            raise Refused(
+                404, f"model {name!r} is not served here; use {self._rules.model!r}", "model_not_found", param="model"
+            )
+        return {"id": name, "object": "model", "created": self._born, "owned_by": "megaswift"}
 
     def _too_large(self) -> Refused:
         return Refused(413, f"the body is larger than {self._rules.body_bytes} bytes")
@@ -167,17 +170,8 @@ class Gate:
         return tell
 
 
-class VllmGate(Gate):
-    """The gate that vLLM's server puts before itself (--middleware); rules and key come from the environment."""
-
-    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
-        rules = json.loads(os.environ[GATE_VARIABLE])
-        lists = {name: None if rules[name] is None else tuple(rules[name]) for name in ("hosts", "stop_token_ids")}
-        super().__init__(app, Rules(**rules | lists), os.environ.get(KEY_VARIABLE) or None)
-
-
-async def _answer(send: _Send, refused: Refused) -> None:
-    body = json.dumps(refused.body).encode()
+async def _send_json(send: _Send, status: int, content: dict[str, Any]) -> None:
+    body = json.dumps(content).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), (b"connection", b"close")]
-    await send({"type": "http.response.start", "status": refused.status, "headers": headers})
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -27,6 +29,7 @@ from megaswift.inference.text import printable
 
 QUIET_FROM = 100  # questions; so many are not printed one by one
 PLAIN = Recipe()  # columns as they are
+_MEDIA = ("images?", "image_url", "videos?", "audios?", "input_audio")  # columns, and kinds of content blocks
 _SHOWN = 5  # bad rows named one by one
 
 
@@ -179,7 +182,13 @@ def _usable(dataset: Dataset, args: InferArguments, *, answered: bool) -> list[i
 
 def _conversation(row: dict[str, Any], recipe: Recipe, *, answered: bool) -> Conversation:
     """A row as training reads it. Reading needs none of the template and lengths that a whole Pipeline holds."""
-    return Pipeline.__new__(Pipeline).conversation(row, recipe, answered=answered)
+    try:
+        return Pipeline.__new__(Pipeline).conversation(row, recipe, answered=answered)
+    except BadRow as error:
+        if error.reason != "images, video or audio":
+            raise
+        named = re.search(rf'"({"|".join(_MEDIA)})"', json.dumps(row, default=str))
+        raise BadRow(error.reason, f"{named.group(1) if named else 'it'} is not supported; the model reads text only") from None
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The OpenAI API over one loaded model: /v1/chat/completions, /v1/models, /health."""
+"""The OpenAI API over one loaded model: /v1/chat/completions, /v1/completions, /v1/models, /health."""
 
 from __future__ import annotations
 
@@ -7,18 +7,40 @@ import contextlib
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+from megaswift.data.conversation import BadRow, Conversation
+from megaswift.data.messages import read_messages, tools_of
 from megaswift.errors import MegaswiftError, UserError
 from megaswift.inference.backends import Backend
 from megaswift.inference.gate import Gate, Refused, Rules
-from megaswift.inference.options import Answer, GenerationOptions, PromptError, PromptTooLongError
-from megaswift.inference.request import check_supported, check_types, decoding_of, message_of
+from megaswift.inference.objects import CHAT_FORM, TEXT_FORM, Form
+from megaswift.inference.options import Answer, GenerationOptions, PromptError, PromptTooLongError, fit_prompt
+from megaswift.inference.request import (
+    CHAT,
+    COMPLETION,
+    check_supported,
+    check_types,
+    decoding_of,
+    message_of,
+    prompts_of,
+    refuse_media,
+)
 from megaswift.inference.serving import Job, Line
+from megaswift.inference.tool_calls import form_of
 
-_FINISH = {"stop": "stop", "length": "length", "interrupted": "stop"}
+_COMPLETION_TOKENS = 16  # of a completion that does not say how many, as in OpenAI's API
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request that can be answered: a job for each prompt, and whether the model may call tools."""
+
+    jobs: list[Job]
+    tools: bool = False
 
 
 @dataclass(frozen=True)
@@ -28,10 +50,12 @@ class Limits:
     Attributes:
         new_tokens: of an answer.
         messages: of one conversation.
+        prompts: of one completion.
     """
 
     new_tokens: int = 2048
     messages: int = 1000
+    prompts: int = 64
 
 
 class Service:
@@ -57,34 +81,70 @@ class Service:
         self._backend, self._options = backend, options
         self.line = Line(backend, batch_size)
         self.born = int(time.time())
+        self._tool_form = form_of(backend.prompts, backend.tokenizer)
 
-    def job(self, request: Any) -> Job:
-        """The job of a request. Raises Refused for what cannot be."""
-        check_types(request)
-        if request.get("model") not in (None, self.name):
-            raise Refused(404, f"model {request['model']!r} is not served here; use {self.name!r}", "model_not_found")
-        messages = self._messages(request.get("messages"))
-        check_supported(request)
-        options = self._decoding(request)
+    def chat(self, request: Any) -> Asked:
+        """A chat completion. Raises Refused for what cannot be."""
+        self._check(request, CHAT)
+        offered = [] if request.get("tool_choice") == "none" else request.get("tools") or []
+        conversation = self._conversation(request.get("messages"), offered)
         try:
-            prompt = self._backend.prompt_ids(messages, options)
+            return Asked([self._job(request, lambda options: self._backend.prompt_ids(conversation, options))], bool(offered))
         except PromptTooLongError as error:
             raise Refused(400, error.what, "context_length_exceeded") from error
         except PromptError as error:
             raise Refused(400, error.what) from error
-        return Job(prompt, messages, options, bool(request.get("stream")), asyncio.get_running_loop())
 
-    def _messages(self, messages: Any) -> list[dict[str, Any]]:
+    def completion(self, request: Any) -> Asked:
+        """A completion of plain text: no template, tokens as the tokenizer makes them. Raises Refused for what cannot be."""
+        self._check(request, COMPLETION)
+        prompts = prompts_of(request.get("prompt"), self.limits.prompts)
+        request = {"max_tokens": _COMPLETION_TOKENS} | {name: value for name, value in request.items() if value is not None}
+
+        def ids(prompt: str | list[int], options: GenerationOptions) -> list[int]:
+            tokenizer = self._backend.tokenizer
+            found = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+            if not found or not all(0 <= token < len(tokenizer) for token in found):
+                raise Refused(400, f"prompt must hold token ids from 0 to {len(tokenizer) - 1}", param="prompt")
+            return fit_prompt(list(found), self._backend.context, options)
+
+        try:
+            return Asked([self._job(request, partial(ids, prompt)) for prompt in prompts])
+        except PromptTooLongError as error:
+            raise Refused(400, error.what, "context_length_exceeded") from error
+
+    def _check(self, request: Any, known: frozenset[str]) -> None:
+        check_types(request)
+        if request.get("model") not in (None, self.name):
+            raise Refused(404, f"model {request['model']!r} is not served here; use {self.name!r}", "model_not_found")
+        check_supported(request, known)
+
+    def _job(self, request: dict[str, Any], ids: Callable[[GenerationOptions], list[int]]) -> Job:
+        options = self._decoding(request)
+        return Job(ids(options), options, bool(request.get("stream")), asyncio.get_running_loop())
+
+    def _conversation(self, messages: Any, tools: list[Any]) -> Conversation:
         if not isinstance(messages, list) or not messages:
             raise Refused(400, "messages must be a list with at least one message", param="messages")
         if len(messages) > self.limits.messages:
             raise Refused(400, f"more than {self.limits.messages} messages")
-        found = [message_of(message) for message in messages]
-        if found[-1]["role"] != "user":
-            raise Refused(400, "the last message must be the user's")
+        refuse_media(messages)
+        found = [message_of(message, number) for number, message in enumerate(messages)]
+        if found[-1]["role"] not in ("user", "tool"):
+            raise Refused(400, "the last message must be the user's, or a tool's")
         if self._system is not None and found[0]["role"] != "system":
             found.insert(0, {"role": "system", "content": self._system})
-        return found
+        with_tools = tools or any(message["role"] == "tool" or message.get("tool_calls") for message in found)
+        if with_tools and self._tool_form != "hermes":
+            raise Refused(
+                400,
+                "tools is not supported: the calls of this chat template are not read here; vllm has more forms",
+                param="tools",
+            )
+        try:
+            return Conversation(read_messages(found), tools_of(tools))
+        except BadRow as error:
+            raise Refused(400, f"{'tools' if error.detail.startswith('an entry of tools') else 'messages'}: {error}") from error
 
     def _decoding(self, request: dict[str, Any]) -> GenerationOptions:
         """The request's decoding within the limits; what it leaves open is the server's."""
@@ -93,51 +153,49 @@ class Service:
         except UserError as error:
             raise Refused(400, error.what.removeprefix("--")) from error
 
-    async def whole(self, job: Job) -> dict[str, Any]:
+    async def whole(self, asked: Asked, form: Form) -> dict[str, Any]:
         """The answer as one object."""
+        answers = await asyncio.gather(*map(self._answer, asked.jobs))
+        choices = [form.choice(answer, index, asked.tools) for index, answer in enumerate(answers)]
+        return form.object(self.name, _new_id(form)) | {"choices": choices, "usage": _usage(*answers)}
+
+    async def _answer(self, job: Job) -> Answer:
         answer: Answer | None = None
         async with contextlib.aclosing(self.line.pieces(job)) as pieces:
             async for item in pieces:
                 answer = item if isinstance(item, Answer) else answer
         assert answer is not None
-        choice = {
-            "index": 0,
-            "message": {"role": "assistant", "content": answer.text},
-            "logprobs": None,
-            "finish_reason": _FINISH[answer.finish],
-        }
-        return self._object("chat.completion", _new_id()) | {"choices": [choice], "usage": _usage(answer)}
+        return answer
 
-    async def events(self, job: Job, with_usage: bool) -> AsyncIterator[str]:
-        """The answer as server-sent events."""
-        number = _new_id()
+    async def events(self, asked: Asked, form: Form, with_usage: bool) -> AsyncIterator[str]:
+        """The answer as server-sent events; those to several prompts one after the other."""
+        number, answers = _new_id(form), []
 
-        def event(delta: dict[str, Any], finish: str | None = None) -> str:
-            choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
-            return _event(self._object("chat.completion.chunk", number) | {"choices": [choice]})
+        def event(choices: list[dict[str, Any]], **more: Any) -> str:
+            return _event(form.object(self.name, number, chunk=True) | {"choices": choices} | more)
 
         try:
-            yield event({"role": "assistant", "content": ""})
-            async with contextlib.aclosing(self.line.pieces(job)) as pieces:
-                async for item in pieces:
-                    if isinstance(item, str):
-                        yield event({"content": item})
-                        continue
-                    yield event({}, _FINISH[item.finish])
-                    if with_usage:
-                        yield _event(self._object("chat.completion.chunk", number) | {"choices": [], "usage": _usage(item)})
+            for index, job in enumerate(asked.jobs):
+                pieces = form.pieces(index, asked.tools)
+                for choice in pieces.first():
+                    yield event([choice])
+                async with contextlib.aclosing(self.line.pieces(job)) as items:
+                    async for item in items:
+                        for choice in pieces.last(item) if isinstance(item, Answer) else pieces.text(item):
+                            yield event([choice])
+                        answers += [item] if isinstance(item, Answer) else []
+            if with_usage:
+                yield event([], usage=_usage(*answers))
             yield "data: [DONE]\n\n"
         except (MegaswiftError, RuntimeError) as error:
             yield _event({"error": {"message": _first_line(error), "type": "server_error", "param": None, "code": None}})
-
-    def _object(self, kind: str, number: str) -> dict[str, Any]:
-        return {"id": number, "object": kind, "created": int(time.time()), "model": self.name}
 
 
 def make_app(service: Service, rules: Rules, api_key: str | None) -> Any:
     """The application behind its gate; `rules` and `api_key` are the gate's."""
     from fastapi import FastAPI
     from fastapi.responses import JSONResponse, StreamingResponse
+    from starlette.exceptions import HTTPException
     from starlette.requests import Request
 
     app = FastAPI(title="megaswift", docs_url=None, redoc_url=None, openapi_url=None)
@@ -145,6 +203,11 @@ def make_app(service: Service, rules: Rules, api_key: str | None) -> Any:
     @app.exception_handler(Refused)
     async def refused(_: Request, error: Refused) -> JSONResponse:
         return JSONResponse(error.body, error.status)
+
+    @app.exception_handler(HTTPException)
+    async def unknown(request: Request, error: HTTPException) -> JSONResponse:
+        what = f"{request.method} {request.url.path}: {error.detail}"
+        return JSONResponse(Refused(error.status_code, what).body, error.status_code)
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -155,23 +218,30 @@ def make_app(service: Service, rules: Rules, api_key: str | None) -> Any:
         entry = {"id": service.name, "object": "model", "created": service.born, "owned_by": "megaswift"}
         return {"object": "list", "data": [entry]}
 
-    async def chat(request: Request) -> Any:
+    async def answer(request: Request, ask: Callable[[Any], Asked], form: Form) -> Any:
         try:
             body = json.loads(await request.body())
         except (ValueError, RecursionError) as error:
             raise Refused(400, "the body is not JSON") from error
-        job = service.job(body)
-        if job.streams:
+        asked = ask(body)
+        if body.get("stream"):
             usage = bool((body.get("stream_options") or {}).get("include_usage"))
-            return StreamingResponse(service.events(job, usage), media_type="text/event-stream")
+            return StreamingResponse(service.events(asked, form, usage), media_type="text/event-stream")
         try:
-            return JSONResponse(await _unless_gone(request, service.whole(job)))
+            return JSONResponse(await _unless_gone(request, service.whole(asked, form)))
         except (MegaswiftError, RuntimeError) as error:
             raise Refused(500, _first_line(error), kind="server_error") from error
 
+    async def chat(request: Request) -> Any:
+        return await answer(request, service.chat, CHAT_FORM)
+
+    async def completion(request: Request) -> Any:
+        return await answer(request, service.completion, TEXT_FORM)
+
     # Annotations are texts here, and `Request` is no name of the module: FastAPI would take it for a field of the body.
-    chat.__annotations__ = {"request": Request}
-    app.post("/v1/chat/completions")(chat)
+    for path, handler in (("/v1/chat/completions", chat), ("/v1/completions", completion)):
+        handler.__annotations__ = {"request": Request}
+        app.post(path)(handler)
     return Gate(app, rules, api_key)
 
 
@@ -188,13 +258,13 @@ async def _unless_gone(request: Any, work: Any) -> Any:
         task.cancel()
 
 
-def _usage(answer: Answer) -> dict[str, int]:
-    total = answer.prompt_tokens + answer.tokens
-    return {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.tokens, "total_tokens": total}
+def _usage(*answers: Answer) -> dict[str, int]:
+    prompt, made = sum(answer.prompt_tokens for answer in answers), sum(answer.tokens for answer in answers)
+    return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
 
 
-def _new_id() -> str:
-    return f"chatcmpl-{uuid.uuid4().hex}"
+def _new_id(form: Form) -> str:
+    return f"{form.prefix}-{uuid.uuid4().hex}"
 
 
 def _event(content: dict[str, Any]) -> str:

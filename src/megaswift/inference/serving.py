@@ -8,7 +8,6 @@ import queue
 import threading
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
-from typing import Any
 
 from megaswift.errors import MegaswiftError
 from megaswift.inference.backends import Backend
@@ -21,14 +20,12 @@ class Job:
 
     Attributes:
         prompt: token ids.
-        messages: what the prompt was made of, for streams.
         options: decoding.
         streams: pieces are wanted while the answer is made.
         given_up: set when nobody waits any more.
     """
 
     prompt: list[int]
-    messages: list[dict[str, Any]]
     options: GenerationOptions
     streams: bool
     loop: asyncio.AbstractEventLoop
@@ -117,7 +114,7 @@ class Line:
                 job.tell(error if isinstance(error, MegaswiftError) else RuntimeError(f"{type(error).__name__}: {error}"))
 
     def _stream(self, job: Job) -> None:
-        stream = self._backend.stream(job.messages, job.options)
+        stream = self._backend.stream_ids(job.prompt, job.options)
         for piece in stream:
             if job.given_up.is_set():
                 stream.stop()

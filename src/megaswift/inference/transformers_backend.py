@@ -122,7 +122,11 @@ class TransformersBackend:
 
     def stream(self, messages: Sequence[Message] | Conversation, options: GenerationOptions) -> AnswerStream:
         """Pieces of the answer while it is made; with beams, which end together, the whole answer as one piece."""
-        return AnswerStream(self, self.prompt_ids(messages, options), options)
+        return self.stream_ids(self.prompt_ids(messages, options), options)
+
+    def stream_ids(self, prompt: Sequence[int], options: GenerationOptions) -> AnswerStream:
+        """`stream` for a prompt of token ids."""
+        return AnswerStream(self, list(prompt), options)
 
     def run(
         self,

