@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,17 @@ def test_every_command_parses(path: Path) -> None:
         for _, words in commands(text):
             assert words[0] in VERBS, words
             arguments.parse(getattr(arguments, VERBS[words[0]][2]), words[1:])
+
+
+def test_nothing_is_fetched_from_where_it_is_not() -> None:
+    """No document and no message sends anybody to an address or a package of ours that does not exist: a stranger may take the name."""
+    sources = [*documents(), ROOT / "CHANGELOG.md", *(ROOT / "examples").glob("*"), *(ROOT / "src" / "megaswift").rglob("*.py")]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    for path in sources:
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        assert not re.search(r"pip3? install[^\n`]*[\s'\"]megaswift\b", text), path
+        assert "/megaswift/megaswift" not in text and "git clone" not in text, path
+        assert set(re.findall(r"pip install '\.\[([\w-]+)\]'", text)) <= set(extras), path
 
 
 def test_make_targets_exist() -> None:

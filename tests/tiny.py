@@ -44,12 +44,12 @@ def save_tiny(directory: Path, name: str, seed: int = 0, **changes: Any) -> Any:
 
 def to_megatron(hf: Path, target: Path) -> Path:
     """Convert a Hugging Face folder into a bare torch_dist directory."""
-    from megaswift.convert import hf_to_megatron
+    from megaswift.convert import Precisions, hf_to_megatron
     from megaswift.hf.config import load_config
     from megaswift.hf.read import HFCheckpoint
 
     target.mkdir(parents=True)
-    hf_to_megatron(HFCheckpoint.open(hf), load_config(hf), target, "fp32")
+    hf_to_megatron(HFCheckpoint.open(hf), load_config(hf), target, Precisions(torch.float32))
     return target
 
 

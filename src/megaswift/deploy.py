@@ -98,7 +98,7 @@ def _require_packages() -> None:
     missing = [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]
     if missing:
         raise UserError(
-            f"the server needs {' and '.join(missing)}.", where="swift deploy", fix="pip install 'megaswift[deploy]'"
+            f"the server needs {' and '.join(missing)}.", where="swift deploy", fix="in the checkout: pip install '.[deploy]'"
         )
 
 

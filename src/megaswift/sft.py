@@ -364,6 +364,7 @@ def _job(args: SftArguments, start: Start, data: PreparedData, plan: Plan, pad_i
         val_data=str(data.val.path) if data.val is not None else None,
         pad_id=pad_id,
         first_step=start.first_step,
+        other_dtypes=start.manifest.get("other_dtypes") or {},
     )
 
 

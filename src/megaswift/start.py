@@ -64,7 +64,7 @@ def find_start(args: SftArguments, leads: bool = True) -> Start:
     check_layout(config, args.tp, args.pp, None, args.sequence_parallel, args.cp)
     check_offload(args, config)
     _check_tensors(root, checkpoint if converted else None, config)
-    manifest = read_manifest(checkpoint) if converted else {"dtype": _folder_dtype(root)}
+    manifest = read_manifest(checkpoint) if converted else _folder_precisions(root, config)
     goes_on = bool(manifest.get("optimizer")) and layout.iteration_of(checkpoint) > 0
     if goes_on:
         check_same_model(args, values, manifest, shown(root))
@@ -73,6 +73,8 @@ def find_start(args: SftArguments, leads: bool = True) -> Start:
     dtype = str(manifest["dtype"]) if goes_on and manifest.get("dtype") else _dtype(args, str(manifest.get("dtype")))
     if args.fp8:
         check_fp8(config, args.tp, dtype)
+    if not goes_on:
+        _tell_rounded(manifest, dtype, args.save_only_model)
     return Start(
         args=args.changed(max_length=usable_length(config, args.max_length, given="max_length" in args.explicit())),
         root=root,
@@ -172,13 +174,27 @@ def _check_tensors(root: Path, checkpoint: Path | None, config: Any) -> None:
     check_megatron(Reader(checkpoint), Model(config))
 
 
-def _folder_dtype(folder: Path) -> str:
-    """Precision of a Hugging Face folder's weights."""
-    from megaswift.convert import DTYPE_NAMES
+def _folder_precisions(folder: Path, config: Any) -> dict[str, Any]:
+    """Precisions of a Hugging Face folder's weights, as a manifest would tell them."""
+    from megaswift.convert import DTYPE_NAMES, precisions_of_folder
     from megaswift.hf.read import HFCheckpoint
 
-    source = HFCheckpoint.open(folder)
-    return DTYPE_NAMES.get(source.dtype(source.names[0]), "fp32")
+    found = precisions_of_folder(HFCheckpoint.open(folder), config)
+    return found.record() | {"dtype": DTYPE_NAMES.get(found.main, "fp32")}
+
+
+def _tell_rounded(manifest: dict[str, Any], dtype: str, only_model: bool) -> None:
+    """Say which tensors the source has in more precision than they are trained in."""
+    from megaswift.convert import DTYPES, Precisions
+    from megaswift.convert.precision import grouped, other_dtypes, wider
+
+    names = wider(other_dtypes(manifest), Precisions(DTYPES[dtype]))
+    if names:
+        later = "is saved in it, too (--save_only_model true)" if only_model else "is exported as its fp32 master copy has it"
+        say(
+            f"[yellow]rounded to {dtype} for training, though the source has more precision ({len(names)} tensors): "
+            f"{grouped(names)}. What is learnt {later}.[/yellow]"
+        )
 
 
 def _check_device(args: SftArguments) -> None:

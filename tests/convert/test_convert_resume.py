@@ -205,7 +205,7 @@ def test_a_full_disk_is_seen_first_both_ways(model: Path, tmp_path: Path, monkey
 
 def test_memory_and_blocks_of_large_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors above the block size are written in blocks of rows, and read back whole, in part and by layer."""
-    from megaswift.convert import hf_to_megatron, to_megatron, verify_round_trip
+    from megaswift.convert import Precisions, hf_to_megatron, to_megatron, verify_round_trip
     from megaswift.hf.config import load_config
     from megaswift.hf.read import HFCheckpoint
 
@@ -214,10 +214,10 @@ def test_memory_and_blocks_of_large_tensors(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(to_megatron, "_CHUNK_BYTES", 5000)
     monkeypatch.setattr(torch_dist, "FILE_BYTES", 20_000)
     source, config = HFCheckpoint.open(tmp_path / "hf"), load_config(tmp_path / "hf")
-    done = hf_to_megatron(source, config, tmp_path / "m", "fp32")
+    done = hf_to_megatron(source, config, tmp_path / "m", Precisions(torch.float32))
     reader = Reader(tmp_path / "m")
     assert len(list((tmp_path / "m").glob("*.distcp"))) > 5
-    assert verify_round_trip(reader, config, done.tensors) == len(source.names)
+    assert verify_round_trip(reader, config, done.tensors, Precisions(torch.float32)) == len(source.names)
     whole = source.tensor("lm_head.weight")
     assert torch.equal(reader.read("output_layer.weight", rows=(17, 101)), whole[17:101])
     fused = reader.read("decoder.layers.mlp.linear_fc1.weight", 2)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests import tiny
 
 from megaswift.checkpoint.reader import Reader
-from megaswift.convert import hf_to_megatron, verify_round_trip
+from megaswift.convert import Precisions, hf_to_megatron, verify_round_trip
 from megaswift.errors import DataError, UserError
 from megaswift.families import family_of
 from megaswift.families.rules import GateUp
@@ -24,11 +24,12 @@ from megaswift.hf.read import HFCheckpoint
 from megaswift.proof.parity import Parity, compare
 from megaswift.proof.prove import prove
 
+FP32 = Precisions(torch.float32)
 ATTENTION, MLP = "model.layers.{}.self_attn.", "model.layers.{}.mlp."
 
 
 def parity(folder: Path, release: Path) -> Parity:
-    return compare(load_config(folder), HFCheckpoint.open(folder), Reader(release), torch.float32, folder)
+    return compare(load_config(folder), HFCheckpoint.open(folder), Reader(release), FP32, folder)
 
 
 def altered(folder: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
@@ -44,7 +45,7 @@ def altered(folder: Path, target: Path, change: Callable[[dict[str, torch.Tensor
 @pytest.mark.parametrize("name", tiny.FAMILIES)
 def test_right_conversions_pass(name: str, tiny_folders: Any) -> None:
     folder, release = tiny_folders(name, tie_word_embeddings=name in ("qwen2", "mistral"))
-    proof = prove(load_config(folder), HFCheckpoint.open(folder), Reader(release), torch.float32, folder, 7)
+    proof = prove(load_config(folder), HFCheckpoint.open(folder), Reader(release), FP32, folder, 7)
     logits = proof["logits"]
     assert not logits["failed"]
     assert len(logits["prompts"]) >= 8 and logits["positions"] > 300
@@ -109,7 +110,7 @@ def test_a_wrong_epsilon_is_named(tiny_folders: Any, monkeypatch: pytest.MonkeyP
     wrong = dataclasses.replace(family, settings=lambda config: family.settings(config) | {"layernorm_epsilon": 1e-6})
     monkeypatch.setattr("megaswift.engine.model.family_of", lambda name: wrong)
     with pytest.raises(DataError) as caught:
-        prove(load_config(folder), HFCheckpoint.open(folder), Reader(release), torch.float32, folder, 0)
+        prove(load_config(folder), HFCheckpoint.open(folder), Reader(release), FP32, folder, 0)
     assert "rms_norm_eps is [1e-05] in config.json and [1e-06] in the Megatron model" in caught.value.what
     assert "does not compute what transformers computes" in caught.value.what
     assert "decoder.layers.0.input_layernorm" in caught.value.where
@@ -128,7 +129,7 @@ def test_a_dropped_rope_factor_is_named(tiny_folders: Any, monkeypatch: pytest.M
     folder, release = tiny_folders("llama", tie_word_embeddings=False)
     monkeypatch.setattr(model, "RotaryTable", NoFactor)
     with pytest.raises(DataError) as caught:
-        prove(load_config(folder), HFCheckpoint.open(folder), Reader(release), torch.float32, folder, 0)
+        prove(load_config(folder), HFCheckpoint.open(folder), Reader(release), FP32, folder, 0)
     assert "rope_parameters (factor 4.0" in caught.value.what
     assert "decoder.layers.0.self_attention.linear_proj" in caught.value.where and "RoPE" in caught.value.where
 
@@ -145,9 +146,9 @@ def test_swapped_tensors_are_named(tiny_folders: Any, tmp_path: Path) -> None:
     assert "decoder.layers.2.self_attention.linear_proj" in result.where and one.removesuffix(".weight") in result.where
     assert [value < 1e-5 for value in result.layers] == [True, True, True, False, False]
     (tmp_path / "good").mkdir()
-    recorded = hf_to_megatron(HFCheckpoint.open(folder), load_config(folder), tmp_path / "good", "fp32").tensors
+    recorded = hf_to_megatron(HFCheckpoint.open(folder), load_config(folder), tmp_path / "good", FP32).tensors
     with pytest.raises(DataError) as caught:
-        verify_round_trip(Reader(release), load_config(folder), recorded)
+        verify_round_trip(Reader(release), load_config(folder), recorded, FP32)
     assert caught.value.where == f"{one}, {two}"
 
 
@@ -172,8 +173,8 @@ def test_a_wrong_rule_that_survives_the_round_trip_is_caught_by_the_logits(
     )
     monkeypatch.setattr("megaswift.convert.model.family_of", lambda name: dataclasses.replace(family, rules=rules))
     (tmp_path / "release").mkdir()
-    done = hf_to_megatron(HFCheckpoint.open(folder), load_config(folder), tmp_path / "release", "fp32")
-    assert verify_round_trip(Reader(tmp_path / "release"), load_config(folder), done.tensors) == len(done.tensors)
+    done = hf_to_megatron(HFCheckpoint.open(folder), load_config(folder), tmp_path / "release", FP32)
+    assert verify_round_trip(Reader(tmp_path / "release"), load_config(folder), done.tensors, FP32) == len(done.tensors)
     result = parity(folder, tmp_path / "release")
     assert "decoder.layers.0.mlp.linear_fc" in result.where, result.where
 

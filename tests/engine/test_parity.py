@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megaswift.checkpoint.reader import Reader
-from megaswift.convert import Model, hf_to_megatron, planned_hf_tensors, verify_round_trip
+from megaswift.convert import Model, Precisions, hf_to_megatron, planned_hf_tensors, verify_round_trip
 from megaswift.hf.config import load_config
 from megaswift.hf.read import HFCheckpoint
 from megaswift.plan import padded_vocab
@@ -123,7 +123,7 @@ def test_family(name: str, tied: bool, tiny_folders: Any, pool: RankPool, tmp_pa
     source, reader = HFCheckpoint.open(folder), Reader(release)
 
     # Round trip, bit for bit, and exactly the names that transformers wrote.
-    back = {planned.name: planned.produce() for planned in planned_hf_tensors(reader, config, torch.float32)}
+    back = {planned.name: planned.produce() for planned in planned_hf_tensors(reader, config, Precisions(torch.float32))}
     assert set(back) == set(source.names)
     assert all(torch.equal(back[key], source.tensor(key)) for key in back)
 
@@ -161,9 +161,9 @@ def test_conversion_casts(dtype: str, tiny_folders: Any, tmp_path: Path) -> None
     folder, _ = tiny_folders("qwen2", tie_word_embeddings=True)
     config = load_config(folder)
     (tmp_path / "out").mkdir()
-    done = hf_to_megatron(HFCheckpoint.open(folder), config, tmp_path / "out", dtype)
-    reader = Reader(tmp_path / "out")
-    assert verify_round_trip(reader, config, done.tensors) == len(done.tensors)
     wanted = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
-    for planned in planned_hf_tensors(reader, config, wanted):
+    done = hf_to_megatron(HFCheckpoint.open(folder), config, tmp_path / "out", Precisions(wanted))
+    reader = Reader(tmp_path / "out")
+    assert verify_round_trip(reader, config, done.tensors, Precisions(wanted)) == len(done.tensors)
+    for planned in planned_hf_tensors(reader, config, Precisions(wanted)):
         assert torch.equal(planned.produce(), HFCheckpoint.open(folder).tensor(planned.name).to(wanted))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megaswift.checkpoint.reader import Reader
-from megaswift.convert import DTYPES, planned_hf_tensors
+from megaswift.convert import Precisions, planned_hf_tensors
 from megaswift.hf.config import load_config
 from megaswift.hf.read import HFCheckpoint
 from tests import tiny
@@ -55,7 +55,7 @@ def test_weights_come_back_from_every_layout(name: str, tied: bool, pool: RankPo
     for source, target, tp, pp in steps:
         pool.run(tp * pp, _weights, str(tmp_path / "hf"), str(source), str(target), tp, pp)
     original = HFCheckpoint.open(tmp_path / "hf")
-    found = planned_hf_tensors(Reader(steps[-1][1]), load_config(tmp_path / "hf"), DTYPES["fp32"])
+    found = planned_hf_tensors(Reader(steps[-1][1]), load_config(tmp_path / "hf"), Precisions(torch.float32))
     assert {tensor.name for tensor in found} == set(original.names)
     for tensor in found:
         assert torch.equal(tensor.produce(), original.tensor(tensor.name)), tensor.name

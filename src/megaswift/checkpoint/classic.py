@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -181,8 +182,11 @@ class ClassicReader:
         one = tuple(self.read(key, next(iter(layers))).shape)
         return one if None in layers else (len(layers), *one)
 
-    def dtype(self, key: str) -> torch.dtype:
-        return next(iter(self._entry(key).values()))[0].dtype
+    def dtype(self, key: str, layer: int | None = None) -> torch.dtype:
+        """The precision of a tensor or of one layer of it: one that holds the values of all its parts."""
+        layers = self._entry(key)
+        pieces = layers[layer] if layer in layers else next(iter(layers.values()))
+        return reduce(torch.promote_types, (piece.dtype for piece in pieces))
 
     def read(self, key: str, layer: int | None = None, rows: tuple[int, int] | None = None) -> Tensor:
         """A whole tensor, put together from the parts of all tensor-parallel ranks."""

@@ -7,6 +7,7 @@ both without restriction. Here the index may only name the classes it is made of
 
 from __future__ import annotations
 
+import importlib
 import io
 import pickle
 import re
@@ -15,6 +16,7 @@ from typing import Any
 
 from megaswift.checkpoint.zipped import Placeholder
 from megaswift.errors import DataError
+from megaswift.hf.unpickle import GuardedUnpickler
 
 _ALLOWED = {
     ("torch.distributed.checkpoint.metadata", name)
@@ -55,10 +57,10 @@ _DTYPES = (
 )
 
 
-class _IndexUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
+class _IndexUnpickler(GuardedUnpickler):
+    def known(self, module: str, name: str) -> Any:
         if (module, name) in _ALLOWED or (module == "torch" and name in _DTYPES):
-            return super().find_class(module, name)
+            return getattr(importlib.import_module(module), name)
         if module in _INERT:
             return Placeholder
         raise pickle.UnpicklingError(f"the index names {module}.{name}, which no checkpoint index needs")
@@ -67,8 +69,7 @@ class _IndexUnpickler(pickle.Unpickler):
 def load_index(path: Path) -> Any:
     """The `.metadata` object of a torch_dist directory. Raises DataError for anything but a plain index."""
     try:
-        with path.open("rb") as file:
-            index = _IndexUnpickler(file).load()
+        index = _IndexUnpickler(path.read_bytes()).load()
     except FileNotFoundError as error:
         raise DataError(
             "the checkpoint has no .metadata file.", where=str(path), fix="it is incomplete; use another one"

@@ -49,7 +49,8 @@ class Reader:
     def shape(self, key: str) -> tuple[int, ...]:
         return tuple(self._entry(key).size)
 
-    def dtype(self, key: str) -> torch.dtype:
+    def dtype(self, key: str, layer: int | None = None) -> torch.dtype:
+        """The precision of a tensor; all layers have the same one."""
         return self._entry(key).properties.dtype
 
     def read(self, key: str, layer: int | None = None, rows: tuple[int, int] | None = None) -> Tensor:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 SIGNATURE = f"{MANIFEST}.sig"
-_INSTALL = "pip install 'megaswift[sign]'"
+_INSTALL = "in the checkout: pip install '.[sign]'"
 
 
 def load_private_key(path: Path) -> Ed25519PrivateKey:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import math
 import mmap
 import pickle
 import struct
@@ -26,8 +27,10 @@ from torch import Tensor
 
 from megaswift.errors import DataError
 from megaswift.hf.output import forget_pages, read_in_background
+from megaswift.hf.unpickle import GuardedUnpickler
 
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+_DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 _STORAGES = {
     "FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
     "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16, "CharStorage": torch.int8,
@@ -139,6 +142,8 @@ class _Archive:
             if info.compress_type != zipfile.ZIP_STORED:
                 raise ValueError(f"record {name} is compressed")
             header = start + info.header_offset
+            if info.header_offset < 0 or header + 30 > start + length:
+                raise ValueError(f"record {name} lies outside of the archive")
             names, extra = struct.unpack("<HH", mapped.map[header + 26 : header + 30])
             place = header + 30 + names + extra
             if place + info.file_size > start + length:
@@ -165,20 +170,20 @@ class _Archive:
         return torch.frombuffer(self.mapped.map, dtype=dtype, count=count, offset=start)
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(GuardedUnpickler):
     def __init__(self, archive: _Archive) -> None:
-        super().__init__(io.BytesIO(archive.bytes("data.pkl")))
+        super().__init__(archive.bytes("data.pkl"))
         self._archive = archive
         self._storages: dict[str, Tensor] = {}
 
-    def find_class(self, module: str, name: str) -> Any:
+    def known(self, module: str, name: str) -> Any:
         known = _KNOWN.get((module, name))
         if known is not None:
             return known
         if module == "torch" and name in _STORAGES:
             return _STORAGES[name]
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
+        if module == "torch" and name in _DTYPES:
+            return _DTYPES[name]
         if f"{module}.".startswith(_INERT):
             return Placeholder
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
@@ -196,6 +201,8 @@ def _rebuild(storage: Tensor, offset: int, size: Any, stride: Any, *_: Any) -> T
     size, stride = tuple(size), tuple(stride)
     if all(size) and offset + sum((n - 1) * s for n, s in zip(size, stride)) >= storage.numel():
         raise ValueError("a tensor reaches beyond its storage")
+    if math.prod(size) > storage.numel():  # a stride of 0 would make any size out of one value
+        raise ValueError("a tensor is larger than its storage")
     return torch.as_strided(storage, size, stride, offset)
 
 

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-import torch
-
 from megaswift.convert.model import MegatronReader, Model, check_megatron, checkpoint_key, digest, raw
+from megaswift.convert.precision import Precisions
 from megaswift.errors import DataError
 from megaswift.families.rules import Rule
 
@@ -20,8 +19,13 @@ if TYPE_CHECKING:
 _FIX = "convert again; if it stays, report it"
 
 
-def verify_round_trip(reader: MegatronReader, config: PreTrainedConfig, expected: dict[str, str], threads: int = 2) -> int:
+def verify_round_trip(
+    reader: MegatronReader, config: PreTrainedConfig, expected: dict[str, str], precisions: Precisions, threads: int = 2
+) -> int:
     """Read a Megatron checkpoint back as Hugging Face tensors and compare each SHA-256; the number of equal tensors.
+
+    Args:
+        precisions: in which the hashes were taken; what is stored in more must hold such values and no others.
 
     Raises DataError naming the first tensor that differs.
     """
@@ -30,9 +34,12 @@ def verify_round_trip(reader: MegatronReader, config: PreTrainedConfig, expected
 
     def compare(rule: Rule, layer: int) -> str | None:
         values = model.read_hf(reader, rule, layer)
-        wrong = next(
-            (name for name, value in zip(model.names(rule, layer), values) if digest(value) != expected.get(name)), None
-        )
+        wrong = None
+        for name, value in zip(model.names(rule, layer), values):
+            own = value.to(precisions.of(name))
+            if digest(own) != expected.get(name) or raw(own.to(value.dtype)) != raw(value):
+                wrong = name
+                break
         reader.release(checkpoint_key(rule), model.place(rule, layer))
         return wrong
 
@@ -41,7 +48,7 @@ def verify_round_trip(reader: MegatronReader, config: PreTrainedConfig, expected
 
 
 def verify_written(
-    written: HFCheckpoint, reader: MegatronReader, config: PreTrainedConfig, dtype: torch.dtype, threads: int = 2
+    written: HFCheckpoint, reader: MegatronReader, config: PreTrainedConfig, precisions: Precisions, threads: int = 2
 ) -> int:
     """Read a Hugging Face folder back, pack it, and compare it with the Megatron checkpoint; the number of equal tensors.
 
@@ -51,9 +58,14 @@ def verify_written(
 
     def compare(rule: Rule, layer: int) -> str | None:
         names = model.names(rule, layer)
-        packed = rule.pack([written.tensor(name) for name in names], model.sizes)
-        stored = reader.read(checkpoint_key(rule), model.place(rule, layer))[: packed.shape[0]].to(dtype)
-        equal = packed.dtype == stored.dtype and raw(packed) == raw(stored)
+        parts = [written.tensor(name) for name in names]
+        wide = precisions.widest(names)
+        packed = rule.pack([part.to(wide) for part in parts], model.sizes)
+        stored = reader.read(checkpoint_key(rule), model.place(rule, layer))[: packed.shape[0]].to(wide)
+        if any(precisions.of(name) != wide for name in names):  # fused parts of several precisions
+            mine = [part.to(precisions.of(name)).to(wide) for name, part in zip(names, rule.unpack(stored, model.sizes))]
+            stored = rule.pack(mine, model.sizes)
+        equal = all(part.dtype == precisions.of(name) for name, part in zip(names, parts)) and raw(packed) == raw(stored)
         for name in names:
             written.release(name)
         reader.release(checkpoint_key(rule), model.place(rule, layer))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from megaswift.convert.model import FiniteCheck, MegatronReader, Model, check_megatron, checkpoint_key
+from megaswift.convert.precision import Precisions
 from megaswift.families.rules import GateUp, Rule
 from megaswift.hf.shards import PlannedTensor
 
@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 
 
 def planned_hf_tensors(
-    reader: MegatronReader, config: PreTrainedConfig, dtype: torch.dtype, finite: FiniteCheck | None = None
+    reader: MegatronReader, config: PreTrainedConfig, precisions: Precisions, finite: FiniteCheck | None = None
 ) -> list[PlannedTensor]:
     """Every Hugging Face tensor with the way to get its values, in the order of the computation.
 
     Args:
+        precisions: of the tensors to be made; values are cast to them.
         finite: judges every tensor; default: NaN and infinity are refused.
 
     Parts of one fused tensor are unpacked together and kept only until the last of them was taken.
@@ -29,16 +30,18 @@ def planned_hf_tensors(
     model = Model(config)
     check_megatron(reader, model)
     check = finite or FiniteCheck()
-    return [tensor for rule, layer in model.each() for tensor in _Planned(reader, model, rule, layer, dtype, check).tensors()]
+    planned = (_Planned(reader, model, rule, layer, precisions, check) for rule, layer in model.each())
+    return [tensor for one in planned for tensor in one.tensors()]
 
 
 class _Planned:
     """The Hugging Face tensors of one rule and layer."""
 
     def __init__(
-        self, reader: MegatronReader, model: Model, rule: Rule, layer: int, dtype: torch.dtype, finite: FiniteCheck
+        self, reader: MegatronReader, model: Model, rule: Rule, layer: int, precisions: Precisions, finite: FiniteCheck
     ) -> None:
-        self.reader, self.model, self.rule, self.layer, self.dtype, self.finite = reader, model, rule, layer, dtype, finite
+        self.reader, self.model, self.rule, self.layer = reader, model, rule, layer
+        self.precisions, self.finite = precisions, finite
         self.shared: dict[int, Tensor] = {}
 
     def tensors(self) -> list[PlannedTensor]:
@@ -47,7 +50,7 @@ class _Planned:
             zip(self.model.names(self.rule, self.layer), self.rule.hf_shapes(self.model.sizes))
         ):
             make, release = partial(self._make, number, name), partial(self._release, number)
-            planned.append(PlannedTensor(name, self.dtype, shape, make, self._prepare, release))
+            planned.append(PlannedTensor(name, self.precisions.of(name), shape, make, self._prepare, release))
         return planned
 
     def _make(self, number: int, name: str) -> Tensor:
@@ -57,7 +60,7 @@ class _Planned:
             if number not in self.shared:
                 self.shared.update(enumerate(self.model.read_hf(self.reader, self.rule, self.layer)))
             value = self.shared.pop(number)
-        value = value.to(self.dtype).contiguous()
+        value = value.to(self.precisions.of(name)).contiguous()
         self.finite(name, value)
         return value
 

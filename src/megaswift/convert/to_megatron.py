@@ -13,7 +13,8 @@ from torch import Tensor
 
 from megaswift.checkpoint import torch_dist
 from megaswift.checkpoint.torch_dist import Chunk
-from megaswift.convert.model import DTYPES, FiniteCheck, MegatronReader, Model, check_megatron, checkpoint_key, digest, raw
+from megaswift.convert.model import FiniteCheck, MegatronReader, Model, check_megatron, checkpoint_key, digest, raw
+from megaswift.convert.precision import Precisions
 from megaswift.families.rules import Copy, GateUp, Rule
 from megaswift.hf.names import check_source
 
@@ -33,7 +34,6 @@ class Conversion:
     files: dict[str, torch_dist.FileDigest] = field(default_factory=dict)
     tensors: dict[str, str] = field(default_factory=dict)  # Hugging Face name -> SHA-256 of its values as written
     parameters: int = 0
-    dtype: str = ""
     nonfinite: set[str] = field(default_factory=set)  # tensors with NaN or infinite values, where these were allowed
 
 
@@ -41,7 +41,7 @@ def hf_to_megatron(
     source: HFCheckpoint,
     config: PreTrainedConfig,
     directory: Path,
-    dtype: str,
+    precisions: Precisions,
     threads: int = 2,
     work: Workspace | None = None,
     allow_nonfinite: bool = False,
@@ -50,7 +50,8 @@ def hf_to_megatron(
 
     Args:
         directory: empty, but for files that `work` knows as complete.
-        dtype: fp32, bf16 or fp16; values are cast on the way.
+        precisions: of the Hugging Face tensors; values are cast to them on the way. Tensors that share a Megatron tensor
+            (q, k and v; all layers of a stack) are stored in one that holds each of them exactly.
         allow_nonfinite: note tensors with NaN or infinite values in the result and go on.
 
     Raises DataError for a missing, extra or misshapen tensor, and for NaN or infinite weights.
@@ -58,8 +59,8 @@ def hf_to_megatron(
     check_source(source, config)
     model = Model(config)
     finite = FiniteCheck(allow_nonfinite)
-    result = Conversion(dtype=dtype, nonfinite=finite.found)
-    cut = _FromFolder(source, model, DTYPES[dtype], result.tensors, finite)
+    result = Conversion(nonfinite=finite.found)
+    cut = _FromFolder(source, model, precisions, precisions.stored(model), result.tensors, finite)
     groups = [(cut.position(rule, layer), cut.chunks(rule, layer)) for rule, layer in model.each()]
     groups.sort(key=lambda group: group[0])  # reading follows the source files
     return _write(model, [chunk for _, group in groups for chunk in group], directory, threads, work, result)
@@ -69,7 +70,7 @@ def megatron_to_megatron(
     reader: MegatronReader,
     config: PreTrainedConfig,
     directory: Path,
-    dtype: str,
+    precisions: Precisions,
     threads: int = 2,
     work: Workspace | None = None,
     allow_nonfinite: bool = False,
@@ -78,29 +79,40 @@ def megatron_to_megatron(
     model = Model(config)
     check_megatron(reader, model)
     finite = FiniteCheck(allow_nonfinite)
-    result = Conversion(dtype=dtype, nonfinite=finite.found)
+    result = Conversion(nonfinite=finite.found)
+    stored = precisions.stored(model)
     chunks = []
     for rule, layer in model.each():
         lead, lead_shape = _lead(model, rule, layer)
         shape = rule.megatron_shape(model.sizes)
-        produce = _reread(reader, model, rule, layer, DTYPES[dtype], result.tensors, finite)
+        key, dtype = checkpoint_key(rule), stored[checkpoint_key(rule)]
+        produce = _reread(reader, model, rule, layer, precisions, result.tensors, finite)
         names = tuple(model.names(rule, layer))
         offset, size = (*lead, *(0 for _ in shape)), (*lead_shape, *shape)
-        chunks.append(Chunk(checkpoint_key(rule), model.global_shape(rule), offset, size, DTYPES[dtype], produce, names))
+        chunks.append(Chunk(key, model.global_shape(rule), offset, size, dtype, produce, names))
     return _write(model, chunks, directory, threads, work, result)
 
 
 def _reread(
-    reader: MegatronReader, model: Model, rule: Rule, layer: int, dtype: torch.dtype, notes: dict[str, str], finite: FiniteCheck
+    reader: MegatronReader, model: Model, rule: Rule, layer: int, precisions: Precisions, notes: dict[str, str], finite: FiniteCheck
 ) -> Callable[[], Tensor]:  # fmt: skip
     def produce() -> Tensor:
-        parts = [part.to(dtype) for part in model.read_hf(reader, rule, layer)]
-        for name, part in zip(model.names(rule, layer), parts):
-            finite(name, part)
-            notes[name] = digest(part)
-        return rule.pack(parts, model.sizes)
+        return _woven(rule, model, model.names(rule, layer), model.read_hf(reader, rule, layer), precisions, notes, finite)
 
     return produce
+
+
+def _woven(
+    rule: Rule, model: Model, names: list[str], parts: list[Tensor], precisions: Precisions, notes: dict[str, str],
+    finite: FiniteCheck,
+) -> Tensor:  # fmt: skip
+    """The Megatron tensor of a rule's Hugging Face tensors, each judged and hashed in its own precision."""
+    parts = [part.to(precisions.of(name)) for name, part in zip(names, parts)]
+    for name, part in zip(names, parts):
+        finite(name, part)
+        notes[name] = digest(part)
+    wide = precisions.widest(names)
+    return rule.pack([part.to(wide) for part in parts], model.sizes)
 
 
 def _write(
@@ -124,7 +136,8 @@ class _FromFolder:
 
     source: HFCheckpoint
     model: Model
-    dtype: torch.dtype
+    precisions: Precisions
+    stored: dict[str, torch.dtype]
     notes: dict[str, str]
     finite: FiniteCheck
 
@@ -146,20 +159,18 @@ class _FromFolder:
         return [self._chunk(rule, layer, (0,) * len(shape), shape, tuple(names), lambda: self._packed(rule, names))]
 
     def _packed(self, rule: Rule, names: list[str]) -> Tensor:
-        parts = [self.source.tensor(name).to(self.dtype) for name in names]
-        for name, part in zip(names, parts):
-            self.finite(name, part)
-            self.notes[name] = digest(part)
-        return rule.pack(parts, self.model.sizes)
+        parts = [self.source.tensor(name) for name in names]
+        return _woven(rule, self.model, names, parts, self.precisions, self.notes, self.finite)
 
     def _blocks(self, rule: Rule, layer: int, name: str, first_row: int, count: int) -> list[Chunk]:
         """A tensor that is copied, in blocks of rows; its digest is complete with the last block."""
         columns = rule.megatron_shape(self.model.sizes)[1]
-        rows = max(1, _CHUNK_BYTES // (columns * self.dtype.itemsize))
+        dtype = self.precisions.of(name)
+        rows = max(1, _CHUNK_BYTES // (columns * self.stored[checkpoint_key(rule)].itemsize))
         running: Any = hashlib.sha256()
 
         def produce(start: int, stop: int) -> Tensor:
-            part = self.source.tensor(name)[start:stop].to(self.dtype).contiguous()
+            part = self.source.tensor(name)[start:stop].to(dtype).contiguous()
             self.finite(name, part)
             running.update(raw(part))
             if stop == count:
@@ -189,10 +200,8 @@ class _FromFolder:
             for name in names if last else ():
                 self.source.release(name)
 
-        place, size = (*lead, *offset), (*lead_shape, *shape)
-        return Chunk(
-            checkpoint_key(rule), self.model.global_shape(rule), place, size, self.dtype, produce, names, prepare, release
-        )
+        key, place, size = checkpoint_key(rule), (*lead, *offset), (*lead_shape, *shape)
+        return Chunk(key, self.model.global_shape(rule), place, size, self.stored[key], produce, names, prepare, release)
 
 
 def _extra_states(model: Model, rule: Rule, layer: int) -> list[str]:

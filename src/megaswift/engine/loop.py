@@ -10,7 +10,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class Job:
     val_data: str | None
     pad_id: int
     first_step: int = 0  # steps that an earlier run already made
+    other_dtypes: dict[str, str] = field(default_factory=dict)  # tensors that the source has in another precision than the rest
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), ensure_ascii=False), encoding="utf-8")
@@ -307,7 +308,8 @@ def _origin(job: Job, run_dir: Path) -> dict[str, Any]:
 
     Read once, when the weights are: later the start may be gone (--save_total_limit deletes it), moved, or made anew.
     """
-    start, found = Path(job.checkpoint), {"config": read_config(Path(job.model_dir))}
+    start = Path(job.checkpoint)
+    found = {"config": read_config(Path(job.model_dir))} | ({"other_dtypes": job.other_dtypes} if job.other_dtypes else {})
     if not (start / MANIFEST).exists():
         return found | {"made_from": [], "source": {"origin": str(start)}}
     source = read_manifest(start).get("source") if job.first_step else None  # the run's own

@@ -34,7 +34,9 @@ def check_versions(names: tuple[str, ...] = NEEDED, package: str = "megaswift") 
             problems.append(f"{name} {wanted.specifier} is needed, {version} is installed")
     if problems:
         raise UserError(
-            "; ".join(problems) + ".", where="environment", fix="pip install --upgrade megaswift, in an environment of its own"
+            "; ".join(problems) + ".",
+            where="environment",
+            fix="pip install --upgrade . in the checkout, in an environment of its own",
         )
 
 

@@ -29,7 +29,9 @@ _TASK_FILES = {
 def check_lm_eval(benches: list[Bench]) -> None:
     """Raise UserError where the harness is not installed or does not have a benchmark."""
     if find_spec("lm_eval") is None:
-        raise UserError("lm-eval is not installed.", where="--eval_backend lm-eval", fix="pip install 'megaswift[lm-eval]'")
+        raise UserError(
+            "lm-eval is not installed.", where="--eval_backend lm-eval", fix="in the checkout: pip install '.[lm-eval]'"
+        )
     for bench in benches:
         if bench.custom:
             raise UserError(

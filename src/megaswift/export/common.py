@@ -122,13 +122,23 @@ def report_nonfinite(names: set[str]) -> None:
         say(f"  [yellow]NaN or infinite values (--allow_nonfinite true): {shown}. Logits cannot be compared.[/yellow]")
 
 
+def report_rounded(found: dict[str, str], count: int) -> None:
+    """Say which of a model's tensors hold less than in the source."""
+    if found:
+        from megaswift.convert.precision import rounded_text
+
+        say(f"  [yellow]{rounded_text(found, count)}[/yellow]")
+
+
 def report_proof(proof: dict[str, Any] | None) -> None:
     """The proof as a table, or one line that says there is none."""
     if proof is None:
         say("  [yellow]not verified (--verify false)[/yellow]")
         return
     if "logits" not in proof:
-        say(f"  round trip: {proof['round_trip_tensors']} tensors equal, bit for bit")
+        from megaswift.proof.page import round_trip
+
+        say(f"  round trip: {round_trip(proof)}")
         return
     from megaswift.proof.page import print_proof
 

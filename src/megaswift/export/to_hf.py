@@ -20,6 +20,7 @@ from megaswift.export.common import (
     report,
     report_nonfinite,
     report_proof,
+    report_rounded,
     require_free_name,
     shown,
     sign,
@@ -31,6 +32,7 @@ from megaswift.terminal import say
 if TYPE_CHECKING:
     import torch
 
+    from megaswift.convert import Precisions
     from megaswift.convert.model import MegatronReader
     from megaswift.hf.write import WriteResult
 
@@ -80,19 +82,51 @@ def convert_with_proof(args: ExportArguments) -> tuple[Path, str]:
     require_free_name(target, args.overwrite, root, weights.model_dir)
     if args.verify and weights.manifest:
         _require_untouched(weights, root)
-    from megaswift.convert import DTYPE_NAMES, DTYPES
-
-    stored = weights.reader.dtype("decoder.final_layernorm.weight")
-    dtype = DTYPES[args.dtype] if "dtype" in args.explicit() and args.dtype != "AUTO" else stored
-    say(f"{weights.label} -> Hugging Face model, {DTYPE_NAMES[dtype]}")
-    result, proof = _write(weights, target, dtype, root)
+    form = _form(weights)
+    say(f"{weights.label} -> Hugging Face model, {form.precisions}")
+    result, proof = _write(weights, form, target, root)
     report_proof(proof)
-    equal = _equal_to_source(result.tensors, weights.manifest, DTYPE_NAMES[dtype])
+    equal = _equal_to_source(result.tensors, weights.manifest, form)
     if equal:
         say(f"  {equal}")
     if (root / SFT_ARGS).exists():
         return target, f"--ckpt_dir {shown(target)}"
     return target, f"--model_type {args.model_type} --model_id_or_path {shown(target)}"
+
+
+@dataclass(frozen=True)
+class _Form:
+    """In which precision each tensor is written, and from where.
+
+    Args:
+        reader: of the values; for tensors that the source had in more precision than they were trained in, the optimizer's
+            fp32 master weights.
+        had: of the tensors before: as the source had them, and as they were trained where that was more.
+        lost: tensors that are rounded: name -> "fp32 to bf16".
+    """
+
+    reader: MegatronReader
+    had: Precisions
+    precisions: Precisions
+    lost: dict[str, str]
+
+
+def _form(weights: _Weights) -> _Form:
+    """--dtype for all tensors; without it each tensor's own precision, of the source and of the training, the wider."""
+    from megaswift.convert import DTYPES, Model, Precisions, precisions_of_checkpoint
+    from megaswift.convert.precision import chosen, other_dtypes, rounded, wider, with_masters
+
+    model, args = Model(weights.config), weights.args
+    stored, recorded = precisions_of_checkpoint(weights.reader, model), other_dtypes(weights.manifest)
+    if weights.manifest and not weights.manifest.get("iteration"):  # only converted: as the source was, or as --dtype said
+        reader, own = weights.reader, Precisions(DTYPES.get(str(weights.manifest.get("dtype")), stored.main), recorded)
+        had = own
+    else:
+        reader, own = with_masters(weights.reader, model, stored, recorded)
+        had = Precisions(own.main, {**own.others, **wider(recorded, own)})
+    asked = args.dtype if "dtype" in args.explicit() and args.dtype != "AUTO" else None
+    own = chosen(own, asked, str(weights.directory))
+    return _Form(reader, had, own, rounded(had, own, model.expected()))
 
 
 def _own_weights(root: Path, args: ExportArguments) -> _Weights:
@@ -134,14 +168,16 @@ def _require_untouched(weights: _Weights, root: Path) -> None:
     require_whole(weights.directory)
 
 
-def _write(weights: _Weights, target: Path, dtype: torch.dtype, root: Path) -> tuple[WriteResult, dict[str, Any] | None]:
+def _write(weights: _Weights, form: _Form, target: Path, root: Path) -> tuple[WriteResult, dict[str, Any] | None]:
     from megaswift.convert import FiniteCheck, planned_hf_tensors
     from megaswift.hf.folder import read_config, side_files
     from megaswift.hf.write import dtype_override, write_checkpoint
 
     values = read_config(weights.model_dir)
     named = str(values.get("dtype", values.get("torch_dtype"))).removeprefix("torch.")
-    overrides = weights.overrides | (dtype_override(values, dtype) if named != str(dtype).removeprefix("torch.") else {})
+    present = {str(dtype).removeprefix("torch.") for dtype in (form.precisions.main, *form.precisions.others.values())}
+    # A mixture may be named after any of its precisions: transformers loads all tensors in the one that stands here.
+    overrides = weights.overrides | (dtype_override(values, form.precisions.main) if named not in present else {})
     proofs: list[dict[str, Any]] = []
     finite = FiniteCheck(weights.args.allow_nonfinite)
     begin = time.perf_counter()
@@ -152,21 +188,22 @@ def _write(weights: _Weights, target: Path, dtype: torch.dtype, root: Path) -> t
         report(parameters, len(written.tensors), size, time.perf_counter() - begin, written.resumed)
         say("  re-opened and audited: names, shapes, dtypes, number of files")
         report_nonfinite(finite.found)
+        report_rounded(form.lost, len(written.tensors))
         if weights.args.verify:
-            proofs.append(_prove(written.path, weights, dtype, logits=not finite.found))
-        _finish(written, weights, target, dtype, proofs[0] if proofs else None)
+            proofs.append(_prove(written.path, weights, form, logits=not finite.found) | {"rounded": form.lost})
+        _finish(written, weights, target, form, proofs[0] if proofs else None)
 
     with replacing(target) as fresh:
         result = write_checkpoint(
             fresh,
-            planned_hf_tensors(weights.reader, weights.config, dtype, finite),
+            planned_hf_tensors(form.reader, weights.config, form.precisions, finite),
             side_files(weights.model_dir),
             overrides or None,
             parse_size(weights.args.max_shard_size),
             THREADS,
             extra_files=_args_bytes(root),
             before_publish=finish,
-            plan=json.dumps(["huggingface", str(dtype), str(weights.directory), _identity(weights)]),
+            plan=json.dumps(["huggingface", form.precisions.record(), str(weights.directory), _identity(weights)]),
             resume=weights.args.resume,
         )
     return result, proofs[0] if proofs else None
@@ -187,52 +224,48 @@ def _identity(weights: _Weights) -> Any:
     return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(weights.directory.rglob("*.pt"))]
 
 
-def _prove(written: Path, weights: _Weights, dtype: torch.dtype, logits: bool) -> dict[str, Any]:
+def _prove(written: Path, weights: _Weights, form: _Form, logits: bool) -> dict[str, Any]:
     """Read the folder back, compare it with the Megatron weights, and both models' logits unless a weight is not finite."""
-    from megaswift.convert import verify_written
+    from megaswift.convert import Model, verify_written
     from megaswift.hf.config import load_config
     from megaswift.hf.read import HFCheckpoint
     from megaswift.proof.prove import prove
 
-    source, stored = HFCheckpoint.open(written), weights.reader.dtype("decoder.final_layernorm.weight")
-    equal = verify_written(source, weights.reader, weights.config, dtype)
+    source = HFCheckpoint.open(written)
+    equal = verify_written(source, form.reader, weights.config, form.precisions)
     if not logits:
         return {"round_trip_tensors": equal}
-    wider = dtype.itemsize >= stored.itemsize
-    return prove(
-        load_config(written), source, weights.reader if wider else _Rounded(weights.reader, dtype), dtype, written, equal
-    )
+    reader = _Rounded(form.reader, form.precisions.stored(Model(weights.config)))
+    return prove(load_config(written), source, reader, form.precisions, written, equal)
 
 
 class _Rounded:
-    """A reader whose values are rounded to another precision, as the written folder's are."""
+    """A reader whose values are rounded to the precisions of the written folder."""
 
-    def __init__(self, reader: Any, dtype: torch.dtype) -> None:
-        self._reader, self._dtype = reader, dtype
+    def __init__(self, reader: Any, dtypes: dict[str, torch.dtype]) -> None:
+        self._reader, self._dtypes = reader, dtypes
 
-    def read(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self._reader.read(*args, **kwargs).to(self._dtype)
+    def read(self, key: str, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self._reader.read(key, *args, **kwargs).to(self._dtypes[key])
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._reader, name)
 
 
-def _finish(written: WriteResult, weights: _Weights, target: Path, dtype: torch.dtype, proof: dict[str, Any] | None) -> None:
+def _finish(written: WriteResult, weights: _Weights, target: Path, form: _Form, proof: dict[str, Any] | None) -> None:
     """conversion.html, and last the manifest, which names the checkpoint's."""
     from megaswift.checkpoint.manifest import ancestry, sha256_of, versions, write_manifest
-    from megaswift.convert import DTYPE_NAMES
     from megaswift.hf.folder import read_config
 
     files = {name: {"size": record.size, "sha256": record.sha256} for name, record in written.files.items()}
     verified: dict[str, Any] = {}
-    if proof is not None and "logits" not in proof:
-        verified = proof
-    elif proof is not None:
+    if proof is not None:
         from megaswift.proof.prove import PAGE, summary, write_page
 
-        facts = [("made from", weights.label), ("precision", DTYPE_NAMES[dtype]), ("tensors", str(len(written.tensors)))]
-        write_page(written.path, f"{weights.args.model_type}: Megatron to Hugging Face", facts, proof)
         verified = summary(proof)
+    if proof is not None and "logits" in proof:
+        facts = [("made from", weights.label), ("precision", str(form.precisions)), ("tensors", str(len(written.tensors)))]
+        write_page(written.path, f"{weights.args.model_type}: Megatron to Hugging Face", facts, proof)
         page = written.path / PAGE
         files[PAGE] = {"size": page.stat().st_size, "sha256": sha256_of(page)}
     write_manifest(
@@ -243,7 +276,8 @@ def _finish(written: WriteResult, weights: _Weights, target: Path, dtype: torch.
             "iteration": weights.manifest.get("iteration"),
             "made_from": ancestry(weights.directory, target) if weights.manifest else [],
             "source": weights.manifest.get("source") or {"origin": str(weights.directory)},
-            "dtype": DTYPE_NAMES[dtype],
+            **form.precisions.record(),
+            **({"rounded": form.lost} if form.lost else {}),
             "versions": versions(),
             "verified": verified,
             "config": read_config(written.path),
@@ -254,18 +288,22 @@ def _finish(written: WriteResult, weights: _Weights, target: Path, dtype: torch.
     sign(written.path, weights.args.sign)
 
 
-def _equal_to_source(tensors: dict[str, str], manifest: dict[str, Any], dtype: str) -> str | None:
-    """For weights that were only converted: whether every tensor came back as it went in. Raises DataError if not."""
+def _equal_to_source(tensors: dict[str, str], manifest: dict[str, Any], form: _Form) -> str | None:
+    """For weights that were only converted: whether every tensor came back as it went in. Raises DataError if not.
+
+    Only a tensor that is written in another precision than it was converted in has other bytes.
+    """
     original = manifest.get("hf_tensors")
     if not original:
         return None
     different = sorted(name for name, value in tensors.items() if original.get(name) != value)
     if not different:
         return f"all {len(tensors)} tensors have the SHA-256 that was recorded when they were converted"
-    if manifest.get("dtype") == dtype:
+    wrong = [name for name in different if form.precisions.of(name) == form.had.of(name)]
+    if wrong:
         raise DataError(
-            f"{len(different)} tensors are not those that were converted.",
-            where=", ".join(different[:5]),
+            f"{len(wrong)} tensors are not those that were converted.",
+            where=", ".join(wrong[:5]),
             fix="use another copy",
         )
     return f"{len(different)} tensors have other bytes than in {manifest.get('dtype')}, as they must"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from megaswift.export.common import (
     report,
     report_nonfinite,
     report_proof,
+    report_rounded,
     require_free_name,
     shown,
     sign,
@@ -27,7 +29,7 @@ from megaswift.export.common import (
 from megaswift.terminal import say
 
 if TYPE_CHECKING:
-    from megaswift.convert import Conversion
+    from megaswift.convert import Conversion, Precisions
     from megaswift.hf.publish import Workspace
 
 
@@ -39,6 +41,7 @@ class _Source:
         directory: of the weights.
         model_dir: where config.json and tokenizer are.
         config_overrides: fields of config.json that the weights ask to change.
+        had, precisions: of every Hugging Face tensor in the source, and as it is converted.
         convert: writes the weights into a directory.
         prove: config, directory and conversion -> the proof.
     """
@@ -49,7 +52,8 @@ class _Source:
     directory: Path
     model_dir: Path
     config_overrides: dict[str, Any]
-    dtype: str
+    had: Precisions
+    precisions: Precisions
     nbytes: int
     identity: list[Any]
     origin: dict[str, Any]
@@ -70,19 +74,21 @@ def to_megatron(args: ExportArguments) -> Path:
     files = sorted({source.file_of(name) for name in source.names})
     start_reading(files)
     from megaswift.checkpoint.reader import Reader
-    from megaswift.convert import DTYPES, hf_to_megatron, verify_round_trip
+    from megaswift.convert import hf_to_megatron, precisions_of_folder, verify_round_trip
+    from megaswift.convert.precision import chosen
     from megaswift.hf.config import load_config
 
     config = load_config(located.path)
-    dtype = _main_dtype(source) if args.dtype == "AUTO" else args.dtype
+    had = precisions_of_folder(source, config)
+    precisions = chosen(had, None if args.dtype == "AUTO" else args.dtype, str(located.path))
 
     def proof(release: Path, done: Conversion) -> dict[str, Any]:
         from megaswift.proof.prove import prove
 
-        equal = verify_round_trip(Reader(release), config, done.tensors)
+        equal = verify_round_trip(Reader(release), config, done.tensors, precisions)
         if done.nonfinite:  # no logit of such a model means anything
             return {"round_trip_tensors": equal}
-        return prove(config, source, Reader(release), DTYPES[dtype], located.path, equal)
+        return prove(config, source, Reader(release), precisions, located.path, equal)
 
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return _write(
@@ -94,13 +100,14 @@ def to_megatron(args: ExportArguments) -> Path:
             directory=located.path,
             model_dir=located.path,
             config_overrides={},
-            dtype=dtype,
-            nbytes=sum(
-                source.entry(name).nbytes * DTYPES[dtype].itemsize // source.dtype(name).itemsize for name in source.names
-            ),
+            had=had,
+            precisions=precisions,
+            nbytes=_bytes(config, precisions),
             identity=[located.origin, located.revision, stats],
             origin={"origin": located.origin, "revision": located.revision, "files": {name: size for name, size, _ in stats}},
-            convert=lambda release, work: hf_to_megatron(source, config, release, dtype, THREADS, work, args.allow_nonfinite),
+            convert=lambda release, work: hf_to_megatron(
+                source, config, release, precisions, THREADS, work, args.allow_nonfinite
+            ),
             prove=proof,
         ),
     )
@@ -122,12 +129,14 @@ def classic_to_megatron(args: ExportArguments) -> Path:
             fix="for a Hugging Face model give --model_type NAME or --model_id_or_path DIR",
         )
     from megaswift.checkpoint.reader import Reader
-    from megaswift.convert import DTYPE_NAMES, megatron_to_megatron, verify_round_trip
+    from megaswift.convert import Model, megatron_to_megatron, precisions_of_checkpoint, verify_round_trip
+    from megaswift.convert.precision import chosen
     from megaswift.export.old import open_classic
 
     old = open_classic(found, root, args)
-    stored = DTYPE_NAMES[old.reader.dtype("decoder.final_layernorm.weight")]
-    dtype = stored if args.dtype == "AUTO" or "dtype" not in args.explicit() else args.dtype
+    had = precisions_of_checkpoint(old.reader, Model(old.config))
+    asked = None if args.dtype == "AUTO" or "dtype" not in args.explicit() else args.dtype
+    precisions = chosen(had, asked, str(found.directory))
     stats = [
         (str(file.relative_to(found.directory)), file.stat().st_size, file.stat().st_mtime_ns)
         for _, file in sorted(found.files.items())
@@ -142,46 +151,54 @@ def classic_to_megatron(args: ExportArguments) -> Path:
             directory=root,
             model_dir=old.model_dir,
             config_overrides=old.overrides,
-            dtype=dtype,
+            had=had,
+            precisions=precisions,
             nbytes=sum(size for _, size, _ in stats),
             identity=[str(found.directory), stats],
             origin={"origin": str(found.directory), "revision": None, "files": {name: size for name, size, _ in stats}},
             convert=lambda release, work: megatron_to_megatron(
-                old.reader, old.config, release, dtype, THREADS, work, args.allow_nonfinite
+                old.reader, old.config, release, precisions, THREADS, work, args.allow_nonfinite
             ),
-            prove=lambda release, done: {"round_trip_tensors": verify_round_trip(Reader(release), old.config, done.tensors)},
+            prove=lambda release, done: {
+                "round_trip_tensors": verify_round_trip(Reader(release), old.config, done.tensors, precisions)
+            },
         ),
     )
 
 
 def _write(args: ExportArguments, source: _Source) -> Path:
     """Convert, prove, and publish the whole directory."""
+    from megaswift.convert.precision import rounded
     from megaswift.hf.publish import publish, workspace
     from megaswift.plan import check_layout
 
     check_layout(source.config, args.tp, args.pp)
     target = Path(args.megatron_output_dir or f"{source.model_type}-tp{args.tp}-pp{args.pp}").absolute()
     require_free_name(target, args.overwrite, source.directory, source.model_dir)
-    plan = json.dumps(["megatron", source.dtype, source.identity])
+    plan = json.dumps(["megatron", source.precisions.record(), source.identity])
     with replacing(target) as fresh, workspace(fresh, source.nbytes + (64 << 20), plan=plan, resume=args.resume) as work:
         release = work.path / layout.RELEASE
         release.mkdir(exist_ok=True)
-        say(f"{source.label} -> Megatron weights, {source.dtype}")
+        say(f"{source.label} -> Megatron weights, {source.precisions}")
         begin = time.perf_counter()
         done = source.convert(release, work)
         seconds = time.perf_counter() - begin
         report(done.parameters, len(done.tensors), sum(digest.size for digest in done.files.values()), seconds, work.resumed)
         report_nonfinite(done.nonfinite)
+        lost = rounded(source.had, source.precisions, done.tensors)
+        report_rounded(lost, len(done.tensors))
         work.drop_records()
-        proof = source.prove(release, done) if args.verify else None
-        _finish(work.path, args, source, done, proof)
+        proof = source.prove(release, done) | {"rounded": lost} if args.verify else None
+        _finish(work.path, args, source, done, lost, proof)
         publish(work.path, fresh)
     report_proof(proof)
     say(f"[bold]{shown(target)}[/bold] is ready. Next: swift sft --resume_from_checkpoint {shown(target)} --dataset NAME")
     return target
 
 
-def _finish(root: Path, args: ExportArguments, source: _Source, done: Conversion, proof: dict[str, Any] | None) -> None:
+def _finish(
+    root: Path, args: ExportArguments, source: _Source, done: Conversion, lost: dict[str, str], proof: dict[str, Any] | None
+) -> None:
     """Everything beside the weights, and last the manifest."""
     from megaswift.checkpoint.manifest import digest_files, versions, write_manifest
     from megaswift.hf.folder import read_config, side_files
@@ -192,21 +209,23 @@ def _finish(root: Path, args: ExportArguments, source: _Source, done: Conversion
     if source.config_overrides:
         values = read_config(root) | source.config_overrides
         (root / "config.json").write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    extra = {"model_type": source.model_type, "dtype": source.dtype}
+    precisions = source.precisions.record()
+    extra = {"model_type": source.model_type, "dtype": precisions["dtype"]}
     write_args_file(root, args, extra, name=EXPORT_ARGS)
     (root / layout.TRACKER).write_text(layout.RELEASE, encoding="utf-8")
-    verified: dict[str, Any] = proof or {}
-    if proof is not None and "logits" in proof:
+    verified: dict[str, Any] = {}
+    if proof is not None:
         from megaswift.proof.prove import summary, write_page
 
+        verified = summary(proof)
+    if proof is not None and "logits" in proof:
         facts = [
             ("source", source.label),
-            ("precision", source.dtype),
+            ("precision", str(source.precisions)),
             ("parameters", f"{done.parameters:,}"),
             ("tensors", str(len(done.tensors))),
         ]
         write_page(root, f"{source.model_type}: Hugging Face to Megatron", facts, proof)
-        verified = summary(proof)
     content = {
         "kind": "megatron",
         "iteration": 0,
@@ -215,7 +234,8 @@ def _finish(root: Path, args: ExportArguments, source: _Source, done: Conversion
         "source": source.origin,
         "made_from": [],
         "layout": {"tp": args.tp, "pp": args.pp},
-        "dtype": done.dtype,
+        **precisions,
+        **({"rounded": lost} if lost else {}),
         "versions": versions(),
         "verified": verified,
         "config": read_config(root),
@@ -227,18 +247,10 @@ def _finish(root: Path, args: ExportArguments, source: _Source, done: Conversion
     sign(release, args.sign)
 
 
-def _main_dtype(source: Any) -> str:
-    """The precision that most of a folder's bytes have."""
-    from megaswift.convert import DTYPE_NAMES
+def _bytes(config: Any, precisions: Precisions) -> int:
+    """Size of a model's Megatron tensors."""
+    from megaswift.convert import Model, checkpoint_key
 
-    totals: dict[Any, int] = {}
-    for name in source.names:
-        totals[source.dtype(name)] = totals.get(source.dtype(name), 0) + source.entry(name).nbytes
-    main = max(totals, key=lambda dtype: totals[dtype])
-    if main not in DTYPE_NAMES:
-        raise UserError(
-            f"the weights are {main}, which is not a training precision.",
-            where=str(source.path),
-            fix="give --dtype bf16, fp16 or fp32",
-        )
-    return DTYPE_NAMES[main]
+    model = Model(config)
+    stored = precisions.stored(model)
+    return sum(math.prod(rule.megatron_shape(model.sizes)) * stored[checkpoint_key(rule)].itemsize for rule, _ in model.each())

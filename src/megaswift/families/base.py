@@ -23,15 +23,27 @@ NEUTRAL_FIELDS = frozenset(
     "is_encoder_decoder id2label label2id problem_type initializer_range use_cache pad_token_id bos_token_id eos_token_id "
     "_name_or_path name_or_path output_attentions max_window_layers auto_map attn_implementation _attn_implementation "
     "unsloth_fixed unsloth_version transformers.js_config is_llama_config rope_interleaved use_mrope "
-    "tokenizer_class language task_specific_params finetuning_task".split()
+    "tokenizer_class language task_specific_params finetuning_task "
+    # Bookkeeping of transformers 4 and 5: how a model was loaded, saved, spread over devices or compiled.
+    "_attn_implementation_autoset _attn_implementation_internal attn_implementation_internal _attn_was_changed "
+    "_experts_implementation _experts_implementation_internal experts_implementation _flash_attn_2_enabled "
+    "_pre_quantization_dtype _commit_hash _auto_class _from_auto _from_pipeline _configuration_file "
+    "base_model_tp_plan base_model_pp_plan base_model_ep_plan base_model_fsdp_plan distributed_config compile_config "
+    "cache_implementation gradient_checkpointing torchscript use_bfloat16 tf_legacy_loss return_dict_in_generate "
+    "ignore_keys_at_rope_validation keys_to_ignore_at_inference output_scores custom_pipelines "
+    # Of tasks and generation: a training step has none of it.
+    "num_labels classifier_dropout prefix sep_token_id decoder_start_token_id is_decoder is_composition "
+    # Of other tools: what a tokenizer may do, what a model was made from.
+    "max_sequence_length model_max_length tokenizer_model_max_length tokenizer_padding_side pad_token model_name".split()
 )
 # Fields whose meaning every family honours through `decoder_settings`, `Sizes` or the rope code.
 HONOURED_FIELDS = frozenset(
     "model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
     "hidden_act max_position_embeddings rms_norm_eps tie_word_embeddings rope_parameters rope_scaling rope_theta "
     "attention_bias attention_dropout mlp_bias sliding_window use_sliding_window layer_types pretraining_tp "
-    "partial_rotary_factor".split()
+    "partial_rotary_factor is_causal".split()
 )
+LAYER_TYPES = ("full_attention", "sliding_attention")
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
@@ -80,7 +92,7 @@ class Family:
         unknown = [
             name
             for name, value in values.items()
-            if name not in NEUTRAL_FIELDS | HONOURED_FIELDS | self.extra_fields and value is not None and value is not False
+            if name not in NEUTRAL_FIELDS | HONOURED_FIELDS | self.extra_fields and not _says_nothing(value)
         ]
         if unknown:
             raise UserError(
@@ -93,6 +105,14 @@ class Family:
         _require(values, "mlp_bias", (False, None), where)
         _require(values, "pretraining_tp", (1, None), where)
         _require(values, "partial_rotary_factor", (1, 1.0, None), where)
+        _require(values, "is_causal", (True, None), where)
+        kinds = {str(kind) for kind in values.get("layer_types") or ()}
+        if not kinds <= set(LAYER_TYPES):
+            raise UserError(
+                f"layer_types names {', '.join(sorted(kinds - set(LAYER_TYPES)))}, which is not supported (only {', '.join(LAYER_TYPES)}).",
+                where=f"{where}: layer_types",
+                fix="train this model elsewhere; nothing was converted",
+            )
         if self.attention_bias is not None:
             _require(values, "attention_bias", (self.attention_bias, None), where)
         window = values.get("sliding_window")
@@ -107,10 +127,16 @@ class Family:
                 where=f"{where}: rope_parameters",
                 fix=f"known types: {', '.join(ROPE_TYPES)}",
             )
+        _require(rope, "partial_rotary_factor", (1, 1.0, None), f"{where}: rope_parameters")
         numbers = {f"rope_parameters: {name}": value for name, value in rope.items() if name not in ("rope_type", "type")}
         for name, value in numbers.items():
             if value is not None and not isinstance(value, (int, float)):
                 raise UserError(f"{name} = {value!r} is not a number.", where=where, fix="fetch config.json again")
+
+
+def _says_nothing(value: Any) -> bool:
+    """Whether a field is there, but off: null, false, an empty list or object."""
+    return value is None or value is False or value == [] or value == {}
 
 
 def _require(values: dict[str, Any], name: str, allowed: tuple[Any, ...], where: str) -> None:

@@ -24,9 +24,15 @@ def load_config(directory: Path) -> PreTrainedConfig:
     path = directory / "config.json"
     values = read_config(directory)
     family = family_of(str(values.get("model_type")), str(path))
-    if "quantization_config" in values:
+    if values.get("quantization_config") is not None:
         raise UserError(
             "the weights are quantized.", where=f"{path}: quantization_config", fix="give the model in bf16, fp16 or fp32"
+        )
+    if values.get("per_layer_config"):
+        raise UserError(
+            "per_layer_config gives layers of different forms, which is not supported.",
+            where=f"{path}: per_layer_config",
+            fix="train this model elsewhere; nothing was converted",
         )
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 

@@ -7,7 +7,6 @@ the values are then read from the mapped file.
 
 from __future__ import annotations
 
-import io
 import math
 import pickle
 import struct
@@ -19,6 +18,7 @@ from typing import Any
 
 from megaswift.errors import DataError
 from megaswift.hf.header import ITEM_SIZE, MAX_ELEMENTS, TensorEntry
+from megaswift.hf.unpickle import GuardedUnpickler
 
 SINGLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
@@ -153,13 +153,10 @@ def _parameter(data: Any, *_: Any) -> Any:
     return data
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(GuardedUnpickler):
     """Knows OrderedDict, torch's two ways to put a tensor together, and the names of storages; nothing else has a name."""
 
-    def __init__(self, data: bytes) -> None:
-        super().__init__(io.BytesIO(data))
-
-    def find_class(self, module: str, name: str) -> Any:
+    def known(self, module: str, name: str) -> Any:
         known: dict[tuple[str, str], Any] = {
             ("collections", "OrderedDict"): OrderedDict,
             ("torch._utils", "_rebuild_tensor_v2"): _tensor,

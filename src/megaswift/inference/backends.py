@@ -86,7 +86,7 @@ def pick_backend(name: str) -> str:
             raise UserError(
                 "vLLM is not installed.",
                 where="--infer_backend vllm",
-                fix="on NVIDIA GPUs: pip install 'megaswift[vllm]'; on a CPU see docs/evaluation.md; or use --infer_backend pt",
+                fix="on NVIDIA GPUs, in the checkout: pip install '.[vllm]'; on a CPU see docs/evaluation.md; or use --infer_backend pt",
             )
         return "vllm"
     return "vllm" if find_spec("vllm") is not None and _has_gpu() else "pt"

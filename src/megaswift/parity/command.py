@@ -211,10 +211,10 @@ class _Runs:
         import torch
 
         from megaswift.checkpoint.reader import Reader
-        from megaswift.convert import planned_hf_tensors
+        from megaswift.convert import Precisions, planned_hf_tensors
 
         reader = Reader(iteration_directory(self.out / "engine" / part, step))
-        for planned in planned_hf_tensors(reader, self.start.config, torch.float32):
+        for planned in planned_hf_tensors(reader, self.start.config, Precisions(torch.float32)):
             yield planned.name, planned.produce(), wanted[planned.name].cpu()
 
     def layouts(self, layouts: list[Layout]) -> str | None:

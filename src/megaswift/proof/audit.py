@@ -60,7 +60,7 @@ def audit(config: PreTrainedConfig, reference: Streamed, measured: Streamed) -> 
         ("attention_bias (o)", twin.self_attn.o_proj.bias is not None, attention.linear_proj.bias is not None),
         ("mlp_bias", twin.mlp.gate_proj.bias is not None, layer.mlp.linear_fc1.bias is not None),
         ("q/k norm", hasattr(twin.self_attn, "q_norm"), bool(settings.qk_layernorm)),
-        ("attention scale", round(float(twin.self_attn.scaling), 9), round(_scale(attention), 9)),
+        ("attention scale", round(float(twin.self_attn.scaling), 9), _scale(ours)),
         ("tie_word_embeddings", is_tied(config), bool(ours.share_embeddings_and_output_weights)),
         ("attention_dropout", float(getattr(config, "attention_dropout", 0.0) or 0.0), float(settings.attention_dropout)),
     ]
@@ -101,9 +101,14 @@ def _name(function: Any) -> str:
     return "silu" if name in ("silu", "siluactivation", "swish") else name
 
 
-def _scale(attention: Any) -> float:
-    own = getattr(attention.core_attention, "softmax_scale", None)
-    return float(own) if own else 1 / math.sqrt(attention.hidden_size_per_attention_head)
+def _scale(model: Any) -> float | list[float]:
+    """The factor on the scores of all layers; several where they are not the same."""
+    found = set()
+    for layer in model.decoder.layers:
+        own = getattr(layer.self_attention.core_attention, "softmax_scale", None)
+        size = layer.self_attention.hidden_size_per_attention_head
+        found.add(round(float(own) if own else 1 / math.sqrt(size), 9))
+    return found.pop() if len(found) == 1 else sorted(found)
 
 
 def _rope(config: PreTrainedConfig, theirs: Any, ours: Any) -> Finding:

@@ -33,9 +33,17 @@ def print_proof(proof: dict[str, Any]) -> None:
         "limit", "", f"{_logit_limit(parity):.1e}", f"{parity['limits']['mean_kl']:.0e}", f"{parity['limits']['top1']:.2%}"
     )
     console().print(table)
-    say(
-        f"  round trip: {proof['round_trip_tensors']} tensors equal, bit for bit; config audit: {len(proof['config'])} fields honoured"
-    )
+    say(f"  round trip: {round_trip(proof)}; config audit: {len(proof['config'])} fields honoured")
+
+
+def round_trip(proof: dict[str, Any]) -> str:
+    """How many tensors came back as they were, in words; "bit for bit" only where none was rounded."""
+    count, lost = proof["round_trip_tensors"], len(proof.get("rounded", {}))
+    if not lost:
+        return f"{count} tensors equal, bit for bit"
+    if lost == count:
+        return f"all {count} tensors equal to the source's once these are rounded"
+    return f"{count} tensors: {count - lost} equal, bit for bit, {lost} equal to the source's once these are rounded"
 
 
 def _logit_limit(parity: dict[str, Any]) -> float:
@@ -63,7 +71,8 @@ def page(title: str, facts: list[tuple[str, str]], proof: dict[str, Any]) -> str
         f"<h1>{html.escape(title)}</h1>",
         _table(["", ""], [list(fact) for fact in facts], set()),
         "<h2>Round trip</h2>",
-        f"<p class=good>{proof['round_trip_tensors']} tensors read back from the written files are equal to their source, bit for bit.</p>",
+        f"<p class=good>Read back from the written files: {html.escape(round_trip(proof))}.</p>",
+        *_lost(proof),
         "<h2>Logits against transformers</h2>",
         _table(["prompt", "tokens", "max |difference|", "mean KL (nats)", "same top-1"], rows, {1, 2, 3, 4}),
         f"<p><small>{html.escape(limits)}</small></p>",
@@ -75,6 +84,12 @@ def page(title: str, facts: list[tuple[str, str]], proof: dict[str, Any]) -> str
     ]
     head = f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'><title>{html.escape(title)}</title><style>{_STYLE}</style>"
     return head + "\n".join(parts) + "</html>\n"
+
+
+def _lost(proof: dict[str, Any]) -> list[str]:
+    """Every tensor that was rounded, by name."""
+    lost = proof.get("rounded", {})
+    return [_table(["rounded", ""], [[name, change] for name, change in lost.items()], set())] if lost else []
 
 
 def _table(names: list[str], rows: list[list[str]], numbers: set[int]) -> str:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megaswift.convert.model import MegatronReader, Model
+from megaswift.convert.precision import Precisions
 from megaswift.families.rules import Rule, Sizes
 from megaswift.proof.audit import Finding, audit
 from megaswift.proof.prompts import token_rows
@@ -72,14 +73,14 @@ class Parity:
 
 
 def compare(
-    config: PreTrainedConfig, source: HFCheckpoint, reader: MegatronReader, dtype: torch.dtype, model_dir: Path
+    config: PreTrainedConfig, source: HFCheckpoint, reader: MegatronReader, precisions: Precisions, model_dir: Path
 ) -> Parity:
     """Run both models.
 
     Args:
         config: the model's config; the folder's own.
         source, reader: the Hugging Face folder and the Megatron checkpoint.
-        dtype: precision of the stored Megatron weights; the folder's values are rounded to it.
+        precisions: of the stored Megatron weights; the folder's values are rounded to them.
         model_dir: where the tokenizer is.
     """
     from megaswift.families.base import attention_window
@@ -89,7 +90,7 @@ def compare(
     rows = token_rows(model_dir, config.vocab_size, limit)
     result = Parity()
     with one_process():
-        reference, measured = hf_stream(config, source, dtype), megatron_stream(config, reader)
+        reference, measured = hf_stream(config, source, precisions), megatron_stream(config, reader)
         result.config = audit(config, reference, measured)
         batch = _Batch(rows)
         states, wanted = _states(reference, batch)

@@ -9,22 +9,27 @@ from typing import TYPE_CHECKING, Any
 from megaswift.errors import DataError
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedConfig
 
     from megaswift.convert.model import MegatronReader
+    from megaswift.convert.precision import Precisions
     from megaswift.hf.read import HFCheckpoint
 
 PAGE = "conversion.html"
 
 
 def prove(
-    config: PreTrainedConfig, source: HFCheckpoint, reader: MegatronReader, dtype: torch.dtype, model_dir: Path, round_trip: int
+    config: PreTrainedConfig,
+    source: HFCheckpoint,
+    reader: MegatronReader,
+    precisions: Precisions,
+    model_dir: Path,
+    round_trip: int,
 ) -> dict[str, Any]:
     """Config audit and logits of a Megatron checkpoint against transformers on the Hugging Face folder.
 
     Args:
-        dtype: precision of the Megatron weights.
+        precisions: of the Megatron weights.
         model_dir: where the tokenizer is.
         round_trip: tensors that were found equal, bit for bit.
 
@@ -33,7 +38,7 @@ def prove(
     from megaswift.proof.audit import neutral_fields, require_equal
     from megaswift.proof.parity import compare
 
-    parity = compare(config, source, reader, dtype, model_dir)
+    parity = compare(config, source, reader, precisions, model_dir)
     failed = f"the Megatron form does not compute what transformers computes: {parity.failed}." if parity.failed else ""
     try:
         require_equal(parity.config, str(model_dir / "config.json"))
@@ -61,7 +66,9 @@ def write_page(directory: Path, title: str, facts: list[tuple[str, str]], proof:
 
 
 def summary(proof: dict[str, Any]) -> dict[str, Any]:
-    """What the manifest keeps of a proof: numbers without the list of all layers."""
+    """What the manifest keeps of a proof: numbers without the list of all layers; what was rounded stands beside it."""
+    if "logits" not in proof:
+        return {"round_trip_tensors": proof["round_trip_tensors"]}
     logits = {name: value for name, value in proof["logits"].items() if name not in ("layers", "failed", "where")}
     logits["worst_state"] = max(proof["logits"]["layers"])
     audited = {item["field"]: item["config"] for item in proof["config"]}

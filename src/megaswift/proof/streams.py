@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megaswift.convert.model import MegatronReader, Model, checkpoint_key
+from megaswift.convert.precision import Precisions
 from megaswift.families.base import is_tied
 
 if TYPE_CHECKING:
@@ -48,11 +49,11 @@ class Streamed:
         self.module, self.run, self.layers, self.embedding = module, run, layers, embedding
 
 
-def hf_stream(config: PreTrainedConfig, source: HFCheckpoint, dtype: torch.dtype) -> Streamed:
+def hf_stream(config: PreTrainedConfig, source: HFCheckpoint, precisions: Precisions) -> Streamed:
     """The transformers model of a folder.
 
     Args:
-        dtype: values are rounded to it first, as the conversion did; the computation is fp32.
+        precisions: values are rounded to them first, as the conversion did; the computation is fp32.
     """
     from transformers import AutoModelForCausalLM
 
@@ -60,10 +61,11 @@ def hf_stream(config: PreTrainedConfig, source: HFCheckpoint, dtype: torch.dtype
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
     _real_buffers(model, config)
     model.eval()
+    tied = is_tied(config)
 
     def load(name: str) -> Tensor:
-        stored = name if name in source.names else "model.embed_tokens.weight"
-        return source.tensor(stored).to(dtype)
+        stored = "model.embed_tokens.weight" if tied and name == "lm_head.weight" else name  # a copy may have another precision
+        return source.tensor(stored).to(precisions.of(stored))
 
     def release(name: str) -> None:
         if name in source.names:
