@@ -23,6 +23,43 @@ NPROC_PER_NODE=2 swift parity --resume_from_checkpoint smollm2-135m-instruct-tp1
 measures what they cost on this machine and prints it; `deterministic` among the `--layouts` of `swift parity` times whole steps.
 """
 
+NORM = """
+### The gradient norm, by hand
+
+The log's `grad_norm` and that of `swift parity` are one number: the Euclidean norm of the gradient of the mean loss over all supervised
+tokens of the global batch, before clipping. `swift parity` leaves the samples of the first step in `step1.jsonl`, and this gives the
+same norm from transformers alone:
+
+```python
+import json
+import torch
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("smollm2-135m-instruct", dtype=torch.float32)
+model.get_input_embeddings().padding_idx = None
+samples = [json.loads(line) for line in open("step1.jsonl")]
+tokens = sum(label != -100 for sample in samples for label in sample["labels"][1:])
+for sample in samples:
+    ids, labels = (torch.tensor([sample[name]]) for name in ("input_ids", "labels"))
+    model(input_ids=ids, labels=labels, num_items_in_batch=tokens).loss.backward()
+print(sum(float(weight.grad.double().square().sum()) for weight in model.parameters()) ** 0.5)
+```
+
+Another number comes out where one of these is left out:
+
+- **padding_idx.** transformers gives the embedding row of `pad_token_id` no gradient. In SmolLM2, as in many models, that token also ends
+  every turn, so it stands in every row; the engine trains its row like all others.
+- **The tokens.** A mean of the micro batches' means, or of the rows', weighs tokens by the row that they stand in. The sum over the
+  global batch is divided once, as transformers' own Trainer does with `num_items_in_batch`.
+- **Clipping.** Both norms are from before `--max_grad_norm`, as `clip_grad_norm_` returns it.
+- **Tied embeddings** are one weight with one gradient, the sum over both of its uses. The copies of two pipeline stages count once, and so
+  do weights that every rank of `--tp` has. Rows of a padded vocabulary have no gradient.
+- **Precision.** torch's `clip_grad_norm_` on a CPU adds up a tensor's squares in fp32 one after the other: with SmolLM2's embedding, 28 million
+  values, it can be off by 5e-4. The sum above is in fp64. In bf16 a model of transformers keeps its gradients in bf16; the engine and the
+  reference add them up in fp32, so compare in fp32.
+- **The log** has the loss as a mean over `--logging_steps`, and the norm of the last of these steps. In fp16 a step that overflowed has none.
+"""
+
 
 def write_document(path: Path, results: dict[str, Any]) -> None:
     """Write the document, and beside it the picture of the learning curves."""
@@ -129,8 +166,9 @@ def _transformers(found: dict[str, Any]) -> str:
         "## The loss of transformers\n\n"
         f"The same rows through transformers' model and `torch.optim.AdamW`, sample by sample, without padding and packing. fp32, {steps} "
         "steps; the largest relative difference of the loss, of the gradient's norm, of any tensor's gradient and of any tensor after "
-        "the update, over all steps.\n\n"
+        "the update, over all steps. The reference is built without `padding_idx`.\n\n"
         + table(["family", "engine at", "loss", "gradient norm", "worst gradient", "worst weight", "verdict"], rows)
+        + NORM
     )
 
 

@@ -53,7 +53,7 @@ class RankPool:
     def run(self, world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """Run `function(*arguments)` on every rank at once and return their results in rank order."""
         self._fill(world_size)
-        port = _free_port()
+        port = free_port()
         for rank in range(world_size):
             environment = {
                 "RANK": str(rank),
@@ -93,7 +93,7 @@ class RankPool:
         self._ranks = []
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port below those that the system hands out by itself: one of these can be taken again before rank 0 listens."""
     while True:
         port = random.SystemRandom().randrange(20000, 32000)

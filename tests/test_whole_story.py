@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -216,18 +217,16 @@ def test_a_killed_rank_ends_the_run_with_one_message(work: Path, tmp_path: Path)
 
     def kill_rank_1() -> None:
         deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            logs = list(tmp_path.rglob("logging.jsonl"))
-            if logs and logs[0].stat().st_size:
-                ranks = subprocess.run(
-                    ["pgrep", "-P", str(process.pid), "-f", "megaswift.engine.loop"],
-                    capture_output=True,
-                    text=True,
-                    check=False,
-                ).stdout.split()
-                os.kill(int(ranks[-1]), signal.SIGKILL)
-                return
+        while time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.3)
+            with contextlib.suppress(OSError):  # a directory that was renamed, a rank that has ended: look again
+                logs = list(tmp_path.rglob("logging.jsonl"))
+                if logs and logs[0].stat().st_size:
+                    listed = ["pgrep", "-P", str(process.pid), "-f", "megaswift.engine.loop"]
+                    ranks = subprocess.run(listed, capture_output=True, text=True, check=False).stdout.split()
+                    if len(ranks) == 2:
+                        os.kill(int(ranks[-1]), signal.SIGKILL)
+                        return
 
     killer = threading.Thread(target=kill_rank_1)
     killer.start()

@@ -93,6 +93,15 @@ def train(pool: RankPool, output: Path, world_size: int, **options: Any) -> Run:
     return Run(directory, [json.loads(line) for line in lines])
 
 
+def written_job(world_size: int, **options: Any) -> Path:
+    """Do what `swift sft` does before it starts ranks; the file that it hands to them."""
+    with (
+        mock.patch("megaswift.sft._start", lambda run_dir, job, *_: job.write(run_dir / "job.json")),
+        mock.patch.dict(os.environ, {"NPROC_PER_NODE": str(world_size)}),
+    ):
+        return sft.sft_main(SftArguments(**options)) / "job.json"
+
+
 def run_job(path: str) -> None:
     """The loop of one rank."""
     from megaswift.engine.loop import Job, run
@@ -100,4 +109,4 @@ def run_job(path: str) -> None:
     run(Job.read(Path(path)))
 
 
-__all__ = ["Run", "cache_root", "tiny_start", "train", "write_rows"]
+__all__ = ["Run", "cache_root", "tiny_start", "train", "write_rows", "written_job"]

@@ -34,6 +34,7 @@ class Facts:
     dtype: str  # fp32, bf16 or fp16: --dtype with AUTO resolved
     load: str  # directory whose weights training starts from
     save: str  # directory of this run
+    kept_batch: int | None = None  # the global batch of the run that goes on; None: a new run, the options tell
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ def accumulation(args: SftArguments, world_size: int) -> int:
 
 
 def global_batch_size(args: SftArguments, facts: Facts) -> int:
-    """Rows in one step. The world size counts all processes, so tp, pp and cp multiply it as well."""
-    return args.batch_size * accumulation(args, facts.world_size) * facts.world_size
+    """Rows in one step: those of a run that goes on. Else the world size counts all processes: tp, pp and cp multiply it too."""
+    return facts.kept_batch or args.batch_size * accumulation(args, facts.world_size) * facts.world_size
 
 
 def train_iters(args: SftArguments, facts: Facts) -> int:
@@ -113,6 +114,8 @@ def megatron_arguments(args: SftArguments, facts: Facts) -> dict[str, Any]:
 def filled_rows(args: SftArguments, facts: Facts) -> list[tuple[str, str, str]]:
     """The table as text for people: Megatron's names, our expression, the value."""
     expressions: dict[tuple[str, ...], str] = {("train_iters",): "max_steps"} if args.max_steps > 0 else {}
+    if facts.kept_batch:
+        expressions["global_batch_size",] = "that of the run, which goes on"
     return [(", ".join(row.megatron), expressions.get(row.megatron, row.sft), _text(row.value(args, facts))) for row in TABLE]
 
 

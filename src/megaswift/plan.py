@@ -40,7 +40,7 @@ class Plan:
     max_length: int
     pad_multiple: int  # sequence lengths are multiples of this
     micro_batches: int  # micro batches of one data-parallel rank in one step
-    gradient_accumulation_steps: int
+    gradient_accumulation_steps: int | None  # None: a run goes on whose global batch is no multiple of rows x processes
     train_rows: int
     val_rows: int
     decay_steps: int
@@ -260,23 +260,20 @@ def make_plan(
     val_rows: int,
     load: str,
     save: str,
+    kept_batch: int | None = None,
 ) -> Plan:
-    """The plan of a run. Raises UserError or DataError for what cannot work."""
-    check_numbers(args)
-    check_layout(config, args.tp, args.pp, world_size, args.sequence_parallel, args.cp)
-    check_offload(args, config)
-    if train_rows == 0:
-        raise DataError(
-            "no row is left to train on.",
-            where="--dataset",
-            fix="see the counts above; give more data, or a larger --max_length",
-        )
-    facts = mapping.Facts(world_size, train_rows, val_rows, dtype, load, save)
+    """The plan of a run; `kept_batch` is the global batch of one that goes on, and divides into batch_size x dp.
+
+    Raises UserError or DataError for what cannot work.
+    """
+    _check_run(args, config, world_size, train_rows)
+    facts = mapping.Facts(world_size, train_rows, val_rows, dtype, load, save, kept_batch)
     values = mapping.megatron_arguments(args, facts)
     steps, warmup = values["train_iters"], values["lr_warmup_iters"]
     if steps < 1:
         raise UserError("the run would have no step.", where="--num_train_epochs, --max_steps", fix="ask for at least one step")
-    accumulation = mapping.accumulation(args, world_size)
+    accumulation, rest = divmod(values["global_batch_size"], args.batch_size * world_size)
+    dp = world_size // (args.tp * args.pp * args.cp)
     moments = mapping.MOMENTS.get(args.optim, "fp32")
     if dtype == "fp16":
         _check_fp16(args, moments)
@@ -288,13 +285,13 @@ def make_plan(
         world_size=world_size,
         tp=args.tp,
         pp=args.pp,
-        dp=world_size // (args.tp * args.pp * args.cp),
+        dp=dp,
         cp=args.cp,
         padded_vocab=padded_vocab(config.vocab_size, args.tp),
         max_length=args.max_length,
         pad_multiple=(2 * args.cp if args.cp > 1 else 1) * (args.tp if args.sequence_parallel else 1),
-        micro_batches=accumulation * args.tp * args.pp * args.cp,
-        gradient_accumulation_steps=accumulation,
+        micro_batches=values["global_batch_size"] // (args.batch_size * dp),
+        gradient_accumulation_steps=None if rest else accumulation,
         train_rows=train_rows,
         val_rows=val_rows,
         # Megatron counts warm-up into the decay and wants decay > warm-up; the last step then has exactly min_lr.
@@ -309,6 +306,19 @@ def make_plan(
         cpu_offloading_num_layers=args.cpu_offloading_num_layers,
         host_bytes=host_bytes,
     )
+
+
+def _check_run(args: SftArguments, config: PreTrainedConfig, world_size: int, train_rows: int) -> None:
+    """Raise UserError or DataError unless options, model, processes and rows go together."""
+    check_numbers(args)
+    check_layout(config, args.tp, args.pp, world_size, args.sequence_parallel, args.cp)
+    check_offload(args, config)
+    if train_rows == 0:
+        raise DataError(
+            "no row is left to train on.",
+            where="--dataset",
+            fix="see the counts above; give more data, or a larger --max_length",
+        )
 
 
 def _check_fp16(args: SftArguments, moments: str) -> None:

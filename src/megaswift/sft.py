@@ -24,7 +24,7 @@ from megaswift.cache import cache_root
 from megaswift.checkpoint.keep import clean
 from megaswift.checkpoint.layout import MANIFEST
 from megaswift.checkpoint.lock import LOCK, locked
-from megaswift.checkpoint.resume import check_unchanged, with_saved_batch
+from megaswift.checkpoint.resume import check_unchanged, kept_batch
 from megaswift.errors import Stopped, UserError
 from megaswift.hf.folder import RUN_FILES, side_files
 from megaswift.plan import Plan, make_plan
@@ -78,21 +78,23 @@ def _train(args: SftArguments, stop: StopSignals) -> Path:
     if args.fp8:
         versions.check_fp8(place.processes)
     start = find_start(args, place.leads)
-    given, args = start.args, start.args
+    args, batch = start.args, None
     if start.run_dir is not None:
-        args = with_saved_batch(args, start.manifest, place.world_size, shown(start.root))
+        batch, note = kept_batch(args, start.manifest, place.world_size, shown(start.root))
+        if note and place.leads:
+            say(f"[yellow]{note}.[/yellow]")
     template = _template(args, start)
-    rows = streamed_rows(args, place.world_size)
+    rows = streamed_rows(args, place.world_size, batch)
     data = prepare(args, template, cache_dir=cache_root(), packing=args.packing, stream_rows=rows)
     run_dir = start.run_dir or new_run_dir(args, place.leads)
-    plan = _plan(args, start, data, place, run_dir)
+    plan = _plan(args, start, data, place, run_dir, batch)
     if start.run_dir is not None:
         _check_run(args, start, data, plan)
     require_rows(len(data.train), plan.global_batch)
     with locked(run_dir) if place.leads else nullcontext():
         if place.leads:
             _print_plan(plan, data, args)
-            _fill_run_dir(run_dir, given.changed(template_date=template.state["date"] or None), plan, start)
+            _fill_run_dir(run_dir, args.changed(template_date=template.state["date"] or None), plan, start)
         if start.first_step >= plan.train_iters:
             say(f"[bold]{shown(run_dir)}[/bold] has made all of its {plan.train_iters} steps: there is nothing left to do.")
         else:
@@ -173,15 +175,15 @@ def _check_run(args: SftArguments, start: Start, data: PreparedData, plan: Plan)
         )
 
 
-def streamed_rows(args: SftArguments, world_size: int) -> int | None:
-    """Training rows that a streamed run needs; None where all data is read."""
+def streamed_rows(args: SftArguments, world_size: int, batch: int | None = None) -> int | None:
+    """Training rows that a streamed run needs, `batch` a step where that is kept; None where all data is read."""
     if not args.streaming:
         return None
     if args.max_steps <= 0:
         raise UserError(
             "streamed data has no length, so the number of steps must be given.", where="--streaming", fix="add --max_steps N"
         )
-    return args.max_steps * mapping.accumulation(args, world_size) * args.batch_size * world_size
+    return args.max_steps * (batch or mapping.accumulation(args, world_size) * args.batch_size * world_size)
 
 
 def _template(args: SftArguments, start: Start) -> ChatTemplate:
@@ -236,7 +238,9 @@ def new_run_dir(args: SftArguments, leads: bool = True) -> Path:
     return parent / f"v{max(taken, default=-1) + 1}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
 
 
-def _plan(args: SftArguments, start: Start, data: PreparedData, place: Cluster, run_dir: Path) -> Plan:
+def _plan(
+    args: SftArguments, start: Start, data: PreparedData, place: Cluster, run_dir: Path, batch: int | None = None
+) -> Plan:
     return make_plan(
         args,
         start.config,
@@ -247,6 +251,7 @@ def _plan(args: SftArguments, start: Start, data: PreparedData, place: Cluster, 
         val_rows=len(data.val) if data.val is not None else 0,
         load=str(start.root),
         save=str(run_dir),
+        kept_batch=batch,
     )
 
 
@@ -263,12 +268,21 @@ def _print_plan(plan: Plan, data: PreparedData, args: SftArguments) -> None:
     out.print()
     out.print(
         f"{plan.world_size} processes = tp {plan.tp} x pp {plan.pp} x {f'cp {plan.cp} x ' if plan.cp > 1 else ''}dp {plan.dp}, {plan.dtype}{' with FP8 products in the blocks' if args.fp8 else ''}\n"
-        f"global batch {plan.global_batch} = {args.batch_size} rows x {plan.gradient_accumulation_steps} accumulation x {plan.world_size} processes; "
-        f"each data-parallel rank runs {plan.micro_batches} micro batches a step\n"
+        f"global batch {plan.global_batch} = {args.batch_size} rows x {_shares(plan)}\n"
         f"{_steps(plan, args)}; {plan.val_rows} validation rows\n"
         f"memory of the fullest rank without activations: {sum(plan.rank_bytes.values()) / 1e9:.2f} GB "
         f"(weights {plan.rank_bytes['weights'] / 1e9:.2f}, gradients {plan.rank_bytes['gradients'] / 1e9:.2f}, optimizer {plan.rank_bytes['optimizer'] / 1e9:.2f}); "
         f"one checkpoint {plan.checkpoint_bytes / 1e9:.2f} GB\n{_host_memory(plan)}"
+    )
+
+
+def _shares(plan: Plan) -> str:
+    """How a step's rows are shared out, beyond those of a micro batch."""
+    if plan.gradient_accumulation_steps is None:  # the rows are those of a run begun at another layout
+        return f"{plan.micro_batches} micro batches x {plan.dp} data-parallel ranks"
+    return (
+        f"{plan.gradient_accumulation_steps} accumulation x {plan.world_size} processes; "
+        f"each data-parallel rank runs {plan.micro_batches} micro batches a step"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ import pytest
 
 from megaswift.arguments import SftArguments
 from megaswift.checkpoint import keep, resume
-from megaswift.checkpoint.layout import TRACKER
+from megaswift.checkpoint.layout import TRACKER, candidates, iteration_of
 from megaswift.checkpoint.lock import LOCK, in_use, locked
-from megaswift.checkpoint.manifest import MANIFEST, digest_files, write_manifest
+from megaswift.checkpoint.manifest import MANIFEST, digest_files, read_manifest, write_manifest
 from megaswift.errors import DataError, ExitCode, UserError
 from megaswift.sft import new_run_dir
+from tests.ranks import RankPool
+from tests.training import tiny_start, train, write_rows
 
 RESUME = {"seed": 42, "global_batch": 16, "data_fingerprint": "abc-42-10", "train_iters": 9}
 
@@ -193,26 +196,52 @@ def test_a_directory_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "world", "steps"),
-    [({}, 2, 8), ({}, 4, 4), ({"batch_size": 2}, 4, 2), ({"gradient_accumulation_steps": 8}, 2, 8)],
+    ("options", "world", "note"),
+    [
+        ({}, 2, ""),
+        ({}, 4, ""),
+        ({"batch_size": 2}, 4, ""),
+        ({"gradient_accumulation_steps": 8}, 2, ""),
+        ({"gradient_accumulation_steps": 8}, 4, "on 4 processes that is --gradient_accumulation_steps 4, not --gradient_accum"),
+        ({"gradient_accumulation_steps": 8}, 1, "on 1 processes that is --gradient_accumulation_steps 16, not"),
+        ({"gradient_accumulation_steps": 8, "batch_size": 4}, 2, "with --batch_size 4 on 2 processes that is"),
+        ({"gradient_accumulation_steps": 3}, 2, "steps 8, not --gradient_accumulation_steps 3"),
+        ({"gradient_accumulation_steps": 8, "tp": 2, "pp": 2}, 8, "on 8 processes that is --gradient_accumulation_steps 2"),
+        ({"gradient_accumulation_steps": 1, "tp": 4, "pp": 8}, 32, "16 micro batches a step on each of 1 data-parallel ranks"),
+        ({"batch_size": 2, "cp": 4}, 16, "2 micro batches a step on each of 4 data-parallel ranks"),
+    ],
 )
-def test_the_global_batch_is_kept(options: dict[str, Any], world: int, steps: int) -> None:
-    args = resume.with_saved_batch(SftArguments(**options), {"resume": RESUME}, world, "run")
-    assert args.gradient_accumulation_steps == steps
+def test_the_global_batch_is_kept(options: dict[str, Any], world: int, note: str) -> None:
+    """On any number of processes that can share it; what the options say differently is told."""
+    batch, said = resume.kept_batch(SftArguments(**options), {"resume": RESUME}, world, "run")
+    assert batch == 16
+    assert bool(said) == bool(note) and note in said
+    assert not said or said.startswith("the run's global batch of 16 rows stays: ")
 
 
 @pytest.mark.parametrize(
-    ("options", "world", "words"),
+    ("options", "world", "fix"),
     [
-        ({"gradient_accumulation_steps": 3}, 2, "16 rows, not 6"),
         ({"batch_size": 3}, 2, "use --batch_size 1 or 2 or 4 or 8"),
-        ({}, 5, "a number of processes"),
+        ({}, 5, "use 1 or 2 or 4 or 8 or 16 processes"),
+        ({"batch_size": 8}, 4, "use --batch_size 1 or 2 or 4, or 1 or 2 processes"),
+        ({"batch_size": 8, "tp": 2, "cp": 2}, 16, "use --batch_size 1 or 2 or 4, or 4 or 8 processes"),
+        ({"batch_size": 3, "pp": 2}, 10, "use --batch_size 1 and 2 or 4 or 8 or 16 or 32 processes"),
+        ({"gradient_accumulation_steps": 3}, 5, "use 1 or 2 or 4 or 8 or 16 processes"),
     ],
 )
-def test_another_global_batch_is_refused(options: dict[str, Any], world: int, words: str) -> None:
+def test_a_global_batch_that_cannot_be_kept_is_refused(options: dict[str, Any], world: int, fix: str) -> None:
+    """With the numbers that would do, and each of them does."""
     with pytest.raises(UserError) as caught:
-        resume.with_saved_batch(SftArguments(**options), {"resume": RESUME}, world, "run")
-    assert words in caught.value.text()
+        resume.kept_batch(SftArguments(**options), {"resume": RESUME}, world, "run")
+    assert "a global batch of 16 rows, which" in caught.value.what
+    assert caught.value.fix == fix
+    model = SftArguments(**options).tp * SftArguments(**options).pp * SftArguments(**options).cp
+    numbers = re.search(r"((?:\d+ or )*\d+) processes", fix)
+    for number in numbers[1].split(" or ") if numbers else ():
+        size = {"batch_size": 1} if "--batch_size 1 and" in fix else {}
+        assert int(number) % model == 0
+        assert resume.kept_batch(SftArguments(**options | size), {"resume": RESUME}, int(number), "run")[0] == 16
 
 
 def test_what_differs_is_named() -> None:
@@ -237,3 +266,17 @@ def test_a_machine_that_comes_later_finds_the_directory_begun(tmp_path: Path) ->
     assert new_run_dir(args, leads=False) == tmp_path
     with pytest.raises(UserError, match="not empty"):
         new_run_dir(args)
+
+
+def test_a_run_keeps_its_best_checkpoint(pool: RankPool, tmp_path: Path) -> None:
+    """By the validation losses that the run itself wrote into its manifests; the rate is so high that the newest is not it."""
+    start, rows = tiny_start(tmp_path, num_hidden_layers=2), write_rows(tmp_path / "rows.jsonl")
+    run = train(
+        pool, tmp_path / "out", 1, resume_from_checkpoint=str(start), dataset=[str(rows)], dataset_test_ratio=0.2, max_steps=4, eval_steps=1,
+        save_steps=1, save_total_limit=1, gradient_accumulation_steps=4, learning_rate=0.3, lr_scheduler_type="constant",
+    )  # fmt: skip
+    best = run.eval_losses.index(min(run.eval_losses)) + 1
+    assert len(run.eval_losses) == 4 and best < 4, run.eval_losses
+    kept = {iteration_of(path): read_manifest(path)["eval_loss"] for path in candidates(run.directory)}
+    assert set(kept) == {best, 4}
+    assert kept == {step: pytest.approx(run.eval_losses[step - 1], abs=1e-7) for step in kept}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from megaswift.checkpoint.load import _restore_random_state
 from megaswift.checkpoint.save import _random_state
 from tests.ranks import RankPool
+from tests.training import tiny_start, write_rows, written_job
 
 SIZES = {"cuda": 16, "cpu": 5056}
 
@@ -54,3 +56,41 @@ def saved_device() -> str:
 
     with ranks.joined(1, 1, 42):
         return str(_random_state().data["device_type"])
+
+
+def drawn(path: str, target: str) -> list[bool]:
+    """On one rank: whether all generators are the save's again after a load at another layout, and at the same one."""
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    from megaswift.arguments import SftArguments
+    from megaswift.checkpoint.load import load_training_state
+    from megaswift.checkpoint.save import save
+    from megaswift.engine import loop, ranks
+
+    job = loop.Job.read(Path(path))
+    plan, args, found = job.plan, SftArguments(**job.options), []
+    layout = {"tp": plan.tp, "pp": plan.pp, "dp": plan.dp}
+
+    def states() -> list[Any]:
+        return [torch.get_rng_state(), torch.cuda.get_rng_state(), *get_cuda_rng_tracker().get_states().values()]
+
+    with ranks.joined(plan.tp, plan.pp, args.seed) as rank:
+        trainer = loop._trainer(job, args)
+        torch.manual_seed(1000 + rank.rank)  # each stage has its own
+        before = [state.clone() for state in states()]
+        save(Path(target), 1, trainer, only_model=False, extra={}, manifest={"layout": layout})
+        for other in ({**layout, "dp": 7}, layout):
+            torch.rand(5)
+            torch.cuda.set_rng_state(torch.get_rng_state())
+            load_training_state(trainer, Path(target, "iter_0000001"), layout=other)
+            found.append(all(torch.equal(a, b) for a, b in zip(states(), before, strict=True)))
+        trainer.close()
+    return found
+
+
+def test_they_are_those_of_the_save_again(pool: RankPool, tmp_path: Path) -> None:
+    """On every stage at the same layout; another layout has others, and takes none."""
+    start, rows = tiny_start(tmp_path, num_hidden_layers=2), write_rows(tmp_path / "rows.jsonl")
+    more = dict(dataset=[str(rows)], output_dir=str(tmp_path / "out"), max_steps=2, max_length=128, pp=2)
+    job = written_job(2, resume_from_checkpoint=str(start), **more)
+    assert pool.run(2, drawn, str(job), str(tmp_path / "saved")) == [[False, True], [False, True]]

@@ -14,7 +14,7 @@ from megaswift import sft
 from megaswift.engine.step import INITIAL_LOSS_SCALE, MIN_LOSS_SCALE
 from tests.engine.test_training import options
 from tests.ranks import RankFailed, RankPool
-from tests.training import run_job, tiny_start, train, write_rows
+from tests.training import run_job, tiny_start, train, write_rows, written_job
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +40,7 @@ def job(llama: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> A
             learning_rate=1e-3,
             gradient_accumulation_steps=4,
         )
-        with (
-            mock.patch("megaswift.engine.launch.start_ranks", lambda *_: None),
-            mock.patch.dict("os.environ", {"NPROC_PER_NODE": "2"}),
-        ):
-            return str(sft.sft_main(sft.SftArguments(**more)) / "job.json")
+        return str(written_job(2, **more))
 
     return make
 

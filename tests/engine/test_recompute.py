@@ -1,4 +1,4 @@
-"""`--recompute_modules`: parts of the MLPs are computed again in the backward pass, to the same bits."""
+"""`--recompute_modules`, `--gradient_checkpointing`: parts of layers, or all of them, are computed again, to the same bits."""
 
 from __future__ import annotations
 
@@ -32,13 +32,32 @@ def products_again(path: str) -> int:
     return count
 
 
+def layers_passed(path: str) -> int:
+    """The loop of one rank; how often a layer's MLP was gone through forward."""
+    from megaswift.engine.kernels.megatron_layer import FusedMLP
+
+    count, plain = 0, FusedMLP.forward_and_add
+
+    def counted(self: Any, *arguments: Any) -> Any:
+        nonlocal count
+        count += 1
+        return plain(self, *arguments)
+
+    with mock.patch.object(FusedMLP, "forward_and_add", counted):
+        run_job(path)
+    return count
+
+
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("recompute")
     return tiny_start(root, dtype="float32"), write_rows(root / "rows.jsonl")
 
 
-def three_steps(pool: RankPool, start: tuple[Path, Path], output: Path, world: int, **options: Any) -> tuple[Run, int]:
+def three_steps(
+    pool: RankPool, start: tuple[Path, Path], output: Path, world: int, counted: Any = products_again, **options: Any
+) -> tuple[Run, int]:
+    """A run, and what its first rank counted."""
     counts: list[int] = []
     run = pool.run
 
@@ -47,7 +66,7 @@ def three_steps(pool: RankPool, start: tuple[Path, Path], output: Path, world: i
         return counts
 
     common = dict(batch_size=2, gradient_accumulation_steps=2, max_steps=3, dataset_test_ratio=0.0)
-    with mock.patch("tests.training.run_job", products_again), mock.patch.object(pool, "run", noted):
+    with mock.patch("tests.training.run_job", counted), mock.patch.object(pool, "run", noted):
         ended = train(pool, output, world, resume_from_checkpoint=str(start[0]), dataset=[str(start[1])], **common, **options)
     return ended, counts[0]
 
@@ -58,6 +77,17 @@ def test_the_same_bits(layout: dict[str, Any], start: tuple[Path, Path], pool: R
     plain, none = three_steps(pool, start, tmp_path / "plain", world, **layout)
     again, some = three_steps(pool, start, tmp_path / "again", world, recompute_modules="mlp", **layout)
     assert none == 0 and some == 3 * (2 * world) * 4  # steps, micro batches, layers
+    assert again.losses == plain.losses and again.norms == plain.norms
+
+
+@pytest.mark.parametrize("layout", [{}, {"pp": 2}], ids=["tp1", "pp2"])
+def test_whole_layers_run_again(layout: dict[str, Any], start: tuple[Path, Path], pool: RankPool, tmp_path: Path) -> None:
+    """With --gradient_checkpointing true every layer runs twice for each micro batch, without it once."""
+    world = layout.get("pp", 1)
+    passes = 3 * (2 * world) * (4 // world)  # steps, micro batches, layers of a stage
+    plain, once = three_steps(pool, start, tmp_path / "plain", world, layers_passed, **layout)
+    again, twice = three_steps(pool, start, tmp_path / "again", world, layers_passed, gradient_checkpointing=True, **layout)
+    assert (once, twice) == (passes, 2 * passes)
     assert again.losses == plain.losses and again.norms == plain.norms
 
 

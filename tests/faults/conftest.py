@@ -13,7 +13,7 @@ from megaswift import sft
 from megaswift.arguments import SftArguments
 from megaswift.engine.loop import Job
 from tests.faults import table
-from tests.faults.harness import TIMEOUT_S, FaultRun, run_ranks, with_plan
+from tests.faults.harness import PATIENCE_S, FaultRun, run_ranks, with_plan
 from tests.faults.live import Live
 from tests.training import tiny_start, write_rows
 
@@ -41,7 +41,7 @@ def make_base(start: tuple[Path, Path], root: Path, world_size: int = 2, **optio
     values = dict(
         resume_from_checkpoint=str(start[0]), dataset=[str(start[1])], max_steps=4, save_steps=1, eval_steps=2, dataset_test_ratio=0.1,
         logging_steps=1, learning_rate=1e-3, max_length=128, output_dir=str(root), save_total_limit=2, dataloader_num_workers=0,
-        start_timeout=TIMEOUT_S, step_timeout=TIMEOUT_S,
+        start_timeout=PATIENCE_S, step_timeout=PATIENCE_S,
     )  # fmt: skip
     with mock.patch.dict(os.environ, {"NPROC_PER_NODE": str(world_size)}):
         with mock.patch.object(sft, "_start", lambda run_dir, job, place, stop: found.append(job)):

@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -26,9 +25,12 @@ from megaswift.checkpoint.layout import iteration_of
 from megaswift.checkpoint.resume import newest_whole
 from megaswift.engine import launch
 from megaswift.engine.loop import Job
+from tests.ranks import free_port
 
-# The limit for steps and for saving in these runs; the whole matrix runs two of them at a time. On a busy machine: raise it.
+# The limit for steps and for saving in runs that are to stand still; the whole matrix runs two of them at a time. All others
+# have minutes: a busy machine is no fault.
 TIMEOUT_S = float(os.environ.get("MEGASWIFT_FAULTS_TIMEOUT", "15" if os.environ.get("MEGASWIFT_FAULTS") == "all" else "12"))
+PATIENCE_S = 240.0
 GONE_S = 30.0 + 2 * TIMEOUT_S  # by then every process must have ended
 
 _context = multiprocessing.get_context("forkserver")
@@ -85,9 +87,7 @@ def run_ranks(
     shutil.rmtree(notes, ignore_errors=True)
     notes.mkdir(parents=True)
     job.write(work / "job.json")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     world, began = job.plan.world_size, time.monotonic()
     common = {
         "WORLD_SIZE": str(world),
@@ -128,8 +128,7 @@ def _see_to_the_end(processes: list[Any], notes: Path, began: float) -> None:
         time.sleep(0.05)
         if (notes / "hang").exists():
             for process in processes:
-                if process.is_alive():
-                    os.kill(process.pid, signal.SIGCONT)
+                signalled(process, signal.SIGCONT)
         if failed is None and any(not process.is_alive() and process.exitcode != 0 for process in processes):
             failed = time.monotonic()
         if (failed is not None and time.monotonic() - failed > launch.LAST_WORDS_S) or time.monotonic() - began > 300:
@@ -137,6 +136,15 @@ def _see_to_the_end(processes: list[Any], notes: Path, began: float) -> None:
                 process.kill()
     for process in processes:
         process.join()
+
+
+def signalled(process: Any, number: int) -> bool:
+    """Send a signal to a process that may end at any moment; whether it was still there."""
+    try:
+        os.kill(process.pid, number)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 class FaultRun:
@@ -152,8 +160,11 @@ class FaultRun:
             base, plan=plan, options={**base.options, **options}, checkpoint=str(self.run_dir / "iter_0000002"), first_step=2
         )
 
-    def run(self, fault: str = "", **more: Any) -> Ended:
-        return run_ranks(self.job, self.work, fault, **more)
+    def run(self, fault: str = "", hangs: bool = False, **more: Any) -> Ended:
+        """The ranks, with a fault; where one of them stops or `hangs`, the limits are so short that the test sees them."""
+        patience = TIMEOUT_S if hangs or ":stop:" in fault else PATIENCE_S
+        job = replace(self.job, options={**self.job.options, "start_timeout": patience, "step_timeout": patience})
+        return run_ranks(job, self.work, fault, **more)
 
     def newest(self) -> int:
         """Step of the checkpoint that a resumed run takes; every byte is verified."""
@@ -182,4 +193,4 @@ def with_plan(job: Job, **values: Any) -> Job:
     return replace(job, plan=replace(job.plan, megatron={**job.plan.megatron, **values}))
 
 
-__all__ = ["Ended", "FaultRun", "Job", "asdict", "run_ranks", "with_plan"]
+__all__ = ["Ended", "FaultRun", "Job", "asdict", "run_ranks", "signalled", "with_plan"]

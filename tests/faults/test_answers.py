@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -60,9 +61,9 @@ def kill_after(rows: int, words: list[str], place: Path, pattern: str) -> int:
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        count = sum(file.read_bytes().count(b"\n") for file in place.rglob(pattern))
-        if count >= rows:
-            break
+        with contextlib.suppress(FileNotFoundError):  # renamed while it was looked at
+            if sum(file.read_bytes().count(b"\n") for file in place.rglob(pattern)) >= rows:
+                break
         assert process.poll() is None, "it ended too early"
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)

@@ -195,8 +195,42 @@ def test_replacing_a_run_takes_nothing_else(start: tuple[Path, Path], pool: Rank
     assert train(pool, run, 1, **again).directory == run
 
 
+@pytest.fixture(scope="module")
+def given(start: tuple[Path, Path], pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Four steps of six rows by two data-parallel ranks whose accumulation was given."""
+    command = options(start, batch_size=1, gradient_accumulation_steps=3, max_steps=4, save_steps=2, eval_steps=100)
+    return train(pool, tmp_path_factory.mktemp("given"), 2, **command)
+
+
+@pytest.mark.parametrize(
+    ("processes", "more", "said"),
+    [
+        (1, (), "on 1 processes that is --gradient_accumulation_steps 6, not --gradient_accumulation_steps 3"),
+        (1, ("--batch_size", "2"), "with --batch_size 2 on 1 processes that is --gradient_accumulation_steps 3"),  # as given
+        (4, ("--pp", "2"), "on 4 processes that is 3 micro batches a step on each of 2 data-parallel ranks"),
+    ],
+    ids=["fewer", "larger micro batches", "another dp"],
+)
+def test_a_given_accumulation_is_worked_out_anew(
+    processes: int, more: tuple[str, ...], said: str, given: Run, pool: RankPool, tmp_path: Path, capsys: Any
+) -> None:
+    """On another number of processes the global batch is what stays, with the options in a file that nobody typed."""
+    run = tmp_path / given.directory.parent.name / given.directory.name
+    shutil.copytree(given.directory, run)
+    shutil.rmtree(run / "iter_0000004")
+    words = [f"{run}/sft_args.json", "--resume_from_checkpoint", str(run), *more]
+    again = train(pool, tmp_path, processes, **dataclasses.asdict(parse(SftArguments, words)))
+    text = capsys.readouterr().out.replace("\n", " ")
+    assert (said in text) == ("--batch_size" not in more), text
+    assert again.directory == run
+    assert [row["consumed_samples"] for row in again.rows if "loss" in row] == [6, 12, 18, 24]
+    assert again.losses == pytest.approx(given.losses, abs=1e-5)
+    kept = json.loads((run / "sft_args.json").read_text(encoding="utf-8"))
+    assert kept["gradient_accumulation_steps"] == 3, "what was worked out for one machine is not kept as if it had been given"
+
+
 def test_another_number_of_processes_after_a_resume(whole: Run, pool: RankPool, tmp_path: Path) -> None:
-    """What was worked out for one number of processes is not kept as if it had been given."""
+    """One command for ever, with the default accumulation; each time from where the last one ended."""
     run = half(whole, tmp_path)
     for steps, processes in ((4, 1), (5, 2)):
         words = [f"{run}/sft_args.json", "--resume_from_checkpoint", str(run), "--max_steps", str(steps), "--pp", "1"]
@@ -249,7 +283,7 @@ def flip(path: Path, place: int = 5000) -> None:
         ({"seed": 7}, "the seed was 42 and is 7"),
         ({"max_length": 24}, "the training rows"),
         ({"group_by_length": True}, "--group_by_length"),
-        ({"gradient_accumulation_steps": 3}, "global batch of 16 rows, not 6"),
+        ({"batch_size": 3}, "global batch of 16 rows, which 1 data-parallel ranks x --batch_size 3 do not divide"),
         ({"dtype": "bf16"}, "dtype fp32, not bf16"),
         ({"model_type": "tiny-chat", "dataset": "shorter"}, "the training rows"),
     ],

@@ -229,6 +229,7 @@ def test_what_a_killed_process_left_is_removed_and_a_living_one_is_left_alone(tm
     process = multiprocessing.get_context("fork").Process(target=_write_slowly, args=(out,))
     process.start()
     while not (tmp_path / "started").exists():
+        assert process.is_alive(), "it ended before it wrote anything"
         time.sleep(0.01)
     (leftover,) = tmp_path.glob(".out.tmp-*")
     os.utime(leftover, (0, 0))

@@ -73,3 +73,11 @@ def test_sum_of_squares(device):
         check(sum_of_squares(tensors, table), sum(t.double().pow(2).sum() for t in tensors), torch.float32)
         tensors = params(device)  # other addresses: the table follows
     assert float(sum_of_squares([])) == 0.0
+
+
+def test_sum_of_squares_of_a_large_table(device):
+    """As an embedding's gradient: rows of common tokens are large, of all others small. No square is lost in the sum."""
+    torch.manual_seed(0)
+    table = torch.randn(4096, 1024, device=device) * 1e-3
+    table[:2048] *= 1e-3
+    assert float(sum_of_squares([table])) == pytest.approx(float(table.double().square().sum()), rel=1e-6)

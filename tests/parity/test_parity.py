@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 
-from megaswift.arguments import ParityArguments
+from megaswift.arguments import ParityArguments, SftArguments
 from megaswift.errors import DataError, UserError
 from megaswift.parity.command import parity_main
 from megaswift.parity.layouts import parse_layouts
@@ -165,6 +165,10 @@ def test_layout_names() -> None:
     first, second = parse_layouts("tp1 tp2,pp2,dp2,sp,mbs4")
     assert (second.world_size, second.mbs, second.switches) == (8, 4, ("sp",))
     assert first.world_size == 1
+    three, shared = parse_layouts("tp3,pp2 dp3")
+    assert three.apply(SftArguments(), 16).tp == 3  # one data-parallel rank runs all 16 rows, whatever the number of processes
+    with pytest.raises(UserError, match="16 rows does not divide into 3 = 1 rows x 3 data-parallel ranks"):
+        shared.apply(SftArguments(), 16)
     for text, message in (("tp1", "at least two"), ("tp1 tp2,xx", "'xx' is not known"), ("tp1 tp0", "not known")):
         with pytest.raises(UserError, match=message):
             parse_layouts(text)

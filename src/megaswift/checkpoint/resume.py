@@ -20,6 +20,7 @@ from megaswift.checkpoint.manifest import (
 )
 from megaswift.errors import DataError, UserError
 from megaswift.hf.folder import read_config
+from megaswift.mapping import accumulation
 
 _RUN = re.compile(r"v(\d+)-(\d{8}-\d{6})")
 
@@ -96,8 +97,11 @@ def _tracker_note(run_dir: Path, chosen: Path, passed: bool) -> list[str]:
     return [f"{TRACKER} says {text[:40]!r}; the newest whole checkpoint is {chosen.name}, which is used."]
 
 
-def with_saved_batch(args: SftArguments, manifest: dict[str, Any], world_size: int, where: str) -> SftArguments:
-    """The options with the accumulation that keeps the run's global batch. Raises UserError where that cannot be kept."""
+def kept_batch(args: SftArguments, manifest: dict[str, Any], world_size: int, where: str) -> tuple[int, str]:
+    """Rows of the run's global batch, which stays whatever the number of processes; and a sentence where options say another.
+
+    Raises UserError where the data-parallel ranks cannot share it, naming the batch sizes and numbers of processes that can.
+    """
     saved = manifest.get("resume", {}).get("global_batch")
     if not isinstance(saved, int) or saved < 1:
         raise DataError(
@@ -105,23 +109,45 @@ def with_saved_batch(args: SftArguments, manifest: dict[str, Any], world_size: i
             where=where,
             fix="give the directory as --resume_from_checkpoint of a new run",
         )
-    unit = args.batch_size * world_size
-    if "gradient_accumulation_steps" in args.explicit() and args.gradient_accumulation_steps:
-        if args.gradient_accumulation_steps * unit != saved:
-            raise UserError(
-                f"this run has a global batch of {saved} rows, not {args.gradient_accumulation_steps * unit}.",
-                where=where,
-                fix="leave --gradient_accumulation_steps out: it is worked out from the run",
-            )
-        return args
-    if saved % unit:
-        legal = [str(size) for size in range(1, saved + 1) if saved % (size * world_size) == 0]
+    model = args.tp * args.pp * args.cp  # processes that hold one copy of it; where they do not fit, make_plan says so
+    dp, uneven = divmod(world_size, model)
+    if uneven or dp < 1:
+        return saved, ""
+    if saved % (args.batch_size * dp):
+        sizes = [size for size in range(1, saved + 1) if saved % (size * dp) == 0]
+        worlds = [ranks * model for ranks in range(1, saved + 1) if saved % (args.batch_size * ranks) == 0]
+        fixes = [f"--batch_size {_any_of(sizes)}"] if sizes else []
+        fixes += [f"{_any_of(worlds)} processes"] if worlds else []
+        if not fixes:
+            worlds = [ranks * model for ranks in range(1, saved + 1) if saved % ranks == 0]
+            fixes = [f"--batch_size 1 and {_any_of(worlds)} processes"]
         raise UserError(
-            f"this run has a global batch of {saved} rows, which {world_size} processes x --batch_size {args.batch_size} do not divide.",
+            f"this run has a global batch of {saved} rows, which {dp} data-parallel ranks x --batch_size {args.batch_size} do not divide.",
             where=where,
-            fix=f"use --batch_size {' or '.join(legal)}" if legal else f"use a number of processes that divides {saved}",
+            fix=f"use {', or '.join(fixes)}",
         )
-    return args.changed(gradient_accumulation_steps=saved // unit)
+    return saved, _other_accumulation(args, saved, world_size, dp)
+
+
+def _any_of(values: list[int]) -> str:
+    """At most eight of the values, the smallest, in words."""
+    return " or ".join(str(value) for value in values[:8]) + (", ..." if len(values) > 8 else "")
+
+
+def _other_accumulation(args: SftArguments, saved: int, world_size: int, dp: int) -> str:
+    """What keeps the global batch where the accumulation that was given, or is the default here, would not; else nothing."""
+    unit = args.batch_size * world_size
+    if accumulation(args, world_size) * unit == saved:
+        return ""
+    steps, rest = divmod(saved, unit)
+    here = f"--gradient_accumulation_steps {steps}"
+    if rest:
+        here = f"{saved // (args.batch_size * dp)} micro batches a step on each of {dp} data-parallel ranks"
+    given = args.gradient_accumulation_steps
+    return (
+        f"the run's global batch of {saved} rows stays: with --batch_size {args.batch_size} on {world_size} processes that is {here}"
+        + (f", not --gradient_accumulation_steps {given}" if given else "")
+    )
 
 
 def check_unchanged(args: SftArguments, manifest: dict[str, Any], fingerprint: str, where: str) -> list[str]:

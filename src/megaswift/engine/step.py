@@ -24,7 +24,7 @@ from megaswift.engine.graphs import Graphs
 from megaswift.engine.kernels.context_parallel import share_of
 from megaswift.engine.kernels.main_grad import settle_main_grads, zero_main_grads
 from megaswift.engine.kernels.megatron_layer import FusedMLP
-from megaswift.engine.kernels.megatron_optimizer import FusedOptimizer, fuse_optimizer
+from megaswift.engine.kernels.megatron_optimizer import FusedOptimizer, fuse_optimizer, gradient_norm
 from megaswift.engine.kernels.products import products_of
 from megaswift.engine.model import TORCH_DTYPES, ChatModel, run_micro_batch
 
@@ -156,7 +156,7 @@ class Trainer:
         mean = sums[0] / divisor(sums)
         if skipped:
             return self._overflowed(float(mean), rate, sums, before)
-        norm = torch.as_tensor(self.optimizer.get_grad_norm(), dtype=torch.float64, device=sums.device)
+        norm = (self.optimizer.get_grad_norm() if self.fused else gradient_norm(self.optimizer)).to(sums)
         if self.fused:  # the device decides whether the update happens; the host only reads it afterwards
             self.optimizer.update(torch.where(mean.isfinite(), norm, math.nan).float(), limit=self.norm_limit)
         loss, weight, supervised, grad_norm = torch.stack((mean, sums[1], sums[2], norm)).tolist()

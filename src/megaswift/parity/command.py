@@ -32,6 +32,7 @@ from megaswift.parity.rank import GRADIENTS, LAYERS, LOG, NOISE, STATE, STOP_AFT
 from megaswift.parity.show import draw, print_layouts, print_reference
 from megaswift.terminal import say
 
+SAMPLES = "step1.jsonl"  # the first step's samples, so that its loss and norm can be had from transformers alone
 RELATIVE = 1e-6  # largest relative difference of losses between layouts in fp32, at any step
 
 
@@ -98,16 +99,17 @@ class _Runs:
         self.noisy: list[list[float]] = []  # losses from weights moved by one rounding, for each seed
 
     def engine(
-        self, name: str, args: SftArguments, place: Cluster, dump: bool = False, resume: bool = False, noise: int | None = None
-    ) -> list[dict[str, Any]]:
-        """Run the engine's steps in a directory of their own; the rows of its log."""
+        self, name: str, args: SftArguments, place: Cluster, dump: bool = False, resume: bool = False, noise: int | None = None,
+        batch: int | None = None,
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        """Run the engine's steps, of `batch` rows where that is given, in a directory of their own; the rows of its log."""
         from megaswift.engine.launch import start_ranks
 
         directory = self.out / name
         directory.mkdir()
         for part in (GRADIENTS, WEIGHTS) if dump else ():
             (directory / part).mkdir()
-        plan = sft._plan(args, self.start, self.data, place, directory)
+        plan = sft._plan(args, self.start, self.data, place, directory, batch)
         job = sft._job(args, self.start, self.data, plan, self.pad_id)
         if noise is not None:
             (directory / NOISE).write_text(str(noise), encoding="utf-8")
@@ -174,7 +176,7 @@ class _Runs:
 
     def _differences(self, rows: list[dict[str, Any]], folder: Path) -> Any:
         from megaswift.data.batches import Batches
-        from megaswift.parity.reference import Reference
+        from megaswift.parity.reference import Reference, write_samples
 
         args, steps = self.start.args, len(rows)
         batches = Batches(
@@ -185,7 +187,9 @@ class _Runs:
             "lr_warmup_iters"
         ]
         reference = Reference(folder, args, self.start.dtype, steps, warmup)
-        hidden = self._hidden(reference.layers(self.data.train, batches.sample_ids(0)))
+        first = batches.sample_ids(0)
+        write_samples(self.out / SAMPLES, (sample for row in first for sample in self.data.train.samples(int(row))))
+        hidden = self._hidden(reference.layers(self.data.train, first))
         for row, wanted in zip(rows, reference.run(self.data.train, [batches.sample_ids(step) for step in range(steps)])):
             groups: dict[str, float] = {}
             gradient = worst(self._pairs(GRADIENTS, row["step"], wanted.gradients), groups)
@@ -226,10 +230,10 @@ class _Runs:
         for number, layout in enumerate(layouts):
             args = layout.apply(self.start.args, global_batch)
             say(f"{layout.name}: {layout.world_size} processes")
-            rows = self.engine(f"{number}-{layout.name}", args, _here(layout), resume=layout.resume)
+            rows = self.engine(f"{number}-{layout.name}", args, _here(layout), resume=layout.resume, batch=global_batch)
             curves.append((layout.name, [row["loss"] for row in rows]))
             times.append(_milliseconds(rows))
-        limits = self._limits(first, first.apply(self.start.args, global_batch), curves[0][1])
+        limits = self._limits(first, global_batch, curves[0][1])
         table = [(name, [relative(value, wanted) for value, wanted in zip(losses, curves[0][1])]) for name, losses in curves]
         problem = beyond(table, limits)
         content = {"layouts": dict(curves), "limits": limits, "milliseconds": dict(zip(dict(curves), times))}
@@ -238,13 +242,14 @@ class _Runs:
         draw(self.out / "parity.png", curves)
         return problem
 
-    def _limits(self, layout: Layout, args: SftArguments, plain: list[float]) -> list[float]:
+    def _limits(self, layout: Layout, global_batch: int, plain: list[float]) -> list[float]:
         """The largest relative difference that is allowed at each step: one number in fp32, else measured noise."""
         if self.start.dtype == "fp32":
             return [RELATIVE] * len(plain)
+        args = layout.apply(self.start.args, global_batch)
         for seed in noise.SEEDS:
             say(f"{layout.name} from weights that differ by one rounding, seed {seed}: how far apart right answers are")
-            rows = self.engine(f"noise-{seed}", args, _here(layout), noise=seed)
+            rows = self.engine(f"noise-{seed}", args, _here(layout), noise=seed, batch=global_batch)
             self.noisy.append([row["loss"] for row in rows])
         return noise.band(plain, self.noisy)
 

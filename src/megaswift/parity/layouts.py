@@ -45,12 +45,12 @@ class Layout:
         return "resume" in self.switches
 
     def apply(self, args: SftArguments, global_batch: int) -> SftArguments:
-        """The options of this layout; the accumulation is chosen so that the global batch stays the same."""
+        """The options of this layout. Raises UserError where its data-parallel ranks cannot share the global batch."""
         batch = self.mbs or args.batch_size
-        unit = batch * self.world_size
+        unit = batch * self.dp
         if global_batch % unit:
             raise UserError(
-                f"layout {self.name}: a global batch of {global_batch} rows does not divide into {unit} = {batch} rows x {self.world_size} processes.",
+                f"layout {self.name}: a global batch of {global_batch} rows does not divide into {unit} = {batch} rows x {self.dp} data-parallel ranks.",
                 where="--layouts",
                 fix="choose --gradient_accumulation_steps and --batch_size so that it does",
             )
@@ -59,7 +59,6 @@ class Layout:
             "pp": self.pp,
             "cp": self.cp,
             "batch_size": batch,
-            "gradient_accumulation_steps": global_batch // unit,
         }
         for switch in self.switches:
             values |= _SWITCHES[switch]

@@ -6,8 +6,9 @@ position or label shift of the engine cannot hide in both sides.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,17 @@ from megaswift.arguments import SftArguments
 from megaswift.data.store import TokenRows
 from megaswift.data.tokens import Encoded, weights_of
 from megaswift.parity.layers import of_transformers
+from megaswift.terminal import say
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def write_samples(path: Path, samples: Iterable[Encoded]) -> None:
+    """One line a sample, as transformers takes them: input_ids, and labels that are -100 where a token has no loss."""
+    with path.open("w", encoding="utf-8") as file:
+        for sample in samples:
+            labels = np.where(sample.kept, sample.ids.astype(np.int64), -100)
+            file.write(json.dumps({"input_ids": sample.ids.tolist(), "labels": labels.tolist()}) + "\n")
 
 
 @dataclass
@@ -59,6 +69,19 @@ def learning_rate(args: SftArguments, step: int, steps: int, warmup: int) -> flo
     return floor + (peak - floor) * share
 
 
+def learn_every_row(model: Any) -> list[int]:
+    """Take padding_idx from a transformers model's embeddings; the tokens whose rows would have had no gradient.
+
+    A pad token may have another work too: in many models it ends every turn.
+    """
+    frozen = []
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+            frozen.append(module.padding_idx)
+            module.padding_idx = None
+    return frozen
+
+
 class Reference:
     """transformers' model and torch.optim.AdamW over fp32 master weights."""
 
@@ -69,6 +92,8 @@ class Reference:
         self.args, self.steps, self.warmup, self.exact = args, steps, warmup, dtype == "fp32"
         load: Any = AutoModelForCausalLM.from_pretrained
         self.model: Any = load(folder, dtype=DTYPES[dtype], local_files_only=True, trust_remote_code=False)
+        for token in learn_every_row(self.model):
+            say(f"reference: built without padding_idx; the embedding of token {token}, the pad token, gets its gradient too")
         self.model.to(self.device).train()
         self.names: dict[str, Any] = dict(self.model.named_parameters())
         self.masters = {name: parameter.detach().float().clone() for name, parameter in self.names.items()}

@@ -10,15 +10,17 @@ from megaswift.terminal import console
 
 
 def print_reference(differences: list[StepDifference], dtype: str) -> None:
-    """One line a step: losses, and the largest relative differences with the tensor that has them."""
+    """One line a step: losses and gradient norms of both, and the largest relative differences with the tensor that has them."""
     out = console()
     limits = LIMITS[dtype]
     out.print(
-        f"\n{'step':>4}  {'loss, reference':>15}  {'engine':>12}  {'difference':>10}  {'grad norm':>10}  worst gradient, worst weight"
+        f"\n{'step':>4}  {'loss, reference':>15}  {'engine':>12}  {'difference':>10}  {'grad norm, reference':>20}  {'engine':>12}  "
+        f"{'difference':>10}  worst gradient, worst weight"
     )
     for item in differences:
         out.print(
-            f"{item.step:>4}  {item.loss[0]:>15.6f}  {item.loss[1]:>12.6f}  {item.loss_difference:>10.1e}  {item.grad_norm_difference:>10.1e}  "
+            f"{item.step:>4}  {item.loss[0]:>15.6f}  {item.loss[1]:>12.6f}  {item.loss_difference:>10.1e}  "
+            f"{item.grad_norm[0]:>20.6f}  {item.grad_norm[1]:>12.6f}  {item.grad_norm_difference:>10.1e}  "
             f"{item.worst_gradient[0]:.1e} {item.worst_gradient[1]}, {item.worst_weight[0]:.1e} {item.worst_weight[1]}"
         )
     if differences[0].hidden:

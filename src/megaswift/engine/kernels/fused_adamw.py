@@ -21,6 +21,7 @@ from megaswift.engine.kernels.triton_support import jit, tl, use_triton
 
 _CHUNK = 32768  # elements a program
 _BLOCK = 2048
+_PIECE = 65536  # elements whose squares torch sums in one go: on a CPU it adds them up in fp32, one after the other
 
 
 @jit
@@ -170,7 +171,8 @@ def sum_of_squares(tensors: list[Tensor], table: AddressTable | None = None) -> 
         partial = torch.empty(rows.shape[0], dtype=torch.float32, device=tensors[0].device)
         _squares_kernel[(rows.shape[0],)](rows, partial, _BLOCK, num_warps=4)
         return partial.sum()
-    return torch.stack(torch._foreach_norm(tensors)).float().square_().sum()
+    pieces = [piece for tensor in tensors for piece in tensor.reshape(-1).split(_PIECE)]
+    return torch.stack(torch._foreach_norm(pieces)).double().square_().sum().float()
 
 
 def adamw_step(
