@@ -137,6 +137,10 @@ class Build:
         writer.add(encoding.ids, encoding.kept, encoding.sizes)
         self.columns |= encoding.found
         entry.unsupervised_turns += encoding.unsupervised
+        for token, count in encoding.control.items():
+            entry.control_tokens[token] = entry.control_tokens.get(token, 0) + count
+        for number, count in encoding.cut.items():
+            entry.cut.add(partial(source.where, int(rows[number])), f"{count:,} message{'s' * (count > 1)}")
         for number, error in encoding.bad.items():
             self._drop(entry, partial(source.where, int(rows[number])), error)
         for number, size in encoding.long.items():
