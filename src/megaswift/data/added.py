@@ -31,6 +31,11 @@ class Found(NamedTuple):
     normalized: bool
     rest: bool
 
+    def moved(self, by: int) -> Found:
+        """The same token in a longer text, `by` characters further on."""
+        start, stop, first, last = (place + by for place in (self.start, self.stop, self.first, self.last))
+        return self._replace(start=start, stop=stop, first=first, last=last)
+
 
 class AddedTokens:
     """Finds added tokens, given as in tokenizer.json, with the normalizer given there."""
@@ -43,12 +48,19 @@ class AddedTokens:
         if not added:
             return
         normal = normalizer if any(token["normalized"] for token in added) else None
-        parts = {"added_tokens": [], "normalizer": normal, "pre_tokenizer": None, "post_processor": None, "decoder": None}
+        parts: dict[str, Any] = {
+            "added_tokens": [],
+            "normalizer": normal,
+            "pre_tokenizer": None,
+            "post_processor": None,
+            "decoder": None,
+        }
         model = {"type": "WordLevel", "vocab": {_REST: 0}, "unk_token": _REST}
         finder = Tokenizer.from_str(json.dumps(parts | {"version": "1.0", "model": model}))
         flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
         finder.add_tokens([AddedToken(token["content"], **{flag: token[flag] for flag in flags}) for token in added])
-        self._known = {finder.token_to_id(token["content"]): token for token in added}
+        numbers = [finder.token_to_id(token["content"]) for token in added]
+        self._known = {number: token for number, token in zip(numbers, added, strict=True) if number is not None}
         self._finder = finder
 
     def find(self, texts: list[str]) -> list[list[Found]]:

@@ -210,11 +210,7 @@ class PieceEncoder:
                 return found
             starts = cuts[:-1]
             parts = self._added.find([probe[first:last] for first, last in pairwise(cuts)])
-            found = [
-                Found(item.token, *(first + place for place in item[1:5]), *item[5:])
-                for first, items in zip(starts, parts, strict=True)
-                for item in items
-            ]
+            found = [item.moved(first) for first, items in zip(starts, parts, strict=True) for item in items]
 
     def _wants_prefix(self, text: str, at_start: bool) -> bool:
         if self._prefix_when == "never" or (self._prefix_when == "first" and not at_start):
