@@ -155,6 +155,7 @@ class SftArguments(ModelArguments, LayoutArguments, DataArguments):
     """`swift sft`: full fine-tuning with Megatron-Core."""
 
     template_date: str | None = option(None, "YYYY-MM-DD for templates that write the date; default: the day the run began.")
+    parse_special_tokens: bool = option(True, "Read control tokens in text rows as tokens; false: as characters.")
     train_backend: str = option("megatron", "Training engine.", ("megatron",))
     sft_type: str = option("full", "What is trained: all weights.", ("full",))
     resume_from_checkpoint: str | None = option(

@@ -122,6 +122,28 @@ def test_packed_rows_keep_their_samples_apart(tmp_path: Path) -> None:
         assert micro.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5]]
 
 
+@pytest.mark.parametrize("free", [True, False])
+def test_no_token_learns_the_first_one_of_the_next_sample(tmp_path: Path, free: bool) -> None:
+    """Samples whose first token has loss, as text rows and the pieces of split rows have: nothing predicts it."""
+    writer = RowWriter(tmp_path / "w")
+    sizes = [3, 1, 4, 2]
+    for number, size in enumerate(sizes):
+        writer.add(np.arange(size, dtype=np.int32) + 10 * (number + 1), np.ones(size, bool), [size])
+    for bounds in (None, np.array([0, 4])):
+        writer.finish(np.arange(4), bounds)
+        data = TokenRows.open(tmp_path / "w")
+        many = 4 if bounds is None else 1
+        options = {"micro_batch_size": many, "global_batch_size": many, "padding_free": free, "shuffle": False}
+        [micro] = batches(data, **options).step(0)
+        expected = {
+            10 * (number + 1) + place: 10 * (number + 1) + place + 1
+            for number, size in enumerate(sizes)
+            for place in range(size - 1)
+        }
+        for token, label in zip(micro.tokens.flatten().tolist(), micro.labels.flatten().tolist(), strict=True):
+            assert label == expected.get(token, -100)
+
+
 def test_micro_batches_are_balanced(rows: TokenRows) -> None:
     free = [micro.tokens.shape[1] for micro in batches(rows, micro_batch_size=4).step(0)]
     assert max(free) - min(free) < 60 and max(free) < 1.3 * min(free)

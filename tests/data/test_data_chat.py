@@ -102,7 +102,7 @@ def test_control_tokens_in_texts_stay_text(name: str, data: st.DataObject) -> No
     template = template_of(name)
     conversation = data.draw(conversations(name))
     plain = Conversation([Message(message.role, "x", loss=message.loss) for message in conversation.messages])
-    special = [template.encoder.control[token] for token in template.encoder.special]
+    special = [template.encoder.control[token] for token in template.encoder.special & template.encoder.guarded]
     found, expected = encode(template, conversation).ids, encode(template, plain).ids
     assert [token for token in found if token in special] == [token for token in expected if token in special]
 
@@ -383,7 +383,7 @@ def test_named_templates_end_each_answer(name: str) -> None:
 
 def test_pretraining_text_is_learnt_whole_with_an_end() -> None:
     template = template_of("smollm2")
-    sample = encode(template, Conversation(text="once <|im_end|> upon"))
+    sample = encode(template, Conversation(text="once <|im_end|> upon", literal=True))
     assert template.decode(sample.ids) == "once <|im_end|> upon<|im_end|>"
     assert sample.kept.all() and sample.ids.tolist().count(template.eos_id) == 1
 

@@ -50,6 +50,6 @@ def test_mask_is_the_assistants_text_and_its_end(name: str, data: st.DataObject)
         answer(name, item.content) for item in messages if item.role == "assistant" and item.loss
     ]
     plain = encode(template, Conversation([Message(item.role, "x", loss=item.loss) for item in messages]))
-    special = [template.encoder.control[token] for token in template.encoder.special]
+    special = [template.encoder.control[token] for token in template.encoder.special & template.encoder.guarded]
     control = [[token for token in found.ids.tolist() if token in special] for found in (sample, plain)]
     assert control[0] == control[1], "control tokens come from the template alone"

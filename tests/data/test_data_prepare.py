@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_chats import tokenizer_of
+from data_chats import byte_level, tokenizer_of
 from rich.console import Console
 
 from megaswift.arguments import SftArguments
@@ -168,7 +168,8 @@ def test_long_rows(run: Callable[..., PreparedData], template: ChatTemplate, jso
     assert data.report.datasets[0].too_long.count == 1 and "rows.jsonl:3" in data.report.datasets[0].too_long.places[0]
     whole = run(jsonl(items), dataset_test_ratio=0.0, max_length=-1)
     if strategy == "truncation_left":
-        assert data.train[2][0].tolist() == whole.train[2][0][-100:].tolist()
+        for part in (0, 1):  # ids and labels
+            assert data.train[2][part].tolist() == whole.train[2][part][-100:].tolist()
     if strategy == "split":
         assert np.concatenate([data.train[row][1] for row in range(2, 5)]).tolist() == whole.train[2][1].tolist()
 
@@ -321,6 +322,62 @@ def test_options_that_cannot_work(run: Callable[..., PreparedData], jsonl: Jsonl
             run(path, **options)
     with pytest.raises(UserError, match="no training data"):
         run()
+
+
+def test_what_follows_the_last_answer_is_left_out_and_told(
+    run: Callable[..., PreparedData], template: ChatTemplate, jsonl: Jsonl
+) -> None:
+    question, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}
+    tails = [[], [question], [{"role": "tool", "content": "r"}, {"role": "user", "content": ""}]]
+    items = [{"messages": [question, answer, question, answer, *tail]} for tail in tails]
+    items.append({"messages": [question, call, {"role": "tool", "content": "r"}]})
+    data = run(jsonl(items), dataset_test_ratio=0.0, strict=True)
+    assert len(data.train) == 4
+    for row in (1, 2):
+        assert all(data.train[row][part].tolist() == data.train[0][part].tolist() for part in (0, 1))
+    assert text(template, data.train, 3).endswith("</tool_call><|im_end|>")
+    cut = data.report.datasets[0].cut
+    assert cut.count == 3
+    assert cut.places == ["rows.jsonl:2 (1 message)", "rows.jsonl:3 (2 messages)", "rows.jsonl:4 (1 message)"]
+    out = io.StringIO()
+    print_report(data.report, Console(file=out, width=80))
+    assert "3 rows do not end with an answer" in out.getvalue() and "rows.jsonl:3 (2 messages)" in out.getvalue()
+
+
+def test_control_tokens_in_text_rows_are_read_and_counted(
+    run: Callable[..., PreparedData], template: ChatTemplate, jsonl: Jsonl
+) -> None:
+    rendered = "<|im_start|>user\nSay 1<|im_end|>\n<|im_start|>assistant\n1<|im_end|>\n"
+    path = jsonl([{"text": rendered}, {"text": "a<|endoftext|>b"}, *rows(1)])
+    options = {"dataset_test_ratio": 0.0, "data_cache": True}
+    tokens, characters = run(path, **options), run(path, parse_special_tokens=False, **options)
+    tokenizer = tokenizer_of("smollm2")
+    assert tokens.train[0][0].tolist() == [*tokenizer(rendered)["input_ids"], template.eos_id]
+    split = tokenizer(rendered, split_special_tokens=True)["input_ids"]
+    assert characters.train[0][0].tolist() == [*split, template.eos_id]
+    assert len(characters.train[0][0]) > len(tokens.train[0][0])
+    assert tokens.train[2][0].tolist() == characters.train[2][0].tolist()
+    for data, how in ((tokens, "tokens (--parse_special_tokens false: as characters)"), (characters, "characters")):
+        assert data.report.datasets[0].control_tokens == {"<|im_start|>": 2, "<|im_end|>": 2, "<|endoftext|>": 1}
+        assert DataReport.from_dict(json.loads(json.dumps(data.report.to_dict()))) == data.report
+        out = io.StringIO()
+        print_report(data.report, Console(file=out, width=80))
+        line = f"text rows hold 5 control tokens, read as {how}: <|im_end|> (2), <|im_start|> (2), <|endoftext|> (1)"
+        assert line in out.getvalue()
+
+
+def test_a_row_that_one_token_swallows_is_not_too_long(jsonl: Jsonl, tmp_path: Path) -> None:
+    """A row is left out by its bytes alone only where no token may stand for any number of them."""
+    from tokenizers import AddedToken
+
+    tokenizer = byte_level(("<|im_start|>", "<|im_end|>"))
+    tokenizer.add_tokens([AddedToken("<gap>", rstrip=True, normalized=False)])
+    tokenizer.chat_template = tokenizer_of("chatml").chat_template
+    path = jsonl([{"query": "<gap>" + " " * 20_000, "response": "a"}, {"query": "q " * 20_000, "response": "a"}])
+    args = SftArguments(dataset=[path], dataset_test_ratio=0.0, max_length=100)
+    data = prepare(args, ChatTemplate(tokenizer), cache_dir=tmp_path)
+    assert len(data.train) == 1 and data.report.datasets[0].too_long.places == ["rows.jsonl:2"]
 
 
 def test_pretraining_rows(run: Callable[..., PreparedData], template: ChatTemplate, jsonl: Jsonl) -> None:

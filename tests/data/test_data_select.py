@@ -104,6 +104,17 @@ def test_a_hub_id_is_its_registered_name() -> None:
     assert "AI-ModelScope/alpaca-gpt4-data-en" in str(caught.value)
 
 
+def test_a_number_of_rows_is_drawn_at_random() -> None:
+    """Neither the front of the file nor always the same: with and without validation rows, below and above the rows' number."""
+    for count, ratio in ((5, 0.0), (5, 0.01), (105, 0.0)):
+        drawn = [split_and_sample(100, count, ratio, seed)[0] for seed in (1, 1, 2)]
+        ends = [rows[-5 + bool(ratio) :].tolist() for rows in drawn]
+        assert ends[0] == ends[1] != ends[2] and all(len(set(end)) == len(end) for end in ends)
+        assert all(sorted(end) != list(range(len(end))) for end in ends)
+    validation = [sample_validation(100, 5, seed, "x").tolist() for seed in (1, 2)]
+    assert validation[0] != validation[1] and sorted(validation[0]) != list(range(5))
+
+
 def test_the_arithmetic_of_the_workflow_in_the_documentation() -> None:
     """500 + 250 + 250 + self-cognition#500 of 134 rows: 1490 rows to train on, 10 to validate."""
     splits = [split_and_sample(rows, count, 0.01, 42) for rows, count in ((10000, 500), (9000, 250), (8000, 250), (134, 500))]

@@ -139,6 +139,10 @@ class Build:
         entry.unsupervised_turns += encoding.unsupervised
         entry.weighted += encoding.weighted[0]
         entry.weight += encoding.weighted[1]
+        for token, count in encoding.control.items():
+            entry.control_tokens[token] = entry.control_tokens.get(token, 0) + count
+        for number, count in encoding.cut.items():
+            entry.cut.add(partial(source.where, int(rows[number])), f"{count:,} message{'s' * (count > 1)}")
         for number, error in encoding.bad.items():
             self._drop(entry, partial(source.where, int(rows[number])), error)
         for number, size in encoding.long.items():

@@ -11,22 +11,22 @@ import datetime
 import json
 import re
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from megaswift.data.conversation import BadRow, Conversation, Message
+from megaswift.data.probes import A_CALL, A_TOOL, own_tokens, where_thoughts_stand
 from megaswift.data.structure import NO_SYSTEM, Structure, align, as_dicts, build, render
 from megaswift.data.templates import TEMPLATES, TemplateRaised, choose_source, compile_template
 from megaswift.data.tokens import Encoded, Kind, Piece, PieceEncoder, tokenizer_json
 from megaswift.data.tools import tools_as_text
 from megaswift.errors import UserError
 
-THOUGHTS = re.compile(r"\s*<think>(.*?)</think>\s*(.*)\Z", re.DOTALL)
+# The opening tag may have stood in the prompt, as R1's and Qwen3-Thinking's answers come.
+THOUGHTS = re.compile(r"\s*(?:<think>|(?!(?:(?!</think>).)*<think>))(.*?)</think>\s*(.*)\Z", re.DOTALL)
 SHIELD = 0xE100  # control token number k inside tool texts is written as this character + k
-
-_PARAMETERS = {"type": "object", "properties": {"x": {"type": "string", "description": "x"}}, "required": ["x"]}
-_A_TOOL = [{"type": "function", "function": {"name": "f", "description": "f", "parameters": _PARAMETERS}}]
 
 
 class ChatTemplate:
@@ -91,17 +91,17 @@ class ChatTemplate:
         self.encoder: PieceEncoder = without_tools.encoder if without_tools else PieceEncoder(state["tokenizer"])
         self._jinja = compile_template(state["source"], state["date"])
         self.thinks = "</think>" in state["source"]
-        self._tools = without_tools is not None or ("tools" in state["source"] and "tool_calls" in state["source"])
-        self._any_tools = _A_TOOL if without_tools else []  # a template for tools may fail without any
+        self.writes_tools = without_tools is not None or ("tools" in state["source"] and "tool_calls" in state["source"])
+        self.any_tools = A_TOOL if without_tools else []  # a template for tools may fail without any
         self._structures: dict[Any, Structure] = {}
-        self._shields = {token: chr(SHIELD + k) for k, token in enumerate(sorted(self.encoder.control))}
-        self._shielded_tokens = {shield: token for token, shield in self._shields.items()}
         self.eos: str = state["special"].get("eos_token", "")
         self._decoder: Any = None
         self._system_block: tuple[str, str] | None = None
         self.header, self.after_user, self.ends = self._look()
-        self.text_arguments = self._tools and self._wants_text_arguments()
+        self.text_arguments = self.writes_tools and self._wants_text_arguments()
         self._system_block = self._find_system_block()
+        self.encoder.guard(own_tokens(self))
+        self.thoughts = where_thoughts_stand(self)
         self._tool_use: ChatTemplate | None = None  # what conversations with tools are written with, as in transformers
         if state["tool_use"]:
             self._tool_use = ChatTemplate.__new__(ChatTemplate)
@@ -111,7 +111,7 @@ class ChatTemplate:
 
     def _look(self) -> tuple[str, str, tuple[str, ...]]:
         """(assistant header, what follows a user's text, tokens that end an assistant turn), from small renderings."""
-        user, tools = {"role": "user", "content": "\ue0e0"}, self._any_tools
+        user, tools = {"role": "user", "content": "\ue0e0"}, self.any_tools
         try:
             plain, prompt = self.render([user], tools, False), self.render([user], tools, True)
             full = self.render([user, {"role": "assistant", "content": "\ue0e1"}], tools, False)
@@ -140,15 +140,22 @@ class ChatTemplate:
 
     def _wants_text_arguments(self) -> bool:
         """Whether the template fails on arguments that are an object, and takes them as JSON text."""
-        call = Message("assistant", "", tool_calls=[{"name": "f", "arguments": {"x": 1}}])
-        messages = [Message("user", "x"), call, Message("tool", "x")]
+        messages = [Message("user", "x"), A_CALL, Message("tool", "x")]
         for text_arguments in (False, True):
             try:
-                self.render(as_dicts(messages, text_arguments), _A_TOOL, True)
+                self.render(as_dicts(messages, text_arguments), A_TOOL, True)
                 return text_arguments
             except BadRow:
                 continue
         return False
+
+    @cached_property
+    def _shields(self) -> dict[str, str]:
+        return {token: chr(SHIELD + k) for k, token in enumerate(sorted(self.encoder.guarded))}
+
+    @cached_property
+    def _shielded_tokens(self) -> dict[str, str]:
+        return {shield: token for token, shield in self._shields.items()}
 
     def _find_system_block(self) -> tuple[str, str] | None:
         """(before, after) of a system message's block, where a second one is written just like the first."""
@@ -156,7 +163,7 @@ class ChatTemplate:
         try:
             text = self.render(
                 [{"role": "system", "content": first}, {"role": "system", "content": second}, {"role": "user", "content": "x"}],
-                self._any_tools,
+                self.any_tools,
                 False,
             )
         except BadRow:
@@ -207,10 +214,11 @@ class ChatTemplate:
         ]
 
     def _with_ends(self, item: Encoded) -> Encoded:
-        """Pre-training text: the tokenizer's own first token, when it has one, and the end token around it."""
+        """Pre-training text: the tokenizer's own first token, when it has one, and the end token around it, each once."""
         bos = self.state["bos_id"]
-        first = [] if bos is None else [bos]
-        ids = np.concatenate([np.array(first, np.int32), item.ids, np.array([self.eos_id], np.int32)])
+        first = [] if bos is None or item.ids[:1] == bos else [bos]
+        last = [] if item.ids[-1:] == self.eos_id else [self.eos_id]
+        ids = np.concatenate([np.array(first, np.int32), item.ids, np.array(last, np.int32)])
         kept = np.ones(len(ids), bool)
         kept[: len(first)] = False
         return Encoded(ids, kept)
@@ -222,7 +230,7 @@ class ChatTemplate:
     def pieces(self, conversation: Conversation, prompt: bool = False) -> list[Piece]:
         """The conversation as text pieces, each with who wrote it and whether it carries loss. Raises BadRow."""
         if conversation.text is not None:
-            return [Piece(conversation.text, Kind.CONTENT, 1.0)]
+            return [Piece(conversation.text, Kind.LITERAL if conversation.literal else Kind.TEMPLATE, 1.0)]
         if self._tool_use is not None and conversation.tools:
             return self._tool_use.pieces(conversation, prompt)
         conversation = self._prepared(conversation)
@@ -230,7 +238,8 @@ class ChatTemplate:
         if not prompt and any(m.role == "assistant" and not m.content.strip() and not m.tool_calls for m in messages):
             raise BadRow("empty content", "an assistant turn has thoughts and no answer")
         structure = self._structure(conversation, prompt)
-        real = render(self, as_dicts(messages, self.text_arguments), conversation.tools, prompt, structure.deferred)
+        written = as_dicts(messages, self.text_arguments, self.thoughts)
+        real = render(self, written, conversation.tools, prompt, structure.deferred)
         texts = align(structure, messages, real)
         pieces = []
         for segment in structure.segments:
@@ -318,7 +327,7 @@ class ChatTemplate:
             messages = [_split_thoughts(message) for message in messages]
         tools = conversation.tools
         if tools or any(message.tool_calls or message.role == "tool" for message in messages):
-            if self._tools:
+            if self.writes_tools:
                 messages, tools = self._shielded(messages, tools)
             else:
                 messages, tools = tools_as_text(messages, tools, self.default_system), []
@@ -360,7 +369,7 @@ class ChatTemplate:
 
 
 def _split_thoughts(message: Message) -> Message:
-    """`<think>R</think>C` typed as one text becomes reasoning R and content C; an empty block becomes reasoning ''."""
+    """`<think>R</think>C`, or `R</think>C`, typed as one text becomes reasoning R and content C; an empty block reasoning ''."""
     if message.role != "assistant" or message.reasoning is not None or "</think>" not in message.content:
         return message
     match = THOUGHTS.match(message.content)

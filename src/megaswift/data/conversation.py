@@ -43,9 +43,16 @@ class Message:
 
 @dataclass(slots=True)
 class Conversation:
-    """Messages with the tools that they may call; or `text` alone, every token of which is supervised."""
+    """Messages with the tools that they may call; or `text` alone, every token of which is supervised.
+
+    Attributes:
+        literal: control tokens in `text` are read as characters.
+        cut: messages after the last answer, which are left out of `messages`.
+    """
 
     messages: list[Message] = field(default_factory=list)
     tools: list[dict[str, Any]] = field(default_factory=list)
     text: str | None = None
     shape: str = ""
+    literal: bool = False
+    cut: int = 0

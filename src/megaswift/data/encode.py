@@ -78,8 +78,8 @@ def prepare(
     if not args.data_cache:
         target = target.with_name(f"{target.name}-{uuid.uuid4().hex[:8]}")
         atexit.register(shutil.rmtree, target, ignore_errors=True)
-    report = DataReport(template.name, args.max_length, args.truncation_strategy, packing)
-    pipeline = Pipeline(template, args.max_length, args.truncation_strategy)
+    report = DataReport(template.name, args.max_length, args.truncation_strategy, packing, args.parse_special_tokens)
+    pipeline = Pipeline(template, args.max_length, args.truncation_strategy, args.parse_special_tokens)
     rows = sum(len(item.source) for item in train + val) if stream_rows is None else stream_rows
     with published(target) as directory, Workers(pipeline, rows, processes) as workers:
         Build(args, recipes, report, workers).run(directory, train, val, packing, stream_rows)
@@ -148,7 +148,7 @@ def _pair(values: list[str], option: str) -> tuple[str, str]:
     return values[0], values[-1]
 
 
-def _key(args: DataArguments, template: ChatTemplate, layout: list[Any], train: list[Dataset], val: list[Dataset]) -> str:
+def _key(args: SftArguments, template: ChatTemplate, layout: list[Any], train: list[Dataset], val: list[Dataset]) -> str:
     """A digest of everything that the result depends on, this package's own source included."""
     state = template.state | {"tokenizer": hashlib.sha256(template.state["tokenizer"].encode()).hexdigest()}
     options = {
@@ -157,6 +157,7 @@ def _key(args: DataArguments, template: ChatTemplate, layout: list[Any], train: 
             "dataset_test_ratio",
             "max_length",
             "truncation_strategy",
+            "parse_special_tokens",
             "columns",
             "strict",
             "model_name",

@@ -76,7 +76,7 @@ def _beside(item: dict[str, Any], role: str, where: str) -> tuple[list[dict[str,
     if role != "assistant":
         return [], None
     calls = [_call(call, where) for call in _json_list(item.get("tool_calls"), where)]
-    reasoning = item.get("reasoning_content") or item.get("reasoning")
+    reasoning = item.get("reasoning_content") or item.get("reasoning") or None
     if reasoning is not None and not isinstance(reasoning, str):
         raise BadRow("wrong type", f"{where}: reasoning_content is {type(reasoning).__name__}, expected text")
     return calls, reasoning

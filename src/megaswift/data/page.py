@@ -71,6 +71,8 @@ def draw_lengths(sizes: np.ndarray, max_length: int, path: Path) -> None:
 
 
 def _page(report: DataReport, inspected: Inspected, lines: list[str], picture: bytes) -> str:
+    from megaswift.data.report import remarks
+
     names = ("dataset", "rows", "usable", "train", "validation", "tokens", "with loss")
     head = "".join(f"<th>{name}</th>" for name in names)
     body = "".join(
@@ -79,6 +81,7 @@ def _page(report: DataReport, inspected: Inspected, lines: list[str], picture: b
     )
     dropped = "".join(_dropped(item, reason, entry) for item in report.datasets for reason, entry in item.dropped.items())
     dropped += "".join(_dropped(item, "too long", item.too_long) for item in report.datasets if item.too_long.count)
+    dropped += "".join(_remark(item, *remark) for item in report.datasets for remark in remarks(item, report))
     examples = "".join(f"<pre>{''.join(_stretch(text, kept) for text, kept in example)}</pre>" for example in inspected.shown)
     facts = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
     return (
@@ -98,5 +101,9 @@ def _stretch(text: str, kept: bool) -> str:
 
 
 def _dropped(item: DatasetReport, reason: str, entry: Dropped) -> str:
-    places = html.escape("\n".join(entry.places))
-    return f'<p class="bad">{html.escape(item.item)}: {entry.count:,} rows, {html.escape(reason)}</p><pre>{places}</pre>'
+    return _remark(item, f"{entry.count:,} rows, {reason}", entry.places)
+
+
+def _remark(item: DatasetReport, text: str, places: list[str]) -> str:
+    below = f"<pre>{html.escape(chr(10).join(places))}</pre>" if places else ""
+    return f'<p class="bad">{html.escape(item.item)}: {html.escape(text)}</p>{below}'

@@ -50,6 +50,8 @@ class Encoding:
         long: row number -> tokens it had, for rows above max_length.
         shapes: shape -> rows.
         unsupervised: assistant turns without loss because the template leaves out their thoughts.
+        cut: row number -> messages after its last answer, which are left out.
+        control: control token -> how often it stands in the text rows.
         found: columns of the recipe that some row had.
         weighted: samples with weights other than 0 and 1, and the sum of their weights.
     """
@@ -65,16 +67,19 @@ class Encoding:
     unsupervised: int = 0
     found: frozenset[str] = frozenset()
     weighted: tuple[int, float] = (0, 0.0)
+    cut: dict[int, int] = field(default_factory=dict)
+    control: Counter[str] = field(default_factory=Counter)
 
 
 Checked = tuple[dict[int, BadRow], Counter[str], frozenset[str]]  # see Pipeline.check
 
 
 class Pipeline:
-    """All that is needed to turn raw rows into samples."""
+    """All that is needed to turn raw rows into samples; `parse_special`: control tokens in text rows are tokens."""
 
-    def __init__(self, template: ChatTemplate, max_length: int, truncation: str) -> None:
+    def __init__(self, template: ChatTemplate, max_length: int, truncation: str, parse_special: bool = True) -> None:
         self.template, self.max_length, self.truncation = template, max_length, truncation
+        self.parse_special = parse_special
 
     def conversation(self, raw: Raw, recipe: Recipe, *, answered: bool = True, found: set[str] | None = None) -> Conversation:
         """One row as a conversation; adds the recipe's columns that it has to `found`. Raises BadRow."""
@@ -111,6 +116,7 @@ class Pipeline:
             try:
                 conversation = self.conversation(raw, recipe, found=found)
                 shapes[conversation.shape] += 1
+                conversation.literal = not self.parse_special
                 if self._surely_long(conversation):
                     long[number] = -1
                     continue
@@ -119,11 +125,16 @@ class Pipeline:
             except BadRow as error:
                 bad[number] = error
         counts = [0] * len(raws)
+        cut, control = {}, Counter[str]()
         parts: list[Encoded] = []
         for number, conversation, item in zip(numbers, conversations, self.template.encode(conversations), strict=True):
             if isinstance(item, BadRow):
                 bad[number] = item
                 continue
+            if conversation.cut:
+                cut[number] = conversation.cut
+            if conversation.text is not None:
+                control += self.template.encoder.control_in(conversation.text)
             unsupervised += self.template.unsupervised_turns(conversation)
             if 0 < self.max_length < len(item.ids):
                 long[number] = len(item.ids)
@@ -137,18 +148,9 @@ class Pipeline:
         whole, sizes = joined(parts), [len(part.ids) for part in parts]
         own = [float(weights_of(part).sum(dtype=np.float64)) for part in parts if part.weights is not None]
         return Encoding(
-            whole.ids,
-            whole.kept,
-            whole.weights,
-            sizes,
-            counts,
-            bad,
-            long,
-            shapes,
-            unsupervised,
-            frozenset(found),
-            (len(own), sum(own)),
-        )
+            whole.ids, whole.kept, whole.weights, sizes, counts, bad, long, shapes, unsupervised, frozenset(found),
+            (len(own), sum(own)), cut, control,
+        )  # fmt: skip
 
     def _cut(self, item: Encoded) -> list[Encoded]:
         size = self.max_length
@@ -164,8 +166,12 @@ class Pipeline:
         """Whether a row is too long by its bytes alone, so that a huge one need not be tokenized to be dropped."""
         if self.truncation != "delete" or self.max_length <= 0:
             return False
-        characters = len(conversation.text or "") + sum(len(message.content) for message in conversation.messages)
-        return characters > self.max_length * self.template.encoder.longest_token
+        encoder = self.template.encoder
+        texts = [conversation.text or "", *(message.content for message in conversation.messages)]
+        most = self.max_length * encoder.longest_token
+        if sum(map(len, texts)) <= most:
+            return False
+        return not encoder.swallows or sum(len(part) for text in texts for part in text.split()) > most
 
 
 def _fill_in(row: dict[str, Any], names: tuple[tuple[str, str], tuple[str, str]]) -> dict[str, Any]:

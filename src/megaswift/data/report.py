@@ -48,6 +48,8 @@ class DatasetReport:
         tokens, supervised: their tokens, and those with loss.
         unsupervised_turns: assistant turns without loss because the chat template leaves out their thoughts.
         weighted: samples on disk whose rows give tokens a weight other than 0 and 1; weight: the sum of these samples' weights.
+        cut: rows with messages after their last answer, which are left out.
+        control_tokens: control token -> how often it stands in the text rows that were tokenized.
     """
 
     item: str
@@ -67,6 +69,8 @@ class DatasetReport:
     unsupervised_turns: int = 0
     weighted: int = 0
     weight: float = 0.0
+    cut: Dropped = field(default_factory=Dropped)
+    control_tokens: dict[str, int] = field(default_factory=dict)
 
     def drop(self, reason: str, place: Callable[[], str], detail: str = "") -> None:
         """Count a row that cannot be used."""
@@ -80,6 +84,7 @@ class DataReport:
     Attributes:
         train_rows, val_rows: rows of the two TokenRows (packs when packed); these are what a run's steps count.
         train_samples: samples in the training rows.
+        parse_special_tokens: control tokens in text rows are tokens, not characters.
         fill: share of max_length that packs use; None when not packed.
         example: the first training sample as (text, has loss) stretches.
     """
@@ -88,6 +93,7 @@ class DataReport:
     max_length: int
     truncation: str
     packing: bool
+    parse_special_tokens: bool = True
     datasets: list[DatasetReport] = field(default_factory=list)
     train_rows: int = 0
     val_rows: int = 0
@@ -111,6 +117,7 @@ class DataReport:
                 **{
                     **item,
                     "too_long": Dropped(**item["too_long"]),
+                    "cut": Dropped(**item["cut"]),
                     "dropped": {key: Dropped(**value) for key, value in item["dropped"].items()},
                 }
             )
@@ -186,16 +193,31 @@ def _print_details(item: DatasetReport, report: DataReport, console: Console) ->
         line(f"  {item.too_long.count:,} rows longer than {report.max_length:,} tokens, {what}{size}", "yellow")
         for place in item.too_long.places:
             line(f"    {place}")
+    for text, places in remarks(item, report):
+        line(f"  {text}", "yellow")
+        for place in places:
+            line(f"    {place}")
+
+
+def remarks(item: DatasetReport, report: DataReport) -> list[tuple[str, list[str]]]:
+    """What is worth knowing about rows that are used: (text, first places) each."""
+    result: list[tuple[str, list[str]]] = []
     if item.unsupervised_turns:
-        line(
-            f"  {item.unsupervised_turns:,} earlier answers carry no loss: the chat template leaves out their thoughts",
-            "yellow",
-        )
+        text = f"{item.unsupervised_turns:,} earlier answers carry no loss: the chat template leaves out their thoughts"
+        result.append((text, []))
     if item.weighted:
-        line(
-            f"  {item.weighted:,} samples bring weights of their own: {item.weight:,.6g} in all; "
-            "the loss is divided by the sum of weights"
-        )
+        text = f"{item.weighted:,} samples bring weights of their own: {item.weight:,.6g} in all; the loss is divided by the sum of weights"
+        result.append((text, []))
+    if item.cut.count:
+        text = f"{item.cut.count:,} rows do not end with an answer: what follows their last one is left out"
+        result.append((text, item.cut.places))
+    if item.control_tokens:
+        most = sorted(item.control_tokens.items(), key=lambda pair: (-pair[1], pair[0]))
+        named = ", ".join(f"{token} ({count:,})" for token, count in most[:SHOWN]) + (", ..." if len(most) > SHOWN else "")
+        read = "tokens (--parse_special_tokens false: as characters)" if report.parse_special_tokens else "characters"
+        total = sum(item.control_tokens.values())
+        result.append((f"text rows hold {total:,} control tokens, read as {read}: {named}", []))
+    return result
 
 
 def print_example(example: list[tuple[str, bool]], console: Console, title: str = "One training sample") -> None:

@@ -37,7 +37,7 @@ def to_conversation(row: dict[str, Any], *, answered: bool = True) -> Conversati
 
     Args:
         row: column name to value; None counts as absent.
-        answered: whether the last turn must be the assistant's, as training needs; False for questions.
+        answered: whether an answer is needed, as for training; what stands after the last one is left out. False for questions.
 
     Raises:
         BadRow: nothing is recognised, or something in the row has a wrong type, is empty or out of order.
@@ -166,7 +166,9 @@ def _add_system(conversation: Conversation, row: dict[str, Any]) -> None:
 
 
 def _check(conversation: Conversation, answered: bool) -> None:
-    """What every conversation must fulfil: texts that can be tokenized, none empty, an answer at the end."""
+    """What every conversation must fulfil: texts that can be tokenized, none empty, an answer where one is needed."""
+    if answered:
+        _cut_after_last_answer(conversation)
     messages = conversation.messages
     for number, message in enumerate(messages, 1):
         where = f"message {number}, {message.role}"
@@ -181,10 +183,16 @@ def _check(conversation: Conversation, answered: bool) -> None:
         return
     if not any(message.role == "assistant" for message in messages):
         raise BadRow("no assistant turn", f"roles: {', '.join(message.role for message in messages)}")
-    if messages[-1].role != "assistant":
-        raise BadRow("last message is not the assistant's", f"it is from {messages[-1].role}")
     if not any(message.role == "assistant" and message.loss for message in messages):
         raise BadRow("no supervised turn", "loss is 0 on every assistant turn")
+
+
+def _cut_after_last_answer(conversation: Conversation) -> None:
+    """Leave out the messages that nobody answers; where there is no answer at all, they stay."""
+    messages = conversation.messages
+    size = max((number for number, message in enumerate(messages, 1) if message.role == "assistant"), default=len(messages))
+    conversation.cut = len(messages) - size
+    conversation.messages = messages[:size]
 
 
 def _check_text(text: str, where: str) -> None:

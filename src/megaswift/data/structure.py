@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -34,6 +34,7 @@ class Renders(Protocol):
     ends: tuple[str, ...]  # tokens that end an assistant turn; empty when the template writes none
     eos: str  # the tokenizer's own end token
     text_arguments: bool  # whether arguments of tool calls must be JSON text
+    thoughts: str | None  # what stands before thoughts in the content; None where they have a field of their own
     encoder: PieceEncoder
 
     def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], prompt: bool) -> str: ...
@@ -65,17 +66,20 @@ class Structure:
     unsupervised: tuple[int, ...] = ()
 
 
-def as_dicts(messages: list[Message], text_arguments: bool = False) -> list[dict[str, Any]]:
+def as_dicts(messages: list[Message], text_arguments: bool = False, thoughts: str | None = None) -> list[dict[str, Any]]:
     """Messages as templates expect them.
 
     Calls and their results get ids of nine letters and digits, which Mistral's templates demand; they depend on the
-    calls alone, so that the same row always gives the same tokens. `text_arguments`: arguments as JSON text.
+    calls alone, so that the same row always gives the same tokens. `text_arguments`: arguments as JSON text. `thoughts`:
+    what stands before them in the content; None writes them as reasoning_content.
     """
     result: list[dict[str, Any]] = []
     open_ids: list[str] = []
     for message in messages:
         item: dict[str, Any] = {"role": message.role, "content": message.content}
-        if message.reasoning:
+        if message.reasoning is not None and thoughts is not None:
+            item["content"] = f"{thoughts}{message.reasoning}\n</think>\n\n{message.content}"
+        elif message.reasoning:
             item["reasoning_content"] = message.reasoning
         if message.tool_calls:
             calls: list[dict[str, Any]] = []
@@ -97,14 +101,18 @@ def _call_id(call: dict[str, Any], message: int, place: int) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:9]
 
 
-def marked(messages: list[Message], text_arguments: bool = False) -> list[dict[str, Any]]:
-    """The messages with a mark in place of each text, and around the name of each tool call."""
-    items = as_dicts(messages, text_arguments)
-    for number, (message, item) in enumerate(zip(messages, items, strict=True)):
-        if message.content and message.content != NO_SYSTEM:
-            item["content"] = f"{OPEN}c{number}{CLOSE}"
-        if message.reasoning:
-            item["reasoning_content"] = f"{OPEN}r{number}{CLOSE}"
+def marked(template: Renders, messages: list[Message]) -> list[dict[str, Any]]:
+    """The messages as this template takes them, with a mark in place of each text, and around the name of each tool call."""
+    texts = [
+        replace(
+            message,
+            content=f"{OPEN}c{number}{CLOSE}" if message.content and message.content != NO_SYSTEM else message.content,
+            reasoning=f"{OPEN}r{number}{CLOSE}" if message.reasoning else message.reasoning,
+        )
+        for number, message in enumerate(messages)
+    ]
+    items = as_dicts(texts, template.text_arguments, template.thoughts)
+    for number, item in enumerate(items):
         for call in item.get("tool_calls", ()):
             mark = f"{OPEN}t{number}{CLOSE}"
             call["function"]["name"] = f"{mark}{call['function']['name']}{mark}"
@@ -131,7 +139,7 @@ def render(
 def build(template: Renders, conversation: Conversation, prompt: bool = False) -> Structure:
     """The structure of a conversation. Raises BadRow when the template drops, repeats or moves a message."""
     messages = conversation.messages
-    items = marked(messages, template.text_arguments)
+    items = marked(template, messages)
     text = template.render(items, conversation.tools, prompt)
     has_system = messages[0].role == "system" and messages[0].content not in ("", NO_SYSTEM)
     deferred = has_system and len(messages) > 1 and items[0]["content"] not in text
@@ -284,7 +292,7 @@ def _after_prompt(template: Renders, conversation: Conversation, number: int, te
         found = text.rfind(header, floor, first) if header else -1
         if found >= 0:
             return found + len(header)
-    items = marked(conversation.messages[:number], template.text_arguments)
+    items = marked(template, conversation.messages[:number])
     for skipped in (0, 1):  # a template may write the system prompt into the last user turn only
         if number > skipped and (skipped == 0 or items[0]["role"] == "system"):
             prefix = template.render(items[skipped:], conversation.tools, True)

@@ -1,29 +1,38 @@
-"""Text pieces to token ids, so that control tokens come from the template alone and pieces join as the whole text would.
+"""Text pieces to token ids, as the tokenizer would read the whole text, except that nobody may type the template's tokens.
 
-A tokenizer cuts text at its added tokens and treats each run between them. We cut at the same places, but only where
-the template (not a user) wrote the token, and once more where the loss mask changes.
+A tokenizer cuts text at its added tokens and treats each run between them. We cut at the same places, except where somebody
+other than the template wrote one of its control tokens, and once more where the loss mask changes.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_left, bisect_right, insort
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
 
+from megaswift.data.added import AddedTokens, Found
 from megaswift.errors import UserError
+
+# What stands for the first character of a token that is to be read as characters: a letter or not, as that one is, since
+# some tokens are found only beside no letter. No token has them.
+_HOLES = {True: "\U00010380", False: "\ue0f2"}
 
 
 class Kind(IntEnum):
-    """Who wrote a piece, which decides what in it may become a control token."""
+    """Who wrote a piece, which decides which added tokens in it are read as characters."""
 
-    TEMPLATE = 0  # the chat template: every added token counts
-    ANSWER = 1  # an assistant turn: only plain tags such as <think> and <tool_call> count
-    CONTENT = 2  # anybody else: nothing counts
+    TEMPLATE = 0  # the chat template, or a text row: none
+    ANSWER = 1  # an assistant turn: the template's control tokens, except plain tags such as <think> and <tool_call>
+    CONTENT = 2  # anybody else: the template's control tokens
+    LITERAL = 3  # a text row with --parse_special_tokens false: special tokens
 
 
 @dataclass(slots=True)
@@ -70,7 +79,15 @@ def weights_of(sample: Encoded) -> np.ndarray:
 
 
 class PieceEncoder:
-    """Encodes pieces with a fast tokenizer given as its JSON text."""
+    """Encodes pieces with a fast tokenizer given as its JSON text.
+
+    Attributes:
+        control: text -> id of the added tokens, except white space.
+        special: those of them that are special.
+        guarded: the control tokens of the chat template, which count only where the template writes them.
+        longest_token: most characters of one token, without white space that it swallows.
+        swallows: whether a token may swallow white space around it.
+    """
 
     def __init__(self, tokenizer_json: str) -> None:
         from tokenizers import Tokenizer
@@ -78,33 +95,52 @@ class PieceEncoder:
         data = json.loads(tokenizer_json)
         added = data.get("added_tokens") or []
         control = [token for token in added if token["content"].strip()]
-        self.control = {token["content"]: token["id"] for token in control}
+        self.control: dict[str, int] = {token["content"]: token["id"] for token in control}
         self.special = frozenset(token["content"] for token in control if token["special"])
-        tags = [token["content"] for token in control if not token["special"] and re.fullmatch(r"</?\w+>", token["content"])]
-        strips = {token["content"]: (token["lstrip"], token["rstrip"]) for token in control}
-        self._cut = {Kind.TEMPLATE: _cutter(self.control, strips), Kind.ANSWER: _cutter(tags, strips), Kind.CONTENT: None}
+        self._tags = {token["id"] for token in control if not token["special"] and re.fullmatch(r"</?\w+>", token["content"])}
+        self._added = AddedTokens(added, data.get("normalizer"))
         self._prefix_when, self._prefix_always = _take_prefix_out(data)
-        spaces = [token for token in added if not token["content"].strip()]
-        data.update(added_tokens=spaces, post_processor=None, truncation=None, padding=None)
+        data.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
         self._plain = Tokenizer.from_str(json.dumps(data))
-        self._renumber = {self._plain.token_to_id(token["content"]): token["id"] for token in spaces}
-        self._renumber = {local: real for local, real in self._renumber.items() if local != real}
-        vocabulary = max([*self.control.values(), self._plain.get_vocab_size(with_added_tokens=True)]) + 1
-        self._is_control = np.zeros(vocabulary, bool)  # by token id
-        self._is_control[list(self.control.values())] = True
+        words = self._plain.get_vocab(with_added_tokens=False)
+        self._vocabulary = max([*(token["id"] for token in added), *words.values()], default=0) + 1
         self._known: dict[str, np.ndarray] = {}
-        self.longest_token = max(
-            map(len, self._plain.get_vocab(with_added_tokens=False)), default=1
-        )  # in characters of the vocabulary
+        self.longest_token = max(map(len, [*words, *self.control]), default=1)
+        self.swallows = any(token["lstrip"] or token["rstrip"] for token in added)
+        self.guarded = frozenset[str]()
+        self.guard(self.guarded)
+
+    def guard(self, tokens: Iterable[str]) -> None:
+        """Take these added tokens too for the template's own control tokens."""
+        self.guarded |= frozenset(tokens)
+        own, special = ({self.control[token] for token in tokens} for tokens in (self.guarded, self.special))
+        self._refused = {Kind.TEMPLATE: set[int](), Kind.ANSWER: own - self._tags, Kind.CONTENT: own, Kind.LITERAL: special}
+        self._is_control = np.zeros(self._vocabulary, bool)  # by token id
+        self._is_control[list(own | special)] = True
+        words = sorted(self.guarded | self.special, key=len, reverse=True)
+        self._spelled = re.compile("|".join(map(re.escape, words)) or r"(?!)")
+
+    def written(self, text: str) -> set[str]:
+        """The added tokens in a template's own text that are control tokens by their form: special, or in brackets."""
+        return {
+            token for token in self.control if (token in self.special or re.fullmatch(r"<.+>|\[.+\]", token)) and token in text
+        }
+
+    def control_in(self, text: str) -> Counter[str]:
+        """How often each control token (special, or the template's own) stands in a text."""
+        names = {self.control[token]: token for token in self.guarded | self.special}
+        return Counter(names[found.token] for found in self._added.find([text])[0] if found.token in names)
 
     def encode(self, samples: Iterable[list[Piece]]) -> list[Encoded]:
         """Encode many samples with one call of the tokenizer."""
         plans: list[list[tuple[int, float]]] = []  # per sample: (token id, weight), or (-1 - run, weight)
         texts: list[str] = []
         index: dict[str, int] = {}
-        for pieces in samples:
+        samples = [[piece for piece in pieces if piece.text] for pieces in samples]
+        all_found = self._added.find(["".join(piece.text for piece in pieces) for pieces in samples])
+        for pieces, found in zip(samples, all_found, strict=True):
             plan = []
-            for text, token, weight in self._runs(pieces):
+            for text, token, weight in self._runs(pieces, found):
                 if token is None:
                     if len(text) > 64:
                         run = len(texts)
@@ -121,9 +157,9 @@ class PieceEncoder:
 
     def last_control(self, text: str, first: int, last: int) -> int | None:
         """Where the last control token within text[first:last] ends; None when there is none."""
-        cut = self._cut[Kind.TEMPLATE]
-        ends = [match.end() for match in cut.finditer(text, first, last)] if cut else []
-        return ends[-1] if ends else None
+        ids = set(self.control.values())
+        ends = [found.stop for found in self._added.find([text[first:last]])[0] if found.token in ids]
+        return first + ends[-1] if ends else None
 
     def _encode_texts(self, texts: list[str]) -> list[np.ndarray]:
         known = self._known
@@ -132,8 +168,6 @@ class PieceEncoder:
         fresh = {}
         for text, encoding in zip(unknown, encoded, strict=True):
             ids = np.array(encoding.ids, np.int32)
-            if self._renumber:
-                ids = np.array([self._renumber.get(token, token) for token in ids.tolist()], np.int32)
             if self._is_control[ids].any():
                 ids = self._without_control(text)
             fresh[text] = ids
@@ -144,61 +178,70 @@ class PieceEncoder:
     def _without_control(self, text: str) -> np.ndarray:
         """A Unigram model may spell a control token as one piece; cutting inside it prevents that."""
         parts, last = [], 0
-        cut = self._cut[Kind.TEMPLATE]
-        for match in cut.finditer(text) if cut else ():
+        for match in self._spelled.finditer(text):
             parts.append(text[last : match.start() + 1])
             last = match.start() + 1
         parts.append(text[last:])
         return np.array([token for part in parts for token in self._plain.encode(part, add_special_tokens=False).ids], np.int32)
 
-    def _runs(self, pieces: list[Piece]) -> list[tuple[str, int | None, float]]:
-        """Pieces as (text, None, weight) runs and ("", token id, weight) control tokens, in order."""
+    def _runs(self, pieces: list[Piece], found: list[Found]) -> list[tuple[str, int | None, float]]:
+        """Pieces as (text, None, weight) runs and ("", token id, weight) added tokens, in order; `found`: those of all texts."""
+        text, ends = "".join(piece.text for piece in pieces), list(accumulate(len(piece.text) for piece in pieces))
+        borders = [end for end, (one, other) in zip(ends, pairwise(pieces), strict=False) if one.weight != other.weight]
         result: list[tuple[str, int | None, float]] = []
-        text, text_weight, fresh = "", 0.0, True  # fresh: a run that starts here would be the tokenizer's own start of a run
+        position, fresh = 0, True  # fresh: a run that starts here would be the tokenizer's own start of a run
 
-        def close() -> None:
-            nonlocal text
-            if text:
-                result.append((text, None, text_weight))
-                text = ""
-
-        for piece in pieces:
-            for part, token in self._split(piece):
-                if token is not None:
-                    close()
-                    result.append(("", token, piece.weight))
-                    fresh = True
+        def write(stop: int) -> None:
+            nonlocal fresh
+            inner = borders[bisect_right(borders, position) : bisect_left(borders, stop)]
+            for first, last in pairwise([position, *inner, stop]):
+                if first >= last:  # the token before may have swallowed this one, which is white space
                     continue
-                if text and piece.weight != text_weight:
-                    close()
-                if not text:
-                    text_weight = piece.weight
-                    if fresh and self._wants_prefix(part, not result):
-                        part = " " + part
-                    fresh = False
-                text += part
-        close()
+                part = text[first:last]
+                if fresh and self._wants_prefix(part, not result):
+                    part = " " + part
+                fresh = False
+                result.append((part, None, pieces[bisect_right(ends, first)].weight))
+
+        for item in self._allowed(text, pieces, ends, borders, found):
+            if position == item.start and fresh and item.rest:  # nothing but the tokenizer's own prefix stands before it
+                result.append((" ", None, pieces[bisect_right(ends, item.first)].weight))
+            write(item.start)
+            result.append(("", item.token, pieces[bisect_right(ends, item.last - 1)].weight))
+            position = item.stop
+            fresh = not (item.normalized and self._prefix_always)  # a normalizer's prefix stands before the first run only
+        write(len(text))
         return result
+
+    def _allowed(self, text: str, pieces: list[Piece], ends: list[int], borders: list[int], found: list[Found]) -> list[Found]:
+        """Added tokens of a text without those that the writer of their piece may not write.
+
+        Ordinary text is not read across a border of the loss, so no token may stand on both sides of one.
+        """
+        probe, cuts = text, [0, len(text)]
+        while True:
+            wrong = False
+            for item in found:
+                inside = pieces[bisect_right(ends, item.first) : bisect_left(ends, item.last) + 1]
+                across = borders[bisect_right(borders, item.first) : bisect_left(borders, item.last)]
+                if any(item.token in self._refused[piece.kind] for piece in inside):
+                    letter = re.match(r"\w", text[item.first]) is not None
+                    probe = probe[: item.first] + _HOLES[letter] + probe[item.first + 1 :]
+                elif across:
+                    insort(cuts, across[0])
+                else:
+                    continue
+                wrong = True
+            if not wrong:
+                return found
+            starts = cuts[:-1]
+            parts = self._added.find([probe[first:last] for first, last in pairwise(cuts)])
+            found = [item.moved(first) for first, items in zip(starts, parts, strict=True) for item in items]
 
     def _wants_prefix(self, text: str, at_start: bool) -> bool:
         if self._prefix_when == "never" or (self._prefix_when == "first" and not at_start):
             return False
         return self._prefix_always or not text.startswith(" ")
-
-    def _split(self, piece: Piece) -> list[tuple[str, int | None]]:
-        cut = self._cut[piece.kind]
-        if cut is None or not piece.text:
-            return [(piece.text, None)] if piece.text else []
-        parts: list[tuple[str, int | None]] = []
-        last = 0
-        for match in cut.finditer(piece.text):
-            if match.start() > last:
-                parts.append((piece.text[last : match.start()], None))
-            parts.append(("", self.control[match.group().strip() if match.group() not in self.control else match.group()]))
-            last = match.end()
-        if last < len(piece.text):
-            parts.append((piece.text[last:], None))
-        return parts
 
 
 def tokenizer_json(tokenizer: Any) -> str:
@@ -211,16 +254,6 @@ def tokenizer_json(tokenizer: Any) -> str:
             fix="convert it once with AutoTokenizer.from_pretrained(...).save_pretrained(...)",
         )
     return backend.to_str()
-
-
-def _cutter(contents: Iterable[str], strips: dict[str, tuple[bool, bool]]) -> re.Pattern[str] | None:
-    """A pattern that finds these tokens, longest first, with the white space that they swallow."""
-    ordered = sorted(contents, key=len, reverse=True)
-    if not ordered:
-        return None
-    return re.compile(
-        "|".join((r"\s*" if strips[c][0] else "") + re.escape(c) + (r"\s*" if strips[c][1] else "") for c in ordered)
-    )
 
 
 def _assemble(plan: list[tuple[int, float]], runs: list[np.ndarray]) -> Encoded:
