@@ -43,9 +43,18 @@ class Message:
 
 @dataclass(slots=True)
 class Conversation:
-    """Messages with the tools that they may call; or `text` alone, every token of which is supervised."""
+    """Messages with the tools that they may call; or `text` alone, every token of which is supervised.
+
+    Attributes:
+        notes: (what was changed or is doubtful in the row, where in it), to be counted and told.
+    """
 
     messages: list[Message] = field(default_factory=list)
     tools: list[dict[str, Any]] = field(default_factory=list)
     text: str | None = None
     shape: str = ""
+    notes: list[tuple[str, str]] = field(default_factory=list)
+
+    def note(self, text: str, detail: str = "") -> None:
+        """Something about the row that the user must be told."""
+        self.notes.append((text, detail))

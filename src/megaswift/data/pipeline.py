@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from megaswift.data.chat import ChatTemplate
 from megaswift.data.conversation import BadRow, Conversation
+from megaswift.data.places import Names, fill_places
 from megaswift.data.read import Raw, decode
 from megaswift.data.registry import CONVERTERS
 from megaswift.data.rows import to_conversation
+from megaswift.data.tables import NULLS, TableRow
 from megaswift.data.tokens import Encoded
 
 NO_LOSS_LEFT = "no supervised token left within max_length"
@@ -29,13 +30,13 @@ class Recipe:
         columns: column -> name under which it is read; "-" drops it.
         asked: those of --columns, each of which some row must have.
         converter: name of a row function, or None.
-        names: {{NAME}} and {{AUTHOR}} as (Chinese, English) pairs; None for data that is not self-cognition.
+        names: what {{name}} and {{author}} are filled with.
     """
 
     columns: dict[str, str] = field(default_factory=dict)
     asked: frozenset[str] = frozenset()
     converter: str | None = None
-    names: tuple[tuple[str, str], tuple[str, str]] | None = None
+    names: Names = field(default_factory=Names)
 
 
 @dataclass
@@ -51,6 +52,7 @@ class Encoding:
         shapes: shape -> rows.
         unsupervised: assistant turns without loss because the template leaves out their thoughts.
         found: columns of the recipe that some row had.
+        notes: (row number, what was changed or is doubtful, where in the row).
     """
 
     ids: np.ndarray
@@ -62,9 +64,11 @@ class Encoding:
     shapes: Counter[str]
     unsupervised: int = 0
     found: frozenset[str] = frozenset()
+    notes: list[Note] = field(default_factory=list)
 
 
-Checked = tuple[dict[int, BadRow], Counter[str], frozenset[str]]  # see Pipeline.check
+Note = tuple[int, str, str]
+Checked = tuple[dict[int, BadRow], Counter[str], frozenset[str], list[Note]]  # see Pipeline.check
 
 
 class Pipeline:
@@ -85,29 +89,34 @@ class Pipeline:
                 )
         if recipe.converter:
             row = CONVERTERS[recipe.converter](row)
-        if recipe.names:
-            row = _fill_in(row, recipe.names)
-        return to_conversation(row, answered=answered)
+        conversation = to_conversation(row, answered=answered)
+        fill_places(conversation, recipe.names, row.get("tag"))
+        if isinstance(raw, TableRow) and raw.nulls:
+            conversation.note(NULLS, ", ".join(raw.nulls))
+        return conversation
 
     def check(self, raws: list[Raw], recipe: Recipe) -> Checked:
-        """Rows that cannot be used, by number; how many rows had each shape; and which of the recipe's columns are there."""
-        bad, shapes, found = {}, Counter[str](), set[str]()
+        """Rows that cannot be used, by number; how many rows had each shape; the recipe's columns that are there; notes."""
+        bad, shapes, found, notes = {}, Counter[str](), set[str](), list[Note]()
         for number, raw in enumerate(raws):
             try:
-                shapes[self.conversation(raw, recipe, found=found).shape] += 1
+                conversation = self.conversation(raw, recipe, found=found)
+                shapes[conversation.shape] += 1
+                notes += ((number, *note) for note in conversation.notes)
             except BadRow as error:
                 bad[number] = error
-        return bad, shapes, frozenset(found)
+        return bad, shapes, frozenset(found), notes
 
     def encode(self, raws: list[Raw], recipe: Recipe) -> Encoding:
         """Samples of these rows."""
         conversations: list[Conversation] = []
         numbers, bad, long, unsupervised = [], {}, {}, 0
-        shapes, found = Counter[str](), set[str]()
+        shapes, found, notes = Counter[str](), set[str](), list[Note]()
         for number, raw in enumerate(raws):
             try:
                 conversation = self.conversation(raw, recipe, found=found)
                 shapes[conversation.shape] += 1
+                notes += ((number, *note) for note in conversation.notes)
                 if self._surely_long(conversation):
                     long[number] = -1
                     continue
@@ -134,7 +143,7 @@ class Pipeline:
         ids = np.concatenate([part.ids for part in parts]) if parts else np.zeros(0, np.int32)
         kept = np.concatenate([part.kept for part in parts]) if parts else np.zeros(0, bool)
         sizes = [len(part.ids) for part in parts]
-        return Encoding(ids, kept, sizes, counts, bad, long, shapes, unsupervised, frozenset(found))
+        return Encoding(ids, kept, sizes, counts, bad, long, shapes, unsupervised, frozenset(found), notes)
 
     def _cut(self, item: Encoded) -> list[Encoded]:
         size = self.max_length
@@ -154,13 +163,3 @@ class Pipeline:
             return False
         characters = len(conversation.text or "") + sum(len(message.content) for message in conversation.messages)
         return characters > self.max_length * self.template.encoder.longest_token
-
-
-def _fill_in(row: dict[str, Any], names: tuple[tuple[str, str], tuple[str, str]]) -> dict[str, Any]:
-    """{{NAME}} and {{AUTHOR}} in query and response; the tag chooses the language."""
-    language = 0 if row.get("tag") == "zh" else 1
-    filled = {key: value for key, value in row.items() if key != "tag"}
-    for key in ("query", "response"):
-        if isinstance(filled.get(key), str):
-            filled[key] = filled[key].replace("{{NAME}}", names[0][language]).replace("{{AUTHOR}}", names[1][language])
-    return filled

@@ -7,8 +7,10 @@ each place, repeats included), bounds.npy (which places form one row; more than 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from array import array
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,12 @@ class RowWriter:
         starts = np.cumsum([0, *sizes[:-1]])
         self._supervised.extend(np.add.reduceat(kept, starts, dtype=np.int32).tolist() if sizes else ())
 
+    def abandon(self) -> None:
+        """Close the files of a directory that is given up; a full disk takes not even what is still in their buffers."""
+        for handle in self._files:
+            with suppress(OSError):
+                handle.close()
+
     def finish(self, order: np.ndarray, bounds: np.ndarray | None) -> str:
         """Write the tables and the index; returns the fingerprint. Row r holds the places bounds[r] to bounds[r + 1]."""
         for handle in self._files:
@@ -61,7 +69,9 @@ class RowWriter:
             bounds = np.arange(len(order) + 1)
         offsets = np.concatenate([[0], np.cumsum(self.sizes, dtype=np.int64)]).astype(np.int64)
         for name, table in (("offsets", offsets), ("order", order.astype(np.int64)), ("bounds", bounds.astype(np.int64))):
-            np.save(self.path / f"{name}.npy", table)
+            whole = io.BytesIO()  # of a full disk, saving into the file itself tells neither kind nor place
+            np.save(whole, table)
+            (self.path / f"{name}.npy").write_bytes(whole.getbuffer())
             self._hash.update(table.tobytes())
         index = {"format": 1, "samples": len(self._sizes), "rows": len(bounds) - 1, "fingerprint": self._hash.hexdigest()[:32]}
         (self.path / "index.json").write_text(json.dumps(index), encoding="utf-8")
