@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from megaswift.errors import UserError
+from megaswift.errors import UserError, is_full
 
 DAY = 24 * 3600.0
 
@@ -43,6 +43,10 @@ def published(target: Path) -> Iterator[Path]:
         except OSError:
             if not target.is_dir():
                 raise
+    except OSError as error:
+        if not is_full(error):
+            raise
+        raise _unwritable(error, target.parent) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -70,6 +74,12 @@ def alone(directory: Path, waiting: str = "") -> Iterator[None]:
 
 
 def _unwritable(error: OSError, directory: Path) -> UserError:
+    if is_full(error):
+        return UserError(
+            f"the disk of the cache is full: {error.strerror}.",
+            where=str(directory),
+            fix="free space there, or set MEGASWIFT_CACHE to a directory on another disk",
+        )
     return UserError(
         f"cannot write to the cache: {error.strerror}.",
         where=str(directory),

@@ -12,8 +12,8 @@ import os
 import sys
 import traceback
 
-from megaswift.errors import ExitCode, MegaswiftError, UserError, nearest
-from megaswift.terminal import terminal_may_be_gone
+from megaswift.errors import ExitCode, MegaswiftError, UserError, disk_full, nearest
+from megaswift.terminal import not_utf8, refuse_not_utf8, speak_utf8, terminal_may_be_gone
 
 NO_READER = 141  # 128 + SIGPIPE: what shells say of a program that ended because nobody read its output
 
@@ -44,6 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command line and return its exit code."""
     # Imports make half a million lasting objects; looking for garbage among them again and again costs a second.
     gc.set_threshold(50_000, 20, 20)
+    if argv is None:
+        speak_utf8()
     words = list(sys.argv[1:] if argv is None else argv)
     code = 1
     try:
@@ -70,6 +72,7 @@ def _write_nowhere(streams: list[int]) -> None:
 
 def _run(words: list[str]) -> int:
     try:
+        refuse_not_utf8(words)
         if not words or words[0] in ("-h", "--help"):
             print(overview())
             return ExitCode.DONE
@@ -112,6 +115,9 @@ def run_verb(verb: str, words: list[str]) -> int:
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _without_reader():
             raise
+        known = disk_full(error) or not_utf8(error)
+        if known is not None:
+            raise known from None
         traceback.print_exc()
         print("\nThis is a defect of megaswift, not of your input. Please report the lines above.", file=sys.stderr)
         return 1

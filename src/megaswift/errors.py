@@ -6,6 +6,7 @@ three parts and nothing else; a traceback is for our own defects only.
 
 from __future__ import annotations
 
+import errno
 from enum import IntEnum
 
 
@@ -80,6 +81,22 @@ class Stopped(MegaswiftError):
     """Stopped by a signal at a step boundary; the run can be resumed (exit 75)."""
 
     exit_code = ExitCode.STOPPED
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that a disk, or somebody's share of it, is full."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def disk_full(error: BaseException) -> UserError | None:
+    """The error of a full disk where nothing more is known than what could not be written; None for another error."""
+    if not isinstance(error, OSError) or not is_full(error):
+        return None
+    return UserError(
+        f"the disk is full: {error.strerror}.",
+        where=str(error.filename or ""),
+        fix="free space, or write to another disk (--output_dir and its like, MEGASWIFT_CACHE, TMPDIR); then run it again",
+    )
 
 
 def nearest(word: str, known: list[str] | tuple[str, ...], count: int = 3) -> str:

@@ -53,6 +53,8 @@ def data_main(args: InspectArguments | list[str]) -> Inspection:
     from megaswift.data.encode import prepare
     from megaswift.data.page import write_page
     from megaswift.engine.launch import cluster
+    from megaswift.hf.config import load_config
+    from megaswift.plan import usable_length
     from megaswift.sft import streamed_rows
     from megaswift.terminal import console, say
 
@@ -60,7 +62,9 @@ def data_main(args: InspectArguments | list[str]) -> Inspection:
         args = parse(InspectArguments, args)
     if args.examples < 0:
         raise UserError(f"--examples {args.examples} is below 0.", where="--examples")
-    template = _template(args)
+    directory = _directory(args)
+    args = args.changed(max_length=usable_length(load_config(directory), args.max_length, "max_length" in args.explicit()))
+    template = _template(args, directory)
     rows = streamed_rows(args, cluster().world_size) if args.streaming else None
     data = prepare(args, template, cache_dir=cache_root(), packing=args.packing, stream_rows=rows)
     inspection = inspect(data, template, args)
@@ -95,14 +99,14 @@ def histogram(sizes: np.ndarray) -> list[tuple[int, int, int]]:
     return [(k * width + 1, (k + 1) * width, int(count)) for k, count in enumerate(counts)]
 
 
-def _template(args: InspectArguments) -> ChatTemplate:
+def _template(args: InspectArguments, directory: Path) -> ChatTemplate:
     from megaswift.data.chat import ChatTemplate
     from megaswift.families.model_types import MODEL_TYPES
     from megaswift.inference.loading import load_tokenizer
 
     entry = MODEL_TYPES.get(args.model_type or "")
     return ChatTemplate(
-        load_tokenizer(_directory(args)),
+        load_tokenizer(directory),
         args.template_type,
         args.system,
         fallback=entry.template if entry else None,

@@ -63,10 +63,15 @@ def train_iters(args: SftArguments, facts: Facts) -> int:
     return math.ceil(facts.train_rows * args.num_train_epochs / global_batch_size(args, facts))
 
 
+def asked_warmup(args: SftArguments, steps: int) -> int:
+    """Steps of warm-up that the options ask for, in a run of so many steps."""
+    return args.warmup_steps if args.warmup_steps > 0 else math.ceil(steps * args.warmup_ratio)
+
+
 def warmup_iters(args: SftArguments, facts: Facts) -> int:
     """Steps in which the learning rate rises; never more than the run has."""
     steps = train_iters(args, facts)
-    return min(args.warmup_steps if args.warmup_steps > 0 else math.ceil(steps * args.warmup_ratio), steps)
+    return min(asked_warmup(args, steps), steps)
 
 
 TABLE = (

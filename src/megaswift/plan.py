@@ -16,7 +16,7 @@ from megaswift import mapping
 from megaswift.arguments import SftArguments
 from megaswift.errors import DataError, UserError
 from megaswift.families import family_of
-from megaswift.families.base import attention_window, is_tied, sizes_of
+from megaswift.families.base import is_tied, sizes_of, trained_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -151,7 +151,7 @@ def usable_length(config: PreTrainedConfig, max_length: int, given: bool = True)
 
     Raises UserError where the user asks for more than the model's positions or its sliding window reach.
     """
-    limit = min(config.max_position_embeddings, attention_window(config) or config.max_position_embeddings)
+    limit, reason = trained_length(config)
     if max_length == -1 or (max_length > limit and not given):
         return limit
     if max_length < 2:
@@ -161,7 +161,6 @@ def usable_length(config: PreTrainedConfig, max_length: int, given: bool = True)
             fix="use at least 2, or -1 for the model's limit",
         )
     if max_length > limit:
-        reason = "its sliding window" if attention_window(config) == limit else "max_position_embeddings"
         raise UserError(
             f"--max_length {max_length} is beyond the model's {limit} tokens ({reason}).",
             where="--max_length",

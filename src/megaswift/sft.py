@@ -274,6 +274,8 @@ def _print_plan(plan: Plan, data: PreparedData, args: SftArguments) -> None:
         f"(weights {plan.rank_bytes['weights'] / 1e9:.2f}, gradients {plan.rank_bytes['gradients'] / 1e9:.2f}, optimizer {plan.rank_bytes['optimizer'] / 1e9:.2f}); "
         f"one checkpoint {plan.checkpoint_bytes / 1e9:.2f} GB\n{_host_memory(plan)}"
     )
+    if note := _warm_up_note(plan, args):
+        out.print(note)
 
 
 def _shares(plan: Plan) -> str:
@@ -295,6 +297,18 @@ def _steps(plan: Plan, args: SftArguments) -> str:
     return (
         f"{plan.train_rows} rows x {args.num_train_epochs:g} epochs / {plan.global_batch} = {plan.train_iters} steps, {warm_up}"
     )
+
+
+def _warm_up_note(plan: Plan, args: SftArguments) -> str:
+    """A line for a warm-up that leaves no step at the full learning rate, else nothing."""
+    asked = mapping.asked_warmup(args, plan.train_iters)
+    if asked < plan.train_iters or plan.train_iters <= 1:
+        return ""
+    given = f"--warmup_steps {asked}" if args.warmup_steps > 0 else f"--warmup_ratio {args.warmup_ratio:g}"
+    longer = (
+        f"is longer than the run: it is cut to {plan.train_iters} steps" if asked > plan.train_iters else "is the whole run"
+    )
+    return f"[yellow]the warm-up ({given}) {longer}, and the learning rate rises until the last one and never falls.[/yellow]"
 
 
 def _host_memory(plan: Plan) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
+import io
 import os
 import re
 import shutil
@@ -13,8 +15,51 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megaswift.errors import UserError
+
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+_RENAME = "rename the file or directory, for example: convmv -f GBK -t UTF-8 --notest NAME; or write the option in UTF-8"
+
+
+def speak_utf8() -> None:
+    """Begin again in Python's UTF-8 mode where the locale knows ASCII only (LC_ALL=C).
+
+    There every Chinese name, row and option would be an error, here, in each library and in each process that is started;
+    what megaswift reads and writes is UTF-8 anyway. On a terminal of another encoding, characters that it lacks are escaped.
+    """
+    if codecs.lookup(sys.getfilesystemencoding()).name == "ascii" and not sys.flags.utf8_mode and sys.executable:
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def refuse_not_utf8(words: list[str]) -> None:
+    """Raise UserError for a word of the command line whose bytes are not UTF-8, such as a file name in GBK."""
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise UserError("a word is not UTF-8.", where=f"command line: {_escape_bytes(word)}", fix=_RENAME) from None
+
+
+def not_utf8(error: BaseException) -> UserError | None:
+    """The error for a name on this machine that is not UTF-8 and was to be written; None for another error."""
+    if not isinstance(error, UnicodeEncodeError) or error.reason != "surrogates not allowed":
+        return None
+    return UserError("a text or a name is not UTF-8.", where=_escape_bytes(error.object[-200:]), fix=_RENAME)
+
+
+def _escape_bytes(text: str) -> str:
+    """A text with the bytes that are not UTF-8 as \\xNN."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # half of a surrogate pair, which no bytes stand behind
+        return text.encode("utf-8", "backslashreplace").decode()
 
 
 _OURS = ("bold", "/bold", "yellow", "/yellow")  # all the markup that is used here

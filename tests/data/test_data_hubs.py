@@ -59,6 +59,18 @@ def test_a_stream_of_the_hub(ms: list[tuple[Any, ...]]) -> None:
     assert dataset.place == "ModelScope swift/swift-sft-mixture"
 
 
+def test_null_members_of_a_hub_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from datasets import Dataset
+
+    rows = [{"messages": [{"role": "user", "content": "q", "x": {key: 1}}]} for key in ("a", "b")]
+    data = Dataset.from_list(rows)
+    parts = {False: data, True: data.to_iterable_dataset()}
+    monkeypatch.setattr(hubs, "_first", lambda *call, streaming: (("hf", "o/n"), [parts[streaming]]))
+    assert decode(resolve(parse_spec("HF::o/n")).source.raw(1)) == rows[1]
+    streamed = list(resolve_stream(parse_spec("HF::o/n")).source.rows(2))
+    assert streamed == rows and streamed[0].nulls == ("messages.x.b",)
+
+
 def test_self_cognition_of_the_hub_is_asked_for_by_prefix(ms: list[tuple[Any, ...]]) -> None:
     assert resolve(parse_spec("self-cognition")).place == "built in" and not ms
     assert resolve(parse_spec("MS::self-cognition")).self_cognition and ms == [("swift/self-cognition", "default", "train")]

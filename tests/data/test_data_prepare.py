@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import gzip
+import html
 import io
 import json
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from data_chats import byte_level, tokenizer_of
 from rich.console import Console
@@ -19,9 +23,12 @@ from rich.console import Console
 from megaswift.arguments import SftArguments
 from megaswift.data.chat import ChatTemplate
 from megaswift.data.encode import PreparedData, prepare
+from megaswift.data.page import write_page
 from megaswift.data.pipeline import Pipeline
+from megaswift.data.preference import PAIR
 from megaswift.data.report import DataReport, print_report
 from megaswift.data.store import TokenRows
+from megaswift.data.tables import NULLS
 from megaswift.errors import DataError, UserError
 
 NAMES = {"model_name": ["小黄", "Xiao Huang"], "model_author": ["魔搭", "ModelScope"]}
@@ -259,7 +266,8 @@ def test_columns(run: Callable[..., PreparedData], template: ChatTemplate, jsonl
         run(path, columns=slip)
     with pytest.raises(UserError, match="no row has the column 'aks'"):
         run(path, columns=slip, stream_rows=2)
-    run(path, jsonl([{"aks": "q", "reply": "a"}], "other.jsonl"), columns=slip)  # one of several datasets has it
+    asked = jsonl([{"query": "q", "reply": "a"}], "asked.jsonl")
+    run(asked, jsonl([{"aks": "q", "reply": "a"}], "other.jsonl"), columns=slip)  # one of several datasets has it
 
 
 BAD = [
@@ -422,6 +430,11 @@ def test_streams_of_other_files(run: Callable[..., PreparedData], template: Chat
         ("X.TXT", b"one\ntwo\n"),
         ("x.jsonl.txt", b'["one"]\n'),
         ("list.jsonl", b'\xef\xbb\xbf\n [{"query": "q",\n"response": "a"}, {"query": "r", "response": "b"}]'),
+        ("list.txt", b'\n[{"query": "q", "response": "a"}]'),
+        ("lines.txt", b'{"query": "q", "response": "a"}\n{"query": "r", "response": "b"}\n'),
+        ("code.txt", b"{ x }\n[y]\n"),
+        ("lines.log", b'{"query": "q", "response": "a"}\n'),
+        ("lines.csv", b'{"query": "q", "response": "a"}\n'),
         ("list.jsonl.gz", gzip.compress(b'[{"query": "q", "response": "a"}]', mtime=0)),
         ("utf16.jsonl", '{"query": "q", "response": "a"}'.encode("utf-16")),
         ("broken.jsonl.gz", gzip.compress(b"x", mtime=0)[:10] + b"\xff" * 20),
@@ -435,8 +448,93 @@ def test_streams_read_a_file_as_it_is_read_whole(
         try:
             found = run(str(tmp_path / name), dataset_test_ratio=0.0, **options)
         except DataError as error:
-            return error.what
+            return error.what.partition(", first at ")[0]  # a stream knows rows, no lines
         return [text(template, found.train, row) for row in range(len(found.train))]
 
     (tmp_path / name).write_bytes(data)
     assert read(stream_rows=9) == read()
+
+
+def printed(data: PreparedData) -> str:
+    out = io.StringIO()
+    print_report(data.report, Console(file=out, width=200), example=False)
+    return out.getvalue()
+
+
+def test_what_was_changed_in_rows_is_counted_and_told(run: Callable[..., PreparedData], jsonl: Jsonl, tmp_path: Path) -> None:
+    pairs = [{"prompt": "q", "chosen": "a", "rejected": "b"}, {"query": "q", "response": "a", "label": False}] * 3
+    calls = [
+        {"messages": [{"role": "user", "content": "q", "x": {key: 1}}, {"role": "assistant", "content": "a"}]} for key in "ab"
+    ]
+    pq.write_table(pa.Table.from_pylist(calls), tmp_path / "calls.parquet")
+    (tmp_path / "list.txt").write_text(json.dumps([{"query": "q", "response": "a"}] * 2))
+    paths = [jsonl(pairs), str(tmp_path / "calls.parquet"), str(tmp_path / "list.txt")]
+    for options in ({"dataset_test_ratio": 0.0}, {"stream_rows": 30}):
+        data = run(*paths, **options)
+        shown = printed(data)
+        assert f"3 rows: {PAIR}\n    rows.jsonl" in shown and "dropped 3: a rejected answer" in shown
+        assert f"2 rows: {NULLS}\n    calls.parquet: row 1 (messages.x.b)\n" in shown
+        assert "list.txt holds JSON, whatever its name says: read as that\n" in shown
+        assert [entry.train for entry in data.report.datasets] == [3, 2, 2]
+        assert DataReport.from_dict(json.loads(json.dumps(data.report.to_dict()))) == data.report
+    page = write_page(tmp_path / "page", data.report, Shown(data.train.sizes), []).read_text(encoding="utf-8")
+    assert all(html.escape(text) in page for text in (PAIR, NULLS, "holds JSON"))
+
+
+@dataclass
+class Shown:
+    sizes: np.ndarray
+    shown: list[list[tuple[str, bool]]] = field(default_factory=list)
+
+
+IDENTITY = [
+    {"instruction": "who are you", "output": "I am {{name}} by {{AUTHOR}}"},
+    {"instruction": "{{NAME}}?", "output": "我是 {{name}}"},
+    {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "<think>{{name}}</think>{{author}}"}]},
+    {"instruction": "code", "output": "{{ name }} and\n```\n<b>{{name}}</b>\n```"},
+]
+
+
+def test_places_for_names_are_filled_or_told(run: Callable[..., PreparedData], template: ChatTemplate, jsonl: Jsonl) -> None:
+    path = jsonl(IDENTITY)
+    data = run(path, dataset_test_ratio=0.0, **NAMES)
+    texts = [text(template, data.train, row) for row in range(4)]
+    assert "I am Xiao Huang by ModelScope<" in texts[0] and "小黄?" in texts[1] and "我是 小黄<" in texts[1]
+    assert "<think>Xiao Huang</think>" in texts[2] and "ModelScope<" in texts[2]
+    assert "{{ name }}" in texts[3] and "<b>{{name}}</b>" in texts[3]  # another language's braces
+    assert {note: entry.count for note, entry in data.report.datasets[0].notes.items()} == {
+        "{{name}} filled from --model_name": 3,
+        "{{author}} filled from --model_author": 2,
+    }
+    half = run(path, dataset_test_ratio=0.0, model_name=["Bo"])
+    assert "I am Bo by {{AUTHOR}}<" in text(template, half.train, 0)
+    assert "2 rows: {{author}} is left as it stands and will be learnt: give --model_author\n    rows.jsonl:1" in printed(half)
+    none = run(path, dataset_test_ratio=0.0)
+    assert [entry.count for entry in none.report.datasets[0].notes.values()] == [2, 3]
+    assert not run("self-cognition", **NAMES).report.datasets[0].notes  # there to be filled
+
+
+def test_a_file_in_gbk_is_one_error(run: Callable[..., PreparedData], jsonl: Jsonl) -> None:
+    chinese = json.dumps({"query": "你好，你是谁", "response": "我是一个助手"}, ensure_ascii=False).encode("gbk")
+    path = jsonl([*rows(3), chinese])
+    for options in ({}, {"stream_rows": 9}, {"processes": 2}):
+        with pytest.raises(DataError, match="the file is not UTF-8") as caught:
+            run(path, **options)
+        assert caught.value.where in ("rows.jsonl:4", "rows.jsonl: row 4") and "iconv -f GB18030" in caught.value.fix
+
+
+@pytest.mark.parametrize("name", ["ids.bin", "offsets.npy", "index.json", "report.json"])
+def test_a_full_disk_under_the_cache(
+    run: Callable[..., PreparedData], jsonl: Jsonl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """/dev/full takes no byte; buffered ones are refused when the file is closed."""
+    real = io.open
+
+    def opened(file: Any, *words: Any, **options: Any) -> Any:
+        return real("/dev/full" if Path(str(file)).name == name and "w" in str(words or options) else file, *words, **options)
+
+    monkeypatch.setattr("io.open", opened)
+    monkeypatch.setattr("builtins.open", opened)
+    with pytest.raises(UserError, match="the disk of the cache is full") as caught:
+        run(jsonl(rows(5)))
+    assert "MEGASWIFT_CACHE" in caught.value.fix and not list((tmp_path / "cache" / "data").iterdir())

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from megaswift.data.conversation import BadRow, Message
+from megaswift.data.preference import PAIR
 from megaswift.data.rows import to_conversation
 
 Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -61,9 +62,142 @@ def test_alpaca_joins_instruction_and_input() -> None:
     assert turns({"instruction": "add", "input": "1 2", "output": "3"})[0] == ("user", "add\n1 2")
 
 
-@pytest.mark.parametrize("row", [{"response": "t"}, {"query": "", "response": "t"}, {"text": "t"}, {"content": "t", "id": 3}])
+@pytest.mark.parametrize("row", [{"text": "t"}, {"content": "t", "id": 3}, {"document": "t"}, {"prompt": None, "text": "t"}])
 def test_text_alone_is_pretraining(row: dict[str, Any]) -> None:
     assert to_conversation(row).text == "t"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"response": "t"},
+        {"query": "", "response": "t"},
+        {"query": None, "output": "t"},
+        {"instruction": None, "input": None, "output": "t", "plan_first": "p"},
+        {"answer": "t", "id": 3},
+        {"messages": [A]},
+        {"messages": [A, A]},
+        {"chosen": "t", "rejected": "u"},
+    ],
+)
+def test_a_row_without_a_question_is_no_text(row: dict[str, Any]) -> None:
+    with pytest.raises(BadRow, match="^no question"):
+        to_conversation(row)
+
+
+def test_an_answer_that_is_meant_as_text_is_named_so() -> None:
+    with pytest.raises(BadRow, match=r"""--columns '\{"output": "text"\}'"""):
+        to_conversation({"output": "t"})
+
+
+def test_a_system_prompt_may_be_all_that_is_asked() -> None:
+    assert turns({"messages": [{"role": "system", "content": "s"}, A]}) == [("system", "s"), ("assistant", "a")]
+
+
+BAD_LABELS: list[dict[str, Any]] = [
+    {"label": False},
+    {"kto_tag": False},
+    {"label": 0},
+    {"label": -1.0},
+    {"label": "False"},
+    {"chosen": False},
+    {"preference": "rejected"},
+]
+
+
+@pytest.mark.parametrize("column", BAD_LABELS, ids=str)
+def test_a_bad_answer_is_not_trained(column: dict[str, Any]) -> None:
+    for row in ({"query": "q", "response": "a"}, {"messages": [Q, A]}, {"instruction": "q", "output": "a"}):
+        with pytest.raises(BadRow, match="^a rejected answer .*swift sft trains no rejected answer"):
+            to_conversation(row | column)
+        to_conversation(row | column, answered=False)  # it can still be asked
+        assert not to_conversation(row | {next(iter(column)): True}).notes
+
+
+def test_what_is_no_bad_answer() -> None:
+    for column in ({"label": None}, {"label": 1}, {"label": "positive"}, {"preference": "chosen"}):
+        to_conversation({"query": "q", "response": "a"} | column)
+    assert to_conversation({"text": "t", "label": 0}).text == "t"  # the number of a class
+    with pytest.raises(BadRow, match="a rejected answer"):
+        to_conversation({"text": "t", "label": False})
+
+
+B = {"role": "assistant", "content": "bad"}
+PAIRS: list[dict[str, Any]] = [
+    {"prompt": "q", "chosen": "a", "rejected": "bad"},
+    {"instruction": "q", "input": "", "chosen": "a", "rejected": "bad"},
+    {"query": "q", "response": "a", "rejected_response": "bad"},
+    {"prompt": "q", "chosen_response": "a", "rejected_response": "bad"},
+    {"chosen": [Q, A], "rejected": [Q, B]},
+    {"prompt": "q", "chosen": [Q, A], "rejected": [Q, B]},
+    {"prompt": [Q], "chosen": [A], "rejected": [B]},
+    {"prompt": "q", "chosen": [A], "rejected": [B]},
+    {"messages": [Q, A], "rejected_messages": [Q, B]},
+    {"messages": [Q, A], "rejected_response": "bad"},
+    {"messages": [Q], "chosen": "a", "rejected": "bad"},
+    {"chosen_messages": [Q, A], "rejected_messages": [Q, B]},
+    {"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "a"}, "rejected": B},
+    {"input": {"messages": [Q], "tools": []}, "preferred_output": [A], "non_preferred_output": [B]},
+]
+
+
+@pytest.mark.parametrize("row", PAIRS, ids=lambda row: " ".join(row))
+def test_of_a_pair_the_chosen_answer_is_trained_and_told(row: dict[str, Any]) -> None:
+    assert turns(row) == [("user", "q"), ("assistant", "a")]
+    assert [text for text, _ in to_conversation(row).notes] == [PAIR]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{"prompt": "q", "rejected": "bad"}, {"messages": [Q], "rejected_response": "bad"}, {"instruction": "q", "rejected": "b"}],
+    ids=str,
+)
+def test_a_rejected_answer_alone_is_not_trained(row: dict[str, Any]) -> None:
+    with pytest.raises(BadRow, match="^a rejected answer"):
+        to_conversation(row)
+
+
+def block(kind: str, value: str) -> dict[str, str]:
+    return {"type": kind, "value": value}
+
+
+def test_blocks_of_type_and_value() -> None:
+    call = json.dumps({"name": "add", "arguments": {"a": 1, "none": None}})
+    messages = to_conversation(
+        {
+            "messages": [
+                {"role": "system", "content": [block("text", "s")]},
+                {"role": "user", "content": [block("text", "q"), block("text", "2")]},
+                {
+                    "role": "assistant",
+                    "content": [
+                        block("reasoning", "th"),
+                        block("reasoning", "ink"),
+                        block("text", "a"),
+                        block("tool_call", call),
+                    ],
+                },
+                {"role": "tool", "content": [block("text", "3")]},
+                {"role": "assistant", "content": [{"type": "text", "text": None, "value": "done"}]},
+            ],
+            "tools": json.dumps([{"name": "add"}]),
+        }
+    ).messages
+    assert [(item.role, item.content, item.reasoning) for item in messages] == [
+        ("system", "s", None),
+        ("user", "q2", None),
+        ("assistant", "a", "think"),
+        ("tool", "3", None),
+        ("assistant", "done", None),
+    ]
+    assert messages[2].tool_calls == [{"name": "add", "arguments": {"a": 1, "none": None}}]
+    for kind in ("image_url", "video_url", "audio_url"):
+        with pytest.raises(BadRow, match="images, video or audio"):
+            to_conversation({"messages": [{"role": "user", "content": [block(kind, "x")]}, A]})
+    with pytest.raises(BadRow, match="content block of type 'other'"):
+        to_conversation({"messages": [{"role": "user", "content": [block("other", "x")]}, A]})
+    with pytest.raises(BadRow, match="not JSON"):
+        to_conversation({"messages": [Q, {"role": "assistant", "content": [block("tool_call", "x")]}]})
 
 
 def test_questions_need_no_answer() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_chats import tokenizer_of
+from transformers import LlamaConfig
 
 from megaswift import inspect_data
 from megaswift.errors import UserError
@@ -16,7 +17,8 @@ from megaswift.inspect_data import data_main, histogram
 
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A directory with nothing but a tokenizer."""
+    """A directory with nothing but a config and a tokenizer."""
+    LlamaConfig(vocab_size=49152, max_position_embeddings=4096).save_pretrained(tmp_path / "model")
     tokenizer_of("smollm2").save_pretrained(tmp_path / "model")
     monkeypatch.setattr(inspect_data, "_directory", lambda args: tmp_path / "model")
 
@@ -60,6 +62,19 @@ def test_streamed_data_are_the_rows_that_training_reads(
     assert found.report.datasets[0].rows < 3000
     with pytest.raises(UserError, match="number of steps must be given"):
         data_main(words)
+
+
+def test_rows_that_training_leaves_out_are_left_out_here_too(
+    model: None, jsonl: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    LlamaConfig(vocab_size=49152, max_position_embeddings=64).save_pretrained(tmp_path / "model")
+    path = jsonl([{"query": "q", "response": "a"}, {"query": "q", "response": "word " * 60}])
+    for words in (["--max_length", "-1"], []):  # the default of 2048 becomes the model's limit too
+        found = data_main(["--dataset", path, "--dataset_test_ratio", "0", *words])
+        assert len(found.data.train) == 1
+        assert "1 rows longer than 64 tokens, left out" in capsys.readouterr().out
+    with pytest.raises(UserError, match="beyond the model's 64 tokens"):
+        data_main(["--dataset", path, "--max_length", "65"])
 
 
 def test_histogram() -> None:

@@ -115,6 +115,42 @@ def test_a_directory_that_cannot_be_written(
     assert "error: the run's directory cannot be written: Not a directory." in capsys.readouterr().err
 
 
+def test_a_full_disk_under_the_cache_of_rows(
+    small_disk: Path,
+    start: tuple[Path, Path],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A real full disk: one error, nothing left, and no words of Python's own from files that it closes late."""
+    from megaswift.cli import main
+
+    monkeypatch.setenv("MEGASWIFT_CACHE", str(small_disk / "cache"))
+    (small_disk / "ballast").write_bytes(b"x" * (shutil.disk_usage(small_disk).free - 20_000))
+    rows = "".join(f'{{"query": "q {number}", "response": "a {number}"}}\n' for number in range(400))
+    (tmp_path / "rows.jsonl").write_text(rows)
+    assert main(["data", "--resume_from_checkpoint", str(start[0]), "--dataset", str(tmp_path / "rows.jsonl")]) == 2
+    told = capfd.readouterr().err
+    assert told.startswith("error: the disk of the cache is full") and "Exception ignored" not in told
+    assert not list((small_disk / "cache" / "data").iterdir())
+
+
+def test_a_full_disk_where_nobody_looks_for_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """In a command, and in a rank."""
+    from megaswift import cli, verify
+    from megaswift.engine.launch import report_from_rank
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/data/x")
+
+    monkeypatch.setattr(verify, "verify_main", full)
+    assert cli.main(["verify", "--directory", "x"]) == 2
+    monkeypatch.setattr("megaswift.engine.launch._die_with_launcher", full)
+    assert report_from_rank(lambda: None) == 2
+    told = capsys.readouterr().err
+    assert told.count("error: the disk is full: No space left on device.\n  where: /data/x") == 2 and "Traceback" not in told
+
+
 def test_a_disk_that_fills_up_while_converting_to_megatron(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The message is the disk's, not torch's about a position in a file; nothing is left."""
     save_tiny(tmp_path / "hf", "llama")

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megaswift.errors import DataError, NonFiniteError, UserError
+from megaswift.families.base import context_length
 from megaswift.inference import decoding
 from megaswift.inference.loading import load_model
 from megaswift.inference.options import GenerationOptions, PromptTooLongError
@@ -212,10 +213,10 @@ def test_a_stream_that_nobody_reads_ends(backend) -> None:
 def test_context_length_counts_rope_scaling() -> None:
     from transformers import LlamaConfig
 
-    assert decoding.context_length(LlamaConfig(max_position_embeddings=4096)) == 4096
+    assert context_length(LlamaConfig(max_position_embeddings=4096)) == 4096
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096, "rope_theta": 10000.0}
-    assert decoding.context_length(LlamaConfig(max_position_embeddings=4096, rope_parameters=yarn)) == 16384
-    assert decoding.context_length(LlamaConfig(max_position_embeddings=16384, rope_parameters=yarn)) == 16384
+    assert context_length(LlamaConfig(max_position_embeddings=4096, rope_parameters=yarn)) == 16384
+    assert context_length(LlamaConfig(max_position_embeddings=16384, rope_parameters=yarn)) == 16384
 
 
 def test_a_missing_weight_is_an_error_and_never_random(model_dir, tmp_path) -> None:

@@ -8,7 +8,6 @@ a copy in host memory, while training goes on; the rest happens at a later step 
 
 from __future__ import annotations
 
-import errno
 import os
 import secrets
 import shutil
@@ -26,7 +25,7 @@ from megaswift.checkpoint.keep import discard
 from megaswift.checkpoint.layout import TRACKER, iteration_directory
 from megaswift.checkpoint.manifest import sync_directory, write_manifest
 from megaswift.checkpoint.optimizer_state import STATES, Box, Shard
-from megaswift.errors import DataError
+from megaswift.errors import DataError, is_full
 
 # Optimizer state lies in the shape of the weights, so that any tp, pp and dp can read it; this is Megatron-Core's word for it.
 CONTENT = {
@@ -210,7 +209,7 @@ def _reason(error: BaseException) -> str:
         return error.what.rstrip(".")
     found: BaseException | None = error
     while found is not None:
-        if isinstance(found, OSError) and found.errno == errno.ENOSPC:
+        if is_full(found):
             return "the disk is full"
         found = found.__cause__ or found.__context__
     return f"{error.strerror or error}" if isinstance(error, OSError) else f"{type(error).__name__}: {error}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -11,9 +12,10 @@ import numpy as np
 
 from megaswift.arguments import DataArguments
 from megaswift.data.conversation import BadRow
+from megaswift.data.encoding import refuse_encoding
 from megaswift.data.packing import pack
-from megaswift.data.pipeline import Encoding, Recipe
-from megaswift.data.report import DataReport, DatasetReport
+from megaswift.data.pipeline import Encoding, Note, Recipe
+from megaswift.data.report import DataReport, DatasetReport, Dropped
 from megaswift.data.resolve import Dataset
 from megaswift.data.sampling import sample_validation, split_and_sample
 from megaswift.data.store import RowWriter
@@ -45,6 +47,20 @@ class Build:
     def run(self, directory: Path, train: list[Dataset], val: list[Dataset], packing: bool, stream_rows: int | None) -> None:
         """Write directory/train and directory/val. Raises DataError when no usable row is left."""
         writers = {"train": RowWriter(directory / "train"), "val": RowWriter(directory / "val")}
+        try:
+            self._fill(writers, train, val, packing, stream_rows)
+        finally:
+            for writer in writers.values():
+                writer.abandon()
+
+    def _fill(
+        self,
+        writers: dict[str, RowWriter],
+        train: list[Dataset],
+        val: list[Dataset],
+        packing: bool,
+        stream_rows: int | None,
+    ) -> None:
         orders: dict[str, list[np.ndarray]] = {"train": [], "val": []}
         ratio = 0.0 if val else self.args.dataset_test_ratio
         for number, dataset in enumerate(train):
@@ -83,13 +99,13 @@ class Build:
             self._add(entry, encoding, writer, source, np.arange(row, row + len(encoding.counts)))
             entry.rows += len(encoding.counts)
             entry.usable += len(encoding.counts) - len(encoding.bad)
-            for shape, count in encoding.shapes.items():
-                entry.shapes[shape] = entry.shapes.get(shape, 0) + count
+            self._tell(entry, encoding.shapes, encoding.notes, source, row)
             have = writer.sizes[first:]
             if (int(have.sum()) if packing else len(have)) >= wanted:
                 break
         order = np.arange(first, len(writer) if packing else min(len(writer), first + share))
         entry.train = len(order)
+        entry.files = list(source.notes)
         self._require_some(entry, len(order))
         self._count(entry, writer, order)
         return order
@@ -100,14 +116,14 @@ class Build:
         entry.rows = len(source)
         good = np.ones(len(source), bool)
         checked = self.workers.check(source, recipe, CHUNK)
-        for first, (bad, shapes, found) in self._watch(checked, f"reading {entry.item}", len(source)):
+        for first, (bad, shapes, found, notes) in self._watch(checked, f"reading {entry.item}", len(source)):
             self.columns |= found
             for number, error in bad.items():
                 good[first + number] = False
                 self._drop(entry, partial(source.where, first + number), error)
-            for shape, count in shapes.items():
-                entry.shapes[shape] = entry.shapes.get(shape, 0) + count
+            self._tell(entry, shapes, notes, source, first)
         entry.usable = int(good.sum())
+        entry.files = list(source.notes)
         self._require_some(entry, entry.usable)
         return np.flatnonzero(good)
 
@@ -148,6 +164,13 @@ class Build:
         for number, size in encoding.long.items():
             entry.too_long.add(partial(source.where, int(rows[number])), f"{size:,} tokens" if size > 0 else "")
 
+    def _tell(self, entry: DatasetReport, shapes: Counter[str], notes: list[Note], source: Any, first: int) -> None:
+        """Count the shapes of usable rows, and what is to be told of them; `first` is the number of the first row."""
+        for shape, count in shapes.items():
+            entry.shapes[shape] = entry.shapes.get(shape, 0) + count
+        for number, text, detail in notes:
+            entry.notes.setdefault(text, Dropped()).add(partial(source.where, first + number), detail)
+
     def _watch(self, chunks: Iterator[tuple[int, T]], what: str, total: int) -> Iterator[tuple[int, T]]:
         """Show how far a long pass over rows has come."""
         line = LiveLine()
@@ -185,17 +208,21 @@ class Build:
                 self._require_some(entry, entry.samples)
 
     def _require_columns(self) -> None:
-        """Raise UserError for a column of --columns that no row of any dataset has: a slip would change what rows mean."""
+        """Raise UserError for a column of --columns that no row of any dataset has: a slip would change what rows mean.
+
+        Where one has no usable row, what was read so far is judged: the slip is why.
+        """
         asked = frozenset[str]().union(*(recipe.asked for recipe in self.recipes.values()))
         if missing := sorted(asked - self.columns):
             shapes = ", ".join(sorted({shape for entry in self.report.datasets for shape in entry.shapes}))
             raise UserError(
-                f"no row has the column {', '.join(map(repr, missing))}; rows were read as: {shapes}.",
+                f"no row has the column {', '.join(map(repr, missing))}; rows were read as: {shapes or 'nothing'}.",
                 where="--columns",
                 fix="write the names as they stand in the data",
             )
 
     def _drop(self, entry: DatasetReport, place: Callable[[], str], error: BadRow) -> None:
+        refuse_encoding(error, place())
         if self.args.strict:
             raise DataError(f"bad row: {error}.", where=place(), fix="mend it, or leave --strict out to skip such rows")
         entry.drop(error.reason, place, error.detail)
@@ -203,6 +230,8 @@ class Build:
     def _require_some(self, entry: DatasetReport, count: int) -> None:
         if count:
             return
+        if entry.rows:
+            self._require_columns()
         reasons = [f"{item.count:,} x {reason}, first at {item.places[0]}" for reason, item in entry.dropped.items()]
         if entry.too_long.count:
             reasons.append(f"{entry.too_long.count:,} x longer than --max_length {self.args.max_length}")

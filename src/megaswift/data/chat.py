@@ -309,9 +309,9 @@ class ChatTemplate:
         return "{% if tools %}{{ '' }}" + "{{ '' }}{% else %}{{ '' }}".join(parts) + "{{ '' }}{% endif %}"
 
     @property
-    def writes_tools(self) -> bool:
+    def has_place_for_tools(self) -> bool:
         """Whether the Jinja itself has a place for tools; else they are written into the messages before it sees them."""
-        return self._tools or self._tool_use is not None
+        return self.writes_tools or self._tool_use is not None
 
     @property
     def all_ends(self) -> tuple[str, ...]:

@@ -48,6 +48,7 @@ class Conversation:
     Attributes:
         literal: control tokens in `text` are read as characters.
         cut: messages after the last answer, which are left out of `messages`.
+        notes: (what was changed or is doubtful in the row, where in it), to be counted and told.
     """
 
     messages: list[Message] = field(default_factory=list)
@@ -56,3 +57,8 @@ class Conversation:
     shape: str = ""
     literal: bool = False
     cut: int = 0
+    notes: list[tuple[str, str]] = field(default_factory=list)
+
+    def note(self, text: str, detail: str = "") -> None:
+        """Something about the row that the user must be told."""
+        self.notes.append((text, detail))

@@ -21,6 +21,7 @@ from megaswift.cache import published
 from megaswift.data.build import Build
 from megaswift.data.chat import ChatTemplate
 from megaswift.data.pipeline import Pipeline, Recipe
+from megaswift.data.places import OPTIONS, Names
 from megaswift.data.report import DataReport, stretches
 from megaswift.data.resolve import Dataset, resolve
 from megaswift.data.spec import parse_specs
@@ -105,8 +106,9 @@ def recipe_of(dataset: Dataset, args: DataArguments) -> Recipe:
             )
         columns |= own
         asked = frozenset(own)
-    names = (_pair(args.model_name, "model_name"), _pair(args.model_author, "model_author")) if dataset.self_cognition else None
-    return Recipe(columns, asked, dataset.converter, names)
+    given = {place: getattr(args, option) for place, option in OPTIONS.items()}
+    names = {place: _pair(given[place], OPTIONS[place]) for place in given if given[place] or dataset.self_cognition}
+    return Recipe(columns, asked, dataset.converter, Names(names, told=not dataset.self_cognition))
 
 
 def _check(args: DataArguments, packing: bool) -> None:

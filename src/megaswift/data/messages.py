@@ -106,7 +106,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
 
 
 def _blocks(item: dict[str, Any], blocks: list[Any], role: str, where: str) -> list[Message]:
-    """Content blocks (text, and Anthropic's tool_use, tool_result and thinking) with what the message has beside them."""
+    """Content blocks with what the message has beside them: text, Anthropic's and LLaMA-Factory's thoughts, calls and results."""
     loss = _loss(item, role, where)
     role = "assistant" if role == "call" else role
     texts: list[str] = []
@@ -115,15 +115,21 @@ def _blocks(item: dict[str, Any], blocks: list[Any], role: str, where: str) -> l
     results: list[Message] = []
     for block in blocks:
         kind = block.get("type") if isinstance(block, dict) else None
-        if kind == "text" and isinstance(block.get("text"), str):
-            texts.append(block["text"])
+        value = block.get("value") if isinstance(block, dict) else None  # LLaMA-Factory's v1 form: {"type", "value"}
+        text = block.get("text") if isinstance(block, dict) else None
+        if kind == "text" and isinstance(text if text is not None else value, str):
+            texts.append(text if text is not None else value)
+        elif kind == "reasoning" and isinstance(value, str):
+            thoughts[-1:] = [f"{thoughts[-1]}{value}" if thoughts else value]
+        elif kind == "tool_call" and isinstance(value, (str, dict)):
+            calls.append(_call(_json(value, where) if isinstance(value, str) else value, where))
         elif kind == "thinking" and isinstance(block.get("thinking"), str):
             thoughts.append(block["thinking"])
         elif kind == "tool_use":
             calls.append(_call(block, where))
         elif kind == "tool_result":
             results.append(Message("tool", _result_text(block.get("content"), where)))
-        elif kind in ("image", "image_url", "video", "audio", "input_audio"):
+        elif kind in ("image", "image_url", "video", "video_url", "audio", "audio_url", "input_audio"):
             raise BadRow("images, video or audio", "only text can be trained")
         else:
             raise BadRow("wrong type", f"{where}: content block of type {kind!r}")

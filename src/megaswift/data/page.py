@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from megaswift.data.report import Dropped
 from megaswift.errors import UserError
 
 if TYPE_CHECKING:
-    from megaswift.data.report import DataReport, DatasetReport, Dropped
+    from megaswift.data.report import DataReport, DatasetReport
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
@@ -80,6 +81,8 @@ def _page(report: DataReport, inspected: Inspected, lines: list[str], picture: b
         for item in report.datasets
     )
     dropped = "".join(_dropped(item, reason, entry) for item in report.datasets for reason, entry in item.dropped.items())
+    dropped += "".join(_dropped(item, text, entry) for item in report.datasets for text, entry in item.notes.items())
+    dropped += "".join(_dropped(item, text, Dropped(item.rows)) for item in report.datasets for text in item.files)
     dropped += "".join(_dropped(item, "too long", item.too_long) for item in report.datasets if item.too_long.count)
     dropped += "".join(_remark(item, *remark) for item in report.datasets for remark in remarks(item, report))
     examples = "".join(f"<pre>{''.join(_stretch(text, kept) for text, kept in example)}</pre>" for example in inspected.shown)

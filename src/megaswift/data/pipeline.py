@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from megaswift.data.chat import ChatTemplate
 from megaswift.data.conversation import BadRow, Conversation
+from megaswift.data.places import Names, fill_places
 from megaswift.data.read import Raw, decode
 from megaswift.data.registry import CONVERTERS
 from megaswift.data.rows import to_conversation
+from megaswift.data.tables import NULLS, TableRow
 from megaswift.data.tokens import Encoded, joined, weights_of
 
 NO_LOSS_LEFT = "no supervised token left within max_length"
@@ -29,13 +30,13 @@ class Recipe:
         columns: column -> name under which it is read; "-" drops it.
         asked: those of --columns, each of which some row must have.
         converter: name of a row function, or None.
-        names: {{NAME}} and {{AUTHOR}} as (Chinese, English) pairs; None for data that is not self-cognition.
+        names: what {{name}} and {{author}} are filled with.
     """
 
     columns: dict[str, str] = field(default_factory=dict)
     asked: frozenset[str] = frozenset()
     converter: str | None = None
-    names: tuple[tuple[str, str], tuple[str, str]] | None = None
+    names: Names = field(default_factory=Names)
 
 
 @dataclass
@@ -54,6 +55,7 @@ class Encoding:
         control: control token -> how often it stands in the text rows.
         found: columns of the recipe that some row had.
         weighted: samples with weights other than 0 and 1, and the sum of their weights.
+        notes: (row number, what was changed or is doubtful, where in the row).
     """
 
     ids: np.ndarray
@@ -69,9 +71,11 @@ class Encoding:
     weighted: tuple[int, float] = (0, 0.0)
     cut: dict[int, int] = field(default_factory=dict)
     control: Counter[str] = field(default_factory=Counter)
+    notes: list[Note] = field(default_factory=list)
 
 
-Checked = tuple[dict[int, BadRow], Counter[str], frozenset[str]]  # see Pipeline.check
+Note = tuple[int, str, str]
+Checked = tuple[dict[int, BadRow], Counter[str], frozenset[str], list[Note]]  # see Pipeline.check
 
 
 class Pipeline:
@@ -93,30 +97,35 @@ class Pipeline:
                 )
         if recipe.converter:
             row = CONVERTERS[recipe.converter](row)
-        if recipe.names:
-            row = _fill_in(row, recipe.names)
-        return to_conversation(row, answered=answered)
+        conversation = to_conversation(row, answered=answered)
+        fill_places(conversation, recipe.names, row.get("tag"))
+        if isinstance(raw, TableRow) and raw.nulls:
+            conversation.note(NULLS, ", ".join(raw.nulls))
+        return conversation
 
     def check(self, raws: list[Raw], recipe: Recipe) -> Checked:
-        """Rows that cannot be used, by number; how many rows had each shape; and which of the recipe's columns are there."""
-        bad, shapes, found = {}, Counter[str](), set[str]()
+        """Rows that cannot be used, by number; how many rows had each shape; the recipe's columns that are there; notes."""
+        bad, shapes, found, notes = {}, Counter[str](), set[str](), list[Note]()
         for number, raw in enumerate(raws):
             try:
-                shapes[self.conversation(raw, recipe, found=found).shape] += 1
+                conversation = self.conversation(raw, recipe, found=found)
+                shapes[conversation.shape] += 1
+                notes += ((number, *note) for note in conversation.notes)
             except BadRow as error:
                 bad[number] = error
-        return bad, shapes, frozenset(found)
+        return bad, shapes, frozenset(found), notes
 
     def encode(self, raws: list[Raw], recipe: Recipe) -> Encoding:
         """Samples of these rows."""
         conversations: list[Conversation] = []
         numbers, bad, long, unsupervised = [], {}, {}, 0
-        shapes, found = Counter[str](), set[str]()
+        shapes, found, notes = Counter[str](), set[str](), list[Note]()
         for number, raw in enumerate(raws):
             try:
                 conversation = self.conversation(raw, recipe, found=found)
                 shapes[conversation.shape] += 1
                 conversation.literal = not self.parse_special
+                notes += ((number, *note) for note in conversation.notes)
                 if self._surely_long(conversation):
                     long[number] = -1
                     continue
@@ -149,7 +158,7 @@ class Pipeline:
         own = [float(weights_of(part).sum(dtype=np.float64)) for part in parts if part.weights is not None]
         return Encoding(
             whole.ids, whole.kept, whole.weights, sizes, counts, bad, long, shapes, unsupervised, frozenset(found),
-            (len(own), sum(own)), cut, control,
+            (len(own), sum(own)), cut, control, notes,
         )  # fmt: skip
 
     def _cut(self, item: Encoded) -> list[Encoded]:
@@ -172,13 +181,3 @@ class Pipeline:
         if sum(map(len, texts)) <= most:
             return False
         return not encoder.swallows or sum(len(part) for text in texts for part in text.split()) > most
-
-
-def _fill_in(row: dict[str, Any], names: tuple[tuple[str, str], tuple[str, str]]) -> dict[str, Any]:
-    """{{NAME}} and {{AUTHOR}} in query and response; the tag chooses the language."""
-    language = 0 if row.get("tag") == "zh" else 1
-    filled = {key: value for key, value in row.items() if key != "tag"}
-    for key in ("query", "response"):
-        if isinstance(filled.get(key), str):
-            filled[key] = filled[key].replace("{{NAME}}", names[0][language]).replace("{{AUTHOR}}", names[1][language])
-    return filled

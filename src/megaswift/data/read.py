@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import json
 import mmap
+import os
 import re
 import shutil
 import tempfile
@@ -22,10 +23,13 @@ import numpy as np
 
 from megaswift.data import tables
 from megaswift.data.conversation import BadRow
+from megaswift.data.encoding import not_utf8, refuse_utf16, wrong_bytes
 from megaswift.data.tables import DictRows, Joined, Raw, Source
 from megaswift.errors import DataError
 
 BOM = b"\xef\xbb\xbf"
+_FRONT = 16  # lines that tell JSON Lines from text
+_OBJECTS = re.compile(rb"\[\s*\{\s*\"")
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow")
 
 
@@ -38,7 +42,7 @@ def decode(raw: Raw) -> dict[str, Any]:
     try:
         row = json.loads(raw)
     except UnicodeDecodeError as error:
-        raise BadRow("not UTF-8", f"byte {error.start} of the row") from None
+        raise not_utf8(bytes(raw) if isinstance(raw, bytes) else b"", error) from None
     except RecursionError:
         raise BadRow("not JSON", "nested too deeply") from None
     except ValueError as error:
@@ -56,28 +60,26 @@ def open_path(path: Path, subsets: tuple[str, ...] = ()) -> Source:
     if not path.is_file():
         raise DataError("no such dataset file.", where=str(path))
     suffix, packed = _suffix(path)
+    if suffix in (".parquet", ".arrow"):
+        return _open_table(path, tables.ParquetRows if suffix == ".parquet" else tables.arrow_rows, packed)
+    data = _bytes_of(path, packed)
+    start = 3 if data[:3] == BOM else 0
+    refuse_utf16(path, data[:4])
+    if suffix in (".jsonl", ".ndjson", ".json"):
+        return _open_json(path, data, start)
+    found = _json_by_content(path, data, start)
+    if found is not None:
+        found.notes = (f"{path.name} holds JSON, whatever its name says: read as that",)
+        return found
     if suffix not in SUFFIXES:
         raise DataError(
             f"files of type {suffix or 'none'!r} cannot be read.",
             where=str(path),
             fix=f"use one of {' '.join(SUFFIXES)}, or .gz of one",
         )
-    if suffix in (".parquet", ".arrow"):
-        return _open_table(path, tables.ParquetRows if suffix == ".parquet" else tables.arrow_rows, packed)
-    data = _bytes_of(path, packed)
-    start = 3 if data[:3] == BOM else 0
-    refuse_utf16(path, data[:2])
     if suffix in (".csv", ".tsv"):
         return tables.csv_rows(path, data, "," if suffix == ".csv" else "\t")
-    if is_text(path):
-        return TextLines(path, data, start)
-    return _open_json(path, data, start)
-
-
-def refuse_utf16(path: Path, first: bytes) -> None:
-    """Raise DataError where the first two bytes of a text file are the mark of UTF-16."""
-    if first in (b"\xff\xfe", b"\xfe\xff"):
-        raise DataError("the file is UTF-16, expected UTF-8.", where=str(path), fix="save it as UTF-8")
+    return TextLines(path, data, start)
 
 
 HELD_OUT = frozenset(("test", "validation", "valid", "val", "dev", "eval"))
@@ -92,7 +94,7 @@ def files_of(path: Path, subsets: tuple[str, ...] = ()) -> list[Path]:
     if path.is_file():
         return [path]
     files = sorted(
-        item
+        _told(item)
         for item in path.rglob("*")
         if item.is_file() and _suffix(item)[0] in SUFFIXES and not _is_metadata(item.relative_to(path))
     )
@@ -111,6 +113,16 @@ def files_of(path: Path, subsets: tuple[str, ...] = ()) -> list[Path]:
             )
         return chosen
     return [item for item in files if not words[item] & HELD_OUT] or files
+
+
+def _told(path: Path) -> Path:
+    """A file of a folder. Raises DataError where its name is not UTF-8, so that nothing could be said of its rows."""
+    try:
+        path.name.encode()
+    except UnicodeEncodeError:
+        name = os.fsencode(path.name).decode("utf-8", "backslashreplace")
+        raise DataError("the name of a file is not UTF-8.", where=f"{path.parent}/{name}", fix="rename it") from None
+    return path
 
 
 def is_lines(path: Path) -> bool:
@@ -183,6 +195,32 @@ def _open_json(path: Path, data: Any, start: int) -> Source:
     return JsonLines(path, data, start)
 
 
+def _json_by_content(path: Path, data: Any, start: int) -> JsonLines | JsonList | DictRows | None:
+    """The rows of a file that parses as JSON although it is not named so: a list, one object, or lines of objects."""
+    first = _first_byte(data, start)
+    if first == b"[":
+        try:
+            return JsonList(path, data, start)
+        except DataError:
+            if _OBJECTS.match(data[start : start + 4096]):  # it was meant as one, so it must not pass for text
+                raise
+    if first == b"{":
+        lines = JsonLines(path, data, start)
+        if all(_is_object(lines.raw(index)) for index in range(min(len(lines), _FRONT))):
+            return lines
+        wrapped = _wrapped_list(data, start)
+        return DictRows(path, wrapped) if wrapped is not None else None
+    return None
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        decode(line)
+    except BadRow:
+        return False
+    return True
+
+
 def _first_byte(data: Any, start: int) -> bytes:
     position = start
     while position < len(data) and data[position : position + 1] in b" \t\r\n":
@@ -212,6 +250,8 @@ def _wrapped_list(data: Any, start: int) -> list[Any] | None:
 class JsonLines:
     """A file with one JSON object a line; blank lines are no rows."""
 
+    notes: tuple[str, ...] = ()
+
     def __init__(self, path: Path, data: Any, start: int) -> None:
         self.path, self.data = path, data
         self.starts, self.ends, self.lines = _line_table(data, start)
@@ -229,13 +269,16 @@ class JsonLines:
 class TextLines(JsonLines):
     """A text file: each line that is not blank is a row for pre-training."""
 
-    def raw(self, index: int) -> dict[str, Any]:  # type: ignore[override]
+    def raw(self, index: int) -> dict[str, Any] | BadRow:  # type: ignore[override]
         return text_row(super().raw(index))
 
 
-def text_row(line: bytes) -> dict[str, Any]:
-    """A line of a text file as a row; bytes that are no UTF-8 become lone surrogates, which make it a bad row."""
-    return {"text": line.decode("utf-8", errors="surrogateescape").rstrip("\r\n")}
+def text_row(line: bytes) -> dict[str, Any] | BadRow:
+    """A line of a text file as a row; bytes that are no UTF-8 make it a bad one."""
+    try:
+        return {"text": line.decode("utf-8").rstrip("\r\n")}
+    except UnicodeDecodeError as error:
+        return not_utf8(line, error)
 
 
 def _line_table(data: Any, start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -257,13 +300,16 @@ def _line_table(data: Any, start: int) -> tuple[np.ndarray, np.ndarray, np.ndarr
 class JsonList:
     """A file that is one JSON list. The text stays in memory; rows are cut from it when asked for."""
 
+    notes: tuple[str, ...] = ()
+
     def __init__(self, path: Path, data: Any, start: int) -> None:
         self.path = path
         try:
             self.text = data[start:].decode("utf-8")
         except UnicodeDecodeError as error:
-            line = data[start : start + error.start].count(b"\n") + 1
-            raise DataError("the file is not UTF-8.", where=f"{path}:{line}") from error
+            before = data[start : start + error.start]
+            begin, end = before.rfind(b"\n") + 1, data.find(b"\n", start + error.start)
+            raise wrong_bytes(path, before.count(b"\n") + 1, data[start + begin : end if end > 0 else len(data)]) from error
         spans = list(self._spans())
         self.starts = np.array([first for first, _ in spans], np.int64)
         self.ends = np.array([last for _, last in spans], np.int64)
@@ -280,6 +326,9 @@ class JsonList:
                     position = self._skip(position + 1)
                 elif text[position] != "]":
                     raise json.JSONDecodeError("expected , or ]", text, position)
+            rest = self._skip(position + 1)
+            if rest < len(text):  # a second list, or lines of lists: rows that would be lost in silence
+                raise json.JSONDecodeError("something follows its end", text, rest)
         except (ValueError, IndexError, RecursionError) as error:
             at = getattr(error, "pos", len(text))
             where = f"{self.path}:{text.count(chr(10), 0, at) + 1}"

@@ -44,6 +44,7 @@ class DatasetReport:
         train, val: rows used, repeats included, before the cut to max_length.
         repeated: how many of `train` are repeats. shapes: shape -> rows.
         dropped: reason -> rows that could not be used. too_long: rows above max_length.
+        notes: what was changed in rows, or is doubtful -> the rows. files: the same of whole files.
         samples: samples that training and validation got, repeats included.
         tokens, supervised: their tokens, and those with loss.
         unsupervised_turns: assistant turns without loss because the chat template leaves out their thoughts.
@@ -62,6 +63,8 @@ class DatasetReport:
     repeated: int = 0
     shapes: dict[str, int] = field(default_factory=dict)
     dropped: dict[str, Dropped] = field(default_factory=dict)
+    notes: dict[str, Dropped] = field(default_factory=dict)
+    files: list[str] = field(default_factory=list)
     too_long: Dropped = field(default_factory=Dropped)
     samples: int = 0
     tokens: int = 0
@@ -118,7 +121,7 @@ class DataReport:
                     **item,
                     "too_long": Dropped(**item["too_long"]),
                     "cut": Dropped(**item["cut"]),
-                    "dropped": {key: Dropped(**value) for key, value in item["dropped"].items()},
+                    **{part: {key: Dropped(**value) for key, value in item[part].items()} for part in ("dropped", "notes")},
                 }
             )
             for item in data["datasets"]
@@ -181,8 +184,12 @@ def _print_details(item: DatasetReport, report: DataReport, console: Console) ->
         f"{item.item}: {item.place}; read as {shapes}"
         + (f"; {item.repeated:,} of {item.train:,} rows are repeats" if item.repeated else "")
     )
-    for reason, entry in item.dropped.items():
-        line(f"  dropped {entry.count:,}: {reason}", "yellow")
+    for text in item.files:
+        line(f"  {text}", "yellow")
+    told = [(f"dropped {entry.count:,}: {reason}", entry) for reason, entry in item.dropped.items()]
+    told += [(f"{entry.count:,} row{'s' * (entry.count != 1)}: {text}", entry) for text, entry in item.notes.items()]
+    for text, entry in told:
+        line(f"  {text}", "yellow")
         for place in entry.places:
             line(f"    {place}")
     if item.too_long.count:

@@ -10,6 +10,7 @@ import ast
 import json
 from typing import Any
 
+from megaswift.data import preference
 from megaswift.data.conversation import BadRow, Conversation, Message
 from megaswift.data.messages import read_messages, tools_of
 
@@ -47,7 +48,13 @@ def to_conversation(row: dict[str, Any], *, answered: bool = True) -> Conversati
         raise BadRow("images, video or audio", "only text can be trained")
     if isinstance(row.get("messages"), str) or isinstance(row.get("conversations"), str):
         row = _unpack_json_columns(row)
+    row = preference.with_chosen(row, CHAT_COLUMNS)
     conversation = _by_shape(row)
+    if answered:
+        ends = conversation.text is not None or any(message.role == "assistant" for message in conversation.messages[-1:])
+        preference.refuse_bad(row, numbers=conversation.text is None, answered_at_end=ends)
+        if preference.is_pair(row):
+            conversation.note(preference.PAIR)
     if conversation.text is None:
         _add_system(conversation, row)
         conversation.tools = tools_of(row.get("tools"))
@@ -84,6 +91,9 @@ def _query_response(row: dict[str, Any], query_name: str | None, response_name: 
     if not query.strip() and not history:
         if not response.strip():
             raise BadRow("empty content", f"{response_name} is empty")
+        if response_name not in TEXT_NAMES:
+            as_text = f"""--columns '{{"{response_name}": "text"}}'"""
+            raise BadRow("no question", f"{response_name} alone; to train it as plain text: {as_text}")
         return Conversation(text=response, shape=f"{response_name} alone (pre-training)")
     return Conversation([*history, Message("user", query), Message("assistant", response)], shape=shape)
 
@@ -183,6 +193,8 @@ def _check(conversation: Conversation, answered: bool) -> None:
         return
     if not any(message.role == "assistant" for message in messages):
         raise BadRow("no assistant turn", f"roles: {', '.join(message.role for message in messages)}")
+    if all(message.role == "assistant" for message in messages):
+        raise BadRow("no question", "nothing but the assistant's messages")
     if not any(message.role == "assistant" and message.loss for message in messages):
         raise BadRow("no supervised turn", "loss is 0 on every assistant turn")
 

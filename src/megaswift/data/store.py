@@ -8,8 +8,10 @@ each place, repeats included), bounds.npy (which places form one row; more than 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from array import array
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,12 @@ class RowWriter:
         self._weights.write(data)
         self._weights_hash.update(data)
 
+    def abandon(self) -> None:
+        """Close the files of a directory that is given up; a full disk takes not even what is still in their buffers."""
+        for handle in (*self._files, *([] if self._weights is None else [self._weights])):
+            with suppress(OSError):
+                handle.close()
+
     def finish(self, order: np.ndarray, bounds: np.ndarray | None) -> str:
         """Write the tables and the index; returns the fingerprint. Row r holds the places bounds[r] to bounds[r + 1]."""
         for handle in self._files:
@@ -78,7 +86,9 @@ class RowWriter:
             bounds = np.arange(len(order) + 1)
         offsets = np.concatenate([[0], np.cumsum(self.sizes, dtype=np.int64)]).astype(np.int64)
         for name, table in (("offsets", offsets), ("order", order.astype(np.int64)), ("bounds", bounds.astype(np.int64))):
-            np.save(self.path / f"{name}.npy", table)
+            whole = io.BytesIO()  # of a full disk, saving into the file itself tells neither kind nor place
+            np.save(whole, table)
+            (self.path / f"{name}.npy").write_bytes(whole.getbuffer())
             self._hash.update(table.tobytes())
         index = {"format": 1, "samples": len(self._sizes), "rows": len(bounds) - 1, "fingerprint": self._hash.hexdigest()[:32]}
         if self._weights is not None:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from megaswift.data import hubs
-from megaswift.data.read import BOM, files_of, is_lines, is_text, open_path, refuse_utf16, text_row
+from megaswift.data.encoding import refuse_utf16
+from megaswift.data.read import BOM, files_of, is_lines, is_text, open_path, text_row
 from megaswift.data.resolve import Dataset, find
 from megaswift.data.spec import DatasetSpec
-from megaswift.data.tables import Raw
+from megaswift.data.tables import Raw, table_row
 from megaswift.errors import DataError
 
 
@@ -28,13 +29,26 @@ class Stream:
 
     def __init__(self, name: str, parts: list[Any]) -> None:
         self.name, self.parts = name, parts
+        self.notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return 0
 
     def rows(self, count: int | None) -> Iterator[Raw]:
         """The raw rows from the start, at most `count`."""
-        return islice((row for part in self.parts for row in (_file_rows(part) if isinstance(part, Path) else part)), count)
+        return islice((row for part in self.parts for row in self._of(part)), count)
+
+    def _of(self, part: Any) -> Iterator[Raw]:
+        """The rows of a file, or of what a hub sends: its libraries make every row one of a table."""
+        if not isinstance(part, Path):
+            yield from map(table_row, part)
+            return
+        if not _is_whole(part):
+            yield from _file_rows(part)
+            return
+        source = open_path(part)
+        self.notes += source.notes
+        yield from (source.raw(index) for index in range(len(source)))
 
     def raw(self, index: int) -> Raw:
         """A stream cannot be asked for one row."""
@@ -59,11 +73,7 @@ def resolve_stream(spec: DatasetSpec, custom_dataset_info: str | None = None) ->
 
 
 def _file_rows(path: Path) -> Iterator[Raw]:
-    """Lines of a file of lines; other files, and a list under the name of lines, are opened as a whole."""
-    if not is_lines(path) or _is_list(path):
-        source = open_path(path)
-        yield from (source.raw(index) for index in range(len(source)))
-        return
+    """Rows of a file of lines, read one after the other."""
     plain = is_text(path)
     with _lines(path) as lines:
         for number, line in enumerate(lines):
@@ -72,15 +82,17 @@ def _file_rows(path: Path) -> Iterator[Raw]:
                 yield text_row(line) if plain else line
 
 
-def _is_list(path: Path) -> bool:
-    """Whether a file of lines holds one JSON list: told by its first byte, as `open_path` tells it."""
+def _is_whole(path: Path) -> bool:
+    """Whether a file must be opened as a whole: no file of lines, one JSON list, or text that may be JSON."""
+    if not is_lines(path):
+        return True
     with _lines(path) as lines:
         first = next(lines, b"")
-        refuse_utf16(path, first[:2])
+        refuse_utf16(path, first[:4])
         first = first.removeprefix(BOM)
         while first and not first.strip():
             first = next(lines, b"")
-    return not is_text(path) and first.lstrip().startswith(b"[")
+    return first.lstrip()[:1] in ((b"[", b"{") if is_text(path) else (b"[",))
 
 
 @contextmanager

@@ -10,14 +10,52 @@ from typing import Any, Protocol
 import numpy as np
 
 from megaswift.data.conversation import BadRow
+from megaswift.data.encoding import wrong_bytes
 from megaswift.errors import DataError
 
 Raw = bytes | str | dict[str, Any] | BadRow  # JSON text, a row, or why it is none
 BLOCK_BYTES = 1 << 24
 
 
+NULLS = "null members left out: tables give every struct the members of all (JSON text keeps its own nulls)"
+
+
+class TableRow(dict[str, Any]):
+    """A row of a table, without the null members of its structs.
+
+    A struct of a table has the members of all rows, so that those of other rows' tools come back as null. They were never
+    written, and must not be learnt. `nulls` names those that were left out, but for columns and for members of a message
+    (role, content, ...), for which null means absent in every kind of file.
+    """
+
+    nulls: tuple[str, ...] = ()
+
+
+def table_row(row: dict[str, Any]) -> TableRow:
+    """A row as a library made it from a table."""
+    found: dict[str, None] = {}
+    result = TableRow((name, _pruned(value, name, 1, found)) for name, value in row.items())
+    result.nulls = tuple(found)
+    return result
+
+
+def _pruned(value: Any, path: str, depth: int, found: dict[str, None]) -> Any:
+    """A value without null members of structs; `depth`: how many structs, the row included, it stands in."""
+    if isinstance(value, list):
+        return [_pruned(item, path, depth, found) for item in value]
+    if not isinstance(value, dict):
+        return value
+    for name, part in value.items():
+        if part is None and (depth > 1 or path == "tools"):
+            found[f"{path}.{name}"] = None
+    return {name: _pruned(part, f"{path}.{name}", depth + 1, found) for name, part in value.items() if part is not None}
+
+
 class Source(Protocol):
-    """Numbered raw rows."""
+    """Numbered raw rows; `notes` tells what about their file is not as its name says."""
+
+    @property
+    def notes(self) -> tuple[str, ...]: ...
 
     def __len__(self) -> int: ...
 
@@ -30,6 +68,8 @@ class Source(Protocol):
 
 class DictRows:
     """Rows that are in memory already."""
+
+    notes: tuple[str, ...] = ()
 
     def __init__(self, path: Path, rows: list[Any], numbers: list[int] | None = None) -> None:
         self.path, self.rows, self.numbers = path, rows, numbers
@@ -52,6 +92,11 @@ class Joined:
         self.sources = sources
         self.bounds = np.cumsum([0, *(len(source) for source in sources)])
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Those of all parts."""
+        return tuple(note for source in self.sources for note in source.notes)
+
     def __len__(self) -> int:
         return int(self.bounds[-1])
 
@@ -72,6 +117,7 @@ class TableRows:
     """Rows of an Arrow table, turned into dicts a block at a time (rows are read in rising order)."""
 
     BLOCK = 1024
+    notes: tuple[str, ...] = ()
 
     def __init__(self, name: str, table: Any) -> None:
         self.name, self.table = name, table
@@ -81,11 +127,11 @@ class TableRows:
     def __len__(self) -> int:
         return self.table.num_rows
 
-    def raw(self, index: int) -> dict[str, Any]:
+    def raw(self, index: int) -> TableRow:
         first = index - index % self.BLOCK
         if first != self.first:
             self.first, self.block = first, self.table.slice(first, self.BLOCK).to_pylist()
-        return self.block[index - first]
+        return table_row(self.block[index - first])
 
     def where(self, index: int) -> str:
         return f"{self.name}: row {index + 1}"
@@ -108,6 +154,8 @@ def arrow_rows(path: Path, shown: Path) -> TableRows:
 class ParquetRows:
     """A Parquet file; one row group is in memory at a time. Messages name `shown`."""
 
+    notes: tuple[str, ...] = ()
+
     def __init__(self, path: Path, shown: Path) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -124,7 +172,7 @@ class ParquetRows:
     def __len__(self) -> int:
         return int(self.bounds[-1])
 
-    def raw(self, index: int) -> dict[str, Any]:
+    def raw(self, index: int) -> TableRow:
         group = int(np.searchsorted(self.bounds, index, side="right")) - 1
         if group != self.group:
             try:
@@ -179,6 +227,6 @@ def _require_utf8(path: Path, data: Any) -> None:
         try:
             decoder.decode(block, final=first + BLOCK_BYTES >= len(data))
         except UnicodeDecodeError as error:
-            where = f"{path}:{lines + error.object[: error.start].count(10)}"
-            raise DataError("the CSV file is not UTF-8.", where=where, fix="save it as UTF-8") from error
+            line = error.object[: error.start].count(10)
+            raise wrong_bytes(path, lines + line, bytes(error.object).split(b"\n")[line]) from error
         lines += block.count(b"\n")

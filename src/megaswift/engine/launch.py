@@ -337,7 +337,7 @@ def report_from_rank(work: Callable[[], None]) -> int:
         report(error)
         return int(error.exit_code)
     except Exception as error:
-        cause = out_of_memory(error) or nccl_failed(error)
+        cause = errors.disk_full(error) or out_of_memory(error) or nccl_failed(error)
         known = cause or connection_lost(error)
         if known is not None:
             report(known, second=cause is None)

@@ -197,9 +197,51 @@ def attention_window(config: PreTrainedConfig) -> int | None:
     return int(window)
 
 
+def context_length(config: Any) -> int:
+    """Most tokens that a model can hold, as its config means it; the one place where that is worked out.
+
+    max_position_embeddings, for llama3 too, whose scaling is counted in already. Where linear, dynamic or yarn RoPE widens
+    it, `factor` times original_max_position_embeddings, which transformers takes for max_position_embeddings where only
+    yarn's may be given; a max_position_embeddings that is larger was written after the scaling.
+    """
+    length = getattr(config, "max_position_embeddings", None) or 2**20
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if rope.get("rope_type", rope.get("type")) in ("linear", "dynamic", "yarn") and rope.get("factor"):
+        original = rope.get("original_max_position_embeddings") or length
+        length = max(length, int(original * rope["factor"]))
+    return int(length)
+
+
+def trained_length(config: Any) -> tuple[int, str]:
+    """Most tokens of a sample that training can hold, and what sets the limit.
+
+    Less than `context_length` under a sliding window, and under dynamic RoPE, whose angles beyond max_position_embeddings
+    are others for each length of a row.
+    """
+    limit, reason = context_length(config), "max_position_embeddings and its RoPE scaling"
+    positions = getattr(config, "max_position_embeddings", None) or limit
+    rope = getattr(config, "rope_parameters", None) or {}
+    if limit == positions:
+        reason = "max_position_embeddings"
+    elif rope.get("rope_type") == "dynamic":
+        limit, reason = positions, "dynamic RoPE, which training holds up to max_position_embeddings"
+    window = attention_window(config)
+    return (window, "its sliding window") if window is not None and window <= limit else (limit, reason)
+
+
 def is_tied(config: PreTrainedConfig) -> bool:
     """Whether input embedding and output layer are one matrix."""
     return bool(getattr(config, "tie_word_embeddings", False))
 
 
-__all__ = ["OUTPUT_LAYER", "Family", "Vocab", "attention_window", "decoder_settings", "is_tied", "sizes_of"]
+__all__ = [
+    "OUTPUT_LAYER",
+    "Family",
+    "Vocab",
+    "attention_window",
+    "context_length",
+    "decoder_settings",
+    "is_tied",
+    "sizes_of",
+    "trained_length",
+]

@@ -21,14 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megaswift.errors import UserError
+from megaswift.errors import UserError, is_full
 from megaswift.hf.output import FileRecord, sha256_of, sync, write_small
 
 _TEMPORARY = re.compile(r"\..+\.tmp-[0-9a-f]{8}")
 _RECORDS = ".done"
 _PLAN = "plan"
 _LEFTOVER_AGE = 10.0  # seconds; a younger temporary directory may not have its lock yet
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -196,7 +195,7 @@ def _check_space(place: Path, needed: int) -> None:
 
 def _disk_error(error: OSError, target: Path, needed: int) -> UserError:
     """A failed system call as an error of ours; only the disk itself can fail here."""
-    if error.errno in _FULL:
+    if is_full(error):
         what = f"the disk is full: {needed:,} bytes are needed in all. Nothing was left behind."
         return UserError(what, where=str(target), fix="free space or write to another disk")
     return UserError(f"cannot write {str(target)!r}: {error.strerror or error}.", where=str(error.filename or target))

@@ -13,16 +13,6 @@ from megaswift.inference.options import GenerationOptions
 from megaswift.inference.text import first_stop, tail_text
 
 
-def context_length(config: Any) -> int:
-    """Most tokens that a model can hold, from its config; RoPE scaling that widens it is counted in."""
-    length = getattr(config, "max_position_embeddings", None) or 2**20
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    if rope.get("rope_type", rope.get("type")) in ("linear", "dynamic", "yarn") and rope.get("factor"):
-        original = rope.get("original_max_position_embeddings") or length
-        length = max(length, int(original * rope["factor"]))
-    return int(length)
-
-
 def end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     """End tokens that the model's folder names: generation_config.json (one or a list), config.json, the tokenizer."""
     found: set[int] = set()

@@ -14,7 +14,9 @@ from typing import Any, Self
 from megaswift.arguments import InferArguments
 from megaswift.data.conversation import BadRow, Conversation, Message
 from megaswift.data.encode import recipe_of
+from megaswift.data.encoding import refuse_encoding
 from megaswift.data.pipeline import Pipeline, Recipe
+from megaswift.data.preference import says_bad
 from megaswift.data.read import decode
 from megaswift.data.resolve import Dataset, resolve
 from megaswift.data.rows import RESPONSE_NAMES
@@ -90,7 +92,7 @@ def question_of(row: dict[str, Any], where: str = "", system: str | None = None,
         conversation = Conversation([Message("user", conversation.text)])
     messages, label = list(conversation.messages), None
     if messages[-1].role == "assistant":
-        label = None if unanswered else messages[-1].content
+        label = None if unanswered or says_bad(row) else messages[-1].content
         messages.pop()
     if not messages or messages[-1].role not in ("user", "tool"):
         raise BadRow("no question", "no user turn stands at the end")
@@ -140,6 +142,7 @@ class _BadRows:
         try:
             yield
         except BadRow as error:
+            refuse_encoding(error, where)
             if self._strict:
                 raise DataError(
                     f"bad row: {error}.", where=where, fix="mend the row, or leave --strict out to skip such rows"

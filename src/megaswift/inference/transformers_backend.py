@@ -13,6 +13,7 @@ import torch
 
 from megaswift.data.conversation import Conversation
 from megaswift.errors import NonFiniteError, UserError
+from megaswift.families.base import context_length
 from megaswift.inference import decoding
 from megaswift.inference.loading import load_model, load_tokenizer
 from megaswift.inference.options import Answer, FinishReason, GenerationOptions, Message, fit_prompt, limited_context
@@ -35,7 +36,7 @@ class TransformersBackend:
         from transformers import GenerationConfig
 
         self.model, self.tokenizer, self.prompts = model, tokenizer, prompts
-        self.context = limited_context(decoding.context_length(model.config), max_model_len)
+        self.context = limited_context(context_length(model.config), max_model_len)
         self._ends = decoding.end_ids(model, tokenizer) | prompts.end_ids
         # generate() fills what a caller leaves open from here; nothing may come from a file that the user never saw.
         model.generation_config = GenerationConfig()

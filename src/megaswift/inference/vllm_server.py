@@ -55,7 +55,7 @@ class VllmServer:
             )
         self._args, self._path, self._name = args, path, name
         self._template = prompts.template.source(args.system)
-        self._tools = prompts.template.writes_tools  # vLLM writes prompts by the template alone
+        self._tools = prompts.template.has_place_for_tools  # vLLM writes prompts by the template alone
         self._calls = form_of(prompts, tokenizer) if self._tools else None
         self._ends = tuple(sorted(prompts.end_ids - {tokenizer.eos_token_id}))
         self._precision = str(pick_dtype(usable_dtype(args))).removeprefix("torch.")

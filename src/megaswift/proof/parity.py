@@ -83,11 +83,10 @@ def compare(
         precisions: of the stored Megatron weights; the folder's values are rounded to them.
         model_dir: where the tokenizer is.
     """
-    from megaswift.families.base import attention_window
+    from megaswift.families.base import trained_length
 
     begin = time.perf_counter()
-    limit = min(config.max_position_embeddings, attention_window(config) or config.max_position_embeddings)
-    rows = token_rows(model_dir, config.vocab_size, limit)
+    rows = token_rows(model_dir, config.vocab_size, trained_length(config)[0])
     result = Parity()
     with one_process():
         reference, measured = hf_stream(config, source, precisions), megatron_stream(config, reader)

@@ -23,7 +23,7 @@ _SHARE = 36 / 132
 def _set_target() -> Any:
     """cublasSetSmCountTarget of the cuBLAS that torch has loaded, or None."""
     try:
-        with open("/proc/self/maps") as maps:
+        with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
             paths = {line.split()[-1] for line in maps if "libcublas.so" in line}
         function = ctypes.CDLL(sorted(paths)[0]).cublasSetSmCountTarget
     except (OSError, IndexError, AttributeError):
