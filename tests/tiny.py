@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -72,3 +73,13 @@ def write_tokenizer(directory: Path, vocab_size: int = 300) -> None:
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
     )
     fast.save_pretrained(directory)
+
+
+def add_tokens(directory: Path, *tokens: str, special: bool = False) -> None:
+    """Tokens added to a folder's tokenizer alone, as users do who forget to resize the model."""
+    path = directory / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    entry = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": special}
+    first = 1 + max([*content["model"]["vocab"].values(), *(item["id"] for item in content["added_tokens"])])
+    content["added_tokens"] += [{"id": first + k, "content": token, **entry} for k, token in enumerate(tokens)]
+    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")

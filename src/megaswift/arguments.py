@@ -6,55 +6,12 @@ is what the command line calls; a script builds the same classes directly.
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass
+from typing import ClassVar
 
-from megaswift.errors import UserError
-from megaswift.option_parser import REFUSED, default_of, option, parse
+from megaswift.option_parser import REFUSED, BaseArguments, default_of, option, parse
 
-__all__ = ["REFUSED", "default_of", "option", "parse"]
-
-
-@dataclass(kw_only=True)
-class BaseArguments:
-    """What all commands share."""
-
-    _given: ClassVar[frozenset[str]]
-
-    seed: int = option(42, "Seed of sampling, shuffling and generation; the same on all ranks.")
-
-    def __new__(cls, **values: Any) -> Self:
-        self = super().__new__(cls)
-        self._given = frozenset(values)  # type: ignore[misc]
-        return self
-
-    def __post_init__(self) -> None:
-        self.check_choices()
-
-    def check_choices(self) -> None:
-        """Raise UserError for a value that is none of the option's words, or no seed for numpy."""
-        for item in fields(self):
-            name, choices, value = f"--{item.name}", item.metadata.get("choices"), getattr(self, item.name)
-            if choices and value is not None and value not in choices:
-                raise UserError(f"{name} {value!r} is not known.", where=name, fix=f"use one of: {', '.join(choices)}")
-            if item.name.endswith("seed") and value is not None and not 0 <= value < 2**32:
-                raise UserError(f"{name} {value} is no seed.", where=name, fix=f"use a whole number from 0 to {2**32 - 1}")
-
-    def explicit(self) -> frozenset[str]:
-        """Names of the options that the user gave, as flags or as arguments; the others have their defaults."""
-        return self._given
-
-    def changed(self, **values: Any) -> Self:
-        """A copy with other values for some options, which does not make them given."""
-        result = copy.copy(self)
-        for name, value in values.items():
-            setattr(result, name, value)
-        return result
-
-    def to_dict(self) -> dict[str, Any]:
-        """All options as JSON-ready values, for sft_args.json and export_args.json."""
-        return {item.name: getattr(self, item.name) for item in fields(self)}
+__all__ = ["REFUSED", "BaseArguments", "default_of", "option", "parse"]
 
 
 @dataclass(kw_only=True)
@@ -79,6 +36,17 @@ class LayoutArguments(BaseArguments):
 
     tp: int = option(1, "Tensor parallel size: each matrix is split over this many processes.")
     pp: int = option(1, "Pipeline parallel size: the layers are split over this many stages.")
+
+
+@dataclass(kw_only=True)
+class VocabularyArguments(BaseArguments):
+    """Tokens that the model gets in addition to its own."""
+
+    new_special_tokens: list[str] = option(
+        [],
+        "Special tokens to add, or .txt files with one a line: the tokenizer gets them, and the embedding a row for each, "
+        "the mean of the old ones.",
+    )
 
 
 @dataclass(kw_only=True)
@@ -111,7 +79,7 @@ class DataArguments(TemplateArguments):
 
 
 @dataclass(kw_only=True)
-class ExportArguments(ModelArguments, LayoutArguments):
+class ExportArguments(ModelArguments, LayoutArguments, VocabularyArguments):
     """`swift export`: between a Hugging Face folder and Megatron weights."""
 
     to_megatron: bool = option(False, "Convert a Hugging Face model to Megatron weights.")
@@ -151,7 +119,7 @@ class VerifyArguments(BaseArguments):
 
 
 @dataclass(kw_only=True)
-class SftArguments(ModelArguments, LayoutArguments, DataArguments):
+class SftArguments(ModelArguments, LayoutArguments, DataArguments, VocabularyArguments):
     """`swift sft`: full fine-tuning with Megatron-Core."""
 
     template_date: str | None = option(None, "YYYY-MM-DD for templates that write the date; default: the day the run began.")

@@ -54,6 +54,8 @@ def data_main(args: InspectArguments | list[str]) -> Inspection:
     from megaswift.data.page import write_page
     from megaswift.engine.launch import cluster
     from megaswift.hf.config import load_config
+    from megaswift.hf.new_tokens import listed_tokens, with_new_tokens
+    from megaswift.hf.tokenizer import require_rows, table_rows
     from megaswift.plan import usable_length
     from megaswift.sft import streamed_rows
     from megaswift.terminal import console, say
@@ -62,11 +64,15 @@ def data_main(args: InspectArguments | list[str]) -> Inspection:
         args = parse(InspectArguments, args)
     if args.examples < 0:
         raise UserError(f"--examples {args.examples} is below 0.", where="--examples")
-    directory = _directory(args)
+    directory, tokens = _directory(args), listed_tokens(args.new_special_tokens)
+    if (grown := with_new_tokens(directory, tokens)) is not None:
+        say(grown.note())
+        directory = grown.directory
     args = args.changed(max_length=usable_length(load_config(directory), args.max_length, "max_length" in args.explicit()))
-    template = _template(args, directory)
+    template, table = _template(args, directory), table_rows(directory)
     rows = streamed_rows(args, cluster().world_size) if args.streaming else None
-    data = prepare(args, template, cache_dir=cache_root(), packing=args.packing, stream_rows=rows)
+    data = prepare(args, template, cache_dir=cache_root(), packing=args.packing, stream_rows=rows, table=table)
+    require_rows(template.vocabulary, table, directory)
     inspection = inspect(data, template, args)
     lines = facts(inspection, args.max_length, args.batch_size)
     _print(inspection, lines, console())
@@ -102,11 +108,11 @@ def histogram(sizes: np.ndarray) -> list[tuple[int, int, int]]:
 def _template(args: InspectArguments, directory: Path) -> ChatTemplate:
     from megaswift.data.chat import ChatTemplate
     from megaswift.families.model_types import MODEL_TYPES
-    from megaswift.inference.loading import load_tokenizer
+    from megaswift.hf.tokenizer import read_tokenizer
 
     entry = MODEL_TYPES.get(args.model_type or "")
     return ChatTemplate(
-        load_tokenizer(directory),
+        read_tokenizer(directory),
         args.template_type,
         args.system,
         fallback=entry.template if entry else None,
@@ -117,6 +123,7 @@ def _template(args: InspectArguments, directory: Path) -> ChatTemplate:
 def _directory(args: InspectArguments) -> Path:
     """Where the tokenizer is: the Megatron directory that training would start from, else the model's own."""
     from megaswift.checkpoint.layout import is_megatron_directory
+    from megaswift.hf.folder import gguf_fix
     from megaswift.hf.locate import locate
 
     start = Path(args.resume_from_checkpoint or f"{args.model_type}-tp{args.tp}-pp{args.pp}").expanduser()
@@ -126,7 +133,7 @@ def _directory(args: InspectArguments) -> Path:
         raise UserError(
             f"{start} is not a directory of Megatron weights.",
             where="--resume_from_checkpoint",
-            fix="give --model_type or --model_id_or_path instead",
+            fix=gguf_fix(start) or "give --model_type or --model_id_or_path instead",
         )
     return locate(args.model_type, args.model_id_or_path, args.model_revision).path
 

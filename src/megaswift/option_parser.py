@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
 import re
 import types
 import typing
-from dataclasses import field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 from megaswift.errors import UserError, nearest
 
@@ -30,6 +31,47 @@ def default_of(item: dataclasses.Field[Any]) -> Any:
     if item.default_factory is not dataclasses.MISSING:
         return item.default_factory()
     return item.default
+
+
+@dataclass(kw_only=True)
+class BaseArguments:
+    """What all commands share."""
+
+    _given: ClassVar[frozenset[str]]
+
+    seed: int = option(42, "Seed of sampling, shuffling and generation; the same on all ranks.")
+
+    def __new__(cls, **values: Any) -> Self:
+        self = super().__new__(cls)
+        self._given = frozenset(values)  # type: ignore[misc]
+        return self
+
+    def __post_init__(self) -> None:
+        self.check_choices()
+
+    def check_choices(self) -> None:
+        """Raise UserError for a value that is none of the option's words, or no seed for numpy."""
+        for item in fields(self):
+            name, choices, value = f"--{item.name}", item.metadata.get("choices"), getattr(self, item.name)
+            if choices and value is not None and value not in choices:
+                raise UserError(f"{name} {value!r} is not known.", where=name, fix=f"use one of: {', '.join(choices)}")
+            if item.name.endswith("seed") and value is not None and not 0 <= value < 2**32:
+                raise UserError(f"{name} {value} is no seed.", where=name, fix=f"use a whole number from 0 to {2**32 - 1}")
+
+    def explicit(self) -> frozenset[str]:
+        """Names of the options that the user gave, as flags or as arguments; the others have their defaults."""
+        return self._given
+
+    def changed(self, **values: Any) -> Self:
+        """A copy with other values for some options, which does not make them given."""
+        result = copy.copy(self)
+        for name, value in values.items():
+            setattr(result, name, value)
+        return result
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options as JSON-ready values, for sft_args.json and export_args.json."""
+        return {item.name: getattr(self, item.name) for item in fields(self)}
 
 
 # Options that ms-swift's users know and that would do nothing here: refused, each with what to use instead.

@@ -16,7 +16,8 @@ from megaswift.args_file import MODEL_OPTIONS, fill_from_file, read_args_file
 from megaswift.arguments import BackendArguments, ExportArguments
 from megaswift.cache import alone, cache_root
 from megaswift.errors import DataError, UserError
-from megaswift.hf.folder import ADAPTER_CONFIG, is_adapter, read_json
+from megaswift.hf.folder import ADAPTER_CONFIG, gguf_fix, is_adapter, read_json
+from megaswift.terminal import typed
 
 if TYPE_CHECKING:
     from megaswift.hf.locate import Located
@@ -255,14 +256,15 @@ def _model_directory(args: BackendArguments) -> tuple[Path | None, bool]:
     path = Path(args.ckpt_dir).expanduser()
     if not path.is_dir():
         what = "is a file, not a directory" if path.exists() else "does not exist"
-        raise UserError(
-            f"{path} {what}.", where="--ckpt_dir", fix="give a run of swift sft, or a directory made by swift export"
-        )
+        fix = gguf_fix(path) or "give a run of swift sft, or a directory made by swift export"
+        raise UserError(f"{path} {what}.", where="--ckpt_dir", fix=fix)
     if _is_megatron(path):
         return path, True
     if not (path / "config.json").is_file():
         raise UserError(
-            f"{path} holds no config.json, so it is no Hugging Face model.", where="--ckpt_dir", fix=_nearby_models(path)
+            f"{path} holds no config.json, so it is no Hugging Face model.",
+            where="--ckpt_dir",
+            fix=gguf_fix(path) or _nearby_models(path),
         )
     return path, False
 
@@ -281,7 +283,7 @@ def _nearby_models(path: Path) -> str:
     below = sorted(path.glob("*-hf/config.json"), key=lambda file: file.stat().st_mtime) or sorted(path.glob("*/config.json"))
     runs = sorted(file.parent for file in path.glob(f"*/{TRACKER}"))
     if runs:
-        return f"--ckpt_dir {runs[-1]}"
+        return f"--ckpt_dir {typed(runs[-1])}"
     if below:
-        return f"--ckpt_dir {below[-1].parent}"
+        return f"--ckpt_dir {typed(below[-1].parent)}"
     return "give a run of swift sft, or a directory made by swift export"

@@ -29,7 +29,7 @@ from megaswift.errors import Stopped, UserError
 from megaswift.hf.folder import RUN_FILES, side_files
 from megaswift.plan import Plan, make_plan
 from megaswift.start import Start, find_start
-from megaswift.terminal import console, say, shown
+from megaswift.terminal import console, say, shown, typed
 
 if TYPE_CHECKING:
     from megaswift.data.chat import ChatTemplate
@@ -69,7 +69,6 @@ def _interrupt(moment: str, name: str) -> None:
 
 def _train(args: SftArguments, stop: StopSignals) -> Path:
     from megaswift.data.batches import require_rows
-    from megaswift.data.encode import prepare
     from megaswift.engine import launch, versions
 
     versions.check_versions()
@@ -85,7 +84,7 @@ def _train(args: SftArguments, stop: StopSignals) -> Path:
             say(f"[yellow]{note}.[/yellow]")
     template = _template(args, start)
     rows = streamed_rows(args, place.world_size, batch)
-    data = prepare(args, template, cache_dir=cache_root(), packing=args.packing, stream_rows=rows)
+    data = prepared(args, template, start, rows)
     run_dir = start.run_dir or new_run_dir(args, place.leads)
     plan = _plan(args, start, data, place, run_dir, batch)
     if start.run_dir is not None:
@@ -108,7 +107,7 @@ def _train(args: SftArguments, stop: StopSignals) -> Path:
 def _say_ready(args: SftArguments, run_dir: Path, plan: Plan) -> None:
     """The next command; with --save_safetensors the model of the last step is there already, or is made now."""
     if not args.save_safetensors:
-        say(f"[bold]{shown(run_dir)}[/bold] is ready. Next: swift export --ckpt_dir {shown(run_dir)} --to_hf true")
+        say(f"[bold]{shown(run_dir)}[/bold] is ready. Next: swift export --ckpt_dir {typed(run_dir)} --to_hf true")
         return
     from megaswift.checkpoint.layout import hf_copy_of, iteration_directory
     from megaswift.engine.hf_copies import copy_now
@@ -116,7 +115,7 @@ def _say_ready(args: SftArguments, run_dir: Path, plan: Plan) -> None:
     copy = hf_copy_of(iteration_directory(run_dir, plan.train_iters))
     if not copy.exists():
         copy_now(run_dir, plan.train_iters)
-    say(f"[bold]{shown(run_dir)}[/bold] is ready. Next: swift infer --ckpt_dir {shown(copy)}")
+    say(f"[bold]{shown(run_dir)}[/bold] is ready. Next: swift infer --ckpt_dir {typed(copy)}")
 
 
 def _start(run_dir: Path, job: Any, place: Cluster, stop: StopSignals) -> None:
@@ -186,21 +185,29 @@ def streamed_rows(args: SftArguments, world_size: int, batch: int | None = None)
     return args.max_steps * (batch or mapping.accumulation(args, world_size) * args.batch_size * world_size)
 
 
+def prepared(args: SftArguments, template: ChatTemplate, start: Start, stream_rows: int | None = None) -> PreparedData:
+    """The data of a run. Raises DataError for a token without a row in the embedding, in the rows or in the tokenizer alone."""
+    from megaswift.data.encode import prepare
+    from megaswift.hf.tokenizer import require_rows
+
+    table = start.config.vocab_size
+    data = prepare(args, template, cache_dir=cache_root(), packing=args.packing, stream_rows=stream_rows, table=table)
+    require_rows(template.vocabulary, table, start.root)
+    return data
+
+
 def _template(args: SftArguments, start: Start) -> ChatTemplate:
     """The chat template of the run."""
     if not args.dataset:
         fix = "for example: --dataset self-cognition#500 my_rows.jsonl"
         if start.run_dir is not None:
-            run = shown(start.run_dir)
-            fix = (
-                f"the same data as before; all options of the run: swift sft {run}/sft_args.json --resume_from_checkpoint {run}"
-            )
+            run, options = typed(start.run_dir), typed(start.run_dir / "sft_args.json")
+            fix = f"the same data as before; all options of the run: swift sft {options} --resume_from_checkpoint {run}"
         raise UserError("no training data is named.", where="--dataset", fix=fix)
-    from transformers import AutoTokenizer
-
     from megaswift.data.chat import ChatTemplate
+    from megaswift.hf.tokenizer import read_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(start.root, local_files_only=True, trust_remote_code=False)
+    tokenizer = read_tokenizer(start.root)
     began = (
         read_args_file(start.root).get("template_date") if start.run_dir else None
     )  # else the rows would be others every day
@@ -249,7 +256,7 @@ def _plan(
         world_size=place.world_size,
         train_rows=len(data.train),
         val_rows=len(data.val) if data.val is not None else 0,
-        load=str(start.root),
+        load=str(start.new_tokens.source if start.new_tokens else start.root),
         save=str(run_dir),
         kept_batch=batch,
     )
@@ -393,6 +400,7 @@ def _job(args: SftArguments, start: Start, data: PreparedData, plan: Plan, pad_i
         pad_id=pad_id,
         first_step=start.first_step,
         other_dtypes=start.manifest.get("other_dtypes") or {},
+        rows_before=start.new_tokens.rows_before if start.new_tokens else None,
     )
 
 

@@ -12,6 +12,8 @@ from megaswift.checkpoint import layout
 from megaswift.checkpoint.lock import refuse_if_in_use
 from megaswift.checkpoint.resume import check_same_base, check_same_model, newest_run, newest_whole
 from megaswift.errors import UserError
+from megaswift.hf.folder import gguf_fix
+from megaswift.hf.new_tokens import NewTokens, listed_tokens, with_new_tokens
 from megaswift.hf.publish import refuse_unfinished
 from megaswift.plan import check_fp8, check_layout, check_numbers, check_offload, usable_length
 from megaswift.terminal import say, shown
@@ -22,13 +24,14 @@ class Start:
     """What training starts from."""
 
     args: SftArguments  # options, those of the directory filled in
-    root: Path  # directory with config.json and tokenizer
-    checkpoint: Path  # torch_dist directory in it, or `root` itself where that is a Hugging Face folder
+    root: Path  # directory with config.json and tokenizer; with new tokens those of the cache
+    checkpoint: Path  # torch_dist directory, or the Hugging Face folder itself where that is the start
     config: Any
     dtype: str
     manifest: dict[str, Any]  # of the checkpoint
     run_dir: Path | None  # the run to go on with, if it is one
     first_step: int
+    new_tokens: NewTokens | None = None
 
 
 def find_start(args: SftArguments, leads: bool = True) -> Start:
@@ -59,6 +62,7 @@ def find_start(args: SftArguments, leads: bool = True) -> Start:
     checkpoint = _checkpoint(args, root, leads) if converted else root
 
     config = load_config(root)
+    args = args.changed(new_special_tokens=listed_tokens(args.new_special_tokens))
     check_numbers(args)
     _check_device(args)
     check_layout(config, args.tp, args.pp, None, args.sequence_parallel, args.cp)
@@ -75,6 +79,9 @@ def find_start(args: SftArguments, leads: bool = True) -> Start:
         check_fp8(config, args.tp, dtype)
     if not goes_on:
         _tell_rounded(manifest, dtype, args.save_only_model)
+    new_tokens = _new_tokens(args.new_special_tokens, root, goes_on)
+    if new_tokens is not None:
+        root, config = new_tokens.directory, load_config(new_tokens.directory)
     return Start(
         args=args.changed(max_length=usable_length(config, args.max_length, given="max_length" in args.explicit())),
         root=root,
@@ -84,7 +91,23 @@ def find_start(args: SftArguments, leads: bool = True) -> Start:
         manifest=manifest,
         run_dir=root if goes_on else None,
         first_step=layout.iteration_of(checkpoint) if goes_on else 0,
+        new_tokens=new_tokens,
     )
+
+
+def _new_tokens(tokens: list[str], root: Path, goes_on: bool) -> NewTokens | None:
+    """The files with --new_special_tokens, said aloud; None where the model has them. A run keeps those that it began with."""
+    found = with_new_tokens(root, tokens)
+    if found is None:
+        return None
+    if goes_on:
+        raise UserError(
+            f"this run began without the special tokens {', '.join(found.tokens)}, and its optimizer knows nothing of their rows.",
+            where=f"--new_special_tokens, {shown(root)}",
+            fix="leave the option out to go on; to add them, export the run (--to_hf true) and begin a new one from that",
+        )
+    say(found.note())
+    return found
 
 
 def _start_root(args: SftArguments) -> tuple[Path, SftArguments]:
@@ -112,6 +135,8 @@ def _start_root(args: SftArguments) -> tuple[Path, SftArguments]:
     root = Path(named or default).absolute()
     if layout.is_megatron_directory(root) or is_hf_folder(root):
         return root, args
+    if fix := gguf_fix(root):
+        raise UserError(f"{shown(root)} is no model that can be trained.", where="--resume_from_checkpoint", fix=fix)
     name = args.model_type or "NAME"
     raise UserError(
         f"{shown(root)} is not a directory of Megatron weights.",

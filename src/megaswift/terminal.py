@@ -8,6 +8,7 @@ import errno
 import io
 import os
 import re
+import shlex
 import shutil
 import sys
 import unicodedata
@@ -156,6 +157,12 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60}m{whole % 60:02d}s"
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def typed(path: Path) -> str:
+    """A path as a word of a command that can be pasted: as short as `shown`, in quotes where the shell needs them."""
+    short = shown(path)
+    return shlex.quote(f"./{short}" if short.startswith("-") else short)
 
 
 def shown(path: Path) -> str:

@@ -38,7 +38,7 @@ def load_hf_weights(model: Any, folder: Path) -> None:
     family, sizes = family_of(config.model_type), sizes_of(config)
     rules = {rule.megatron.replace(".{i}", ""): rule for rule in family.rules_for(is_tied(config))}
     unknown = []
-    for part in _parts(model):
+    for part in held_parts(model):
         rule = rules.get(part.key)
         if rule is None:
             unknown.append(part.key)
@@ -50,7 +50,7 @@ def load_hf_weights(model: Any, folder: Path) -> None:
         )
 
 
-def _parts(model: Any) -> list[Any]:
+def held_parts(model: Any) -> list[Any]:
     """Megatron-Core's description of what this rank holds: names, places in the whole tensors, and the memory itself."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories

@@ -17,6 +17,7 @@ import re
 from pathlib import Path
 
 from megaswift.errors import DataError, UserError
+from megaswift.hf.folder import gguf_fix
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
@@ -63,7 +64,7 @@ def find_checkpoint(root: Path, iteration: int | None = None) -> Path:
         raise UserError(
             f"there is no directory {root}.",
             where=str(root),
-            fix="make it with: swift export --model_type NAME --to_megatron true",
+            fix=gguf_fix(root) or "make it with: swift export --model_type NAME --to_megatron true",
         )
     found = candidates(root)
     if iteration is not None:
@@ -78,7 +79,7 @@ def find_checkpoint(root: Path, iteration: int | None = None) -> Path:
         raise UserError(
             "this directory holds no Megatron checkpoint.",
             where=str(root),
-            fix="make one with: swift export --model_type NAME --to_megatron true",
+            fix=gguf_fix(root) or "make one with: swift export --model_type NAME --to_megatron true",
         )
     problems = []
     for path in found:

@@ -21,6 +21,7 @@ from megaswift.checkpoint.manifest import (
 from megaswift.errors import DataError, UserError
 from megaswift.hf.folder import read_config
 from megaswift.mapping import accumulation
+from megaswift.terminal import typed
 
 _RUN = re.compile(r"v(\d+)-(\d{8}-\d{6})")
 
@@ -198,12 +199,13 @@ def check_same_base(named: Path | None, checkpoint: Path, manifest: dict[str, An
         elif len(links) < LONGEST_CHAIN and not named_ones & {link.get("manifest_sha256") for link in links}:
             differs = f"it began from {(checkpoint / links[-1]['directory']).resolve()}"
     elif isinstance(manifest.get("config"), dict):
-        differs = "; ".join(changed_fields(manifest["config"], read_config(named)))
+        began, rows = manifest["config"], manifest.get("rows_before")  # the run itself may have added rows for new tokens
+        differs = "; ".join(changed_fields(began | ({"vocab_size": rows} if rows is not None else {}), read_config(named)))
     if differs:
         raise UserError(
             f"this run cannot go on with other weights: {differs}.",
             where=f"{run_dir}; {named}",
-            fix=f"name the run itself, --resume_from_checkpoint {run_dir}; or leave --resume out to begin a new one",
+            fix=f"name the run itself, --resume_from_checkpoint {typed(run_dir)}; or leave --resume out to begin a new one",
         )
 
 

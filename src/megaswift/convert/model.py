@@ -12,9 +12,9 @@ from torch import Tensor
 
 from megaswift.errors import DataError
 from megaswift.families import family_of
-from megaswift.families.base import Family, is_tied, sizes_of
+from megaswift.families.base import OUTPUT_LAYER, Family, is_tied, sizes_of
 from megaswift.families.rules import GateUp, Rule, Sizes
-from megaswift.hf.read import nonfinite
+from megaswift.hf.read import UNTIED, nonfinite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPE_NAMES = {value: name for name, value in DTYPES.items()}
 _OPTIMIZER = "optimizer."
+TIED = "the weights have an output layer of their own: tie_word_embeddings in config.json must be false"
 
 
 class MegatronReader(Protocol):
@@ -104,12 +105,17 @@ def check_megatron(reader: MegatronReader, model: Model) -> None:
     found = {key for key in reader.keys if not key.startswith(_OPTIMIZER)}
     missing, extra = sorted(set(wanted) - found), sorted(found - set(wanted))
     if missing or extra:
+        fix = "convert it with the config.json that it was made with"
+        if (missing, extra) == ([OUTPUT_LAYER], []):
+            fix = UNTIED
+        elif (missing, extra) == ([], [OUTPUT_LAYER]):
+            fix = TIED
         raise DataError(
             "the checkpoint does not fit the model's config."
             + (f" Missing: {', '.join(missing[:10])}." if missing else "")
             + (f" Not expected: {', '.join(extra[:10])}." if extra else ""),
             where=str(reader.directory),
-            fix="convert it with the config.json that it was made with",
+            fix=fix,
         )
     for key, rule in wanted.items():
         shape, expected = reader.shape(key), model.global_shape(rule)

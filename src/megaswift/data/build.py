@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from megaswift.arguments import DataArguments
+from megaswift.data.chat import ChatTemplate
 from megaswift.data.conversation import BadRow
 from megaswift.data.encoding import refuse_encoding
 from megaswift.data.packing import pack
@@ -21,12 +22,40 @@ from megaswift.data.sampling import sample_validation, split_and_sample
 from megaswift.data.store import RowWriter
 from megaswift.data.workers import Workers
 from megaswift.errors import DataError, UserError
+from megaswift.hf.tokenizer import no_rows
 from megaswift.terminal import LiveLine
 
 T = TypeVar("T")
 
 CHUNK = 512  # rows of one unit of work
 SHOW_PROGRESS = 20_000  # rows from which on progress is shown
+
+
+class Table:
+    """The model's embedding, as far as the data must know it: a token that it has no row for is an error.
+
+    Args:
+        template: knows the tokens by their ids.
+        rows: of the embedding; None: not known, and nothing is judged.
+    """
+
+    def __init__(self, template: ChatTemplate, rows: int | None) -> None:
+        self.template, self.rows = template, rows
+
+    def judge(self, encoding: Encoding, place: Callable[[int], str]) -> None:
+        """Raise DataError at the first row (within the encoding) that has a token beyond the embedding.
+
+        Args:
+            place: row number -> file and line.
+        """
+        if self.rows is None or encoding.ids.max(initial=-1) < self.rows:
+            return
+        sample = int(np.searchsorted(np.cumsum(encoding.sizes), np.argmax(encoding.ids >= self.rows), side="right"))
+        row = int(np.searchsorted(np.cumsum(encoding.counts), sample, side="right"))
+        first = int(sum(encoding.sizes[:sample]))
+        ids = encoding.ids[first : first + encoding.sizes[sample]]
+        beyond = {self.template.decode(ids[ids == token][:1]): int(token) for token in np.unique(ids[ids >= self.rows])}
+        raise no_rows(beyond, self.rows, place(row), "this row has")
 
 
 class Build:
@@ -37,9 +66,13 @@ class Build:
         recipes: how the rows of each dataset are read, by id() of the dataset.
         report: filled in on the way.
         workers: what checks and tokenizes.
+        table: the model's embedding.
     """
 
-    def __init__(self, args: DataArguments, recipes: dict[int, Recipe], report: DataReport, workers: Workers) -> None:
+    def __init__(
+        self, args: DataArguments, recipes: dict[int, Recipe], report: DataReport, workers: Workers, table: Table
+    ) -> None:
+        self.table = table
         self.args, self.recipes, self.report, self.workers = args, recipes, report, workers
         self.seed = args.seed if args.dataset_seed is None else args.dataset_seed
         self.columns: set[str] = set()  # those of --columns that some row has
@@ -150,6 +183,7 @@ class Build:
 
     def _add(self, entry: DatasetReport, encoding: Encoding, writer: RowWriter, source: Any, rows: np.ndarray) -> None:
         """Write the samples of these rows of a source, and count the rows that gave none."""
+        self.table.judge(encoding, lambda row: source.where(int(rows[row])))
         writer.add(encoding.ids, encoding.kept, encoding.sizes, encoding.weights)
         self.columns |= encoding.found
         entry.unsupervised_turns += encoding.unsupervised

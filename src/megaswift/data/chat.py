@@ -257,11 +257,19 @@ class ChatTemplate:
 
     def decode(self, ids: np.ndarray) -> str:
         """The text of some token ids, control tokens included."""
+        return self._whole_tokenizer().decode(ids.tolist(), skip_special_tokens=False)
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Every token with its id, added ones included."""
+        return self._whole_tokenizer().get_vocab(with_added_tokens=True)
+
+    def _whole_tokenizer(self) -> Any:
         if self._decoder is None:
             from tokenizers import Tokenizer
 
             self._decoder = Tokenizer.from_str(self.state["tokenizer"])
-        return self._decoder.decode(ids.tolist(), skip_special_tokens=False)
+        return self._decoder
 
     def unsupervised_turns(self, conversation: Conversation) -> int:
         """How many assistant turns get no loss because the template leaves out their thoughts. Raises BadRow."""

@@ -18,7 +18,7 @@ from typing import Any
 
 from megaswift.arguments import DataArguments, SftArguments
 from megaswift.cache import published
-from megaswift.data.build import Build
+from megaswift.data.build import Build, Table
 from megaswift.data.chat import ChatTemplate
 from megaswift.data.pipeline import Pipeline, Recipe
 from megaswift.data.places import OPTIONS, Names
@@ -47,6 +47,7 @@ def prepare(
     cache_dir: Path,
     packing: bool = False,
     stream_rows: int | None = None,
+    table: int | None = None,
     processes: int | None = None,
 ) -> PreparedData:
     """Read, check, sample, tokenize, cut and pack the data of a run, or take it from the cache.
@@ -57,11 +58,12 @@ def prepare(
         cache_dir: directory of the cache; rows go to data/<digest of everything that matters> in it.
         packing: join samples into rows of up to max_length tokens.
         stream_rows: read training data only until it gives this many rows (--streaming); None reads all of it.
+        table: rows of the model's embedding: a token beyond them is an error, at the first row that uses it; None: not known.
         processes: worker processes; default: one a core when there is enough to do.
 
     Raises:
         UserError: an option, a name or a count that cannot work.
-        DataError: a file that cannot be read, a bad row with --strict true, or no usable row at all.
+        DataError: a file that cannot be read, a bad row with --strict true, a token without a row in the embedding, or no usable row at all.
     """
     _check(args, packing)
     started = time.monotonic()
@@ -73,7 +75,7 @@ def prepare(
             "self-cognition is given more than once.", where="--dataset", fix="give it once, with #N for the number of rows"
         )
     recipes = {id(item): recipe_of(item, args) for item in train + val}
-    target = cache_dir / "data" / _key(args, template, [packing, stream_rows], train, val)
+    target = cache_dir / "data" / _key(args, template, [packing, stream_rows, table], train, val)
     if args.data_cache and (target / "report.json").is_file():
         return _open(target, from_cache=True)
     if not args.data_cache:
@@ -83,7 +85,7 @@ def prepare(
     pipeline = Pipeline(template, args.max_length, args.truncation_strategy, args.parse_special_tokens)
     rows = sum(len(item.source) for item in train + val) if stream_rows is None else stream_rows
     with published(target) as directory, Workers(pipeline, rows, processes) as workers:
-        Build(args, recipes, report, workers).run(directory, train, val, packing, stream_rows)
+        Build(args, recipes, report, workers, Table(template, table)).run(directory, train, val, packing, stream_rows)
         report.seconds = round(time.monotonic() - started, 3)
         report.example = stretches(template, TokenRows.open(directory / "train").samples(0)[0])
         (directory / "report.json").write_text(json.dumps(report.to_dict(), ensure_ascii=False), encoding="utf-8")

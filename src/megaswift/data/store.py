@@ -35,6 +35,7 @@ class RowWriter:
         self._hash = hashlib.sha256()
         self._weights: Any = None  # the file of weights, once a sample brings some
         self._weights_hash = hashlib.sha256()
+        self._largest = -1
 
     def __len__(self) -> int:
         return len(self._sizes)
@@ -61,6 +62,7 @@ class RowWriter:
             handle.write(data)
             self._hash.update(data)
         self._sizes.extend(sizes)
+        self._largest = max(self._largest, int(ids.max(initial=-1)))
         starts = np.cumsum([0, *sizes[:-1]])
         self._supervised.extend(np.add.reduceat(kept, starts, dtype=np.int32).tolist() if sizes else ())
 
@@ -90,7 +92,13 @@ class RowWriter:
             np.save(whole, table)
             (self.path / f"{name}.npy").write_bytes(whole.getbuffer())
             self._hash.update(table.tobytes())
-        index = {"format": 1, "samples": len(self._sizes), "rows": len(bounds) - 1, "fingerprint": self._hash.hexdigest()[:32]}
+        index: dict[str, Any] = {
+            "format": 1,
+            "samples": len(self._sizes),
+            "rows": len(bounds) - 1,
+            "fingerprint": self._hash.hexdigest()[:32],
+            "largest_id": self._largest,
+        }
         if self._weights is not None:
             index["weights"] = True
         (self.path / "index.json").write_text(json.dumps(index), encoding="utf-8")
@@ -103,10 +111,11 @@ class TokenRows:
     Attributes:
         lengths: int32 array, tokens of each row.
         fingerprint: text that is the same exactly when the rows, their order and their packing are the same.
+        largest_id: the largest token id of all rows.
     """
 
     def __init__(self, path: Path, index: dict[str, Any]) -> None:
-        self.path, self.fingerprint = path, str(index["fingerprint"])
+        self.path, self.fingerprint, self.largest_id = path, str(index["fingerprint"]), int(index["largest_id"])
         self._offsets = np.load(path / "offsets.npy", mmap_mode="r")
         self._order = np.load(path / "order.npy", mmap_mode="r")
         self._bounds = np.load(path / "bounds.npy", mmap_mode="r")
@@ -130,6 +139,19 @@ class TokenRows:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def require_within(self, rows: int, pad_id: int) -> None:
+        """Raise DataError where a token, or the one that fills up rows, has no row in an embedding of `rows` rows.
+
+        A rank that holds a part of the embedding takes an id outside of it for another rank's, and so would all of them.
+        """
+        largest = max(self.largest_id, pad_id)
+        if largest >= rows:
+            raise DataError(
+                f"the data has the token id {largest}, and the model's embedding has {rows:,} rows.",
+                where=str(self.path),
+                fix="prepare the data with this model's own tokenizer",
+            )
 
     def samples(self, row: int) -> list[Encoded]:
         """The samples of a row: one, or several when packed."""

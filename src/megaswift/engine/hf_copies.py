@@ -17,6 +17,7 @@ from typing import IO, Any
 from megaswift.checkpoint.layout import hf_copy_of, iteration_directory
 from megaswift.engine.launch import safe_path
 from megaswift.errors import DataError
+from megaswift.terminal import typed
 
 # The process ends with the one that started it, however that one ends (1: PR_SET_PDEATHSIG).
 _START = (
@@ -51,7 +52,7 @@ def copy_now(run_dir: Path, iteration: int) -> Path:
         raise DataError(
             f"the Hugging Face copy of step {iteration} could not be made (the lines above say why).",
             where=str(target),
-            fix=f"the checkpoint is safe; try again with: swift export --ckpt_dir {run_dir} --iteration {iteration} --to_hf true",
+            fix=f"the checkpoint is safe; try again with: swift export --ckpt_dir {typed(run_dir)} --iteration {iteration} --to_hf true",
         )
     return target
 

@@ -24,6 +24,7 @@ from megaswift.checkpoint.keep import delete_beyond
 from megaswift.checkpoint.layout import MANIFEST, iteration_directory
 from megaswift.checkpoint.load import load_training_state, load_weights
 from megaswift.checkpoint.manifest import ancestry, read_manifest
+from megaswift.checkpoint.new_rows import fill_new_rows
 from megaswift.checkpoint.save import Saving
 from megaswift.data.batches import Batches, EvalBatches, MicroBatch, prefetch
 from megaswift.data.store import TokenRows
@@ -53,6 +54,7 @@ class Job:
     pad_id: int
     first_step: int = 0  # steps that an earlier run already made
     other_dtypes: dict[str, str] = field(default_factory=dict)  # tensors that the source has in another precision than the rest
+    rows_before: int | None = None  # of the embedding, where the checkpoint lacks rows for new tokens
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), ensure_ascii=False), encoding="utf-8")
@@ -309,12 +311,15 @@ def _origin(job: Job, run_dir: Path) -> dict[str, Any]:
     Read once, when the weights are: later the start may be gone (--save_total_limit deletes it), moved, or made anew.
     """
     start = Path(job.checkpoint)
-    found = {"config": read_config(Path(job.model_dir))} | ({"other_dtypes": job.other_dtypes} if job.other_dtypes else {})
+    found: dict[str, Any] = {"config": read_config(Path(job.model_dir))}
+    found |= {"other_dtypes": job.other_dtypes} if job.other_dtypes else {}
+    own = read_manifest(start) if job.first_step else {"rows_before": job.rows_before}  # of this run's own checkpoint
+    found |= {name: own[name] for name in ("rows_before", "source") if own.get(name)}
     if not (start / MANIFEST).exists():
-        return found | {"made_from": [], "source": {"origin": str(start)}}
-    source = read_manifest(start).get("source") if job.first_step else None  # the run's own
-    links = {"made_from": ancestry(start, iteration_directory(run_dir, 0))}  # relative, and all checkpoints are neighbours
-    return found | links | ({"source": source} if source else {})
+        return {"source": {"origin": str(start)}, **found, "made_from": []}
+    return found | {
+        "made_from": ancestry(start, iteration_directory(run_dir, 0))
+    }  # relative, and all checkpoints are neighbours
 
 
 def _agreed_run_dir(plan: Plan) -> Path:
@@ -349,12 +354,15 @@ def _restored(job: Job, args: SftArguments) -> tuple[Any, dict[str, Any]]:
         fp8=args.fp8,
         offloaded_layers=plan.cpu_offloading_num_layers,
     )
-    model = build(load_config(Path(job.model_dir)), options)
+    config = load_config(Path(job.model_dir))
+    model = build(config, options)
     names = ("cuda_graphs", "overlap_grad_reduce", "overlap_param_gather", "recompute_modules")
     ways: dict[str, Any] = {name: getattr(args, name) for name in names}
     if job.first_step == 0:
         start = Path(job.checkpoint)
         (load_hf_weights if is_hf_folder(start) else load_weights)(model, start)
+        if job.rows_before is not None:
+            fill_new_rows(model, start, Path(job.model_dir), job.rows_before, config.vocab_size)
         return Trainer(model, plan, **ways), {}
     trainer = Trainer(model, plan, **ways)
     return trainer, load_training_state(trainer, Path(job.checkpoint), layout={"tp": plan.tp, "pp": plan.pp, "dp": plan.dp})
@@ -370,12 +378,11 @@ def _batches(job: Job, args: SftArguments, rank: ranks.Rank) -> tuple[Batches, E
         padding_free=args.padding_free,
         pad_id=job.pad_id,
     )
-    train = Batches(
-        TokenRows.open(job.train_data), seed=args.seed, shuffle=True, group_by_length=args.group_by_length, **common
-    )
-    if job.val_data is None:
-        return train, None
-    return train, EvalBatches(TokenRows.open(job.val_data), **common)
+    data = [TokenRows.open(path) for path in (job.train_data, job.val_data) if path is not None]
+    for rows in data:
+        rows.require_within(load_config(Path(job.model_dir)).vocab_size, job.pad_id)
+    train = Batches(data[0], seed=args.seed, shuffle=True, group_by_length=args.group_by_length, **common)
+    return train, EvalBatches(data[1], **common) if job.val_data is not None else None
 
 
 def _move(group: list[MicroBatch], device: torch.device) -> list[MicroBatch]:

@@ -38,6 +38,12 @@ def export_main(args: ExportArguments | list[str]) -> Path:
             where="--allow_nonfinite, --resume",
             fix="leave --resume out",
         )
+    if args.to_hf and args.new_special_tokens:
+        raise UserError(
+            "tokens are added on the way to Megatron weights, or when training begins.",
+            where="--new_special_tokens, --to_hf",
+            fix="leave it out here; give it to swift export --to_megatron true or to swift sft",
+        )
     if args.sign:
         from megaswift.checkpoint.sign import load_private_key
 

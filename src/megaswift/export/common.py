@@ -14,7 +14,7 @@ from typing import Any
 from megaswift.args_file import EXPORT_ARGS
 from megaswift.checkpoint import layout
 from megaswift.errors import UserError
-from megaswift.terminal import say
+from megaswift.terminal import say, shown
 
 THREADS = 2  # files written at the same time
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -153,9 +153,11 @@ def sign(directory: Path, key: str | None) -> None:
         sign_manifest(directory, load_private_key(Path(key)))
 
 
-def shown(path: Path) -> str:
-    """A path as short as it can be typed here."""
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
+def check_tokenizer(model_dir: Path) -> None:
+    """Raise DataError where the tokenizer is damaged or has tokens without a row in the embedding; say where there is none."""
+    from megaswift.hf.tokenizer import has_tokenizer, load_tokenizer
+
+    if has_tokenizer(model_dir):
+        load_tokenizer(model_dir)
+    else:
+        say(f"  [yellow]no tokenizer in {shown(model_dir)}: put its files there, training and inference need them[/yellow]")

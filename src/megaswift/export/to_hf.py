@@ -15,6 +15,7 @@ from megaswift.checkpoint import layout
 from megaswift.errors import DataError, UserError
 from megaswift.export.common import (
     THREADS,
+    check_tokenizer,
     parse_size,
     replacing,
     report,
@@ -22,12 +23,11 @@ from megaswift.export.common import (
     report_proof,
     report_rounded,
     require_free_name,
-    shown,
     sign,
 )
 from megaswift.hf.output import start_reading
 from megaswift.hf.publish import refuse_unfinished
-from megaswift.terminal import say
+from megaswift.terminal import say, shown, typed
 
 if TYPE_CHECKING:
     import torch
@@ -82,6 +82,7 @@ def convert_with_proof(args: ExportArguments) -> tuple[Path, str]:
     require_free_name(target, args.overwrite, root, weights.model_dir)
     if args.verify and weights.manifest:
         _require_untouched(weights, root)
+    check_tokenizer(weights.model_dir)
     form = _form(weights)
     say(f"{weights.label} -> Hugging Face model, {form.precisions}")
     result, proof = _write(weights, form, target, root)
@@ -90,8 +91,8 @@ def convert_with_proof(args: ExportArguments) -> tuple[Path, str]:
     if equal:
         say(f"  {equal}")
     if (root / SFT_ARGS).exists():
-        return target, f"--ckpt_dir {shown(target)}"
-    return target, f"--model_type {args.model_type} --model_id_or_path {shown(target)}"
+        return target, f"--ckpt_dir {typed(target)}"
+    return target, f"--model_type {args.model_type} --model_id_or_path {typed(target)}"
 
 
 @dataclass(frozen=True)

@@ -17,16 +17,17 @@ from megaswift.checkpoint import layout
 from megaswift.errors import UserError
 from megaswift.export.common import (
     THREADS,
+    check_tokenizer,
     replacing,
     report,
     report_nonfinite,
     report_proof,
     report_rounded,
     require_free_name,
-    shown,
     sign,
 )
-from megaswift.terminal import say
+from megaswift.hf.new_tokens import NewTokens, listed_tokens, with_new_tokens
+from megaswift.terminal import say, shown, typed
 
 if TYPE_CHECKING:
     from megaswift.convert import Conversion, Precisions
@@ -42,6 +43,7 @@ class _Source:
         model_dir: where config.json and tokenizer are.
         config_overrides: fields of config.json that the weights ask to change.
         had, precisions: of every Hugging Face tensor in the source, and as it is converted.
+        new_tokens: what --new_special_tokens added to them, or None.
         convert: writes the weights into a directory.
         prove: config, directory and conversion -> the proof.
     """
@@ -59,6 +61,7 @@ class _Source:
     origin: dict[str, Any]
     convert: Callable[[Path, Workspace], Conversion]
     prove: Callable[[Path, Conversion], dict[str, Any]]
+    new_tokens: NewTokens | None = None
 
 
 def to_megatron(args: ExportArguments) -> Path:
@@ -75,20 +78,26 @@ def to_megatron(args: ExportArguments) -> Path:
     start_reading(files)
     from megaswift.checkpoint.reader import Reader
     from megaswift.convert import hf_to_megatron, precisions_of_folder, verify_round_trip
+    from megaswift.convert.new_rows import GrownFolder, require_old_rows
     from megaswift.convert.precision import chosen
     from megaswift.hf.config import load_config
 
-    config = load_config(located.path)
+    args, added, model_dir = _with_new_tokens(args, located.path)
+    config = load_config(model_dir)
     had = precisions_of_folder(source, config)
     precisions = chosen(had, None if args.dtype == "AUTO" else args.dtype, str(located.path))
+    grown = GrownFolder(source, added.rows_before, added.rows_after) if added else source
 
     def proof(release: Path, done: Conversion) -> dict[str, Any]:
         from megaswift.proof.prove import prove
 
-        equal = verify_round_trip(Reader(release), config, done.tensors, precisions)
+        written = Reader(release)
+        equal = verify_round_trip(written, config, done.tensors, precisions)
+        if added:
+            require_old_rows(written, source, config, precisions, added.rows_before)
         if done.nonfinite:  # no logit of such a model means anything
             return {"round_trip_tensors": equal}
-        return prove(config, source, Reader(release), precisions, located.path, equal)
+        return prove(config, grown, written, precisions, model_dir, equal)
 
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return _write(
@@ -98,7 +107,7 @@ def to_megatron(args: ExportArguments) -> Path:
             label=f"{located.model_type} ({located.origin})",
             config=config,
             directory=located.path,
-            model_dir=located.path,
+            model_dir=model_dir,
             config_overrides={},
             had=had,
             precisions=precisions,
@@ -106,9 +115,10 @@ def to_megatron(args: ExportArguments) -> Path:
             identity=[located.origin, located.revision, stats],
             origin={"origin": located.origin, "revision": located.revision, "files": {name: size for name, size, _ in stats}},
             convert=lambda release, work: hf_to_megatron(
-                source, config, release, precisions, THREADS, work, args.allow_nonfinite
+                grown, config, release, precisions, THREADS, work, args.allow_nonfinite
             ),
             prove=proof,
+            new_tokens=added,
         ),
     )
 
@@ -130,6 +140,7 @@ def classic_to_megatron(args: ExportArguments) -> Path:
         )
     from megaswift.checkpoint.reader import Reader
     from megaswift.convert import Model, megatron_to_megatron, precisions_of_checkpoint, verify_round_trip
+    from megaswift.convert.new_rows import GrownReader, require_old_rows
     from megaswift.convert.precision import chosen
     from megaswift.export.old import open_classic
 
@@ -137,19 +148,31 @@ def classic_to_megatron(args: ExportArguments) -> Path:
     had = precisions_of_checkpoint(old.reader, Model(old.config))
     asked = None if args.dtype == "AUTO" or "dtype" not in args.explicit() else args.dtype
     precisions = chosen(had, asked, str(found.directory))
+    options, added, model_dir = _with_new_tokens(old.args, old.model_dir)
+    reader: Any = old.reader
+    if added:
+        reader = GrownReader(old.reader, old.config, added.rows_before, added.rows_after)
+        old.config.vocab_size = added.rows_after
     stats = [
         (str(file.relative_to(found.directory)), file.stat().st_size, file.stat().st_mtime_ns)
         for _, file in sorted(found.files.items())
     ]
     model_type = str(old.args.model_type)
+
+    def proof(release: Path, done: Conversion) -> dict[str, Any]:
+        written = Reader(release)
+        if added:
+            require_old_rows(written, old.reader, old.config, precisions, added.rows_before)
+        return {"round_trip_tensors": verify_round_trip(written, old.config, done.tensors, precisions)}
+
     return _write(
-        old.args,
+        options,
         _Source(
             model_type=model_type,
             label=f"{shown(found.directory)} (classic, tp {found.tp}, pp {found.pp})",
             config=old.config,
             directory=root,
-            model_dir=old.model_dir,
+            model_dir=model_dir,
             config_overrides=old.overrides,
             had=had,
             precisions=precisions,
@@ -157,29 +180,40 @@ def classic_to_megatron(args: ExportArguments) -> Path:
             identity=[str(found.directory), stats],
             origin={"origin": str(found.directory), "revision": None, "files": {name: size for name, size, _ in stats}},
             convert=lambda release, work: megatron_to_megatron(
-                old.reader, old.config, release, precisions, THREADS, work, args.allow_nonfinite
+                reader, old.config, release, precisions, THREADS, work, args.allow_nonfinite
             ),
-            prove=lambda release, done: {
-                "round_trip_tensors": verify_round_trip(Reader(release), old.config, done.tensors, precisions)
-            },
+            prove=proof,
+            new_tokens=added,
         ),
     )
+
+
+def _with_new_tokens(args: ExportArguments, model_dir: Path) -> tuple[ExportArguments, NewTokens | None, Path]:
+    """The options with the tokens by name, what --new_special_tokens adds, and where config.json and tokenizer are with it."""
+    args = args.changed(new_special_tokens=listed_tokens(args.new_special_tokens))
+    added = with_new_tokens(model_dir, args.new_special_tokens)
+    return args, added, added.directory if added else model_dir
 
 
 def _write(args: ExportArguments, source: _Source) -> Path:
     """Convert, prove, and publish the whole directory."""
     from megaswift.convert.precision import rounded
+    from megaswift.families.base import is_tied
     from megaswift.hf.publish import publish, workspace
     from megaswift.plan import check_layout
 
     check_layout(source.config, args.tp, args.pp)
     target = Path(args.megatron_output_dir or f"{source.model_type}-tp{args.tp}-pp{args.pp}").absolute()
     require_free_name(target, args.overwrite, source.directory, source.model_dir)
-    plan = json.dumps(["megatron", source.precisions.record(), source.identity])
+    check_tokenizer(source.model_dir)
+    rows = source.new_tokens and [source.new_tokens.rows_before, source.new_tokens.rows_after]
+    plan = json.dumps(["megatron", source.precisions.record(), source.identity, *([rows] if rows else [])])
     with replacing(target) as fresh, workspace(fresh, source.nbytes + (64 << 20), plan=plan, resume=args.resume) as work:
         release = work.path / layout.RELEASE
         release.mkdir(exist_ok=True)
         say(f"{source.label} -> Megatron weights, {source.precisions}")
+        if source.new_tokens:
+            say(f"  {source.new_tokens.note()}")
         begin = time.perf_counter()
         done = source.convert(release, work)
         seconds = time.perf_counter() - begin
@@ -192,7 +226,10 @@ def _write(args: ExportArguments, source: _Source) -> Path:
         _finish(work.path, args, source, done, lost, proof)
         publish(work.path, fresh)
     report_proof(proof)
-    say(f"[bold]{shown(target)}[/bold] is ready. Next: swift sft --resume_from_checkpoint {shown(target)} --dataset NAME")
+    if rows and proof is not None:
+        tables = "embedding" if is_tied(source.config) else "embedding and output layer"
+        say(f"  {tables}: the {rows[0]:,} old rows are those of the source, bit for bit")
+    say(f"[bold]{shown(target)}[/bold] is ready. Next: swift sft --resume_from_checkpoint {typed(target)} --dataset NAME")
     return target
 
 
@@ -243,6 +280,9 @@ def _finish(
         "files": {name: vars(digest) for name, digest in done.files.items()},
         "hf_tensors": done.tensors,
     }
+    if (added := source.new_tokens) is not None:
+        content["new_tokens"] = {"tokens": added.tokens, "rows_before": added.rows_before, "rows": added.rows_after}
+        verified |= {"old_rows_equal": added.rows_before} if proof is not None else {}
     write_manifest(release, content)
     sign(release, args.sign)
 

@@ -68,6 +68,18 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def gguf_fix(path: Path) -> str:
+    """What to do with a GGUF file, or a directory that holds one; "" where there is none."""
+    files = sorted(path.glob("*.gguf")) if path.is_dir() else [path] if path.suffix.lower() == ".gguf" else []
+    if not files:
+        return ""
+    return (
+        "a GGUF file is what llama.cpp runs, most often rounded to few bits: give the model that it was made from; where that is lost, "
+        f"transformers (with `pip install gguf`) turns it into a folder: AutoModelForCausalLM.from_pretrained({str(files[0].parent)!r}, "
+        f"gguf_file={files[0].name!r}).save_pretrained('FOLDER'), and the same with AutoTokenizer"
+    )
+
+
 def is_adapter(path: Path) -> bool:
     """Whether a directory holds a LoRA adapter in PEFT's form."""
     return (path / ADAPTER_CONFIG).is_file()
@@ -77,6 +89,8 @@ def _other_kind(path: Path) -> str:
     """What to do with a directory that is something else."""
     if any((path / name).exists() for name in ("latest_checkpointed_iteration.txt", "metadata.json", ".metadata")):
         return "it looks like a Megatron checkpoint: give it as --resume_from_checkpoint or --ckpt_dir"
+    if fix := gguf_fix(path):
+        return fix
     inner = sorted(item.parent.name for item in path.glob(f"*/{CONFIG}"))
     return (
         f"did you mean {path / inner[0]}?" if inner else "give the directory that holds config.json and the safetensors files"
@@ -183,7 +197,9 @@ def weight_files(path: Path, allow_pickle: bool = False) -> list[Path]:
             fix="take the safetensors version; or convert it with swift export --to_megatron true --allow_pickle true, "
             "which reads tensors only and runs nothing",
         )
-    raise DataError("no safetensors file in the model directory.", where=str(path), fix="fetch the model again")
+    raise DataError(
+        "no safetensors file in the model directory.", where=str(path), fix=gguf_fix(path) or "fetch the model again"
+    )
 
 
 def incomplete(path: Path) -> str:

@@ -33,7 +33,7 @@ _FOREIGN = (  # how files begin that are often found in the place of weights, wh
     (b"pk\x03\x04", "a zip or PyTorch pickle file, which is not read", "save the model as safetensors"),
     (b"\x80\x02", "a pickle file, which is not read", "save the model as safetensors"),
     (b"\x80\x04", "a pickle file, which is not read", "save the model as safetensors"),
-    (b"gguf", "a GGUF file", "give a directory with safetensors files"),
+    (b"gguf", "a GGUF file", "give the folder of the model that it was made from, with safetensors files"),
     (b"\x1f\x8b", "a gzip file", "unpack it"),
 )
 

@@ -10,7 +10,7 @@ from typing import Literal
 from megaswift.errors import DataError, UserError
 from megaswift.families.model_types import MODEL_TYPES, ModelType, by_hub_id, model_type, repository_name, type_for_directory
 from megaswift.hf import packaged
-from megaswift.hf.folder import incomplete, read_config, weight_files
+from megaswift.hf.folder import gguf_fix, incomplete, read_config, weight_files
 from megaswift.hf.hubs import Hub, hubs, installed, offline, probe, read_text_error
 from megaswift.hf.publish import refuse_unfinished
 
@@ -76,7 +76,9 @@ def _local(path: Path, given: str, name: str | None, allow_pickle: bool) -> Loca
         raise UserError(f"model directory {given!r} does not exist.", where="--model_id_or_path", fix=fix)
     if not path.is_dir():
         raise UserError(
-            f"{given!r} is a file; a model directory is needed.", where="--model_id_or_path", fix=f"give {str(path.parent)!r}"
+            f"{given!r} is a file; a model directory is needed.",
+            where="--model_id_or_path",
+            fix=gguf_fix(path) or f"give {str(path.parent)!r}",
         )
     refuse_unfinished(path)
     read_config(path)

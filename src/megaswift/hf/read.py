@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 TRAINABLE = ("F32", "BF16", "F16", "F64")
 _SHOWN = 10  # names in an error message
+UNTIED = (
+    "config.json says tie_word_embeddings false, or leaves it out: where the model's output layer is its embedding (nothing else is "
+    "missing), that field may be what is wrong, and must be true; else fetch the model again"
+)
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
 
@@ -233,11 +237,14 @@ class HFCheckpoint:
             _listing(f"of a dtype that cannot be trained (known: {', '.join(TRAINABLE)})", foreign),
         ]
         if any(parts):
-            raise DataError(
-                f"the tensors do not fit config.json:{''.join(parts)}",
-                where=str(self.path),
-                fix="fetch the model again; quantised models are not supported",
-            )
+            fix = "fetch the model again; quantised models are not supported"
+            if [name.split()[0] for name in missing] == ["lm_head.weight"]:
+                fix = UNTIED
+            elif "lm_head.weight" in self.table and missing and missing[0].startswith("model.embed_tokens.weight "):
+                fix = (
+                    "a tied model's one table must stand there as model.embed_tokens.weight: save it again with save_pretrained"
+                )
+            raise DataError(f"the tensors do not fit config.json:{''.join(parts)}", where=str(self.path), fix=fix)
 
     def _map(self, file: Path) -> mmap.mmap:
         """The mapping of a weight file, made at its first use."""

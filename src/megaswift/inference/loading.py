@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +9,12 @@ import torch
 
 from megaswift.engine.versions import has_bf16
 from megaswift.errors import DataError, UserError
+from megaswift.hf.read import UNTIED
+from megaswift.hf.tokenizer import load_tokenizer, quiet_transformers
+
+__all__ = ["load_model", "load_tokenizer", "pick_dtype", "quiet_transformers"]
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Errors only, and no progress bars, while a folder is read: what matters is checked and said by us."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def pick_dtype(name: str) -> torch.dtype:
@@ -38,18 +24,6 @@ def pick_dtype(name: str) -> torch.dtype:
     if not torch.cuda.is_available():
         return torch.float32
     return torch.bfloat16 if has_bf16() else torch.float16
-
-
-def load_tokenizer(path: Path) -> Any:
-    """The tokenizer of a folder, padding on the left. Raises DataError."""
-    from transformers import AutoTokenizer
-
-    with quiet_transformers():
-        try:
-            return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False, padding_side="left")
-        except Exception as error:  # transformers raises OSError, ValueError, KeyError, TypeError and the parser's own
-            fix = "the folder needs tokenizer.json (or the vocabulary files of its tokenizer) and tokenizer_config.json"
-            raise DataError(f"the tokenizer cannot be read: {_first_line(error)}", where=str(path), fix=fix) from error
 
 
 def load_model(path: Path, dtype: str = "AUTO") -> Any:
@@ -124,7 +98,8 @@ def _require_complete(loaded: dict[str, Any], path: Path) -> None:
         names = sorted(name if isinstance(name, str) else name[0] for name in loaded.get(key) or ())
         if names:
             shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-            raise DataError(f"{len(names)} tensors {what}: {shown}", where=str(path), fix="convert or download the model again")
+            fix = UNTIED if names == ["lm_head.weight"] and key == "missing_keys" else "convert or download the model again"
+            raise DataError(f"{len(names)} tensors {what}: {shown}", where=str(path), fix=fix)
 
 
 def _first_line(error: BaseException) -> str:

@@ -21,7 +21,6 @@ from typing import Any
 from megaswift import sft
 from megaswift.args_file import with_home
 from megaswift.arguments import ExportArguments, ParityArguments, SftArguments, parse
-from megaswift.cache import cache_root
 from megaswift.checkpoint.layout import iteration_directory
 from megaswift.engine.launch import Cluster, cluster
 from megaswift.errors import DataError, UserError
@@ -58,11 +57,15 @@ def parity_main(args: ParityArguments | list[str]) -> Path:
             where="--fp8",
             fix="leave it out; docs/performance.md has losses with and without it",
         )
-    from megaswift.data.encode import prepare
-
+    if args.new_special_tokens:
+        raise UserError(
+            "transformers starts from the weights as they are, without rows for new tokens.",
+            where="--new_special_tokens",
+            fix="convert first: swift export --to_megatron true --new_special_tokens ...; then leave it out here",
+        )
     start = sft.find_start(plain)
     template = sft._template(start.args, start)
-    data = prepare(start.args, template, cache_dir=cache_root(), packing=args.packing)
+    data = sft.prepared(start.args, template, start)
     if args.learning and data.val is None:
         raise UserError(
             "there are no validation rows to judge the two models by.",

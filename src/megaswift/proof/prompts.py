@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megaswift.errors import DataError
+from megaswift.hf.tokenizer import has_tokenizer, read_tokenizer
+
 _LONG = (
     "The harbour town had three bridges, and each of them told a different story about the people who had built it. "
     "The first was made of oak, laid by fishermen who wanted to reach the market before the tide turned. "
@@ -44,14 +47,10 @@ def token_rows(model_dir: Path, vocab: int, limit: int) -> dict[str, list[int]]:
 
 
 def _encoder(model_dir: Path):  # type: ignore[no-untyped-def]
-    if not any(
-        (model_dir / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-    ):
+    if not has_tokenizer(model_dir):
         return lambda text: list(text.encode("utf-8"))
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
-    except Exception:  # a tokenizer that does not load is found elsewhere; the comparison only needs token numbers
+        tokenizer = read_tokenizer(model_dir)
+    except DataError:  # a tokenizer that does not load is found elsewhere; the comparison only needs token numbers
         return lambda text: list(text.encode("utf-8"))
     return lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
