@@ -15,6 +15,7 @@ from megaswift.arguments import EvalArguments, parse
 from megaswift.errors import DataError, MegaswiftError, UserError
 from megaswift.eval import _models, eval_main, prepare
 from megaswift.evaluation.answers import AnswerStore
+from megaswift.evaluation.likelihood import LikelihoodScorer
 from megaswift.evaluation.weights import weights_hashes
 from megaswift.inference.transformers_backend import TransformersBackend
 
@@ -139,6 +140,9 @@ def test_likelihoods_are_those_of_the_whole_text(model_dir: Path, data_dir: Path
                 logs = torch.log_softmax(backend.model(torch.tensor([ids])).logits[0].float(), -1)
             wanted = sum(float(logs[place - 1, ids[place]]) for place in range(len(context), len(ids)))
             assert value == pytest.approx(wanted, abs=2e-3)
+    scorer = LikelihoodScorer(backend.model, backend.tokenizer, 512)
+    ((_, both),) = scorer.score_all([("Question:", [" ab", "é"])], 1)
+    assert both.lengths == (2, 2)  # bytes, without the space that joins a choice to its question
 
 
 def _args(model: Path, data: Path, *names: str) -> EvalArguments:
