@@ -195,6 +195,13 @@ def test_logits_that_are_no_numbers_differ() -> None:
     assert found.max_abs == found.mean_kl == float("inf")
 
 
+def test_logits_beyond_their_limit_stop_the_proof(tiny_folders: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, release = tiny_folders("llama", tie_word_embeddings=False)
+    monkeypatch.setattr("megaswift.proof.parity.MAX_LOGIT", -1.0)
+    with pytest.raises(DataError, match="does not compute what transformers computes: logits differ"):
+        prove(load_config(folder), HFCheckpoint.open(folder), Reader(release), torch.float32, folder, 7)
+
+
 def test_a_tensor_that_the_model_does_not_have_is_named(tiny_folders: Any) -> None:
     folder, release = tiny_folders("llama", tie_word_embeddings=False)
     config = load_config(folder)

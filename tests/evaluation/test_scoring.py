@@ -27,6 +27,7 @@ FOUR = ("red", "green", "blue", "white")
         ("A good question. The answer is B", "B"), ("A colour", ""), ("It is green.", "B"), ("red or green", ""), ("", ""), ("E", ""),
         ("\x00\ud800", ""), ("Beautiful", ""), ("The answer is a dog.", ""), ("Answer: a hot object is red", "A"), ("the answer is b because", "B"),
         ("The answer is A because", "A"), ("greenish", ""), ("infrared", ""),
+        ("The answer is A. No: the answer is C.", "C"),
     ],
 )  # fmt: skip
 def test_letters(text: str, letter: str) -> None:
@@ -101,7 +102,8 @@ def test_scorers_ask_and_judge(kind: str, scorer: str) -> None:
     right = {"gsm8k": "\\boxed{12}", "ceval": "答案：B"}.get(kind, "ANSWER: B")
     assert made.judge(asked, right).correct
     assert not made.judge(asked, right.replace("B", "C").replace("12", "13")).correct
-    assert made.judge(asked, "").prediction == ""
+    nothing = made.judge(asked, "")
+    assert (nothing.prediction, nothing.correct, nothing.score) == ("", False, 0.0)
 
 
 class _Stubborn(OwnScorer):
