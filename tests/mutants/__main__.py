@@ -9,6 +9,7 @@ import argparse
 import hashlib
 import json
 import queue
+import signal
 import sys
 import tempfile
 import threading
@@ -87,6 +88,7 @@ def main(argv: list[str]) -> int:
             print(f"{mutant.room}/{mutant.name}  {mutant.path}\n    {mutant.seen}\n    {' '.join(mutant.tests)}")
         print(f"{len(mutants)} faults")
         return 0
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(prefix="mutants-") as directory:
         verdicts = Judge(REPOSITORY, Known(args.results, args.resume), args.limit).all(mutants, Path(directory), args.jobs)
     return show(verdicts)
@@ -122,8 +124,9 @@ class Judge:
             directory: for the scratch copies, `jobs` of them.
         """
         copies: queue.SimpleQueue[Scratch] = queue.SimpleQueue()
-        for number in range(jobs):
-            copies.put(Scratch(self.root, directory / str(number)))
+        made = [Scratch(self.root, directory / str(number)) for number in range(jobs)]
+        for copy in made:
+            copies.put(copy)
 
         def with_copy(work: Callable[[Scratch, Any], Any], item: Any) -> Any:
             copy = copies.get()
@@ -138,8 +141,14 @@ class Judge:
                 tests = rooms.setdefault(mutant.room, [])
                 tests += [test for test in mutant.tests if not self.passes(test) and test not in tests]
         with ThreadPoolExecutor(jobs) as workers:
-            list(workers.map(lambda tests: with_copy(self.unchanged, tests), [tests for tests in rooms.values() if tests]))
-            return list(workers.map(lambda mutant: with_copy(self.one, mutant), mutants))
+            try:
+                list(workers.map(lambda tests: with_copy(self.unchanged, tests), [tests for tests in rooms.values() if tests]))
+                return list(workers.map(lambda mutant: with_copy(self.one, mutant), mutants))
+            except BaseException:  # Ctrl-C and SIGTERM: what waits is given up, what runs is in sessions of its own
+                workers.shutdown(wait=False, cancel_futures=True)
+                for copy in made:
+                    copy.stop()
+                raise
 
     def unchanged(self, copy: Scratch, tests: list[str]) -> None:
         """Run the tests of a room once without a fault; a fault is judged by tests alone that passed here."""

@@ -49,7 +49,7 @@ class Scratch:
     """
 
     def __init__(self, root: Path, directory: Path) -> None:
-        self.directory = directory
+        self.directory, self.mark = directory, ""
         self.tree = directory / "tree"
         self.tree.mkdir(parents=True)
         unwanted = shutil.ignore_patterns("__pycache__", "*.egg-info")
@@ -92,7 +92,7 @@ class Scratch:
         own = self.directory / "run"
         own.mkdir()
         report = own / "report.xml"
-        mark = secrets.token_hex(8)
+        mark = self.mark = secrets.token_hex(8)
         words = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={report}"]
         words += ["-x"] if first_failure else []
         environment = self._environment() | {MARK: mark, "TMPDIR": str(own), "MEGASWIFT_CACHE": str(own / "cache")}
@@ -119,6 +119,11 @@ class Scratch:
         finally:
             _end_all(mark)
             shutil.rmtree(own, ignore_errors=True)
+
+    def stop(self) -> None:
+        """End what runs in the copy, from another thread."""
+        if self.mark:
+            _end_all(self.mark)
 
     def _environment(self) -> dict[str, str]:
         """Machine and settings of `make test`; nothing that would let a test find another tree."""
