@@ -4,6 +4,7 @@
 # make test-gpu     the kernels, CUDA graphs, offload, FP8 and inference on an NVIDIA GPU
 # make test-vllm, make test-eval    the vLLM backend; EvalScope, lm-eval and the server, each in an environment of its own
 # make faults  every fault at every named point, about 15 minutes; writes the tables of docs/reliability.md
+# make mutants plants each fault of tests/mutants/rooms in a scratch copy and shows the test that sees it, over half an hour; ONLY="data launch"
 # make parity  measures what docs/parity.md says and writes it, about half an hour; DATA=rows.json#400 names instruction rows to learn
 # Each sets up .venv by itself.
 
@@ -16,7 +17,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 CPU_TORCH := 2.13.0+cpu
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test test-gpu test-long faults faults-again check bench parity clean test-vllm test-eval
+.PHONY: demo test test-gpu test-long faults faults-again mutants check bench parity clean test-vllm test-eval
 
 demo: $(VENV)/ready
 	$(BIN)/python examples/demo.py
@@ -42,6 +43,12 @@ faults-again: $(VENV)/ready-dev
 	$(FAULTS) --last-failed --last-failed-no-failures none tests/faults tests/checkpoint
 
 FAULTS := OMP_NUM_THREADS=1 MEGASWIFT_FAULTS=all MEGASWIFT_FAULTS_TABLE=true $(BIN)/python -m pytest
+
+# Goes on where it was interrupted, and judges anew what depends on changed code or tests. ONLY names rooms or faults.
+mutants: $(VENV)/ready-dev
+	$(BIN)/python -m tests.mutants --jobs $(JOBS) --resume $(ONLY)
+
+JOBS := 2
 
 check: $(VENV)/ready-dev
 	$(BIN)/ruff check src tests examples benchmarks

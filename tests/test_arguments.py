@@ -35,6 +35,8 @@ def test_words_become_values() -> None:
     assert args.save_steps == args.eval_steps
     assert {"dataset", "pp", "packing"} <= args.explicit()
     assert "min_lr" not in args.explicit()
+    for word, value in {"True": True, "1": True, "yes": True, "False": False, "0": False, "no": False}.items():
+        assert parse(SftArguments, ["--packing", word]).packing is value
 
 
 @pytest.mark.parametrize(
@@ -42,6 +44,8 @@ def test_words_become_values() -> None:
     [
         (["--lerning_rate", "1"], "did you mean: learning_rate"),
         (["--tp", "two"], "is not a whole number"),
+        (["--learning_rate", "nan"], "is not a number"),
+        (["--weight_decay", "inf"], "is not a number"),
         (["--packing", "maybe"], "is not true or false"),
         (["--tp"], "needs a value"),
         (["--tp", "1", "2"], "takes one value"),

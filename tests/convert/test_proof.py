@@ -15,13 +15,14 @@ from safetensors.torch import load_file, save_file
 from tests import tiny
 
 from megaswift.checkpoint.reader import Reader
-from megaswift.convert import Precisions, hf_to_megatron, verify_round_trip
+from megaswift.convert import Model, Precisions, hf_to_megatron, verify_round_trip
+from megaswift.convert.model import check_megatron
 from megaswift.errors import DataError, UserError
 from megaswift.families import family_of
 from megaswift.families.rules import GateUp
 from megaswift.hf.config import load_config
 from megaswift.hf.read import HFCheckpoint
-from megaswift.proof.parity import Parity, compare
+from megaswift.proof.parity import Parity, _prompt, _verdict, compare
 from megaswift.proof.prove import prove
 
 FP32 = Precisions(torch.float32)
@@ -177,6 +178,38 @@ def test_a_wrong_rule_that_survives_the_round_trip_is_caught_by_the_logits(
     assert verify_round_trip(Reader(tmp_path / "release"), load_config(folder), done.tensors, FP32) == len(done.tensors)
     result = parity(folder, tmp_path / "release")
     assert "decoder.layers.0.mlp.linear_fc" in result.where, result.where
+
+
+@pytest.mark.parametrize("worst", [1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("number", ["logits", "KL", "likeliest", "states"])
+def test_each_limit_is_judged_alone(number: str, worst: float) -> None:
+    within = Parity(max_abs=1e-6, mean_kl=1e-12, top1=1.0, layers=[1e-6, 1e-6])
+    assert _verdict(within, 1e-4) == ""
+    changes: dict[str, Any] = {"logits": {"max_abs": worst}, "KL": {"mean_kl": worst}, "states": {"layers": [worst, 1e-6]}}
+    changes["likeliest"] = {"top1": 0.5 if worst == 1.0 else float("nan")}
+    failed = _verdict(dataclasses.replace(within, **changes[number]), 1e-4)
+    assert number in failed and ";" not in failed
+
+
+def test_logits_that_are_no_numbers_differ() -> None:
+    found = _prompt("p", torch.zeros(70, 3), torch.tensor([0.0, float("nan"), 0.0]).expand(70, 3), 1e-4)
+    assert found.max_abs == found.mean_kl == float("inf")
+
+
+def test_logits_beyond_their_limit_stop_the_proof(tiny_folders: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, release = tiny_folders("llama", tie_word_embeddings=False)
+    monkeypatch.setattr("megaswift.proof.parity.MAX_LOGIT", -1.0)
+    with pytest.raises(DataError, match="does not compute what transformers computes: logits differ"):
+        prove(load_config(folder), HFCheckpoint.open(folder), Reader(release), torch.float32, folder, 7)
+
+
+def test_a_tensor_that_the_model_does_not_have_is_named(tiny_folders: Any) -> None:
+    folder, release = tiny_folders("llama", tie_word_embeddings=False)
+    config = load_config(folder)
+    check_megatron(Reader(release), Model(config))
+    config.tie_word_embeddings = True
+    with pytest.raises(DataError, match=r"Not expected: output_layer\.weight"):
+        check_megatron(Reader(release), Model(config))
 
 
 def test_embedding_and_output_layer_are_named(tiny_folders: Any, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import html
 import io
 import json
 import os
+import re
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from megaswift.data.page import write_page
 from megaswift.data.pipeline import Pipeline
 from megaswift.data.preference import PAIR
 from megaswift.data.report import DataReport, print_report
+from megaswift.data.sampling import split_and_sample
 from megaswift.data.store import TokenRows
 from megaswift.data.tables import NULLS
 from megaswift.errors import DataError, UserError
@@ -66,6 +68,8 @@ def test_rows_and_labels(run: Callable[..., PreparedData], template: ChatTemplat
     assert template.decode(ids).endswith("question 1<|im_end|>\n<|im_start|>assistant\nanswer1 answer1<|im_end|>")
     assert template.decode(labels[labels >= 0]) == "answer1 answer1<|im_end|>"
     assert (labels[labels >= 0] == ids[labels >= 0]).all()
+    entry = data.report.datasets[0]
+    assert entry.supervised == sum(int((data.train[row][1] >= 0).sum()) for row in range(3)) < entry.tokens
 
 
 def test_weights_of_messages(run: Callable[..., PreparedData], template: ChatTemplate, jsonl: Jsonl) -> None:
@@ -159,6 +163,15 @@ def test_sampling_and_validation(run: Callable[..., PreparedData], jsonl: Jsonl)
     assert (len(data.train), len(data.val or [])) == (100, 4)
 
 
+def test_rows_stand_in_the_order_that_was_drawn(run: Callable[..., PreparedData], template: ChatTemplate, jsonl: Jsonl) -> None:
+    data = run(f"{jsonl(rows(10))}#17", dataset_test_ratio=0.2, seed=3)
+    drawn, held_out = split_and_sample(10, 17, 0.2, 3)
+    for part, wanted in ((data.train, drawn), (data.val, held_out)):
+        assert part is not None
+        found = [int(re.findall(r"question (\d+)", text(template, part, row))[0]) for row in range(len(part))]
+        assert found == wanted.tolist()
+
+
 def test_what_changes_the_sampling(run: Callable[..., PreparedData], jsonl: Jsonl) -> None:
     path = jsonl(rows(50))
     base = run(f"{path}#20").train.fingerprint
@@ -218,8 +231,12 @@ def test_the_cache(run: Callable[..., PreparedData], jsonl: Jsonl, tmp_path: Pat
     assert first.train.fingerprint == second.train.fingerprint and second.train.path == first.train.path
     assert {**second.report.to_dict(), "from_cache": False} == first.report.to_dict()
     assert DataReport.from_dict(json.loads(json.dumps(first.report.to_dict()))) == first.report
-    for change in ({"max_length": 100}, {"dataset_test_ratio": 0.2}, {"columns": '{"query": "prompt"}'}, {"packing": True}):
-        assert not run(path, **change).report.from_cache
+    changes: list[dict[str, Any]] = [
+        {"max_length": 100}, {"dataset_test_ratio": 0.2}, {"columns": '{"query": "prompt"}'}, {"packing": True},
+        {"truncation_strategy": "split"}, {"strict": True}, {"seed": 7}, {"dataset_seed": 8},
+    ]  # fmt: skip
+    for change in changes:
+        assert not run(path, **change).report.from_cache, change
     jsonl(rows(21))
     assert not run(path).report.from_cache
     fresh = run(path, data_cache=False)
@@ -231,10 +248,11 @@ def test_the_cache(run: Callable[..., PreparedData], jsonl: Jsonl, tmp_path: Pat
 def test_a_damaged_cache_is_an_error_with_its_place(run: Callable[..., PreparedData], jsonl: Jsonl) -> None:
     path = jsonl(rows(20))
     where = run(path).train.path
-    (where / "ids.bin").write_bytes(b"1234")
-    with pytest.raises(DataError, match="delete this directory") as caught:
-        run(path)
-    assert str(where) in caught.value.where
+    for damaged in (b"1234", (where / "ids.bin").read_bytes() + b"1234"):
+        (where / "ids.bin").write_bytes(damaged)
+        with pytest.raises(DataError, match="delete this directory") as caught:
+            run(path)
+        assert str(where) in caught.value.where
 
 
 def test_several_processes_give_the_same(run: Callable[..., PreparedData], jsonl: Jsonl) -> None:
@@ -258,6 +276,8 @@ def test_columns(run: Callable[..., PreparedData], template: ChatTemplate, jsonl
     path = jsonl([{"ask": f"q{k}", "reply": "a", "text": "no"} for k in range(3)])
     data = run(path, columns='{"ask": "query", "reply": "response", "text": "-"}')
     assert list(data.report.datasets[0].shapes) == ["query, response"] and "q" in text(template, data.train, 0)
+    dropped = run(jsonl([{"query": "q", "response": "no", "text": "yes"}], "two.jsonl"), columns='{"response": "-"}')
+    assert list(dropped.report.datasets[0].shapes) == ["query, text"] and "yes" in text(template, dropped.train, 0)
     for wrong in ("{", "[1]", '{"a": 1}'):
         with pytest.raises(UserError, match="--columns"):
             run(path, columns=wrong)

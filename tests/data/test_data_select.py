@@ -145,6 +145,8 @@ def test_split_and_sample(rows: int, count: int | None, ratio: float, seed: int)
 def test_validation_is_never_repeated() -> None:
     assert len(sample_validation(10, None, 0, "v")) == 10
     assert len(set(sample_validation(10, 4, 0, "v"))) == 4
+    drawn = [sample_validation(100, 5, seed, "v").tolist() for seed in (0, 1)]
+    assert drawn[0] != drawn[1] and list(range(5)) not in drawn  # at random, not the front of the file
     with pytest.raises(UserError, match="cannot be repeated"):
         sample_validation(10, 11, 0, "v")
 

@@ -14,7 +14,8 @@ import torch
 from megaswift.arguments import EvalArguments, parse
 from megaswift.errors import DataError, MegaswiftError, UserError
 from megaswift.eval import _models, eval_main, prepare
-from megaswift.evaluation.answers import AnswerStore
+from megaswift.evaluation.answers import AnswerStore, read_answers
+from megaswift.evaluation.likelihood import LikelihoodScorer
 from megaswift.evaluation.scoring import OwnScorer
 from megaswift.evaluation.weights import weights_hashes
 from megaswift.inference.options import Answer
@@ -141,6 +142,9 @@ def test_likelihoods_are_those_of_the_whole_text(model_dir: Path, data_dir: Path
                 logs = torch.log_softmax(backend.model(torch.tensor([ids])).logits[0].float(), -1)
             wanted = sum(float(logs[place - 1, ids[place]]) for place in range(len(context), len(ids)))
             assert value == pytest.approx(wanted, abs=2e-3)
+    scorer = LikelihoodScorer(backend.model, backend.tokenizer, 512)
+    ((_, both),) = scorer.score_all([("Question:", [" ab", "é"])], 1)
+    assert both.lengths == (2, 2)  # bytes, without the space that joins a choice to its question
 
 
 def _args(model: Path, data: Path, *names: str) -> EvalArguments:
@@ -265,7 +269,13 @@ def test_a_model_that_thinks(opened: bool, data_dir: Path, tmp_path: Path, monke
     assert "tokens more for each answer" not in capsys.readouterr().err
 
 
+def test_answers_behind_a_torn_line_are_read(tmp_path: Path) -> None:
+    (tmp_path / "answers.jsonl").write_text('{"key": "a"}\n{"torn\n[1]\n{"key": "b"}\n')
+    assert [row["key"] for row in read_answers(tmp_path / "answers.jsonl")] == ["a", "b"]
+
+
 def test_the_hash_is_of_the_weights_not_of_the_files(model_dir: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM
 
     AutoModelForCausalLM.from_pretrained(model_dir).save_pretrained(tmp_path / "cut", max_shard_size="30KB")
@@ -273,6 +283,13 @@ def test_the_hash_is_of_the_weights_not_of_the_files(model_dir: Path, tmp_path: 
     for dtype in (torch.float32, torch.bfloat16):
         cut, whole = weights_hashes(tmp_path / "cut", dtype), weights_hashes(model_dir, dtype)
         assert (cut.stored, cut.asked, cut.precision) == (whole.stored, whole.asked, "F32")
+    name, other = (f"model.layers.0.mlp.{part}_proj.weight" for part in ("up", "down"))
+    tensors = load_file(model_dir / "model.safetensors")
+    save_turned = tensors | {name: tensors[name].view(tensors[other].shape), other: tensors[other].view(tensors[name].shape)}
+    turned = shutil.copytree(model_dir, tmp_path / "turned")
+    save_file(save_turned, turned / "model.safetensors", {"format": "pt"})
+    found = weights_hashes(turned, torch.bfloat16)
+    assert found.stored != whole.stored and found.asked != whole.asked  # the same bytes in other shapes
 
 
 def test_a_conversion_to_bf16_is_the_original_where_both_are_asked_in_bf16(

@@ -48,6 +48,7 @@ FOUR = ("red", "green", "blue", "white")
         ("Of the options, A describes, B tells", ""), ("正确的是B", "B"), ("答案为：C", "C"), ("答案：(D)", "D"), ("答案【B】", "B"), ("A、B", ""),
         ("The answer is: a) red", "A"), ("So the answer is D. Option A is wrong.", "D"), ("answer choice B", "B"),
         ("Wrong are A and C. Right is B", "B"),
+        ("The answer is A. No: the answer is C.", "C"),
     ],
 )  # fmt: skip
 def test_letters(text: str, letter: str) -> None:
@@ -202,7 +203,8 @@ def test_scorers_ask_and_judge(kind: str, scorer: str) -> None:
     right = {"gsm8k": "\\boxed{12}", "ceval": "答案：B"}.get(kind, "ANSWER: B")
     assert made.judge(asked, right).correct
     assert not made.judge(asked, right.replace("B", "C").replace("12", "13")).correct
-    assert made.judge(asked, "").prediction == ""
+    nothing = made.judge(asked, "")
+    assert (nothing.prediction, nothing.correct, nothing.score) == ("", False, 0.0)
 
 
 class _Stubborn(OwnScorer):

@@ -163,6 +163,14 @@ def test_shards_halves_and_shared_storages(good: Path, tmp_path: Path) -> None:
     assert (found["a"].shape, found["b"].start - found["a"].start, found["c"].nbytes) == ((3, 4), 16, 0)
 
 
+def test_a_pickled_tensor_stays_within_its_storage(tmp_path: Path) -> None:
+    short = torch.arange(8.0)
+    short.untyped_storage().resize_(16)  # four of its eight numbers
+    torch.save({"first": torch.arange(8.0), "second": short, "third": torch.arange(8.0)}, tmp_path / "x.bin")
+    with pytest.raises(DataError, match="tensor 'second' reaches beyond its storage"):
+        read_pickle(tmp_path / "x.bin")
+
+
 class Plain:
     """An object of a class of ours."""
 

@@ -25,7 +25,7 @@ import pytest
 from megaswift.arguments import DeployArguments
 from megaswift.deploy import check, deploy_main, is_loopback
 from megaswift.errors import UserError
-from megaswift.inference.gate import GATE_VARIABLE, KEY_VARIABLE, Rules
+from megaswift.inference.gate import GATE_VARIABLE, KEY_VARIABLE, Gate, Rules
 from megaswift.inference.objects import CHAT_FORM
 from megaswift.inference.options import Answer, GenerationOptions
 from megaswift.inference.request import _NEUTRAL, BOOKKEEPING, CHAT, COMPLETION
@@ -528,6 +528,26 @@ def _called(app: Any, method: str, path: str, content: Any = None) -> tuple[int,
 
     asyncio.run(app(scope, receive, send))
     return sent[0]["status"], b"".join(message.get("body", b"") for message in sent).decode()
+
+
+def test_a_body_that_comes_in_pieces_is_limited_as_a_whole() -> None:
+    async def answered(pieces: int) -> Any:
+        app, sent, left = _Asgi(), [], [pieces]
+        app.free.set()
+
+        async def receive() -> dict[str, Any]:
+            left[0] -= 1
+            return {"type": "http.request", "body": b" " * 1000, "more_body": left[0] > 0}
+
+        async def send(message: dict[str, Any]) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": []}
+        await Gate(app, Rules(3000, 2), None)(scope, receive, send)
+        return sent[0]["status"], left[0]
+
+    assert asyncio.run(answered(4000)) == (413, 3996)  # what is left is not read
+    assert asyncio.run(answered(4)) == (413, 0)
 
 
 def test_a_servers_system_prompt(backend: TransformersBackend) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -93,6 +95,8 @@ def test_stop_words_cut_as_a_search_in_the_whole_text_does(text: str, words: lis
     else:
         whole, shown = text, shown + stop.flush()
     place = first_stop(whole, words)
+    found = re.search("|".join(map(re.escape, words)), whole)
+    assert place == (found.start() if found else None)
     assert (place is not None) == stop.found
     assert shown == (whole if place is None else whole[:place])
 

@@ -190,6 +190,16 @@ def test_an_endless_answer_ends_at_the_context(backend) -> None:
     assert backend.generate([long, *CONVERSATIONS[:1]], options, batch_size=2)[0] == single
 
 
+def test_a_cut_answer_is_told_from_a_whole_one(backend) -> None:
+    options = GenerationOptions(max_new_tokens=3, temperature=0)
+    ids = backend.tokenizer.encode("one two three four", add_special_tokens=False)
+    end = backend.tokenizer.eos_token_id
+    found = [backend.finished([1], generated, options) for generated in (ids[:3], [*ids[:2], end], ids[:9])]
+    assert [(answer.finish, answer.tokens) for answer in found] == [("length", 3), ("stop", 3), ("length", 3)]
+    last = backend.finished([1] * (backend.context - 2), ids[:2], options)
+    assert (last.finish, last.tokens) == ("length", 2)  # at the end of the context
+
+
 def test_stop_ends_generation_and_keeps_what_there_is(backend) -> None:
     stream = backend.stream(CONVERSATIONS[2], GenerationOptions(max_new_tokens=400, temperature=0))
     shown = next(stream) + next(stream)

@@ -52,6 +52,16 @@ def test_add_product(case, overwrite, alpha):
     check(target, alpha * g.double().t() @ x.double() + (0.0 if overwrite else 2.0), case[1])
 
 
+@pytest.mark.parametrize("overwrite", [True, False])
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+def test_add_product_of_half_precision_in_full(case, overwrite, alpha):
+    g, x = (leaf(40, n, like=case).detach().bfloat16() for n in (8, 16))
+    target = torch.full((8, 16), float("nan") if overwrite else 2.0, device=case[0])
+    add_product(target, g, x, overwrite=overwrite, alpha=alpha)
+    assert target.dtype == torch.float32
+    check(target, alpha * g.double().t() @ x.double() + (0.0 if overwrite else 2.0), torch.bfloat16)
+
+
 def test_one_step_without_zeroing(case):
     x, used, idle, plain = leaf(4, 1, 8, like=case), leaf(8, 8, like=case), leaf(8, 8, like=case), leaf(3, like=case)
     ddp = SimpleNamespace(params_with_grad=[used, idle, plain], bucket_groups=[], expert_parallel_bucket_groups=[])

@@ -13,6 +13,7 @@ import pytest
 from megaswift.arguments import ParityArguments, SftArguments
 from megaswift.errors import DataError, UserError
 from megaswift.parity.command import parity_main
+from megaswift.parity.compare import StepDifference, beyond, verdict
 from megaswift.parity.layouts import parse_layouts
 from tests import tiny
 from tests.parity.planted import CASES, run_rank, run_sft_rank
@@ -185,3 +186,26 @@ def test_ranks_of_a_comparison_leave_nothing(pool: RankPool, start: tuple[Path, 
         assert models <= before
         threads.append(count)
     assert threads[2] <= threads[0]
+
+
+@pytest.mark.parametrize("found", [1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("what", ["hidden", "loss", "gradient", "grad_norm", "weight"])
+def test_each_difference_is_judged(what: str, found: float) -> None:
+    """The first that is beyond its limit is told; a number that is none is beyond every limit."""
+
+    def of(**changes: float) -> StepDifference:
+        values = dict.fromkeys(("hidden", "loss", "gradient", "grad_norm", "weight"), 0.0) | changes
+        return StepDifference(
+            1, (1.0, 1.0), (1.0, 1.0), values["loss"], values["grad_norm"], {},
+            (values["gradient"], "g"), (values["weight"], "w"), [("layer 0", values["hidden"])],
+        )  # fmt: skip
+
+    assert verdict([of(), of()], "fp32") is None
+    problem = verdict([of(), of(**{what: found})], "fp32")
+    assert problem is not None and (what.replace("_", " ") in problem)
+
+
+def test_a_layout_whose_loss_is_no_number_is_told() -> None:
+    table = [("dp1", [0.0, 0.0]), ("tp2", [1e-9, float("nan")])]
+    assert beyond(table[:1], [1e-6, 1e-6]) is None
+    assert "layout tp2, step 2" in str(beyond(table, [1e-6, 1e-6]))

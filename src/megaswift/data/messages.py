@@ -116,9 +116,9 @@ def _blocks(item: dict[str, Any], blocks: list[Any], role: str, where: str) -> l
     for block in blocks:
         kind = block.get("type") if isinstance(block, dict) else None
         value = block.get("value") if isinstance(block, dict) else None  # LLaMA-Factory's v1 form: {"type", "value"}
-        text = block.get("text") if isinstance(block, dict) else None
-        if kind == "text" and isinstance(text if text is not None else value, str):
-            texts.append(text if text is not None else value)
+        text = block.get("text", value) if isinstance(block, dict) else None
+        if kind == "text" and isinstance(text, str):
+            texts.append(text)
         elif kind == "reasoning" and isinstance(value, str):
             thoughts[-1:] = [f"{thoughts[-1]}{value}" if thoughts else value]
         elif kind == "tool_call" and isinstance(value, (str, dict)):
