@@ -218,3 +218,15 @@ def test_many_added_tokens() -> None:
     ids = sample.ids.tolist()
     assert [ids.count(template.encoder.control[f"<sid_{k}>"]) for k in (1, 12, 123, 7999)] == [0, 1, 1, 1]
     assert spans(template, sample) == ["<sid_123><|im_end|>"]
+
+
+@pytest.mark.parametrize("kind", ["plain", "lower"])
+def test_a_token_that_swallows_the_end_of_the_header_is_learnt(kind: str) -> None:
+    """It is the answer's token; one of the header that swallows the answer's white space is not."""
+    template = template_of(kind)
+    for token in (token.content for token in user_tokens() if token.lstrip):
+        conversation = Conversation([Message("user", "a"), Message("assistant", f"{token} a")])
+        sample = encode(template, conversation)
+        assert sample.ids[sample.kept][0] == template.encoder.control[token]
+    phi3 = encode(template_of("phi3"), Conversation([Message("user", "a"), Message("assistant", " \n a")]))
+    assert spans(template_of("phi3"), phi3) == ["a<|end|>"]
