@@ -132,7 +132,7 @@ class TokenRows:
         path = Path(path)
         try:
             return cls(path, json.loads((path / "index.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(
                 f"the tokenized data cannot be read: {error}.", where=str(path), fix="delete this directory; it is made again"
             ) from error
