@@ -154,7 +154,7 @@ def make_step(shape: str, seq: int, micro: int, way: str, accumulate: int) -> tu
     def finalize(model: Any, tokens: Any, **kwargs: Any) -> None:
         settle_main_grads(ddp)
         finalize_model_grads(model, None, **kwargs)
-        optimizer.tokens = tokens
+        optimizer.divisor = tokens
 
     def forward_step(iterator: Any, model: Any) -> Any:
         tokens, labels = next(iterator)
