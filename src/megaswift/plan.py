@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from megaswift import mapping
 from megaswift.arguments import SftArguments
 from megaswift.errors import DataError, UserError
-from megaswift.families import family_of
+from megaswift.families import parameters_of
 from megaswift.families.base import is_tied, sizes_of, trained_length
 
 if TYPE_CHECKING:
@@ -336,8 +336,7 @@ def _check_fp16(args: SftArguments, moments: str) -> None:
 
 def parameter_count(config: PreTrainedConfig) -> int:
     """Parameters of the whole model, tied weights counted once."""
-    shapes = family_of(config.model_type).expected(sizes_of(config), is_tied(config)).values()
-    return sum(math.prod(shape) for shape in shapes)
+    return sum(parameter.size for parameter in parameters_of(config))
 
 
 def _bytes(
