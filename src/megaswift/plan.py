@@ -16,7 +16,8 @@ from megaswift import mapping
 from megaswift.arguments import SftArguments
 from megaswift.errors import DataError, UserError
 from megaswift.families import parameters_of
-from megaswift.families.base import is_tied, sizes_of, trained_length
+from megaswift.families.base import sizes_of, trained_length
+from megaswift.families.stages import stage_layers, stage_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -55,6 +56,7 @@ class Plan:
     host_bytes: dict[str, int] = field(
         default_factory=dict
     )  # in the fullest rank's host memory: optimizer, activations at most
+    stages: list[int] = field(default_factory=list)  # layers of each pipeline stage
 
     @property
     def train_iters(self) -> int:
@@ -89,11 +91,11 @@ def check_layout(
                 where="--tp",
                 fix=f"nearest legal values: {_nearest(tp, legal)}",
             )
-    if sizes.layers % pp:
+    if sizes.layers < pp:
         raise UserError(
-            f"--pp {pp} does not divide the model's {sizes.layers} layers.",
+            f"--pp {pp} is more than the model's {sizes.layers} layers: each stage has one at least.",
             where="--pp",
-            fix=f"nearest legal values: {_nearest(pp, _divisors(sizes.layers))}",
+            fix=f"use at most {sizes.layers}",
         )
     if sequence_parallel and tp == 1:
         raise UserError(
@@ -132,7 +134,7 @@ def check_fp8(config: PreTrainedConfig, tp: int, dtype: str) -> None:
 
 def check_offload(args: SftArguments, config: PreTrainedConfig) -> None:
     """Raise UserError unless a process has as many layers as shall be offloaded."""
-    layers, wanted = sizes_of(config).layers // args.pp, args.cpu_offloading_num_layers
+    layers, wanted = min(stage_layers(config, args.pp)), args.cpu_offloading_num_layers
     if not 0 <= wanted <= layers:
         raise UserError(
             f"--cpu_offloading_num_layers {wanted} is not between 0 and the {layers} layers of a process.",
@@ -304,6 +306,7 @@ def make_plan(
         optimizer_cpu_offload=args.optimizer_cpu_offload,
         cpu_offloading_num_layers=args.cpu_offloading_num_layers,
         host_bytes=host_bytes,
+        stages=list(stage_layers(config, args.pp)),
     )
 
 
@@ -343,11 +346,7 @@ def _bytes(
     args: SftArguments, config: PreTrainedConfig, world_size: int, dtype: str, moments: str
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes on the device and in the host memory of the fullest rank: its layers, and embedding and output layer."""
-    sizes = sizes_of(config)
-    tables = sizes.vocab * sizes.hidden * (1 if is_tied(config) else 2)
-    layers = parameter_count(config) - tables
-    ends = tables if args.pp == 1 else sizes.vocab * sizes.hidden
-    weights = (layers // args.pp + ends) // args.tp
+    weights = max(stage_weights(config, args.pp)) // args.tp
     data_parallel = world_size // (args.tp * args.pp)
     # Two moments, and an fp32 copy of the weights unless they are fp32 already; shared out over data-parallel ranks.
     each = {"fp32": 8, "bf16": 4, "8bit": 2}[moments] + (0 if dtype == "fp32" else 4)
