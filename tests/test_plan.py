@@ -53,9 +53,9 @@ def test_feed_forward_size_and_sequence_parallel() -> None:
         ({"warmup_ratio": 1.5}, "--warmup_ratio"),
         ({"save_total_limit": 0}, "--save_total_limit 0"),
         ({"num_train_epochs": 0}, "no step"),
-        ({"step_timeout": 0}, "--step_timeout 0 leaves no time"),
-        ({"step_timeout": float("nan")}, "--step_timeout nan leaves no time"),
-        ({"start_timeout": -1}, "--start_timeout -1 leaves no time"),
+        ({"step_timeout": 0}, "--step_timeout 0 is not above 0"),
+        ({"step_timeout": float("nan")}, "--step_timeout nan is not above 0"),
+        ({"start_timeout": -1}, "--start_timeout -1 is not above 0"),
     ],
 )
 def test_bad_numbers(options: dict[str, Any], message: str) -> None:

@@ -172,7 +172,8 @@ def usable_length(config: PreTrainedConfig, max_length: int, given: bool = True)
 
 
 def check_numbers(args: SftArguments) -> None:
-    """Raise UserError for options out of range, or that exclude each other."""
+    """Raise UserError for options out of range, or that exclude each other; each in itself was judged when it was given."""
+    args.check_choices()
     if args.cp > 1 and args.use_flash_attn is not None:
         raise UserError(
             "--cp above 1 has one attention kernel of its own.", where="--use_flash_attn", fix="leave it out, or use --cp 1"
@@ -191,42 +192,11 @@ def check_numbers(args: SftArguments) -> None:
             where="--overlap_param_gather",
             fix="give both, or neither",
         )
-    for name, low in (
-        ("batch_size", 1),
-        ("learning_rate", 0.0),
-        ("logging_steps", 1),
-        ("eval_steps", 1),
-        ("save_steps", 1),
-        ("num_train_epochs", 0.0),
-        ("weight_decay", 0.0),
-        ("max_grad_norm", 0.0),
-        ("warmup_steps", 0),
-        ("dataloader_num_workers", 0),
-    ):
-        if getattr(args, name) < low:
-            raise UserError(f"--{name} {getattr(args, name)} is below {low}.", where=f"--{name}")
-    for name in ("start_timeout", "step_timeout"):
-        if not getattr(args, name) > 0:  # NaN included
-            raise UserError(
-                f"--{name} {getattr(args, name):g} leaves no time.", where=f"--{name}", fix="use a number of seconds above 0"
-            )
-    if args.gradient_accumulation_steps is not None and args.gradient_accumulation_steps < 1:
+    if args.min_lr is not None and args.min_lr > args.learning_rate:
         raise UserError(
-            f"--gradient_accumulation_steps {args.gradient_accumulation_steps} is below 1.",
-            where="--gradient_accumulation_steps",
-        )
-    if args.save_total_limit is not None and args.save_total_limit < 1:
-        raise UserError(
-            f"--save_total_limit {args.save_total_limit} would keep no checkpoint.",
-            where="--save_total_limit",
-            fix="use 1 or more",
-        )
-    for name in ("adam_beta1", "adam_beta2", "warmup_ratio", "dataset_test_ratio"):
-        if not 0 <= getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)} is not in [0, 1).", where=f"--{name}")
-    if args.min_lr is not None and not 0 <= args.min_lr <= args.learning_rate:
-        raise UserError(
-            f"--min_lr {args.min_lr:g} is not between 0 and --learning_rate {args.learning_rate:g}.", where="--min_lr"
+            f"--min_lr {args.min_lr:g} is above --learning_rate {args.learning_rate:g}.",
+            where="--min_lr",
+            fix="leave it out for a tenth of --learning_rate, or give a smaller one",
         )
 
 
