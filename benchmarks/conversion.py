@@ -61,7 +61,8 @@ def make(folder: Path, shape: str) -> int:
     import torch
     from transformers import Qwen2Config
 
-    from megaswift.convert import Model
+    from megaswift.families import parameters_of
+    from megaswift.families.parameters import hf_shapes
     from megaswift.hf.write import PlannedTensor, write_checkpoint
 
     config = Qwen2Config(**SHAPES[shape], max_position_embeddings=32768, tie_word_embeddings=False, rms_norm_eps=1e-6)
@@ -82,7 +83,7 @@ def make(folder: Path, shape: str) -> int:
 
     planned = [
         PlannedTensor(name, torch.bfloat16, shape, lambda shape=shape: produce(shape))
-        for name, shape in Model(config).expected().items()
+        for name, shape in hf_shapes(parameters_of(config)).items()
     ]
     text = json.dumps(config.to_dict() | {"model_type": "qwen2"}, indent=2).encode()
     return write_checkpoint(folder, planned, extra_files={"config.json": text}, threads=1).bytes

@@ -50,20 +50,20 @@ def job_of(work: Path, options: argparse.Namespace, **more: Any) -> tuple[Any, A
 
 def hf_gradients(trainer: Any, sums: Any, config: Any) -> dict[str, Any]:
     """Gradients of the mean loss by Hugging Face name, fp32, on the device; the model is whole in this process."""
-    from megaswift.convert import Model
+    from megaswift.families import parameters_of
 
     local = {
         ".self_attention.linear_qkv.layer_norm_weight": ".input_layernorm.weight",
         ".mlp.linear_fc1.layer_norm_weight": ".pre_mlp_layernorm.weight",
     }
-    divisor, model, found = trainer.gradient_divisor(sums), Model(config), {}
+    divisor, found = trainer.gradient_divisor(sums), {}
     weights = dict(trainer.bare_model.named_parameters())
-    for rule, layer in model.each():
-        name = rule.megatron.format(i=layer)
+    for parameter in parameters_of(config):
+        name = parameter.name
         for fused, plain in local.items():
             name = name.replace(fused, plain)
         gradient = weights[name].main_grad / divisor
-        found |= dict(zip(model.names(rule, layer), rule.unpack(gradient, model.sizes)))
+        found |= dict(zip((part.name for part in parameter.hf), parameter.arrangement.unpack(gradient)))
     return found
 
 

@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from megaswift.arguments import ExportArguments, InferArguments, InspectArguments, SftArguments, parse
 from megaswift.checkpoint.reader import Reader
-from megaswift.convert import Model, check_megatron
+from megaswift.convert import check_megatron
 from megaswift.engine.hf_copies import copy_now
 from megaswift.errors import DataError, MegaswiftError, UserError
 from megaswift.export import export_main
+from megaswift.families import parameters_of
 from megaswift.hf.config import load_config
 from megaswift.inspect_data import data_main
 from megaswift.run_model import choose
@@ -68,7 +69,7 @@ def test_an_output_layer_that_is_not_there(tiny_folders: Any, tmp_path: Path) ->
     assert "tie_word_embeddings" not in error.value.fix, "more is missing than that"
     for weights, other, words in ((tied_megatron, plain, "must be true"), (plain_megatron, tied, "must be false")):
         with pytest.raises(DataError, match="output_layer") as error:
-            check_megatron(Reader(weights), Model(load_config(other)))
+            check_megatron(Reader(weights), parameters_of(load_config(other)))
         assert "tie_word_embeddings" in error.value.fix and words in error.value.fix
 
 

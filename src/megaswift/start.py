@@ -194,9 +194,10 @@ def _check_tensors(root: Path, checkpoint: Path | None, config: Any) -> None:
         check_source(HFCheckpoint.open(root), config)
         return
     from megaswift.checkpoint.reader import Reader
-    from megaswift.convert import Model, check_megatron
+    from megaswift.convert import check_megatron
+    from megaswift.families import parameters_of
 
-    check_megatron(Reader(checkpoint), Model(config))
+    check_megatron(Reader(checkpoint), parameters_of(config))
 
 
 def _folder_precisions(folder: Path, config: Any) -> dict[str, Any]:

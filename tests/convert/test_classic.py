@@ -17,31 +17,31 @@ from tests import tiny
 
 from megaswift.arguments import ExportArguments
 from megaswift.checkpoint import classic
-from megaswift.convert import Model
 from megaswift.errors import DataError, UserError
 from megaswift.export import export_main
+from megaswift.families import family_of
+from megaswift.families.base import is_tied, sizes_of
+from megaswift.families.rules import expanded
 
 
 def write_classic(
     root: Path, model: Any, tp: int, pp: int, *, local_names: bool = False, separate_output: bool = False, **args: Any
 ) -> Path:
     """Write a model as the original system did: release/mp_rank_XX[_YYY]/model_optim_rng.pt."""
-    view = Model(model.config)
+    family, sizes = family_of(model.config.model_type), sizes_of(model.config)
     tensors = model.state_dict()
     parts: dict[tuple[int, int], OrderedDict[str, Any]] = {(t, p): OrderedDict() for t in range(tp) for p in range(pp)}
-    each = view.sizes.layers // pp
-    for rule, layer in view.family.each(view.sizes, view.tied and not separate_output):
-        source = [
-            tensors[name.format(i=layer)] if name.format(i=layer) in tensors else tensors["model.embed_tokens.weight"]
-            for name in rule.hf
-        ]
-        stage = layer // each if view.layered(rule) else (0 if rule.megatron.startswith("embedding") else pp - 1)
-        name = rule.megatron.format(i=layer % each)
+    each = sizes.layers // pp
+    for parameter in expanded(family.rules_for(is_tied(model.config) and not separate_output), sizes):
+        source = [tensors.get(part.name, tensors["model.embed_tokens.weight"]) for part in parameter.hf]
+        layer = int(parameter.name.split(".")[2]) if parameter.place else 0
+        stage = layer // each if parameter.place else (0 if parameter.name.startswith("embedding") else pp - 1)
+        name = parameter.name.replace(f".{layer}.", f".{layer % each}.")
         if local_names:
             name = name.replace("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight").replace(
                 "mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"
             )
-        for t, piece in enumerate(rule.shard(rule.pack(source, view.sizes), tp)):
+        for t, piece in enumerate(parameter.arrangement.shard(parameter.arrangement.pack(source), tp)):
             parts[t, stage][name] = piece.contiguous()
             if name.endswith("linear_qkv.weight"):
                 parts[t, stage][name.removesuffix("weight") + "_extra_state"] = None

@@ -220,6 +220,6 @@ def test_memory_and_blocks_of_large_tensors(tmp_path: Path, monkeypatch: pytest.
     assert verify_round_trip(reader, config, done.tensors, Precisions(torch.float32)) == len(source.names)
     whole = source.tensor("lm_head.weight")
     assert torch.equal(reader.read("output_layer.weight", rows=(17, 101)), whole[17:101])
-    fused = reader.read("decoder.layers.mlp.linear_fc1.weight", 2)
+    fused = reader.read("decoder.layers.mlp.linear_fc1.weight", (2,))
     assert torch.equal(fused[96:], source.tensor("model.layers.2.mlp.up_proj.weight"))
-    assert torch.equal(reader.read("decoder.layers.mlp.linear_fc1.weight", 2, rows=(90, 100)), fused[90:100])
+    assert torch.equal(reader.read("decoder.layers.mlp.linear_fc1.weight", (2,), rows=(90, 100)), fused[90:100])

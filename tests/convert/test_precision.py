@@ -144,9 +144,9 @@ def test_a_tensor_that_is_not_as_converted_is_still_found(tiny_folders: Any, tmp
     expected, config = read_manifest(release)["hf_tensors"], load_config(folder)
 
     class Other(Reader):
-        def read(self, key: str, layer: int | None = None, rows: Any = None) -> torch.Tensor:
-            value = super().read(key, layer, rows)
-            return value * (1 + 2**-20) if value.dtype == torch.float32 and layer == 1 else value
+        def read(self, key: str, place: tuple[int, ...] = (), rows: Any = None) -> torch.Tensor:
+            value = super().read(key, place, rows)
+            return value * (1 + 2**-20) if value.dtype == torch.float32 and place == (1,) else value
 
     assert verify_round_trip(Reader(release), config, expected, Precisions(torch.bfloat16, one)) == 39
     with pytest.raises(DataError, match="is not the one in the source") as caught:
@@ -198,7 +198,7 @@ def test_a_run_exports_what_was_learnt_in_the_precision_of_the_source(
     assert {name: value.dtype for name, value in made.items()} == {name: value.dtype for name, value in source.items()}
     master = reader.read("optimizer.state.param.decoder.final_layernorm.weight")
     assert torch.equal(made[NORM], master) and not torch.equal(master, master.bfloat16().float())
-    assert torch.equal(made[FIRST].bfloat16(), reader.read("decoder.layers.self_attention.linear_qkv.layer_norm_weight", 0))
+    assert torch.equal(made[FIRST].bfloat16(), reader.read("decoder.layers.self_attention.linear_qkv.layer_norm_weight", (0,)))
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "float32"  # as the source's says
 
 

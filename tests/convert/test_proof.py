@@ -15,11 +15,10 @@ from safetensors.torch import load_file, save_file
 from tests import tiny
 
 from megaswift.checkpoint.reader import Reader
-from megaswift.convert import Model, Precisions, hf_to_megatron, verify_round_trip
+from megaswift.convert import Precisions, hf_to_megatron, verify_round_trip
 from megaswift.convert.model import check_megatron
 from megaswift.errors import DataError, UserError
-from megaswift.families import family_of
-from megaswift.families.rules import GateUp
+from megaswift.families import family_of, parameters_of
 from megaswift.hf.config import load_config
 from megaswift.hf.read import HFCheckpoint
 from megaswift.proof.parity import Parity, _prompt, _verdict, compare
@@ -170,9 +169,10 @@ def test_a_wrong_rule_that_survives_the_round_trip_is_caught_by_the_logits(
     folder, _ = tiny_folders("llama", tie_word_embeddings=False)
     family = family_of("llama")
     rules = tuple(
-        GateUp(rule.megatron, (rule.hf[1], rule.hf[0])) if isinstance(rule, GateUp) else rule for rule in family.rules
+        dataclasses.replace(rule, hf=rule.hf[::-1]) if rule.megatron.endswith("linear_fc1.weight") else rule
+        for rule in family.rules
     )
-    monkeypatch.setattr("megaswift.convert.model.family_of", lambda name: dataclasses.replace(family, rules=rules))
+    monkeypatch.setattr("megaswift.families.family_of", lambda name: dataclasses.replace(family, rules=rules))
     (tmp_path / "release").mkdir()
     done = hf_to_megatron(HFCheckpoint.open(folder), load_config(folder), tmp_path / "release", FP32)
     assert verify_round_trip(Reader(tmp_path / "release"), load_config(folder), done.tensors, FP32) == len(done.tensors)
@@ -206,10 +206,10 @@ def test_logits_beyond_their_limit_stop_the_proof(tiny_folders: Any, monkeypatch
 def test_a_tensor_that_the_model_does_not_have_is_named(tiny_folders: Any) -> None:
     folder, release = tiny_folders("llama", tie_word_embeddings=False)
     config = load_config(folder)
-    check_megatron(Reader(release), Model(config))
+    check_megatron(Reader(release), parameters_of(config))
     config.tie_word_embeddings = True
     with pytest.raises(DataError, match=r"Not expected: output_layer\.weight"):
-        check_megatron(Reader(release), Model(config))
+        check_megatron(Reader(release), parameters_of(config))
 
 
 def test_embedding_and_output_layer_are_named(tiny_folders: Any, tmp_path: Path) -> None:

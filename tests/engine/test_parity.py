@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from megaswift.checkpoint.reader import Reader
-from megaswift.convert import Model, Precisions, hf_to_megatron, planned_hf_tensors, verify_round_trip
+from megaswift.convert import Precisions, hf_to_megatron, planned_hf_tensors, verify_round_trip
+from megaswift.families import parameters_of
 from megaswift.hf.config import load_config
 from megaswift.hf.read import HFCheckpoint
 from megaswift.plan import padded_vocab
@@ -142,17 +143,20 @@ def test_family(name: str, tied: bool, tiny_folders: Any, pool: RankPool, tmp_pa
 
 @pytest.mark.parametrize("name", tiny.FAMILIES)
 def test_tensor_parallel_cut_and_merge(name: str) -> None:
-    """A rule's shards put together are the tensor, and each shard is what a rank of that size holds."""
+    """A parameter's shards put together are the tensor, whose rows are those that `rows` says, and it unpacks to its sources."""
     model = tiny.tiny_model(name, tie_word_embeddings=False, vocab_size=128)
-    view = Model(model.config)
     tensors = model.state_dict()
-    for rule, layer in view.family.each(view.sizes, view.tied):
-        whole = rule.pack([tensors[part.format(i=layer)] for part in rule.hf], view.sizes)
-        assert tuple(whole.shape) == rule.megatron_shape(view.sizes)
+    for parameter in parameters_of(model.config):
+        arrangement, parts = parameter.arrangement, [tensors[part.name] for part in parameter.hf]
+        whole = arrangement.pack(parts)
+        assert tuple(whole.shape) == parameter.shape
         for tp in (1, 2, 4):
-            assert torch.equal(rule.merge(rule.shard(whole, tp)), whole)
-        for part, value in zip(rule.hf, rule.unpack(whole, view.sizes)):
-            assert torch.equal(value, tensors[part.format(i=layer)])
+            assert torch.equal(arrangement.merge(arrangement.shard(whole, tp)), whole)
+        for first, last in ((0, len(whole)), (1, len(whole) // 2), (len(whole) // 3, len(whole) - 1)):
+            rows = [parts[piece.tensor][piece.first : piece.last : piece.step] for piece in arrangement.rows(first, last)]
+            assert torch.equal(torch.cat(rows), whole[first:last])
+        for part, value in zip(parts, arrangement.unpack(whole), strict=True):
+            assert torch.equal(value, part)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

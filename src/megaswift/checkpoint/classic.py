@@ -18,9 +18,9 @@ from torch import Tensor
 
 from megaswift.checkpoint import zipped
 from megaswift.errors import DataError, UserError
-from megaswift.families import family_of
+from megaswift.families import parameters_of
 from megaswift.families.base import OUTPUT_LAYER, sizes_of
-from megaswift.families.rules import Rule
+from megaswift.families.parameters import Shape, by_key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 FILE = "model_optim_rng.pt"
 _RANK = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
-# Names of the plain modules -> those of TransformerEngine's fused ones, which the rules have.
+# Names of the plain modules -> those of TransformerEngine's fused ones, which the families have.
 _FUSED = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
@@ -98,9 +98,10 @@ class ClassicReader:
     def __init__(self, found: Classic, config: PreTrainedConfig) -> None:
         self.directory, self.tp, self.pp = found.directory, found.tp, found.pp
         self._sizes = sizes_of(config)
-        family = family_of(config.model_type)
-        self._rules: dict[str, Rule] = {rule.megatron.replace(".{i}", ""): rule for rule in family.rules}
-        self._parts: dict[str, dict[int | None, list[Tensor]]] = {}
+        self._parameters = by_key(parameters_of(config))
+        # Where the config ties it, the file may hold an output layer all the same.
+        self._parameters.setdefault(OUTPUT_LAYER, self._parameters["embedding.word_embeddings.weight"])
+        self._parts: dict[str, dict[Shape, list[Tensor]]] = {}
         if self._sizes.layers % self.pp:
             raise DataError(
                 f"{self.pp} pipeline stages do not divide the model's {self._sizes.layers} layers.", where=str(self.directory)
@@ -132,8 +133,8 @@ class ClassicReader:
         for name, value in model.items():
             if not isinstance(value, Tensor) or name.endswith("_extra_state") or "rotary" in name:
                 continue
-            key, layer = self._place(name.removeprefix("module."), stage)
-            self._parts.setdefault(key, {}).setdefault(layer, []).append(value)
+            key, place = self._place(name.removeprefix("module."), stage)
+            self._parts.setdefault(key, {}).setdefault(place, []).append(value)
 
     def _check_args(self, args: Any, path: Path) -> None:
         """The arguments that the file was written with must fit the directory's parts."""
@@ -146,22 +147,22 @@ class ClassicReader:
                     fix="copy the whole directory",
                 )
 
-    def _place(self, name: str, stage: int) -> tuple[str, int | None]:
-        """Stacked name and layer of a stage's tensor."""
+    def _place(self, name: str, stage: int) -> tuple[str, Shape]:
+        """Key and place of a stage's tensor; layers are stacked."""
         for plain, fused in _FUSED.items():
             if name.endswith(f".{plain}"):
                 name = name.removesuffix(plain) + fused
         match = _LAYER.match(name)
         if match is None:
-            return name, None
+            return name, ()
         layer = int(match.group(1)) + stage * (self._sizes.layers // self.pp)
-        return "decoder.layers." + name[match.end() :], layer
+        return "decoder.layers." + name[match.end() :], (layer,)
 
     def _drop_tied_copies(self) -> None:
         """With several stages the last one keeps a copy of a tied embedding; more than one per tensor part is not another weight."""
         for layers in self._parts.values():
-            for layer, pieces in layers.items():
-                layers[layer] = pieces[: self.tp]
+            for place, pieces in layers.items():
+                layers[place] = pieces[: self.tp]
 
     @property
     def keys(self) -> list[str]:
@@ -180,39 +181,38 @@ class ClassicReader:
     def shape(self, key: str) -> tuple[int, ...]:
         layers = self._entry(key)
         one = tuple(self.read(key, next(iter(layers))).shape)
-        return one if None in layers else (len(layers), *one)
+        return one if () in layers else (len(layers), *one)
 
-    def dtype(self, key: str, layer: int | None = None) -> torch.dtype:
+    def dtype(self, key: str, place: Shape = ()) -> torch.dtype:
         """The precision of a tensor or of one layer of it: one that holds the values of all its parts."""
         layers = self._entry(key)
-        pieces = layers[layer] if layer in layers else next(iter(layers.values()))
+        pieces = layers[place] if place in layers else next(iter(layers.values()))
         return reduce(torch.promote_types, (piece.dtype for piece in pieces))
 
-    def read(self, key: str, layer: int | None = None, rows: tuple[int, int] | None = None) -> Tensor:
+    def read(self, key: str, place: Shape = (), rows: tuple[int, int] | None = None) -> Tensor:
         """A whole tensor, put together from the parts of all tensor-parallel ranks."""
         layers = self._entry(key)
-        if layer not in layers:
+        if place not in layers:
             raise DataError(
-                f"the checkpoint has no layer {layer} of {key}.",
+                f"the checkpoint has no {f'layer {place[0]} of ' if place else ''}{key}.",
                 where=str(self.directory),
                 fix="it was made for another model, or it is incomplete",
             )
-        pieces = layers[layer]
+        pieces = layers[place]
         if len(pieces) != self.tp:
             raise DataError(
                 f"{key} has {len(pieces)} parts, {self.tp} expected.", where=str(self.directory), fix="copy the whole directory"
             )
-        rule = self._rules.get(key)
-        whole = pieces[0] if rule is None or len(pieces) == 1 else rule.merge(pieces)
+        whole = self._parameters[key].arrangement.merge(pieces) if key in self._parameters else pieces[0]
         return whole if rows is None else whole[rows[0] : rows[1]]
 
-    def prefetch(self, key: str, layer: int | None = None) -> None:
+    def prefetch(self, key: str, place: Shape = ()) -> None:
         """Nothing: the files are read in the order in which they were written."""
 
-    def release(self, key: str, layer: int | None = None) -> None:
+    def release(self, key: str, place: Shape = ()) -> None:
         """Nothing: pages of a mapped file go when memory is needed."""
 
-    def _entry(self, key: str) -> dict[int | None, list[Tensor]]:
+    def _entry(self, key: str) -> dict[Shape, list[Tensor]]:
         if key not in self._parts:
             raise DataError(
                 f"the checkpoint has no tensor {key}.",

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megaswift.errors import DataError
-from megaswift.families import family_of
-from megaswift.families.base import is_tied, sizes_of
-from megaswift.families.rules import FusedQKV, GateUp, Rule, Sizes
+from megaswift.families import parameters_of
+from megaswift.families.parameters import Parameter
 from megaswift.hf.config import load_config
 from megaswift.hf.folder import incomplete
 from megaswift.hf.names import check_source
@@ -35,15 +32,14 @@ def load_hf_weights(model: Any, folder: Path) -> None:
     source = HFCheckpoint.open(folder)
     config = load_config(folder)
     check_source(source, config)
-    family, sizes = family_of(config.model_type), sizes_of(config)
-    rules = {rule.megatron.replace(".{i}", ""): rule for rule in family.rules_for(is_tied(config))}
+    parameters = {(parameter.key, parameter.place): parameter for parameter in parameters_of(config)}
     unknown = []
     for part in held_parts(model):
-        rule = rules.get(part.key)
-        if rule is None:
+        parameter = parameters.get((part.key, tuple(part.global_offset[: part.prepend_axis_num])))
+        if parameter is None:
             unknown.append(part.key)
             continue
-        _fill(part, rule, source, sizes)
+        _fill(part, parameter, source)
     if unknown:
         raise DataError(
             f"the model has weights that the folder does not: {', '.join(sorted(set(unknown))[:5])}.", where=str(folder)
@@ -60,18 +56,21 @@ def held_parts(model: Any) -> list[Any]:
     return [item for item in nested_values(state) if isinstance(item, ShardedTensor)]
 
 
-def _fill(part: Any, rule: Rule, source: HFCheckpoint, sizes: Sizes) -> None:
+def _fill(part: Any, parameter: Parameter, source: HFCheckpoint) -> None:
     """Copy one part of a tensor from the mapped files."""
     lead = part.prepend_axis_num
-    layer = part.global_offset[0] if lead else 0
     offset, shape = part.global_offset[lead:], tuple(part.local_shape)
-    names = [name.format(i=layer) for name in rule.hf]
-    whole = rule.megatron_shape(sizes)
-    stop = tuple(min(start + size, limit) for start, size, limit in zip(offset, shape, whole))  # the vocabulary may be padded
+    # The vocabulary may be padded.
+    stop = tuple(min(start + size, limit) for start, size, limit in zip(offset, shape, parameter.shape))
     if any(last <= first for first, last in zip(offset, stop)):
         return
-    value = _rows(rule, source, names, sizes, offset[0], stop[0])
+    pieces = [
+        parameter.hf[piece.tensor].of(source.tensor(parameter.hf[piece.tensor].name))[piece.first : piece.last : piece.step]
+        for piece in parameter.arrangement.rows(offset[0], stop[0])
+    ]
+    value = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     value = value[(slice(None), *(slice(first, last) for first, last in zip(offset[1:], stop[1:])))]
+    names = [piece.name for piece in parameter.hf]
     if nonfinite(value.contiguous()):
         raise DataError(
             f"tensor {names[0]}{' or one fused with it' if names[1:] else ''} has NaN or infinite values.",
@@ -80,27 +79,6 @@ def _fill(part: Any, rule: Rule, source: HFCheckpoint, sizes: Sizes) -> None:
         )
     with torch.no_grad():
         part.data[tuple(slice(0, last - first) for first, last in zip(offset, stop))].copy_(value)
-    del value
+    del value, pieces
     for name in names:
         source.release(name)
-
-
-def _rows(rule: Rule, source: HFCheckpoint, names: list[str], sizes: Sizes, first: int, last: int) -> Tensor:
-    """Rows of a rule's Megatron tensor, from the rows of the Hugging Face tensors that they are made of."""
-    if isinstance(rule, FusedQKV) and first % sizes.group == 0 and last % sizes.group == 0:
-        low, high = first // sizes.group, last // sizes.group  # whole key/value groups
-        per_group = [shape[0] // sizes.kv_heads for shape in rule.hf_shapes(sizes)]
-        parts = [source.slice(name, low * rows, high * rows) for name, rows in zip(names, per_group)]
-        some = replace(sizes, kv_heads=high - low, heads=sizes.heads // sizes.kv_heads * (high - low))
-        return rule.pack(parts, some)
-    if len(names) == 1:
-        return source.slice(names[0], first, last)
-    if isinstance(rule, GateUp):  # one above the other
-        return torch.cat(
-            [
-                source.slice(name, max(first - k * sizes.ffn, 0), last - k * sizes.ffn)
-                for k, name in enumerate(names)
-                if first < (k + 1) * sizes.ffn and last > k * sizes.ffn
-            ]
-        )
-    return rule.pack([source.tensor(name) for name in names], sizes)[first:last]

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from megaswift.checkpoint.hf_load import held_parts, is_hf_folder
 from megaswift.checkpoint.reader import Reader
-from megaswift.families import family_of
-from megaswift.families.base import is_tied
-from megaswift.families.rules import Vocab
+from megaswift.families import parameters_of
+from megaswift.families.parameters import Parameter
 from megaswift.hf.config import load_config
 from megaswift.hf.read import HFCheckpoint
 
@@ -48,22 +47,21 @@ def fill_new_rows(model: Any, checkpoint: Path, model_dir: Path, rows_before: in
         model_dir: directory with config.json.
     """
     config = load_config(model_dir)
-    rules = family_of(config.model_type).rules_for(is_tied(config))
-    tables = {rule.megatron: rule for rule in rules if isinstance(rule, Vocab)}
+    tables = {parameter.key: parameter for parameter in parameters_of(config) if parameter.padded}
     source: Any = HFCheckpoint.open(checkpoint) if is_hf_folder(checkpoint) else Reader(checkpoint)
     for part in held_parts(model):
-        rule = tables.get(part.key)
-        if rule is None:
+        table = tables.get(part.key)
+        if table is None:
             continue
         start = part.global_offset[part.prepend_axis_num]
         first, last = max(rows_before - start, 0), min(rows_after - start, part.data.shape[0])
         if last <= first:
             continue
         with torch.no_grad():
-            part.data[first:last] = mean_row(_rows(source, rule), rows_before).to(part.data)
+            part.data[first:last] = mean_row(_rows(source, table), rows_before).to(part.data)
 
 
-def _rows(source: Any, rule: Vocab) -> Callable[[int, int], Tensor]:
+def _rows(source: Any, table: Parameter) -> Callable[[int, int], Tensor]:
     if isinstance(source, HFCheckpoint):
-        return lambda first, last: source.slice(rule.source, first, last)
-    return lambda first, last: source.read(rule.megatron, rows=(first, last))
+        return lambda first, last: source.tensor(table.hf[0].name)[first:last]
+    return lambda first, last: source.read(table.key, rows=(first, last))

@@ -49,31 +49,32 @@ class Reader:
     def shape(self, key: str) -> tuple[int, ...]:
         return tuple(self._entry(key).size)
 
-    def dtype(self, key: str, layer: int | None = None) -> torch.dtype:
-        """The precision of a tensor; all layers have the same one."""
+    def dtype(self, key: str, place: tuple[int, ...] = ()) -> torch.dtype:
+        """The precision of a tensor; all its layers have the same one."""
         return self._entry(key).properties.dtype
 
-    def read(self, key: str, layer: int | None = None, rows: tuple[int, int] | None = None) -> Tensor:
-        """A whole global tensor, with `layer` the slice of the leading axis, with `rows` some rows (of that slice)."""
-        offset, shape = self._box(key, layer, rows)
-        return self.read_box(key, offset, shape).reshape(shape if layer is None else shape[1:])
+    def read(self, key: str, place: tuple[int, ...] = (), rows: tuple[int, int] | None = None) -> Tensor:
+        """A whole global tensor, with `place` what lies there on the leading axes, with `rows` some rows of that."""
+        offset, shape = self._box(key, place, rows)
+        return self.read_box(key, offset, shape).reshape(shape[len(place) :])
 
-    def prefetch(self, key: str, layer: int | None = None) -> None:
+    def prefetch(self, key: str, place: tuple[int, ...] = ()) -> None:
         """Ask the system to read a tensor in the background."""
-        self.prefetch_box(key, *self._box(key, layer))
+        self.prefetch_box(key, *self._box(key, place))
 
-    def release(self, key: str, layer: int | None = None) -> None:
+    def release(self, key: str, place: tuple[int, ...] = ()) -> None:
         """Give back the memory through which a tensor was read."""
-        self.release_box(key, *self._box(key, layer))
+        self.release_box(key, *self._box(key, place))
 
-    def _box(self, key: str, layer: int | None, rows: tuple[int, int] | None = None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Offset and shape of a whole tensor, or of a layer or rows of it."""
-        lead = () if layer is None else (layer,)
-        shape = self.shape(key)[len(lead) :]
+    def _box(
+        self, key: str, place: tuple[int, ...], rows: tuple[int, int] | None = None
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Offset and shape of a whole tensor, or of what lies at a place, or of rows of it."""
+        shape = self.shape(key)[len(place) :]
         offset = (0,) * len(shape)
         if shape and rows is not None:
             offset, shape = (rows[0], *offset[1:]), (rows[1] - rows[0], *shape[1:])
-        return (*lead, *offset), (*(1,) * len(lead), *shape)
+        return (*place, *offset), (*(1,) * len(place), *shape)
 
     def read_box(self, key: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
         """A box of a global tensor: a view of the mapped file where one chunk holds it, put together where several do."""

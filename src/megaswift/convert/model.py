@@ -1,23 +1,18 @@
-"""A model as the rules see it, and its tensors in a Megatron checkpoint: names, shapes, and how to read them."""
+"""A model's tensors in a Megatron checkpoint: how they are read, checked and hashed."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from megaswift.errors import DataError
-from megaswift.families import family_of
-from megaswift.families.base import OUTPUT_LAYER, Family, is_tied, sizes_of
-from megaswift.families.rules import GateUp, Rule, Sizes
+from megaswift.families.base import OUTPUT_LAYER
+from megaswift.families.parameters import Parameter, by_key
 from megaswift.hf.read import UNTIED, nonfinite
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPE_NAMES = {value: name for name, value in DTYPES.items()}
@@ -26,7 +21,10 @@ TIED = "the weights have an output layer of their own: tie_word_embeddings in co
 
 
 class MegatronReader(Protocol):
-    """Weights in Megatron's layout, whole tensors by name (reader.Reader, classic.ClassicReader)."""
+    """Weights in Megatron's layout by key (reader.Reader, classic.ClassicReader).
+
+    `place` is where a tensor lies on the leading axes (layer, expert) of what is stored under its key.
+    """
 
     @property
     def directory(self) -> Path: ...
@@ -36,72 +34,32 @@ class MegatronReader(Protocol):
 
     def shape(self, key: str) -> tuple[int, ...]: ...
 
-    def dtype(self, key: str, layer: int | None = None) -> torch.dtype: ...
+    def dtype(self, key: str, place: tuple[int, ...] = ()) -> torch.dtype: ...
 
-    def read(self, key: str, layer: int | None = None, rows: tuple[int, int] | None = None) -> Tensor: ...
+    def read(self, key: str, place: tuple[int, ...] = (), rows: tuple[int, int] | None = None) -> Tensor: ...
 
-    def prefetch(self, key: str, layer: int | None = None) -> None: ...
+    def prefetch(self, key: str, place: tuple[int, ...] = ()) -> None: ...
 
-    def release(self, key: str, layer: int | None = None) -> None: ...
-
-
-def checkpoint_key(rule: Rule) -> str:
-    """The rule's name in a torch_dist checkpoint, where layers are stacked."""
-    return rule.megatron.replace(".{i}", "")
+    def release(self, key: str, place: tuple[int, ...] = ()) -> None: ...
 
 
-class Model:
-    """A model as the rules see it: family, sizes, tied or not."""
-
-    def __init__(self, config: PreTrainedConfig) -> None:
-        self.family: Family = family_of(config.model_type)
-        self.sizes: Sizes = sizes_of(config)
-        self.tied = is_tied(config)
-
-    def expected(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every Hugging Face tensor."""
-        return self.family.expected(self.sizes, self.tied)
-
-    def each(self) -> Iterator[tuple[Rule, int]]:
-        """Every rule with every layer, in the order of the computation: embedding, layers one by one, the rest."""
-        pairs = list(self.family.each(self.sizes, self.tied))
-        return iter(sorted(pairs, key=lambda pair: pair[1] if self.layered(pair[0]) else self._outside(pair[0])))
-
-    def _outside(self, rule: Rule) -> int:
-        return -1 if rule.megatron.startswith("embedding.") else self.sizes.layers
-
-    def layered(self, rule: Rule) -> bool:
-        return "{i}" in rule.megatron
-
-    def place(self, rule: Rule, layer: int) -> int | None:
-        """The layer axis of a rule's tensor: its index, or None where the tensor has no such axis."""
-        return layer if self.layered(rule) else None
-
-    def global_shape(self, rule: Rule) -> tuple[int, ...]:
-        shape = rule.megatron_shape(self.sizes)
-        return (self.sizes.layers, *shape) if self.layered(rule) else shape
-
-    def names(self, rule: Rule, layer: int) -> list[str]:
-        """Hugging Face names of a rule's tensors."""
-        return [name.format(i=layer) for name in rule.hf]
-
-    def read_hf(self, reader: MegatronReader, rule: Rule, layer: int) -> list[Tensor]:
-        """The Hugging Face tensors of a rule, from a Megatron checkpoint."""
-        if isinstance(rule, GateUp):  # each half is read where it lies
-            return [self.read_part(reader, rule, layer, number) for number in range(len(rule.hf))]
-        return rule.unpack(reader.read(checkpoint_key(rule), self.place(rule, layer)), self.sizes)
-
-    def read_part(self, reader: MegatronReader, rule: Rule, layer: int, number: int) -> Tensor:
-        """One of the Hugging Face tensors of a rule; only what it takes is read where the rule puts parts one above the other."""
-        if isinstance(rule, GateUp):
-            rows = (number * self.sizes.ffn, (number + 1) * self.sizes.ffn)
-            return reader.read(checkpoint_key(rule), self.place(rule, layer), rows)
-        return self.read_hf(reader, rule, layer)[number]
+def read_hf(reader: MegatronReader, parameter: Parameter) -> list[Tensor]:
+    """The Hugging Face tensors of a parameter, from a Megatron checkpoint."""
+    runs = [parameter.arrangement.run(number) for number in range(len(parameter.hf))]
+    if len(runs) > 1 and all(runs):  # each is read where it lies
+        return [reader.read(parameter.key, parameter.place, run) for run in runs]
+    return parameter.arrangement.unpack(reader.read(parameter.key, parameter.place))
 
 
-def check_megatron(reader: MegatronReader, model: Model) -> None:
-    """Raise DataError unless the checkpoint holds exactly the model's tensors, vocabulary padding allowed."""
-    wanted = {checkpoint_key(rule): rule for rule in model.family.rules_for(model.tied)}
+def read_part(reader: MegatronReader, parameter: Parameter, number: int) -> Tensor | None:
+    """One of the Hugging Face tensors of a parameter, where it can be read without the others; else None."""
+    run = parameter.arrangement.run(number)
+    return None if run is None else reader.read(parameter.key, parameter.place, run)
+
+
+def check_megatron(reader: MegatronReader, parameters: list[Parameter]) -> None:
+    """Raise DataError unless the checkpoint holds exactly a model's tensors, vocabulary padding allowed."""
+    wanted = by_key(parameters)
     found = {key for key in reader.keys if not key.startswith(_OPTIMIZER)}
     missing, extra = sorted(set(wanted) - found), sorted(found - set(wanted))
     if missing or extra:
@@ -117,11 +75,9 @@ def check_megatron(reader: MegatronReader, model: Model) -> None:
             where=str(reader.directory),
             fix=fix,
         )
-    for key, rule in wanted.items():
-        shape, expected = reader.shape(key), model.global_shape(rule)
-        padded = (
-            rule.hf_shapes(model.sizes)[0][0] == model.sizes.vocab and shape[0] >= expected[0] and shape[1:] == expected[1:]
-        )
+    for key, parameter in wanted.items():
+        shape, expected = reader.shape(key), parameter.global_shape
+        padded = parameter.padded and shape[0] >= expected[0] and shape[1:] == expected[1:]
         if shape != expected and not padded:
             raise DataError(f"{key} has shape {shape}, {expected} expected.", where=str(reader.directory))
 

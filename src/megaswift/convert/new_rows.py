@@ -10,19 +10,20 @@ import torch
 from torch import Tensor
 
 from megaswift.checkpoint.new_rows import mean_row
-from megaswift.convert.model import MegatronReader, Model, checkpoint_key, raw
+from megaswift.convert.model import MegatronReader, raw
 from megaswift.convert.precision import Precisions
 from megaswift.errors import DataError
-from megaswift.families.rules import Vocab
+from megaswift.families import parameters_of
+from megaswift.families.parameters import Parameter
 from megaswift.hf.read import HFCheckpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
-def tables_of(config: PreTrainedConfig) -> list[Vocab]:
-    """The rules of a model's tables with a row for each token: the embedding, and the output layer where it is its own."""
-    return [rule for rule, _ in Model(config).each() if isinstance(rule, Vocab)]
+def tables_of(config: PreTrainedConfig) -> list[Parameter]:
+    """A model's tables with a row for each token: the embedding, and the output layer where it is its own."""
+    return [parameter for parameter in parameters_of(config) if parameter.padded]
 
 
 class GrownFolder(HFCheckpoint):
@@ -67,7 +68,7 @@ class GrownReader:
 
     def __init__(self, original: Any, config: PreTrainedConfig, rows_before: int, rows_after: int) -> None:
         self._original, self._rows = original, (rows_before, rows_after)
-        self._keys = {checkpoint_key(rule) for rule in tables_of(config)}
+        self._keys = {parameter.key for parameter in tables_of(config)}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._original, name)
@@ -77,11 +78,11 @@ class GrownReader:
         shape = self._original.shape(key)
         return (self._rows[1], *shape[1:]) if key in self._keys else shape
 
-    def read(self, key: str, layer: int | None = None, rows: tuple[int, int] | None = None) -> Tensor:
+    def read(self, key: str, place: tuple[int, ...] = (), rows: tuple[int, int] | None = None) -> Tensor:
         """A tensor, with the new rows; vocabulary padding that is stored is left out."""
         if key not in self._keys:
-            return self._original.read(key, layer, rows)
-        value = _grown(self._original.read(key, layer)[: self._rows[0]], self._rows[1])
+            return self._original.read(key, place, rows)
+        value = _grown(self._original.read(key, place)[: self._rows[0]], self._rows[1])
         return value if rows is None else value[slice(*rows)]
 
 
@@ -100,15 +101,16 @@ def require_old_rows(
         source: the folder or the Megatron weights without new rows.
         precisions: of the new checkpoint, to which old values are rounded.
     """
-    for rule in tables_of(config):
+    for parameter in tables_of(config):
+        name = parameter.hf[0].name
         if isinstance(source, HFCheckpoint):
-            old = source.tensor(rule.source)
+            old = source.tensor(name)
         else:
-            old = source.read(checkpoint_key(rule), rows=(0, rows_before))
-        new = written.read(checkpoint_key(rule), rows=(0, rows_before))
-        if raw(old.to(precisions.of(rule.source))) != raw(new):
+            old = source.read(parameter.key, rows=(0, rows_before))
+        new = written.read(parameter.key, rows=(0, rows_before))
+        if raw(old.to(precisions.of(name))) != raw(new):
             raise DataError(
                 "a row of an old token is not the one in the source.",
-                where=rule.source,
+                where=name,
                 fix="convert again; if it stays, report it",
             )

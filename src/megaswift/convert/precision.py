@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor
 
 from megaswift.checkpoint.optimizer_state import key_of
-from megaswift.convert.model import DTYPES, MegatronReader, Model, checkpoint_key, raw
+from megaswift.convert.model import DTYPES, MegatronReader, raw
 from megaswift.errors import DataError, UserError
-from megaswift.families.rules import Rule
+from megaswift.families import parameters_of
+from megaswift.families.parameters import Parameter, hf_shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -47,11 +49,11 @@ class Precisions:
         """The narrowest precision that holds every value of some tensors."""
         return reduce(torch.promote_types, map(self.of, names))
 
-    def stored(self, model: Model) -> dict[str, torch.dtype]:
+    def stored(self, parameters: Iterable[Parameter]) -> dict[str, torch.dtype]:
         """Key of a Megatron checkpoint -> the precision that it is stored in: it holds all layers, and fused parts, exactly."""
         names: dict[str, list[str]] = {}
-        for rule, layer in model.each():
-            names.setdefault(checkpoint_key(rule), []).extend(model.names(rule, layer))
+        for parameter in parameters:
+            names.setdefault(parameter.key, []).extend(part.name for part in parameter.hf)
         return {key: self.widest(parts) for key, parts in names.items()}
 
     def record(self) -> dict[str, Any]:
@@ -94,25 +96,25 @@ def _of_sizes(found: Mapping[str, tuple[torch.dtype, int]]) -> Precisions:
 
 def precisions_of_folder(source: HFCheckpoint, config: PreTrainedConfig) -> Precisions:
     """As the headers of a Hugging Face folder tell them. Tensors of a dtype that no weight has are `check_source`'s to name."""
-    names = [name for name in Model(config).expected() if name in source.table]
+    names = [name for name in hf_shapes(parameters_of(config)) if name in source.table]
     found = {name: (source.dtype(name), source.entry(name).nbytes) for name in names}
     had = _of_sizes(found)
     return Precisions(had.main, {name: dtype for name, dtype in had.others.items() if dtype in _NAMES})
 
 
-def precisions_of_checkpoint(reader: MegatronReader, model: Model) -> Precisions:
+def precisions_of_checkpoint(reader: MegatronReader, parameters: Iterable[Parameter]) -> Precisions:
     """As a Megatron checkpoint stores them. Raises DataError naming a tensor whose dtype no weight has."""
     found: dict[str, tuple[torch.dtype, int]] = {}
-    for rule, layer in model.each():
-        dtype = reader.dtype(checkpoint_key(rule), model.place(rule, layer))
+    for parameter in parameters:
+        dtype = reader.dtype(parameter.key, parameter.place)
         if dtype not in _NAMES:
             raise DataError(
-                f"{checkpoint_key(rule)} is {dtype}, which is no precision of weights.",
+                f"{parameter.key} is {dtype}, which is no precision of weights.",
                 where=str(reader.directory),
                 fix="use a checkpoint in bf16, fp16 or fp32",
             )
-        for name, shape in zip(model.names(rule, layer), rule.hf_shapes(model.sizes)):
-            found[name] = (dtype, torch.Size(shape).numel() * dtype.itemsize)
+        for part in parameter.hf:
+            found[part.name] = (dtype, math.prod(part.stored_shape) * dtype.itemsize)
     return _of_sizes(found)
 
 
@@ -171,32 +173,32 @@ class MasterReader:
     """A checkpoint of a run whose weights are, at some places, read from the optimizer's fp32 master copy of them.
 
     Args:
-        places: key and layer of the weights that are wanted in more precision than they were trained in.
+        places: key and place of the weights that are wanted in more precision than they were trained in.
     """
 
-    def __init__(self, reader: MegatronReader, places: set[tuple[str, int | None]]) -> None:
+    def __init__(self, reader: MegatronReader, places: set[tuple[str, tuple[int, ...]]]) -> None:
         self._reader, self._places = reader, places
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._reader, name)
 
-    def read(self, key: str, layer: int | None = None, rows: tuple[int, int] | None = None) -> Tensor:
+    def read(self, key: str, place: tuple[int, ...] = (), rows: tuple[int, int] | None = None) -> Tensor:
         """Raises DataError where the master copy, rounded, is not the weight that training used."""
-        weight = self._reader.read(key, layer, rows)
-        if (key, layer) not in self._places:
+        weight = self._reader.read(key, place, rows)
+        if (key, place) not in self._places:
             return weight
-        master = self._reader.read(key_of("param", key), layer, rows)
+        master = self._reader.read(key_of("param", key), place, rows)
         if raw(master.to(weight.dtype)) != raw(weight):
             raise DataError(
                 "the fp32 master copy of a weight, rounded, is not the weight.",
-                where=f"{self._reader.directory}: {key}" + ("" if layer is None else f", layer {layer}"),
+                where=f"{self._reader.directory}: {key}" + (f", layer {place[0]}" if place else ""),
                 fix="use another checkpoint; --dtype bf16 exports the weights as they were trained",
             )
         return master
 
 
 def with_masters(
-    reader: MegatronReader, model: Model, trained: Precisions, wanted: Mapping[str, torch.dtype]
+    reader: MegatronReader, parameters: Iterable[Parameter], trained: Precisions, wanted: Mapping[str, torch.dtype]
 ) -> tuple[MegatronReader, Precisions]:
     """A run's checkpoint with the precision that its source had for some tensors, and what each tensor then has.
 
@@ -206,11 +208,11 @@ def with_masters(
             what has no master copy in the checkpoint (--save_only_model true) does, too.
     """
     others, places, more = dict(trained.others), set(), wider(wanted, trained)
-    for rule, layer in model.each():
-        wide = {name: more[name] for name in model.names(rule, layer) if name in more}
-        if wide and _has_master(reader, rule):
+    for parameter in parameters:
+        wide = {part.name: more[part.name] for part in parameter.hf if part.name in more}
+        if wide and _has_master(reader, parameter.key):
             others |= wide
-            places.add((checkpoint_key(rule), model.place(rule, layer)))
+            places.add((parameter.key, parameter.place))
     if not places:
         return reader, trained
     return MasterReader(reader, places), Precisions(trained.main, others)
@@ -222,6 +224,5 @@ def wider(wanted: Mapping[str, torch.dtype], trained: Precisions) -> dict[str, t
     return {name: dtype for name, dtype, own in pairs if dtype != own and torch.promote_types(dtype, own) == dtype}
 
 
-def _has_master(reader: MegatronReader, rule: Rule) -> bool:
-    key = checkpoint_key(rule)
+def _has_master(reader: MegatronReader, key: str) -> bool:
     return key_of("param", key) in reader.keys and reader.shape(key_of("param", key)) == reader.shape(key)

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from megaswift.convert.model import MegatronReader, Model, check_megatron, checkpoint_key, digest, raw
+from megaswift.convert.model import MegatronReader, check_megatron, digest, raw, read_hf
 from megaswift.convert.precision import Precisions
 from megaswift.errors import DataError
-from megaswift.families.rules import Rule
+from megaswift.families import parameters_of
+from megaswift.families.parameters import Parameter, hf_shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -29,22 +30,21 @@ def verify_round_trip(
 
     Raises DataError naming the first tensor that differs.
     """
-    model = Model(config)
-    check_megatron(reader, model)
+    parameters = parameters_of(config)
+    check_megatron(reader, parameters)
 
-    def compare(rule: Rule, layer: int) -> str | None:
-        values = model.read_hf(reader, rule, layer)
+    def compare(parameter: Parameter) -> str | None:
         wrong = None
-        for name, value in zip(model.names(rule, layer), values):
-            own = value.to(precisions.of(name))
-            if digest(own) != expected.get(name) or raw(own.to(value.dtype)) != raw(value):
-                wrong = name
+        for part, value in zip(parameter.hf, read_hf(reader, parameter)):
+            own = value.to(precisions.of(part.name))
+            if digest(own) != expected.get(part.label) or raw(own.to(value.dtype)) != raw(value):
+                wrong = part.label
                 break
-        reader.release(checkpoint_key(rule), model.place(rule, layer))
+        reader.release(parameter.key, parameter.place)
         return wrong
 
-    _require_none(model, compare, "a tensor read back from the Megatron checkpoint is not the one in the source.", threads)
-    return len(model.expected())
+    _require_none(parameters, compare, "a tensor read back from the Megatron checkpoint is not the one in the source.", threads)
+    return len(hf_shapes(parameters))
 
 
 def verify_written(
@@ -54,30 +54,31 @@ def verify_written(
 
     Raises DataError naming the first tensor that differs.
     """
-    model = Model(config)
+    parameters = parameters_of(config)
 
-    def compare(rule: Rule, layer: int) -> str | None:
-        names = model.names(rule, layer)
-        parts = [written.tensor(name) for name in names]
+    def compare(parameter: Parameter) -> str | None:
+        arrangement, names = parameter.arrangement, [part.name for part in parameter.hf]
+        parts = [part.of(written.tensor(part.name)) for part in parameter.hf]
         wide = precisions.widest(names)
-        packed = rule.pack([part.to(wide) for part in parts], model.sizes)
-        stored = reader.read(checkpoint_key(rule), model.place(rule, layer))[: packed.shape[0]].to(wide)
+        packed = arrangement.pack([part.to(wide) for part in parts])
+        stored = reader.read(parameter.key, parameter.place)[: packed.shape[0]].to(wide)
         if any(precisions.of(name) != wide for name in names):  # fused parts of several precisions
-            mine = [part.to(precisions.of(name)).to(wide) for name, part in zip(names, rule.unpack(stored, model.sizes))]
-            stored = rule.pack(mine, model.sizes)
+            mine = [part.to(precisions.of(name)).to(wide) for name, part in zip(names, arrangement.unpack(stored))]
+            stored = arrangement.pack(mine)
         equal = all(part.dtype == precisions.of(name) for name, part in zip(names, parts)) and raw(packed) == raw(stored)
         for name in names:
             written.release(name)
-        reader.release(checkpoint_key(rule), model.place(rule, layer))
-        return None if equal else names[0]
+        reader.release(parameter.key, parameter.place)
+        return None if equal else parameter.hf[0].label
 
-    _require_none(model, compare, "a tensor of the Hugging Face folder is not the one in the Megatron checkpoint.", threads)
-    return len(model.expected())
+    _require_none(
+        parameters, compare, "a tensor of the Hugging Face folder is not the one in the Megatron checkpoint.", threads
+    )
+    return len(hf_shapes(parameters))
 
 
-def _require_none(model: Model, compare: Callable[[Rule, int], str | None], what: str, threads: int) -> None:
-    pairs = list(model.each())
+def _require_none(parameters: list[Parameter], compare: Callable[[Parameter], str | None], what: str, threads: int) -> None:
     with ThreadPoolExecutor(threads) as pool:
-        wrong = [name for name in pool.map(lambda pair: compare(*pair), pairs) if name is not None]
+        wrong = [name for name in pool.map(compare, parameters) if name is not None]
     if wrong:
         raise DataError(what, where=", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""), fix=_FIX)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
-from megaswift.convert.model import FiniteCheck, MegatronReader, Model, check_megatron, checkpoint_key
+from megaswift.convert.model import FiniteCheck, MegatronReader, check_megatron, read_hf, read_part
 from megaswift.convert.precision import Precisions
-from megaswift.families.rules import GateUp, Rule
+from megaswift.families import parameters_of
+from megaswift.families.parameters import Parameter
 from megaswift.hf.shards import PlannedTensor
 
 if TYPE_CHECKING:
@@ -27,47 +28,59 @@ def planned_hf_tensors(
 
     Parts of one fused tensor are unpacked together and kept only until the last of them was taken.
     """
-    model = Model(config)
-    check_megatron(reader, model)
+    parameters = parameters_of(config)
+    check_megatron(reader, parameters)
     check = finite or FiniteCheck()
-    planned = (_Planned(reader, model, rule, layer, precisions, check) for rule, layer in model.each())
-    return [tensor for one in planned for tensor in one.tensors()]
+    sources: dict[str, list[tuple[_Source, int]]] = {}  # by name of the Hugging Face tensor: where its parts come from
+    for parameter in parameters:
+        source = _Source(reader, parameter)
+        for number, part in enumerate(parameter.hf):
+            sources.setdefault(part.name, []).append((source, number))
+    return [_planned(name, parts, precisions, check) for name, parts in sources.items()]
 
 
-class _Planned:
-    """The Hugging Face tensors of one rule and layer."""
+def _planned(name: str, parts: list[tuple[_Source, int]], precisions: Precisions, finite: FiniteCheck) -> PlannedTensor:
+    """One tensor of the folder: a part of one parameter, or those of several (experts), one after the other."""
+    first, number = parts[0]
+    shape = first.parameter.hf[number].stored_shape
 
-    def __init__(
-        self, reader: MegatronReader, model: Model, rule: Rule, layer: int, precisions: Precisions, finite: FiniteCheck
-    ) -> None:
-        self.reader, self.model, self.rule, self.layer = reader, model, rule, layer
-        self.precisions, self.finite = precisions, finite
-        self.shared: dict[int, Tensor] = {}
-
-    def tensors(self) -> list[PlannedTensor]:
-        planned = []
-        for number, (name, shape) in enumerate(
-            zip(self.model.names(self.rule, self.layer), self.rule.hf_shapes(self.model.sizes))
-        ):
-            make, release = partial(self._make, number, name), partial(self._release, number)
-            planned.append(PlannedTensor(name, self.precisions.of(name), shape, make, self._prepare, release))
-        return planned
-
-    def _make(self, number: int, name: str) -> Tensor:
-        if isinstance(self.rule, GateUp):
-            value = self.model.read_part(self.reader, self.rule, self.layer, number)
-        else:
-            if number not in self.shared:
-                self.shared.update(enumerate(self.model.read_hf(self.reader, self.rule, self.layer)))
-            value = self.shared.pop(number)
-        value = value.to(self.precisions.of(name)).contiguous()
-        self.finite(name, value)
+    def produce() -> Tensor:
+        made = [source.parameter.hf[number].stored(source.take(number)) for source, number in parts]
+        value = made[0] if first.parameter.hf[number].index is None else torch.stack(made)
+        value = value.to(precisions.of(name)).contiguous()
+        finite(name, value)
         return value
 
-    def _prepare(self) -> None:
-        self.reader.prefetch(checkpoint_key(self.rule), self.model.place(self.rule, self.layer))
+    def prepare() -> None:
+        for source, _ in parts:
+            source.prefetch()
 
-    def _release(self, number: int) -> None:
-        if number == len(self.rule.hf) - 1:
+    def release() -> None:
+        for source, number in parts:
+            source.release(number)
+
+    return PlannedTensor(name, precisions.of(name), shape, produce, prepare, release)
+
+
+class _Source:
+    """A parameter whose Hugging Face tensors are taken one by one; what is unpacked together is kept until it is taken."""
+
+    def __init__(self, reader: MegatronReader, parameter: Parameter) -> None:
+        self.reader, self.parameter = reader, parameter
+        self.shared: dict[int, Tensor] = {}
+
+    def take(self, number: int) -> Tensor:
+        alone = read_part(self.reader, self.parameter, number)
+        if alone is not None:
+            return alone
+        if number not in self.shared:
+            self.shared.update(enumerate(read_hf(self.reader, self.parameter)))
+        return self.shared.pop(number)
+
+    def prefetch(self) -> None:
+        self.reader.prefetch(self.parameter.key, self.parameter.place)
+
+    def release(self, number: int) -> None:
+        if number == len(self.parameter.hf) - 1:
             self.shared.clear()
-            self.reader.release(checkpoint_key(self.rule), self.model.place(self.rule, self.layer))
+            self.reader.release(self.parameter.key, self.parameter.place)

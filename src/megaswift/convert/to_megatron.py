@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,10 @@ from torch import Tensor
 
 from megaswift.checkpoint import torch_dist
 from megaswift.checkpoint.torch_dist import Chunk
-from megaswift.convert.model import FiniteCheck, MegatronReader, Model, check_megatron, checkpoint_key, digest, raw
+from megaswift.convert.model import FiniteCheck, MegatronReader, check_megatron, digest, raw, read_hf
 from megaswift.convert.precision import Precisions
-from megaswift.families.rules import Copy, GateUp, Rule
+from megaswift.families import parameters_of
+from megaswift.families.parameters import HFTensor, Parameter, Shape
 from megaswift.hf.names import check_source
 
 if TYPE_CHECKING:
@@ -57,13 +59,13 @@ def hf_to_megatron(
     Raises DataError for a missing, extra or misshapen tensor, and for NaN or infinite weights.
     """
     check_source(source, config)
-    model = Model(config)
+    parameters = parameters_of(config)
     finite = FiniteCheck(allow_nonfinite)
     result = Conversion(nonfinite=finite.found)
-    cut = _FromFolder(source, model, precisions, precisions.stored(model), result.tensors, finite)
-    groups = [(cut.position(rule, layer), cut.chunks(rule, layer)) for rule, layer in model.each()]
+    cut = _FromFolder(source, precisions, precisions.stored(parameters), result.tensors, finite)
+    groups = [(cut.position(parameter), cut.chunks(parameter)) for parameter in parameters]
     groups.sort(key=lambda group: group[0])  # reading follows the source files
-    return _write(model, [chunk for _, group in groups for chunk in group], directory, threads, work, result)
+    return _write(parameters, [chunk for _, group in groups for chunk in group], directory, threads, work, result)
 
 
 def megatron_to_megatron(
@@ -76,58 +78,47 @@ def megatron_to_megatron(
     allow_nonfinite: bool = False,
 ) -> Conversion:
     """Write the weights of a Megatron checkpoint of any layout that has a reader as a torch_dist checkpoint."""
-    model = Model(config)
-    check_megatron(reader, model)
+    parameters = parameters_of(config)
+    check_megatron(reader, parameters)
     finite = FiniteCheck(allow_nonfinite)
     result = Conversion(nonfinite=finite.found)
-    stored = precisions.stored(model)
+    stored = precisions.stored(parameters)
     chunks = []
-    for rule, layer in model.each():
-        lead, lead_shape = _lead(model, rule, layer)
-        shape = rule.megatron_shape(model.sizes)
-        key, dtype = checkpoint_key(rule), stored[checkpoint_key(rule)]
-        produce = _reread(reader, model, rule, layer, precisions, result.tensors, finite)
-        names = tuple(model.names(rule, layer))
-        offset, size = (*lead, *(0 for _ in shape)), (*lead_shape, *shape)
-        chunks.append(Chunk(key, model.global_shape(rule), offset, size, dtype, produce, names))
-    return _write(model, chunks, directory, threads, work, result)
+    for parameter in parameters:
+        produce = partial(_reread, reader, parameter, precisions, result.tensors, finite)
+        size = (*(1 for _ in parameter.place), *parameter.shape)
+        dtype, labels = stored[parameter.key], tuple(parameter.labels)
+        chunks.append(Chunk(parameter.key, parameter.global_shape, parameter.offset, size, dtype, produce, labels))
+    return _write(parameters, chunks, directory, threads, work, result)
 
 
 def _reread(
-    reader: MegatronReader, model: Model, rule: Rule, layer: int, precisions: Precisions, notes: dict[str, str], finite: FiniteCheck
-) -> Callable[[], Tensor]:  # fmt: skip
-    def produce() -> Tensor:
-        return _woven(rule, model, model.names(rule, layer), model.read_hf(reader, rule, layer), precisions, notes, finite)
-
-    return produce
+    reader: MegatronReader, parameter: Parameter, precisions: Precisions, notes: dict[str, str], finite: FiniteCheck
+) -> Tensor:
+    return _woven(parameter, read_hf(reader, parameter), precisions, notes, finite)
 
 
 def _woven(
-    rule: Rule, model: Model, names: list[str], parts: list[Tensor], precisions: Precisions, notes: dict[str, str],
-    finite: FiniteCheck,
-) -> Tensor:  # fmt: skip
-    """The Megatron tensor of a rule's Hugging Face tensors, each judged and hashed in its own precision."""
+    parameter: Parameter, parts: list[Tensor], precisions: Precisions, notes: dict[str, str], finite: FiniteCheck
+) -> Tensor:
+    """The Megatron tensor of a parameter's Hugging Face tensors, each judged and hashed in its own precision."""
+    names = [part.name for part in parameter.hf]
     parts = [part.to(precisions.of(name)) for name, part in zip(names, parts)]
-    for name, part in zip(names, parts):
-        finite(name, part)
-        notes[name] = digest(part)
+    for label, part in zip(parameter.labels, parts):
+        finite(label, part)
+        notes[label] = digest(part)
     wide = precisions.widest(names)
-    return rule.pack([part.to(wide) for part in parts], model.sizes)
+    return parameter.arrangement.pack([part.to(wide) for part in parts])
 
 
 def _write(
-    model: Model, chunks: list[Chunk], directory: Path, threads: int, work: Workspace | None, result: Conversion
+    parameters: list[Parameter], chunks: list[Chunk], directory: Path, threads: int, work: Workspace | None, result: Conversion
 ) -> Conversion:
-    objects = [name for rule, layer in model.each() for name in _extra_states(model, rule, layer)]
+    objects = [name for parameter in parameters for name in _extra_states(parameter)]
     common = {"iteration": 0, "checkpoint_version": 3.0, "num_floating_point_operations_so_far": 0}
     result.files = torch_dist.write(directory, chunks, objects, common, threads, work=work, notes=result.tensors)
-    result.parameters = sum(torch.Size(rule.megatron_shape(model.sizes)).numel() for rule, _ in model.each())
+    result.parameters = sum(parameter.size for parameter in parameters)
     return result
-
-
-def _lead(model: Model, rule: Rule, layer: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Offset and size on the axis of layers, where there is one."""
-    return ((layer,), (1,)) if model.layered(rule) else ((), ())
 
 
 @dataclass
@@ -135,62 +126,57 @@ class _FromFolder:
     """Cuts the tensors of a Hugging Face folder into chunks of a Megatron checkpoint."""
 
     source: HFCheckpoint
-    model: Model
     precisions: Precisions
     stored: dict[str, torch.dtype]
     notes: dict[str, str]
     finite: FiniteCheck
 
-    def position(self, rule: Rule, layer: int) -> tuple[str, int]:
-        """Where the first of a rule's tensors lies."""
-        entry = self.source.entry(self.model.names(rule, layer)[0])
+    def position(self, parameter: Parameter) -> tuple[str, int]:
+        """Where the first of a parameter's tensors lies."""
+        entry = self.source.entry(parameter.hf[0].name)
         return entry.file.name, entry.start
 
-    def chunks(self, rule: Rule, layer: int) -> list[Chunk]:
-        """A rule's tensor: parts that stand one above the other as they are, what must be woven together in one piece."""
-        names = self.model.names(rule, layer)
-        shape = rule.megatron_shape(self.model.sizes)
-        if isinstance(rule, (Copy, GateUp)) and len(shape) == 2:
-            made, row = [], 0
-            for name, part in zip(names, rule.hf_shapes(self.model.sizes)):
-                made += self._blocks(rule, layer, name, row, part[0])
-                row += part[0]
-            return made
-        return [self._chunk(rule, layer, (0,) * len(shape), shape, tuple(names), lambda: self._packed(rule, names))]
+    def chunks(self, parameter: Parameter) -> list[Chunk]:
+        """Parts that stand one above the other as they are, what must be woven together in one piece."""
+        runs = [parameter.arrangement.run(number) for number in range(len(parameter.hf))]
+        firsts = [run[0] for run in runs if run is not None]
+        if len(parameter.shape) == 2 and len(firsts) == len(runs):
+            return [chunk for part, first in zip(parameter.hf, firsts) for chunk in self._blocks(parameter, part, first)]
+        return [
+            self._chunk(parameter, (0,) * len(parameter.shape), parameter.shape, parameter.hf, partial(self._packed, parameter))
+        ]
 
-    def _packed(self, rule: Rule, names: list[str]) -> Tensor:
-        parts = [self.source.tensor(name) for name in names]
-        return _woven(rule, self.model, names, parts, self.precisions, self.notes, self.finite)
+    def _packed(self, parameter: Parameter) -> Tensor:
+        parts = [part.of(self.source.tensor(part.name)) for part in parameter.hf]
+        return _woven(parameter, parts, self.precisions, self.notes, self.finite)
 
-    def _blocks(self, rule: Rule, layer: int, name: str, first_row: int, count: int) -> list[Chunk]:
+    def _blocks(self, parameter: Parameter, part: HFTensor, first_row: int) -> list[Chunk]:
         """A tensor that is copied, in blocks of rows; its digest is complete with the last block."""
-        columns = rule.megatron_shape(self.model.sizes)[1]
-        dtype = self.precisions.of(name)
-        rows = max(1, _CHUNK_BYTES // (columns * self.stored[checkpoint_key(rule)].itemsize))
+        count, columns = part.shape
+        dtype = self.precisions.of(part.name)
+        rows = max(1, _CHUNK_BYTES // (columns * self.stored[parameter.key].itemsize))
         running: Any = hashlib.sha256()
 
         def produce(start: int, stop: int) -> Tensor:
-            part = self.source.tensor(name)[start:stop].to(dtype).contiguous()
-            self.finite(name, part)
-            running.update(raw(part))
+            block = part.of(self.source.tensor(part.name))[start:stop].to(dtype).contiguous()
+            self.finite(part.label, block)
+            running.update(raw(block))
             if stop == count:
-                self.notes[name] = running.hexdigest()
-            return part
+                self.notes[part.label] = running.hexdigest()
+            return block
 
         made = []
         for start in range(0, count, rows):
             stop = min(start + rows, count)
-            block = lambda start=start, stop=stop: produce(start, stop)  # noqa: E731
-            made.append(
-                self._chunk(rule, layer, (first_row + start, 0), (stop - start, columns), (name,), block, stop == count)
-            )
+            offset, shape = (first_row + start, 0), (stop - start, columns)
+            made.append(self._chunk(parameter, offset, shape, (part,), partial(produce, start, stop), stop == count))
         return made
 
     def _chunk(
-        self, rule: Rule, layer: int, offset: tuple[int, ...], shape: tuple[int, ...], names: tuple[str, ...],
-        produce: Callable[[], Tensor], last: bool = True,
+        self, parameter: Parameter, offset: Shape, shape: Shape, parts: tuple[HFTensor, ...], produce: Callable[[], Tensor],
+        last: bool = True,
     ) -> Chunk:  # fmt: skip
-        lead, lead_shape = _lead(self.model, rule, layer)
+        names = [part.name for part in parts]
 
         def prepare() -> None:
             for name in names:
@@ -200,18 +186,15 @@ class _FromFolder:
             for name in names if last else ():
                 self.source.release(name)
 
-        key, place, size = checkpoint_key(rule), (*lead, *offset), (*lead_shape, *shape)
-        return Chunk(key, self.model.global_shape(rule), place, size, self.stored[key], produce, names, prepare, release)
+        key, place, size = parameter.key, (*parameter.place, *offset), (*(1 for _ in parameter.place), *shape)
+        labels = tuple(part.label for part in parts)
+        return Chunk(key, parameter.global_shape, place, size, self.stored[key], produce, labels, prepare, release)
 
 
-def _extra_states(model: Model, rule: Rule, layer: int) -> list[str]:
+def _extra_states(parameter: Parameter) -> list[str]:
     """Names of the empty byte items that Megatron-Core keeps beside each linear layer's weight."""
-    if (
-        not rule.megatron.endswith(".weight")
-        or len(rule.megatron_shape(model.sizes)) != 2
-        or rule.megatron.startswith("embedding.")
-    ):
+    if not parameter.key.endswith(".weight") or len(parameter.shape) != 2 or parameter.key.startswith("embedding."):
         return []
-    base = checkpoint_key(rule).removesuffix("weight")
-    place = f"{layer}_{model.sizes.layers}" if model.layered(rule) else "0_1"
-    return [f"{base}_extra_state/shard_{place}"]
+    base = parameter.key.removesuffix("weight")
+    shard = f"{parameter.place[0]}_{parameter.counts[0]}" if parameter.place else "0_1"
+    return [f"{base}_extra_state/shard_{shard}"]

@@ -27,6 +27,7 @@ from megaswift.engine.kernels.megatron_fuse import fuse_embedding
 from megaswift.engine.kernels.products import PLAIN
 from megaswift.families import family_of
 from megaswift.families.base import is_tied
+from megaswift.families.stages import stage_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -184,6 +185,7 @@ def transformer_config(config: PreTrainedConfig, options: ModelOptions) -> Trans
     built = TransformerConfig(
         **family_of(config.model_type).settings(config),
         **recompute,
+        pipeline_model_parallel_layout=pipeline_layout(config, options.pp),
         activation_func=F.silu,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
@@ -214,6 +216,15 @@ def transformer_config(config: PreTrainedConfig, options: ModelOptions) -> Trans
     return built
 
 
+def pipeline_layout(config: PreTrainedConfig, pp: int) -> list[list[str]] | None:
+    """Megatron-Core's description of stages that have different numbers of layers; None where all have as many."""
+    counts = stage_layers(config, pp)
+    if len(set(counts)) == 1:
+        return None
+    stages = [["decoder"] * count for count in counts]
+    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
+
+
 def build(config: PreTrainedConfig, options: ModelOptions) -> ChatModel:
     """The model of this process's pipeline stage and tensor-parallel part, its weights not yet loaded (zeros).
 
@@ -223,10 +234,10 @@ def build(config: PreTrainedConfig, options: ModelOptions) -> ChatModel:
 
     megatron_config = transformer_config(config, options)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    stage_layers = config.num_hidden_layers // options.pp
+    own_layers = stage_layers(config, options.pp)[parallel_state.get_pipeline_model_parallel_rank()]
     model = ChatModel(
         config=megatron_config,
-        transformer_layer_spec=block_spec(PlainProvider(), stage_layers, megatron_config.qk_layernorm),
+        transformer_layer_spec=block_spec(PlainProvider(), own_layers, megatron_config.qk_layernorm),
         vocab_size=options.padded_vocab,
         max_sequence_length=config.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(),

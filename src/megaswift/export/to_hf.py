@@ -114,20 +114,22 @@ class _Form:
 
 def _form(weights: _Weights) -> _Form:
     """--dtype for all tensors; without it each tensor's own precision, of the source and of the training, the wider."""
-    from megaswift.convert import DTYPES, Model, Precisions, precisions_of_checkpoint
+    from megaswift.convert import DTYPES, Precisions, precisions_of_checkpoint
     from megaswift.convert.precision import chosen, other_dtypes, rounded, wider, with_masters
+    from megaswift.families import parameters_of
+    from megaswift.families.parameters import hf_shapes
 
-    model, args = Model(weights.config), weights.args
-    stored, recorded = precisions_of_checkpoint(weights.reader, model), other_dtypes(weights.manifest)
+    parameters, args = parameters_of(weights.config), weights.args
+    stored, recorded = precisions_of_checkpoint(weights.reader, parameters), other_dtypes(weights.manifest)
     if weights.manifest and not weights.manifest.get("iteration"):  # only converted: as the source was, or as --dtype said
         reader, own = weights.reader, Precisions(DTYPES.get(str(weights.manifest.get("dtype")), stored.main), recorded)
         had = own
     else:
-        reader, own = with_masters(weights.reader, model, stored, recorded)
+        reader, own = with_masters(weights.reader, parameters, stored, recorded)
         had = Precisions(own.main, {**own.others, **wider(recorded, own)})
     asked = args.dtype if "dtype" in args.explicit() and args.dtype != "AUTO" else None
     own = chosen(own, asked, str(weights.directory))
-    return _Form(reader, had, own, rounded(had, own, model.expected()))
+    return _Form(reader, had, own, rounded(had, own, hf_shapes(parameters)))
 
 
 def _own_weights(root: Path, args: ExportArguments) -> _Weights:
@@ -211,9 +213,10 @@ def _write(weights: _Weights, form: _Form, target: Path, root: Path) -> tuple[Wr
 
 
 def _shapes(config: Any) -> list[tuple[int, ...]]:
-    from megaswift.convert import Model
+    from megaswift.families import parameters_of
+    from megaswift.families.parameters import hf_shapes
 
-    return list(Model(config).expected().values())
+    return list(hf_shapes(parameters_of(config)).values())
 
 
 def _identity(weights: _Weights) -> Any:
@@ -227,7 +230,8 @@ def _identity(weights: _Weights) -> Any:
 
 def _prove(written: Path, weights: _Weights, form: _Form, logits: bool) -> dict[str, Any]:
     """Read the folder back, compare it with the Megatron weights, and both models' logits unless a weight is not finite."""
-    from megaswift.convert import Model, verify_written
+    from megaswift.convert import verify_written
+    from megaswift.families import parameters_of
     from megaswift.hf.config import load_config
     from megaswift.hf.read import HFCheckpoint
     from megaswift.proof.prove import prove
@@ -236,7 +240,7 @@ def _prove(written: Path, weights: _Weights, form: _Form, logits: bool) -> dict[
     equal = verify_written(source, form.reader, weights.config, form.precisions)
     if not logits:
         return {"round_trip_tensors": equal}
-    reader = _Rounded(form.reader, form.precisions.stored(Model(weights.config)))
+    reader = _Rounded(form.reader, form.precisions.stored(parameters_of(weights.config)))
     return prove(load_config(written), source, reader, form.precisions, written, equal)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import time
 from collections.abc import Callable
@@ -139,13 +138,14 @@ def classic_to_megatron(args: ExportArguments) -> Path:
             fix="for a Hugging Face model give --model_type NAME or --model_id_or_path DIR",
         )
     from megaswift.checkpoint.reader import Reader
-    from megaswift.convert import Model, megatron_to_megatron, precisions_of_checkpoint, verify_round_trip
+    from megaswift.convert import megatron_to_megatron, precisions_of_checkpoint, verify_round_trip
     from megaswift.convert.new_rows import GrownReader, require_old_rows
     from megaswift.convert.precision import chosen
     from megaswift.export.old import open_classic
+    from megaswift.families import parameters_of
 
     old = open_classic(found, root, args)
-    had = precisions_of_checkpoint(old.reader, Model(old.config))
+    had = precisions_of_checkpoint(old.reader, parameters_of(old.config))
     asked = None if args.dtype == "AUTO" or "dtype" not in args.explicit() else args.dtype
     precisions = chosen(had, asked, str(found.directory))
     options, added, model_dir = _with_new_tokens(old.args, old.model_dir)
@@ -289,8 +289,8 @@ def _finish(
 
 def _bytes(config: Any, precisions: Precisions) -> int:
     """Size of a model's Megatron tensors."""
-    from megaswift.convert import Model, checkpoint_key
+    from megaswift.families import parameters_of
 
-    model = Model(config)
-    stored = precisions.stored(model)
-    return sum(math.prod(rule.megatron_shape(model.sizes)) * stored[checkpoint_key(rule)].itemsize for rule, _ in model.each())
+    parameters = parameters_of(config)
+    stored = precisions.stored(parameters)
+    return sum(parameter.size * stored[parameter.key].itemsize for parameter in parameters)

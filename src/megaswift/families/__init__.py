@@ -5,9 +5,14 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from functools import cache
+from typing import TYPE_CHECKING
 
 from megaswift.errors import UserError, nearest
 from megaswift.families.base import Family
+from megaswift.families.parameters import Parameter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @cache
@@ -15,7 +20,7 @@ def families() -> dict[str, Family]:
     """Hugging Face type name -> family, from every module of this package."""
     found: dict[str, Family] = {}
     for module in pkgutil.iter_modules(__path__):
-        if module.name in ("base", "rules", "model_types"):
+        if module.name in ("base", "parameters", "rules", "model_types", "stages"):
             continue
         for value in vars(importlib.import_module(f"{__name__}.{module.name}")).values():
             if isinstance(value, Family):
@@ -33,3 +38,8 @@ def family_of(hf_type: str, where: str = "config.json") -> Family:
             fix=f"known families: {', '.join(sorted(known))}; nearest: {nearest(hf_type, sorted(known))}",
         )
     return known[hf_type]
+
+
+def parameters_of(config: PreTrainedConfig) -> list[Parameter]:
+    """All tensors of a model, in the order of the computation."""
+    return family_of(config.model_type).parameters(config)

@@ -5,12 +5,13 @@ A config field that changes the computation is honoured (it reaches the settings
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from megaswift.errors import UserError
-from megaswift.families.rules import Rule, Sizes, Vocab
+from megaswift.families.parameters import Parameter
+from megaswift.families.rules import Rule, Sizes, expanded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -72,19 +73,9 @@ class Family:
         """The rules of a model with tied or separate output weights."""
         return tuple(rule for rule in self.rules if not (tied and rule.megatron == OUTPUT_LAYER))
 
-    def expected(self, sizes: Sizes, tied: bool) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor that a Hugging Face folder of this family holds."""
-        names: dict[str, tuple[int, ...]] = {}
-        for rule, layer in self.each(sizes, tied):
-            for name, shape in zip(rule.hf, rule.hf_shapes(sizes)):
-                names[name.format(i=layer)] = shape
-        return names
-
-    def each(self, sizes: Sizes, tied: bool) -> Iterator[tuple[Rule, int]]:
-        """Every rule with every layer it holds for (0 for tensors outside the layers)."""
-        for rule in self.rules_for(tied):
-            for layer in range(sizes.layers if "{i}" in rule.megatron else 1):
-                yield rule, layer
+    def parameters(self, config: PreTrainedConfig) -> list[Parameter]:
+        """All tensors of a model of this family, in the order of the computation."""
+        return expanded(self.rules_for(is_tied(config)), sizes_of(config))
 
     def audit(self, config: PreTrainedConfig, where: str = "config.json") -> None:
         """Raise UserError for a config field that this family neither honours nor knows as neutral."""
@@ -237,7 +228,6 @@ def is_tied(config: PreTrainedConfig) -> bool:
 __all__ = [
     "OUTPUT_LAYER",
     "Family",
-    "Vocab",
     "attention_window",
     "context_length",
     "decoder_settings",

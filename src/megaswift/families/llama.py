@@ -1,7 +1,7 @@
 """Llama 2 to 3.x and every decoder built like it (SmolLM2, Yi, DeepSeek-LLM): the rules that the other families start from."""
 
 from megaswift.families.base import OUTPUT_LAYER, Family, decoder_settings
-from megaswift.families.rules import Copy, FusedQKV, GateUp, Vocab
+from megaswift.families.rules import copy, gate_up, qkv, vocab
 
 _HF = "model.layers.{i}."
 _MEGATRON = "decoder.layers.{i}."
@@ -10,18 +10,18 @@ LLAMA = Family(
     name="llama",
     hf_types=("llama",),
     rules=(
-        Vocab("embedding.word_embeddings.weight", "model.embed_tokens.weight"),
-        Copy(_MEGATRON + "self_attention.linear_qkv.layer_norm_weight", _HF + "input_layernorm.weight", ("hidden",)),
-        FusedQKV(
+        vocab("embedding.word_embeddings.weight", "model.embed_tokens.weight"),
+        copy(_MEGATRON + "self_attention.linear_qkv.layer_norm_weight", _HF + "input_layernorm.weight", ("hidden",)),
+        qkv(
             _MEGATRON + "self_attention.linear_qkv.weight",
             (_HF + "self_attn.q_proj.weight", _HF + "self_attn.k_proj.weight", _HF + "self_attn.v_proj.weight"),
         ),
-        Copy(_MEGATRON + "self_attention.linear_proj.weight", _HF + "self_attn.o_proj.weight", ("hidden", "q_rows"), split=1),
-        Copy(_MEGATRON + "mlp.linear_fc1.layer_norm_weight", _HF + "post_attention_layernorm.weight", ("hidden",)),
-        GateUp(_MEGATRON + "mlp.linear_fc1.weight", (_HF + "mlp.gate_proj.weight", _HF + "mlp.up_proj.weight")),
-        Copy(_MEGATRON + "mlp.linear_fc2.weight", _HF + "mlp.down_proj.weight", ("hidden", "ffn"), split=1),
-        Copy("decoder.final_layernorm.weight", "model.norm.weight", ("hidden",)),
-        Vocab(OUTPUT_LAYER, "lm_head.weight"),
+        copy(_MEGATRON + "self_attention.linear_proj.weight", _HF + "self_attn.o_proj.weight", ("hidden", "q_rows"), split=1),
+        copy(_MEGATRON + "mlp.linear_fc1.layer_norm_weight", _HF + "post_attention_layernorm.weight", ("hidden",)),
+        gate_up(_MEGATRON + "mlp.linear_fc1.weight", (_HF + "mlp.gate_proj.weight", _HF + "mlp.up_proj.weight")),
+        copy(_MEGATRON + "mlp.linear_fc2.weight", _HF + "mlp.down_proj.weight", ("hidden", "ffn"), split=1),
+        copy("decoder.final_layernorm.weight", "model.norm.weight", ("hidden",)),
+        vocab(OUTPUT_LAYER, "lm_head.weight"),
     ),
     settings=decoder_settings,
     tiny=dict(

@@ -2,7 +2,7 @@
 
 from megaswift.families.base import Family, decoder_settings
 from megaswift.families.llama import LLAMA
-from megaswift.families.rules import FusedQKV
+from megaswift.families.rules import qkv
 
 _ATTENTION = "model.layers.{i}.self_attn."
 
@@ -11,7 +11,7 @@ QWEN2 = Family(
     hf_types=("qwen2",),
     rules=LLAMA.rules
     + (
-        FusedQKV(
+        qkv(
             "decoder.layers.{i}.self_attention.linear_qkv.bias",
             (_ATTENTION + "q_proj.bias", _ATTENTION + "k_proj.bias", _ATTENTION + "v_proj.bias"),
             bias=True,

@@ -2,15 +2,15 @@
 
 from megaswift.families.base import Family, decoder_settings
 from megaswift.families.llama import LLAMA
-from megaswift.families.rules import Copy
+from megaswift.families.rules import copy
 
 QWEN3 = Family(
     name="qwen3",
     hf_types=("qwen3",),
     rules=LLAMA.rules
     + (
-        Copy("decoder.layers.{i}.self_attention.q_layernorm.weight", "model.layers.{i}.self_attn.q_norm.weight", ("head_dim",)),
-        Copy("decoder.layers.{i}.self_attention.k_layernorm.weight", "model.layers.{i}.self_attn.k_norm.weight", ("head_dim",)),
+        copy("decoder.layers.{i}.self_attention.q_layernorm.weight", "model.layers.{i}.self_attn.q_norm.weight", ("head_dim",)),
+        copy("decoder.layers.{i}.self_attention.k_layernorm.weight", "model.layers.{i}.self_attn.k_norm.weight", ("head_dim",)),
     ),
     settings=lambda config: decoder_settings(config) | {"qk_layernorm": True},
     tiny=dict(

@@ -1,24 +1,25 @@
-"""The rule kinds that say how Hugging Face tensors and Megatron tensors correspond, in both directions.
+"""How a family states its tensors: one rule for all layers (and experts), with names in which `{i}` is the layer and `{e}` the expert.
 
-A rule names tensors by templates in which `{i}` is the layer. Megatron names are those that stand in a checkpoint
-(the spelling of TransformerEngine's fused modules, which the local modules are saved under as well). `pack` turns the
-Hugging Face tensors of one layer into the Megatron tensor, `unpack` is its exact inverse, and `shard` and `merge` cut
-the Megatron tensor for tensor parallelism and put it together again. No rule changes a value: both directions are
-bit-exact.
+Megatron names are those that stand in a checkpoint (the spelling of TransformerEngine's fused modules, which the local modules
+are saved under as well). `expanded` turns the rules of a family into the list of a model's parameters; what comes after
+knows nothing of rules.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from megaswift.families.parameters import Arrangement, HFTensor, Parameter, Shape, grouped, stacked, whole
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of one model, as its config names them."""
+    """The sizes of one model, as its config names them.
+
+    Args:
+        more: what only some families have, by name (experts, for example).
+    """
 
     layers: int
     hidden: int
@@ -27,163 +28,119 @@ class Sizes:
     head_dim: int
     ffn: int
     vocab: int
+    more: Mapping[str, int] = field(default_factory=dict)
 
-    @property
-    def group(self) -> int:
-        """Rows of one key/value group in the fused matrix: its queries, one key, one value."""
-        return (self.heads // self.kv_heads + 2) * self.head_dim
-
-
-class Rule(Protocol):
-    """What every rule kind offers; shapes are those of one layer."""
-
-    @property
-    def megatron(self) -> str: ...
-
-    @property
-    def hf(self) -> tuple[str, ...]: ...
-
-    def hf_shapes(self, sizes: Sizes) -> list[tuple[int, ...]]:
-        """Shapes of the Hugging Face tensors, in the order of `hf`."""
-        ...
-
-    def megatron_shape(self, sizes: Sizes) -> tuple[int, ...]:
-        """Shape of the unsplit Megatron tensor, without vocabulary padding."""
-        ...
-
-    def pack(self, parts: list[Tensor], sizes: Sizes) -> Tensor:
-        """Hugging Face tensors -> the Megatron tensor."""
-        ...
-
-    def unpack(self, tensor: Tensor, sizes: Sizes) -> list[Tensor]:
-        """The Megatron tensor -> Hugging Face tensors; vocabulary padding is dropped."""
-        ...
-
-    def shard(self, tensor: Tensor, tp: int) -> list[Tensor]:
-        """The Megatron tensor -> one piece for each tensor-parallel rank."""
-        ...
-
-    def merge(self, pieces: list[Tensor]) -> Tensor:
-        """Pieces of all tensor-parallel ranks -> the Megatron tensor."""
-        ...
+    def __getitem__(self, name: str) -> int:
+        derived = {"q_rows": self.heads * self.head_dim, "kv_rows": self.kv_heads * self.head_dim}
+        return derived[name] if name in derived else self.more[name] if name in self.more else int(getattr(self, name))
 
 
 @dataclass(frozen=True)
-class Copy:
-    """One tensor, the same on both sides.
+class Rule:
+    """A kind of tensor, for every layer (and expert) that has it.
 
     Args:
-        shape: names of `Sizes` fields, for example ("hidden",) or ("hidden", "q_rows").
-        split: axis that tensor parallelism cuts; None where every rank holds the whole.
+        megatron: name in Megatron-Core's model.
+        hf: names of the Hugging Face tensors that it is made of.
+        shapes: their shapes (of the part, where a tensor of the folder holds several experts).
+        arrangement: how they make the Megatron tensor.
+        padded: whether Megatron may hold more rows.
+        layers: which layers have it; None: all.
+        stacked: the folder holds the tensors of all experts as one.
+        transposed: the folder holds rows and columns exchanged.
     """
 
     megatron: str
-    source: str
-    shape: tuple[str, ...]
-    split: int | None = None
-
-    @property
-    def hf(self) -> tuple[str, ...]:
-        return (self.source,)
-
-    def hf_shapes(self, sizes: Sizes) -> list[tuple[int, ...]]:
-        named = {**vars(sizes), "q_rows": sizes.heads * sizes.head_dim}
-        return [tuple(named[name] for name in self.shape)]
-
-    def megatron_shape(self, sizes: Sizes) -> tuple[int, ...]:
-        return self.hf_shapes(sizes)[0]
-
-    def pack(self, parts: list[Tensor], sizes: Sizes) -> Tensor:
-        return parts[0]
-
-    def unpack(self, tensor: Tensor, sizes: Sizes) -> list[Tensor]:
-        return [tensor]
-
-    def shard(self, tensor: Tensor, tp: int) -> list[Tensor]:
-        return [tensor] * tp if self.split is None else list(tensor.chunk(tp, self.split))
-
-    def merge(self, pieces: list[Tensor]) -> Tensor:
-        import torch
-
-        return pieces[0] if self.split is None else torch.cat(pieces, self.split)
+    hf: tuple[str, ...]
+    shapes: Callable[[Sizes], list[Shape]]
+    arrangement: Callable[[Sizes], Arrangement]
+    padded: bool = False
+    layers: Callable[[int], bool] | None = None
+    stacked: bool = False
+    transposed: bool = False
 
 
-@dataclass(frozen=True)
-class Vocab(Copy):
+def copy(megatron: str, hf: str, shape: tuple[str, ...], split: int | None = None) -> Rule:
+    """One tensor, the same on both sides.
+
+    Args:
+        shape: names of sizes, for example ("hidden", "q_rows").
+        split: axis that tensor parallelism cuts; None where every rank holds the whole.
+    """
+    return Rule(
+        megatron, (hf,), lambda sizes: [tuple(sizes[name] for name in shape)], lambda sizes: whole(sizes[shape[0]], split)
+    )
+
+
+def vocab(megatron: str, hf: str) -> Rule:
     """An embedding or output matrix: rows are tokens, and Megatron may hold padding rows at the end."""
-
-    shape: tuple[str, ...] = ("vocab", "hidden")
-    split: int | None = 0
-
-    def unpack(self, tensor: Tensor, sizes: Sizes) -> list[Tensor]:
-        return [tensor[: sizes.vocab]]
+    return Rule(megatron, (hf,), lambda sizes: [(sizes.vocab, sizes.hidden)], lambda sizes: whole(sizes.vocab, 0), padded=True)
 
 
-@dataclass(frozen=True)
-class FusedQKV:
+def qkv(megatron: str, hf: tuple[str, str, str], bias: bool = False) -> Rule:
     """Query, key and value fused into one matrix (or bias), grouped by key/value head: [q .. q, k, v] for each."""
 
-    megatron: str
-    hf: tuple[str, str, str]
-    bias: bool = False
+    def shapes(sizes: Sizes) -> list[Shape]:
+        columns = () if bias else (sizes.hidden,)
+        return [(sizes["q_rows"], *columns), (sizes["kv_rows"], *columns), (sizes["kv_rows"], *columns)]
 
-    def hf_shapes(self, sizes: Sizes) -> list[tuple[int, ...]]:
-        columns = () if self.bias else (sizes.hidden,)
-        query, key = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
-        return [(query, *columns), (key, *columns), (key, *columns)]
+    def arrangement(sizes: Sizes) -> Arrangement:
+        return grouped(sizes.kv_heads, sizes["q_rows"] // sizes.kv_heads, sizes.head_dim, sizes.head_dim)
 
-    def megatron_shape(self, sizes: Sizes) -> tuple[int, ...]:
-        return (sizes.kv_heads * sizes.group,) if self.bias else (sizes.kv_heads * sizes.group, sizes.hidden)
-
-    def pack(self, parts: list[Tensor], sizes: Sizes) -> Tensor:
-        import torch
-
-        grouped = [part.reshape(sizes.kv_heads, -1, *part.shape[1:]) for part in parts]
-        return torch.cat(grouped, dim=1).reshape(self.megatron_shape(sizes))
-
-    def unpack(self, tensor: Tensor, sizes: Sizes) -> list[Tensor]:
-        rows = [sizes.group - 2 * sizes.head_dim, sizes.head_dim, sizes.head_dim]
-        parts = tensor.reshape(sizes.kv_heads, sizes.group, *tensor.shape[1:]).split(rows, dim=1)
-        return [part.reshape(shape) for part, shape in zip(parts, self.hf_shapes(sizes))]
-
-    def shard(self, tensor: Tensor, tp: int) -> list[Tensor]:
-        return list(tensor.chunk(tp, 0))
-
-    def merge(self, pieces: list[Tensor]) -> Tensor:
-        import torch
-
-        return torch.cat(pieces, 0)
+    return Rule(megatron, hf, shapes, arrangement)
 
 
-@dataclass(frozen=True)
-class GateUp:
+def gate_up(megatron: str, hf: tuple[str, str], rows: str = "ffn") -> Rule:
     """Gate and up projections of a gated MLP, one above the other; tensor parallelism cuts inside each half."""
+    return Rule(megatron, hf, lambda sizes: [(sizes[rows], sizes.hidden)] * 2, lambda sizes: stacked(sizes[rows], sizes[rows]))
 
-    megatron: str
-    hf: tuple[str, str]
 
-    def hf_shapes(self, sizes: Sizes) -> list[tuple[int, ...]]:
-        return [(sizes.ffn, sizes.hidden)] * 2
+def expanded(rules: Iterable[Rule], sizes: Sizes) -> list[Parameter]:
+    """The parameters of a model, in the order of the computation: embedding, layers one by one, the rest.
 
-    def megatron_shape(self, sizes: Sizes) -> tuple[int, ...]:
-        return (2 * sizes.ffn, sizes.hidden)
+    Where every layer has the same tensors Megatron-Core stacks them in a checkpoint; where layers differ each has keys of its own.
+    """
+    rules = tuple(rules)
+    uniform = all(rule.layers is None for rule in rules)
+    layers: dict[int, list[Parameter]] = {}
+    for rule in rules:
+        arrangement, shapes = rule.arrangement(sizes), rule.shapes(sizes)
+        layered = "{i}" in rule.megatron
+        outside = -1 if rule.megatron.startswith("embedding.") else sizes.layers
+        for layer in range(sizes.layers) if layered else (outside,):
+            if layered and rule.layers is not None and not rule.layers(layer):
+                continue
+            made = _of_layer(rule, sizes, layer if layered else None, arrangement, shapes, uniform)
+            layers.setdefault(layer, []).extend(made)
+    return [parameter for layer in sorted(layers) for parameter in layers[layer]]
 
-    def pack(self, parts: list[Tensor], sizes: Sizes) -> Tensor:
-        import torch
 
-        return torch.cat(parts, 0)
-
-    def unpack(self, tensor: Tensor, sizes: Sizes) -> list[Tensor]:
-        return list(tensor.chunk(2, 0))
-
-    def shard(self, tensor: Tensor, tp: int) -> list[Tensor]:
-        import torch
-
-        gate, up = tensor.chunk(2, 0)
-        return [torch.cat(pair, 0) for pair in zip(gate.chunk(tp, 0), up.chunk(tp, 0))]
-
-    def merge(self, pieces: list[Tensor]) -> Tensor:
-        import torch
-
-        halves = [piece.chunk(2, 0) for piece in pieces]
-        return torch.cat([half[0] for half in halves] + [half[1] for half in halves], 0)
+def _of_layer(
+    rule: Rule, sizes: Sizes, layer: int | None, arrangement: Arrangement, shapes: list[Shape], uniform: bool
+) -> list[Parameter]:
+    """One parameter, or one for each expert."""
+    experts = sizes["experts"] if "{e}" in rule.megatron else None
+    place, counts, key = [], [], rule.megatron.replace(".{e}", "")
+    if layer is not None and uniform:
+        place, counts, key = [layer], [sizes.layers], key.replace(".{i}", "")
+    made = []
+    for expert in range(experts) if experts else (None,):
+        index = expert if rule.stacked else None
+        hf = tuple(
+            HFTensor(name.format(i=layer, e=expert), shape, index, experts or 1, rule.transposed)
+            for name, shape in zip(rule.hf, shapes, strict=True)
+        )
+        own = [] if expert is None else [expert]
+        made.append(
+            Parameter(
+                name=rule.megatron.format(i=layer, e=expert),
+                key=key.format(i=layer),
+                place=(*place, *own),
+                counts=(*counts, *([experts] if experts else [])),
+                shape=(arrangement.size, *shapes[0][1:]),
+                hf=hf,
+                arrangement=arrangement,
+                padded=rule.padded,
+            )
+        )
+    return made

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from megaswift.errors import DataError
-from megaswift.families import family_of
-from megaswift.families.base import is_tied, sizes_of
+from megaswift.families import parameters_of
+from megaswift.families.base import is_tied
+from megaswift.families.parameters import hf_shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -21,7 +22,7 @@ def check_source(source: HFCheckpoint, config: PreTrainedConfig) -> None:
     tied = is_tied(config)
     ignorable = {"lm_head.weight"} if tied else set()
     ignorable |= {name for name in source.names if name.endswith(".rotary_emb.inv_freq")}
-    source.check_names(family_of(config.model_type).expected(sizes_of(config), tied), ignorable)
+    source.check_names(hf_shapes(parameters_of(config)), ignorable)
     copied = tied and "lm_head.weight" in source.names
     if copied and not torch.equal(source.tensor("lm_head.weight"), source.tensor("model.embed_tokens.weight")):
         raise DataError(

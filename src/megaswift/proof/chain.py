@@ -78,17 +78,18 @@ def _digests_of_folder(directory: Path) -> dict[str, str]:
 
 def _digests_of_checkpoint(directory: Path) -> dict[str, str]:
     from megaswift.checkpoint.reader import Reader
-    from megaswift.convert import Model, digest
+    from megaswift.convert.model import digest, read_hf
+    from megaswift.families import parameters_of
     from megaswift.hf.config import load_config
 
-    model, reader = Model(load_config(directory.parent)), Reader(directory)
+    reader = Reader(directory)
     found: dict[str, str] = {}
-    for rule, layer in model.each():
+    for parameter in parameters_of(load_config(directory.parent)):
         try:
-            values = model.read_hf(reader, rule, layer)
+            values = read_hf(reader, parameter)
         except DataError:
             values = []  # its tensors count as changed
-        found.update(zip(model.names(rule, layer), (digest(value) for value in values)))
+        found.update(zip(parameter.labels, (digest(value) for value in values)))
     return found
 
 

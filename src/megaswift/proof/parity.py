@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from megaswift.convert.model import MegatronReader, Model
+from megaswift.convert.model import MegatronReader
 from megaswift.convert.precision import Precisions
-from megaswift.families.rules import Rule, Sizes
+from megaswift.families import parameters_of
+from megaswift.families.parameters import Parameter
 from megaswift.proof.audit import Finding, audit
 from megaswift.proof.prompts import token_rows
 from megaswift.proof.streams import Streamed, hf_stream, local_name, megatron_stream, one_process
@@ -209,30 +210,34 @@ class _Enough(Exception):
 
 def _first_difference(config: PreTrainedConfig, reference: Streamed, measured: Streamed, batch: _Batch, layer: int) -> str:
     """Name the first module whose result differs: in the embedding (layer -1), in a layer, or after the last one."""
-    view = Model(config)
     if layer < 0:
         return "embedding.word_embeddings (model.embed_tokens): the rows of the tokens differ"
-    modules = [
-        (rule, number)
-        for rule, number in view.each()
-        if rule.megatron.endswith("weight") and number == (layer if view.layered(rule) else 0)
+    inside = layer < config.num_hidden_layers
+    prefix = f"decoder.layers.{layer}." if inside else ""
+    chosen = [
+        parameter
+        for parameter in parameters_of(config)
+        if parameter.name.endswith("weight") and parameter.name.startswith(prefix) and (inside or _outside(parameter.name))
     ]
-    inside = layer < view.sizes.layers
-    chosen = [rule for rule, _ in modules if view.layered(rule) == inside and not rule.megatron.startswith("embedding.")]
-    found = _captured(measured, [local_name(rule.megatron.format(i=layer)) for rule in chosen], batch, layer)
-    wanted = _captured(reference, [name for rule in chosen for name in view.names(rule, layer)], batch, layer)
+    found = _captured(measured, [local_name(parameter.name) for parameter in chosen], batch, layer)
+    wanted = _captured(reference, [part.name for parameter in chosen for part in parameter.hf], batch, layer)
     order = {name: place for place, name in enumerate(found)}
-    for rule in sorted(chosen, key=lambda rule: order.get(_module(local_name(rule.megatron.format(i=layer))), 0)):
-        ours, theirs = _module(local_name(rule.megatron.format(i=layer))), [_module(name) for name in view.names(rule, layer)]
+    for parameter in sorted(chosen, key=lambda parameter: order.get(_module(local_name(parameter.name)), 0)):
+        ours, theirs = _module(local_name(parameter.name)), [_module(part.name) for part in parameter.hf]
         if ours not in found or any(name not in wanted for name in theirs):
             continue
         if relative(wanted[theirs[0]][0], found[ours][0]) > MAX_STATE:
             return f"{ours}: what comes into it differs ({_before(ours)}); every module before it agrees"
-        for name, part in zip(theirs, _parts(rule, found[ours][1], view.sizes)):
+        for name, part in zip(theirs, _parts(parameter, found[ours][1])):
             difference = relative(wanted[name][1], part)
             if difference > MAX_STATE:
                 return f"{ours} ({name}): its input agrees, its output differs by {difference:.2g} of its length"
     return f"decoder.layers.{layer}" if inside else "output_layer (lm_head)"
+
+
+def _outside(name: str) -> bool:
+    """Whether a parameter comes after the last layer."""
+    return not name.startswith(("decoder.layers.", "embedding."))
 
 
 def _before(module: str) -> str:
@@ -274,14 +279,8 @@ def _captured(model: Streamed, parameters: list[str], batch: _Batch, layer: int)
     return kept
 
 
-def _parts(rule: Rule, out: Tensor, sizes: Sizes) -> list[Tensor]:
-    """A fused module's output [s, rows] as the outputs of the Hugging Face modules, by the rule that unpacks its weight.
-
-    For that the tokens take the place of the weight's columns.
-    """
-    if len(rule.hf) == 1:
+def _parts(parameter: Parameter, out: Tensor) -> list[Tensor]:
+    """A fused module's output [s, rows] as the outputs of the Hugging Face modules, arranged as the rows of its weight are."""
+    if len(parameter.hf) == 1:
         return [out]
-    import dataclasses
-
-    turned = rule.unpack(out.t().contiguous(), dataclasses.replace(sizes, hidden=len(out)))
-    return [part.t() for part in turned]
+    return [part.t() for part in parameter.arrangement.unpack(out.t().contiguous())]

@@ -16,8 +16,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from megaswift.convert.model import MegatronReader, Model, checkpoint_key
+from megaswift.convert.model import MegatronReader
 from megaswift.convert.precision import Precisions
+from megaswift.families import parameters_of
 from megaswift.families.base import is_tied
 
 if TYPE_CHECKING:
@@ -87,7 +88,6 @@ def megatron_stream(config: PreTrainedConfig, reader: MegatronReader) -> Streame
     from megaswift.engine.backend import PlainProvider, block_spec
     from megaswift.engine.model import ChatModel, ModelOptions, RotaryTable, transformer_config
 
-    view = Model(config)
     rows = reader.shape("embedding.word_embeddings.weight")[0]
     settings = transformer_config(config, ModelOptions(tp=1, pp=1, dtype="fp32", padded_vocab=rows))
     settings.plain_layers = True  # type: ignore[attr-defined]  # every module is called, so that its weights can be streamed
@@ -103,15 +103,13 @@ def megatron_stream(config: PreTrainedConfig, reader: MegatronReader) -> Streame
             true_vocab=config.vocab_size,
         )
     model.eval()
-    places = {local_name(rule.megatron.format(i=layer)): (rule, layer) for rule, layer in view.each()}
+    parameters = {local_name(parameter.name): parameter for parameter in parameters_of(config)}
 
     def load(name: str) -> Tensor:
-        rule, layer = places[name]
-        return reader.read(checkpoint_key(rule), view.place(rule, layer))
+        return reader.read(parameters[name].key, parameters[name].place)
 
     def release(name: str) -> None:
-        rule, layer = places[name]
-        reader.release(checkpoint_key(rule), view.place(rule, layer))
+        reader.release(parameters[name].key, parameters[name].place)
 
     for name, module in model.named_modules():
         own = {part: f"{name}.{part}" for part, _ in module.named_parameters(recurse=False)}
