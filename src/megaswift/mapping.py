@@ -79,6 +79,16 @@ def warmup_iters(args: SftArguments, facts: Facts) -> int:
     return min(asked_warmup(args, steps), steps)
 
 
+def warmup_note(args: SftArguments, steps: int) -> str:
+    """A sentence on a warm-up that leaves no step at the full learning rate, else nothing."""
+    asked = asked_warmup(args, steps)
+    if asked < steps or steps <= 1:
+        return ""
+    given = f"--warmup_steps {asked}" if args.warmup_steps > 0 else f"--warmup_ratio {args.warmup_ratio:g}"
+    what = f"is longer than the run: it is cut to {steps} steps" if asked > steps else "is the whole run"
+    return f"the warm-up ({given}) {what}, and the learning rate rises until the last one and never falls."
+
+
 TABLE = (
     Row(("optimizer",), "optim", lambda a, f: OPTIMIZERS[a.optim]),
     Row(("lr_decay_style",), "lr_scheduler_type", lambda a, f: DECAY_STYLES[a.lr_scheduler_type]),
