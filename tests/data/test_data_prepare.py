@@ -182,7 +182,8 @@ def test_what_changes_the_sampling(run: Callable[..., PreparedData], jsonl: Json
 
 @pytest.mark.parametrize(("strategy", "kept"), [("delete", 2), ("truncation_left", 3), ("split", 5)])
 def test_long_rows(run: Callable[..., PreparedData], template: ChatTemplate, jsonl: Jsonl, strategy: str, kept: int) -> None:
-    items = [*rows(2), {"query": "q", "response": "y" * 230}]
+    long = {"history": [["q", "y" * 150]], "query": "how", "response": "y" * 50}  # without loss between its answers
+    items = [*rows(2), long]
     data = run(jsonl(items), dataset_test_ratio=0.0, max_length=100, truncation_strategy=strategy)
     assert len(data.train) == kept and data.train.lengths.max() <= 100
     assert data.report.datasets[0].too_long.count == 1 and "rows.jsonl:3" in data.report.datasets[0].too_long.places[0]
@@ -190,6 +191,8 @@ def test_long_rows(run: Callable[..., PreparedData], template: ChatTemplate, jso
     if strategy == "truncation_left":
         for part in (0, 1):  # ids and labels
             assert data.train[2][part].tolist() == whole.train[2][part][-100:].tolist()
+        learnt = data.train[2][1] >= 0
+        assert learnt[0] and learnt[-1] and not learnt.all(), "a mask that is one off must differ"
     if strategy == "split":
         assert np.concatenate([data.train[row][1] for row in range(2, 5)]).tolist() == whole.train[2][1].tolist()
 

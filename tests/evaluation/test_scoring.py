@@ -148,6 +148,7 @@ def test_no_question_is_its_own_solved_example() -> None:
         bench.common_examples(items, 3)
     asked = OwnScorer(bench, 2).asked()[0].messages[-1]["content"]
     assert asked.count("Question  0?") == 1 and "Question 0?" not in asked
+    assert asked.index("Question  1?") < asked.index("Question   2?") < asked.index("Question  0?")
 
 
 def test_rouge_l() -> None:
