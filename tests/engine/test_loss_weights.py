@@ -15,7 +15,7 @@ import torch
 from megaswift.arguments import SftArguments
 from megaswift.checkpoint.reader import Reader
 from megaswift.data.store import TokenRows
-from megaswift.engine.loop import Job
+from megaswift.engine.job import Job
 from tests.engine.test_packed import LAYOUTS, SAMPLES, job
 from tests.ranks import RankPool
 from tests.training import tiny_start
@@ -39,17 +39,18 @@ def write_weighted(path: Path) -> Path:
 def one_step(jobs: list[tuple[str, str]]) -> list[tuple[float, float, int, float]]:
     """On one rank: (loss, gradient norm, supervised tokens, sum of weights) of each job's only step; gradients are saved."""
     from megaswift.checkpoint.save import save
-    from megaswift.engine import loop, ranks
-    from megaswift.parity.rank import _Gradients
+    from megaswift.engine import ranks
+    from megaswift.engine.gradients import Gradients
+    from megaswift.engine.setup import open_batches, restore_trainer
 
     loaded = [Job.read(Path(path)) for path, _ in jobs]
     plan, result = loaded[0].plan, []
     with ranks.joined(plan.tp, plan.pp, 42, plan.cp) as rank:
         for item, (_, target) in zip(loaded, jobs, strict=True):
-            trainer, _ = loop._restored(item, SftArguments(**item.options))
-            batches, _ = loop._batches(item, SftArguments(**item.options), rank)
+            trainer, _ = restore_trainer(item, SftArguments(**item.options))
+            batches, _ = open_batches(item, SftArguments(**item.options), rank)
             sums = trainer.gradients(batches.step(0))
-            save(Path(target), 1, _Gradients(trainer, trainer.gradient_divisor(sums)), only_model=True, extra={}, manifest={})
+            save(Path(target), 1, Gradients(trainer, trainer.gradient_divisor(sums)), only_model=True, extra={}, manifest={})
             step = trainer.update(sums)
             result.append((step.loss, step.grad_norm or 0.0, step.supervised, step.weight))
             trainer.close()

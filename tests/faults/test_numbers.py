@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megaswift.engine.loop import Job
+from megaswift.engine.job import Job
 from megaswift.engine.spikes import FEWEST, NormHistory
 from tests.faults.conftest import make_base
 from tests.faults.harness import FaultRun, with_plan

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from megaswift.engine.callbacks import Callback
 from megaswift.terminal import LiveLine, duration
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from megaswift.plan import Plan
 
 
-class RunLog:
+class RunLog(Callback):
     """Collects step results and writes them every logging_steps; on other ranks it does nothing."""
 
     def __init__(self, run_dir: Path, plan: Plan, active: bool, on_gpu: bool, first_step: int = 0) -> None:
@@ -58,7 +59,7 @@ class RunLog:
                     self.board.add_scalar(f"train/{name}", row[name], step)
             self.window = []
 
-    def evaluation(self, step: int, loss: float) -> None:
+    def evaluated(self, step: int, loss: float) -> None:
         """The validation loss after a step."""
         if self.active:
             self._write({"eval_loss": _rounded(loss), "global_step/max_steps": f"{step}/{self.plan.train_iters}"})
