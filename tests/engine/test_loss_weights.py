@@ -52,7 +52,7 @@ def one_step(jobs: list[tuple[str, str]]) -> list[tuple[float, float, int, float
             sums = trainer.gradients(batches.step(0))
             save(Path(target), 1, Gradients(trainer, trainer.gradient_divisor(sums)), only_model=True, extra={}, manifest={})
             step = trainer.update(sums)
-            result.append((step.loss, step.grad_norm or 0.0, step.supervised, step.weight))
+            result.append((step.loss, step.grad_norm or 0.0, int(step.metrics["supervised"]), step.weight))
             trainer.close()
     return result
 
@@ -90,14 +90,16 @@ def test_weights_of_messages(pool: RankPool, tmp_path: Path) -> None:
                 assert float(torch.linalg.vector_norm(one - other) / other.norm()) < 1e-5, f"{name}: {key}"
 
 
-def test_weights_below_one_token(pool: RankPool, tmp_path: Path) -> None:
-    """A batch whose weights add up to less than 1 is divided by that sum, not by 1."""
+@pytest.mark.parametrize(("dtype", "limit"), [("fp32", 1e-5), ("bf16", 1e-2)], ids=str)
+def test_weights_below_one_token(dtype: str, limit: float, pool: RankPool, tmp_path: Path) -> None:
+    """A batch whose weights add up to less than 1 is divided by that sum, not by 1; and no precision rounds a weight."""
     start, rows = tiny_start(tmp_path), tmp_path / "rows.jsonl"
     figures = []
     for weight in (0.001, 1.0):
         answer = {"role": "assistant", "content": "yes", "loss_scale": weight}
         rows.write_text(json.dumps({"messages": [{"role": "user", "content": "say"}, answer]}) + "\n")
-        made = job(start, rows, 1, 1, 1, False, 1, batch=1, samples=1)
+        made = job(start, rows, 1, 1, 1, False, 1, batch=1, samples=1, dtype=dtype)
         made.write(tmp_path / "job.json")
         figures += pool.run(1, one_step, [(str(tmp_path / "job.json"), str(tmp_path / str(weight)))])[0]
-    assert figures[0][:2] == pytest.approx(figures[1][:2], rel=1e-5) and figures[0][3] < 0.1
+    assert figures[0][0] == pytest.approx(figures[1][0], rel=1e-5) and figures[0][3] < 0.1
+    assert figures[0][1] == pytest.approx(figures[1][1], rel=limit)

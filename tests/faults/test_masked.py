@@ -51,7 +51,7 @@ def _step(job: str, target: str, pp: int, which: str, left_out: bool) -> dict[st
         return {
             "loss": outcome.loss,
             "norm": outcome.grad_norm,
-            "supervised": outcome.supervised,
+            "supervised": outcome.metrics["supervised"],
             "bad": outcome.nonfinite,
         }
 

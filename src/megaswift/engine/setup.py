@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 def restore_trainer(job: Job, args: SftArguments) -> tuple[Trainer, dict[str, Any]]:
     """Model and optimizer with the weights, or the whole state, of the job's checkpoint; and what was saved beside it."""
     from megaswift.engine.model import ModelOptions, build
+    from megaswift.engine.objectives import SupervisedTokens
     from megaswift.engine.step import Trainer
 
     plan = job.plan
@@ -57,8 +58,8 @@ def restore_trainer(job: Job, args: SftArguments) -> tuple[Trainer, dict[str, An
         (load_hf_weights if is_hf_folder(start) else load_weights)(model, start)
         if job.rows_before is not None:
             fill_new_rows(model, start, Path(job.model_dir), job.rows_before, config.vocab_size)
-        return Trainer(model, plan, **ways), {}
-    trainer = Trainer(model, plan, **ways)
+        return Trainer(model, plan, SupervisedTokens(), **ways), {}
+    trainer = Trainer(model, plan, SupervisedTokens(), **ways)
     return trainer, load_training_state(trainer, Path(job.checkpoint), layout={"tp": plan.tp, "pp": plan.pp, "dp": plan.dp})
 
 
