@@ -189,7 +189,9 @@ def _engine_step(ids: Any) -> Any:
 
     from megaswift.arguments import SftArguments
     from megaswift.data.batches import MicroBatch
-    from megaswift.engine import loop, ranks
+    from megaswift.engine import ranks
+    from megaswift.engine.job import Job
+    from megaswift.engine.setup import restore_trainer
     from megaswift.hf.config import load_config
     from megaswift.plan import make_plan
 
@@ -199,9 +201,9 @@ def _engine_step(ids: Any) -> Any:
         model_type=MODEL, dtype="fp32", world_size=1, train_rows=100, val_rows=0, load=folder, save="none"
     )
     plan = make_plan(args, load_config(Path(folder)), **options)
-    job = loop.Job(plan, args.to_dict(), folder, folder, "", None, 0)
+    job = Job(plan, args.to_dict(), folder, folder, "", None, 0)
     HELD.enter_context(ranks.joined(1, 1, 42))
-    trainer, _ = loop._restored(job, args)
+    trainer, _ = restore_trainer(job, args)
     labels = torch.cat((ids[:, 1:], torch.full((1, 1), -100)), dim=1)
     batch = MicroBatch(ids, labels, torch.arange(ids.shape[1])[None], None, (0,))
     return lambda: trainer.step([batch])

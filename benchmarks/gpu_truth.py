@@ -30,22 +30,23 @@ LIMIT_FACTOR = 3.0  # transformers may be this many times as far from the engine
 
 def job_of(work: Path, options: argparse.Namespace, **more: Any) -> tuple[Any, Any, Any]:
     """What `swift sft` would hand to its ranks, with the start and the tokenized rows."""
-    from megaswift import sft
     from megaswift.arguments import SftArguments
     from megaswift.cache import cache_root
     from megaswift.data.encode import prepare
     from megaswift.engine.launch import Cluster
+    from megaswift.run_setup import job_of, plan_of, template_of
+    from megaswift.start import find_start
 
     args = SftArguments(
         model_type="truth", model_id_or_path=str(work / "model"), dataset=[str(work / "rows.jsonl")], dtype="bf16",
         packing=True, max_length=options.length, gradient_accumulation_steps=options.batch, max_steps=options.steps,
         learning_rate=1e-4, lr_scheduler_type="cosine", dataset_test_ratio=0.0, **more,
     )  # fmt: skip
-    start = sft.find_start(args)
-    template = sft._template(start.args, start)
+    start = find_start(args)
+    template = template_of(start.args, start)
     data = prepare(start.args, template, cache_dir=cache_root(), packing=True)
-    plan = sft._plan(start.args, start, data, Cluster(1, 1, 0, "127.0.0.1", 0), work / "run")
-    return sft._job(start.args, start, data, plan, template.pad_id), start, data
+    plan = plan_of(start.args, start, data, Cluster(1, 1, 0, "127.0.0.1", 0), work / "run")
+    return job_of(start.args, start, data, plan, template.pad_id), start, data
 
 
 def hf_gradients(trainer: Any, sums: Any, config: Any) -> dict[str, Any]:
@@ -72,18 +73,19 @@ def engine(job: Any, config: Any, device: Any, *, noise: int = 0, gradients: boo
     import torch
 
     from megaswift.arguments import SftArguments
-    from megaswift.engine import loop, ranks
+    from megaswift.engine import ranks
+    from megaswift.engine.setup import open_batches, restore_trainer, to_device
     from megaswift.parity.noise import perturb
 
     args, plan = SftArguments(**job.options), job.plan
     result: dict[str, Any] = {"loss": [], "grad_norm": [], "ms": [], "gradients": {}}
     with ranks.joined(1, 1, args.seed) as rank:
-        trainer = loop._trainer(job, args)
+        trainer = restore_trainer(job, args)[0]
         if noise:
             perturb(trainer, noise)
-        batches, _ = loop._batches(job, args, rank)
+        batches, _ = open_batches(job, args, rank)
         for step in range(plan.train_iters):
-            micro_batches = loop._move(batches.step(step), rank.device)
+            micro_batches = to_device(batches.step(step), rank.device)
             synchronize(device)
             began = time.perf_counter()
             sums = trainer.gradients(micro_batches)

@@ -33,6 +33,7 @@ ORDER = [
     "export",
     "verify",
     "start",
+    "run_setup",
     "sft",
     "inspect_data",
     "parity",
@@ -80,6 +81,51 @@ def test_imports_flow_one_way() -> None:
             if ORDER.index(room(target)) > ORDER.index(room(name)):
                 wrong.append(f"{name} imports {target}")
     assert not wrong, "\n".join(sorted(wrong))
+
+
+def private_names_of_others(name: str, text: str) -> list[str]:
+    """Names with an underscore that a module takes from a module of another room."""
+    found, theirs = [], set()
+
+    def private(part: str) -> bool:
+        return part.startswith("_") and not part.startswith("__")
+
+    def foreign(module: str) -> bool:
+        return module.startswith("megaswift.") and room(module) != room(name)
+
+    nodes = list(ast.walk(ast.parse(text)))
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "megaswift":
+            for alias in node.names:
+                if foreign(f"{node.module}.{alias.name}"):
+                    theirs.add(alias.asname or alias.name)
+                    found += [f"{name} imports {alias.name} of {node.module}"] if private(alias.name) else []
+        elif isinstance(node, ast.Import):
+            theirs |= {alias.asname or alias.name for alias in node.names if foreign(alias.name)}
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and private(node.attr) and ast.unparse(node.value) in theirs:
+            found.append(f"{name} uses {ast.unparse(node)}")
+    return found
+
+
+def test_private_names_stay_in_their_room() -> None:
+    found = [use for name, path in modules().items() for use in private_names_of_others(name, path.read_text(encoding="utf-8"))]
+    assert not found, "\n".join(found)
+
+
+def test_a_private_name_of_another_room_is_seen() -> None:
+    text = """import megaswift.engine.loop as their
+from megaswift import sft, __version__
+from megaswift.engine.kernels.rope import _own, rotate
+from megaswift.parity.rank import _step
+def run(): return sft._plan, their._restored(1), rotate._cache, self._x, sft.__name__
+"""
+    assert sorted(private_names_of_others("megaswift.parity.command", text)) == [
+        "megaswift.parity.command imports _own of megaswift.engine.kernels.rope",
+        "megaswift.parity.command uses rotate._cache",
+        "megaswift.parity.command uses sft._plan",
+        "megaswift.parity.command uses their._restored",
+    ]
 
 
 def test_every_room_is_in_the_order() -> None:

@@ -104,7 +104,8 @@ def written_job(world_size: int, **options: Any) -> Path:
 
 def run_job(path: str) -> None:
     """The loop of one rank."""
-    from megaswift.engine.loop import Job, run
+    from megaswift.engine.job import Job
+    from megaswift.engine.loop import run
 
     run(Job.read(Path(path)))
 

@@ -57,7 +57,7 @@ def data_main(args: InspectArguments | list[str]) -> Inspection:
     from megaswift.hf.new_tokens import listed_tokens, with_new_tokens
     from megaswift.hf.tokenizer import require_rows, table_rows
     from megaswift.plan import usable_length
-    from megaswift.sft import streamed_rows
+    from megaswift.run_setup import streamed_rows
     from megaswift.terminal import console, say
 
     if isinstance(args, list):

@@ -15,10 +15,10 @@ from contextlib import nullcontext, suppress
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megaswift import mapping
-from megaswift.args_file import kept_places, read_args_file, write_args_file
+from megaswift.args_file import kept_places, write_args_file
 from megaswift.arguments import SftArguments, parse
 from megaswift.cache import cache_root
 from megaswift.checkpoint.keep import clean
@@ -27,13 +27,14 @@ from megaswift.checkpoint.lock import LOCK, filling, locked
 from megaswift.checkpoint.resume import check_unchanged, kept_batch
 from megaswift.errors import Stopped, UserError
 from megaswift.hf.folder import RUN_FILES, side_files
-from megaswift.plan import Plan, make_plan
+from megaswift.plan import Plan
+from megaswift.run_setup import job_of, plan_of, prepared, streamed_rows, template_of
 from megaswift.start import Start, find_start
 from megaswift.terminal import console, say, shown, typed
 
 if TYPE_CHECKING:
-    from megaswift.data.chat import ChatTemplate
     from megaswift.data.encode import PreparedData
+    from megaswift.engine.job import Job
     from megaswift.engine.launch import Cluster
     from megaswift.engine.signals import StopSignals
 
@@ -82,11 +83,11 @@ def _train(args: SftArguments, stop: StopSignals) -> Path:
         batch, note = kept_batch(args, start.manifest, place.world_size, shown(start.root))
         if note and place.leads:
             say(f"[yellow]{note}.[/yellow]")
-    template = _template(args, start)
+    template = template_of(args, start)
     rows = streamed_rows(args, place.world_size, batch)
     data = prepared(args, template, start, rows)
     run_dir = start.run_dir or new_run_dir(args, place.leads)
-    plan = _plan(args, start, data, place, run_dir, batch)
+    plan = plan_of(args, start, data, place, run_dir, batch)
     if start.run_dir is not None:
         _check_run(args, start, data, plan)
     require_rows(len(data.train), plan.global_batch)
@@ -97,7 +98,7 @@ def _train(args: SftArguments, stop: StopSignals) -> Path:
         if start.first_step >= plan.train_iters:
             say(f"[bold]{shown(run_dir)}[/bold] has made all of its {plan.train_iters} steps: there is nothing left to do.")
         else:
-            _start(run_dir, _job(args, start, data, plan, template.pad_id), place, stop)
+            _start(run_dir, job_of(args, start, data, plan, template.pad_id), place, stop)
             stop.interrupt = partial(_interrupt, "after the last step, whose checkpoint is saved")
     if place.leads:
         _say_ready(args, run_dir, plan)
@@ -118,7 +119,7 @@ def _say_ready(args: SftArguments, run_dir: Path, plan: Plan) -> None:
     say(f"[bold]{shown(run_dir)}[/bold] is ready. Next: swift infer --ckpt_dir {typed(copy)}")
 
 
-def _start(run_dir: Path, job: Any, place: Cluster, stop: StopSignals) -> None:
+def _start(run_dir: Path, job: Job, place: Cluster, stop: StopSignals) -> None:
     """Run the ranks of this machine, and draw what they logged, however they ended."""
     from megaswift.engine import launch
 
@@ -138,7 +139,7 @@ def _start(run_dir: Path, job: Any, place: Cluster, stop: StopSignals) -> None:
             _draw(run_dir)
 
 
-def _run_here(job: Any) -> None:
+def _run_here(job: Job) -> None:
     """The only rank, in this process. Raises what it raises; memory that is too small is the user's to mend."""
     from megaswift.engine import launch
     from megaswift.engine.loop import run
@@ -175,54 +176,6 @@ def _check_run(args: SftArguments, start: Start, data: PreparedData, plan: Plan)
         )
 
 
-def streamed_rows(args: SftArguments, world_size: int, batch: int | None = None) -> int | None:
-    """Training rows that a streamed run needs, `batch` a step where that is kept; None where all data is read."""
-    if not args.streaming:
-        return None
-    if args.max_steps <= 0:
-        raise UserError(
-            "streamed data has no length, so the number of steps must be given.", where="--streaming", fix="add --max_steps N"
-        )
-    return args.max_steps * (batch or mapping.accumulation(args, world_size) * args.batch_size * world_size)
-
-
-def prepared(args: SftArguments, template: ChatTemplate, start: Start, stream_rows: int | None = None) -> PreparedData:
-    """The data of a run. Raises DataError for a token without a row in the embedding, in the rows or in the tokenizer alone."""
-    from megaswift.data.encode import prepare
-    from megaswift.hf.tokenizer import require_rows
-
-    table = start.config.vocab_size
-    data = prepare(args, template, cache_dir=cache_root(), packing=args.packing, stream_rows=stream_rows, table=table)
-    require_rows(template.vocabulary, table, start.root)
-    return data
-
-
-def _template(args: SftArguments, start: Start) -> ChatTemplate:
-    """The chat template of the run."""
-    if not args.dataset:
-        fix = "for example: --dataset self-cognition#500 my_rows.jsonl"
-        if start.run_dir is not None:
-            run, options = typed(start.run_dir), typed(start.run_dir / "sft_args.json")
-            fix = f"the same data as before; all options of the run: swift sft {options} --resume_from_checkpoint {run}"
-        raise UserError("no training data is named.", where="--dataset", fix=fix)
-    from megaswift.data.chat import ChatTemplate
-    from megaswift.hf.tokenizer import read_tokenizer
-
-    tokenizer = read_tokenizer(start.root)
-    began = (
-        read_args_file(start.root).get("template_date") if start.run_dir else None
-    )  # else the rows would be others every day
-    date = args.template_date or began or datetime.date.today().isoformat()
-    return ChatTemplate(tokenizer, args.template_type, args.system, fallback=_registered_template(args), date=date)
-
-
-def _registered_template(args: SftArguments) -> str | None:
-    from megaswift.families.model_types import MODEL_TYPES
-
-    entry = MODEL_TYPES.get(args.model_type or "")
-    return entry.template if entry else None
-
-
 def new_run_dir(args: SftArguments, leads: bool = True) -> Path:
     """Name of a new run: {output_dir}/{model_type}-tp{tp}-pp{pp}/v{N}-{time}, or output_dir itself without the suffix.
 
@@ -244,23 +197,6 @@ def new_run_dir(args: SftArguments, leads: bool = True) -> Path:
         if (match := _VERSION.fullmatch(path.name))
     ]
     return parent / f"v{max(taken, default=-1) + 1}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-
-
-def _plan(
-    args: SftArguments, start: Start, data: PreparedData, place: Cluster, run_dir: Path, batch: int | None = None
-) -> Plan:
-    return make_plan(
-        args,
-        start.config,
-        model_type=str(args.model_type),
-        dtype=start.dtype,
-        world_size=place.world_size,
-        train_rows=len(data.train),
-        val_rows=len(data.val) if data.val is not None else 0,
-        load=str(start.new_tokens.source if start.new_tokens else start.root),
-        save=str(run_dir),
-        kept_batch=batch,
-    )
 
 
 def _print_plan(plan: Plan, data: PreparedData, args: SftArguments) -> None:
@@ -375,23 +311,6 @@ def _empty(run_dir: Path, start: Start) -> None:
         )
     for path in inside:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-def _job(args: SftArguments, start: Start, data: PreparedData, plan: Plan, pad_id: int) -> Any:
-    from megaswift.engine.loop import Job
-
-    return Job(
-        plan=plan,
-        options=args.to_dict(),
-        checkpoint=str(start.checkpoint),
-        model_dir=str(start.root),
-        train_data=str(data.train.path),
-        val_data=str(data.val.path) if data.val is not None else None,
-        pad_id=pad_id,
-        first_step=start.first_step,
-        other_dtypes=start.manifest.get("other_dtypes") or {},
-        rows_before=start.new_tokens.rows_before if start.new_tokens else None,
-    )
 
 
 def _draw(run_dir: Path) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from megaswift.checkpoint.optimizer_state import boxes_of
 from megaswift.checkpoint.reader import Reader
-from megaswift.engine.loop import Job
+from megaswift.engine.job import Job
 from tests.faults.conftest import make_base
 from tests.ranks import RankPool
 from tests.training import tiny_start, write_rows
@@ -50,13 +50,14 @@ def _write_with_megatron(job: str, target: str, tp: int, pp: int) -> None:
 
     from megaswift.arguments import SftArguments
     from megaswift.checkpoint.save import CONTENT
-    from megaswift.engine import loop, ranks
+    from megaswift.engine import ranks
+    from megaswift.engine.setup import restore_trainer
     from megaswift.plan import padded_vocab
 
     found = Job.read(Path(job))
     with ranks.joined(tp, pp, 42) as rank:
         plan = replace(found.plan, tp=tp, pp=pp, dp=rank.dp, padded_vocab=padded_vocab(301, tp))
-        trainer = loop._trainer(replace(found, plan=plan), SftArguments(**found.options))
+        trainer, _ = restore_trainer(replace(found, plan=plan), SftArguments(**found.options))
         model = trainer.bare_model.sharded_state_dict(prefix="", metadata=dict(CONTENT))
         optimizer = trainer.optimizer.sharded_state_dict(model, metadata=dict(CONTENT))
         if rank.is_first:
@@ -86,11 +87,12 @@ def test_megatron_core_writes_the_same(tp: int, pp: int, processes: int, base: J
 def _write(job: str, target: str, tp: int, pp: int) -> None:
     from megaswift.arguments import SftArguments
     from megaswift.checkpoint.save import save
-    from megaswift.engine import loop, ranks
+    from megaswift.engine import ranks
+    from megaswift.engine.setup import restore_trainer
 
     found = Job.read(Path(job))
     with ranks.joined(tp, pp, 42) as rank:
-        trainer = loop._trainer(
+        trainer, _ = restore_trainer(
             replace(found, plan=replace(found.plan, tp=tp, pp=pp, dp=rank.dp)), SftArguments(**found.options)
         )
         save(Path(target), 2, trainer, only_model=False, extra={}, manifest={})
@@ -116,13 +118,14 @@ def _read_with_megatron(job: str, tp: int, pp: int) -> dict[str, list[float]]:
     from megaswift.arguments import SftArguments
     from megaswift.checkpoint import optimizer_state
     from megaswift.checkpoint.save import CONTENT
-    from megaswift.engine import loop, ranks
+    from megaswift.engine import ranks
+    from megaswift.engine.setup import restore_trainer
     from megaswift.plan import padded_vocab
 
     found = Job.read(Path(job))
     with ranks.joined(tp, pp, 42) as rank:
         plan = replace(found.plan, tp=tp, pp=pp, dp=rank.dp, padded_vocab=padded_vocab(301, tp))
-        trainer = loop._trainer(replace(found, plan=plan), SftArguments(**found.options))
+        trainer, _ = restore_trainer(replace(found, plan=plan), SftArguments(**found.options))
 
         def describe() -> dict[str, Any]:
             return trainer.bare_model.sharded_state_dict(prefix="", metadata=dict(CONTENT))

@@ -65,9 +65,11 @@ def drawn(path: str, target: str) -> list[bool]:
     from megaswift.arguments import SftArguments
     from megaswift.checkpoint.load import load_training_state
     from megaswift.checkpoint.save import save
-    from megaswift.engine import loop, ranks
+    from megaswift.engine import ranks
+    from megaswift.engine.job import Job
+    from megaswift.engine.setup import restore_trainer
 
-    job = loop.Job.read(Path(path))
+    job = Job.read(Path(path))
     plan, args, found = job.plan, SftArguments(**job.options), []
     layout = {"tp": plan.tp, "pp": plan.pp, "dp": plan.dp}
 
@@ -75,7 +77,7 @@ def drawn(path: str, target: str) -> list[bool]:
         return [torch.get_rng_state(), torch.cuda.get_rng_state(), *get_cuda_rng_tracker().get_states().values()]
 
     with ranks.joined(plan.tp, plan.pp, args.seed) as rank:
-        trainer = loop._trainer(job, args)
+        trainer = restore_trainer(job, args)[0]
         torch.manual_seed(1000 + rank.rank)  # each stage has its own
         before = [state.clone() for state in states()]
         save(Path(target), 1, trainer, only_model=False, extra={}, manifest={"layout": layout})

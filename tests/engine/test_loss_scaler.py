@@ -54,17 +54,19 @@ def steps(path: str, bad: dict[int, int], initial: float, window: int) -> list[d
     import torch.distributed as dist
 
     from megaswift.arguments import SftArguments
-    from megaswift.engine import loop, ranks
+    from megaswift.engine import ranks
+    from megaswift.engine.job import Job
+    from megaswift.engine.setup import open_batches, restore_trainer
 
-    job = loop.Job.read(Path(path))
+    job = Job.read(Path(path))
     args, plan, found = SftArguments(**job.options), job.plan, []
     with ranks.joined(plan.tp, plan.pp, args.seed) as rank:
-        trainer = loop._trainer(job, args)
+        trainer = restore_trainer(job, args)[0]
         scalers = [part.grad_scaler for part in trainer.optimizer.chained_optimizers]
         for scaler in scalers:
             scaler._scale.fill_(initial)
             scaler.growth_interval = window
-        batches, _ = loop._batches(job, args, rank)
+        batches, _ = open_batches(job, args, rank)
         for place in range(plan.train_iters):
             sums = trainer.gradients(batches.step(place))
             if bad.get(place + 1) == dist.get_rank():

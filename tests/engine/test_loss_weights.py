@@ -15,7 +15,7 @@ import torch
 from megaswift.arguments import SftArguments
 from megaswift.checkpoint.reader import Reader
 from megaswift.data.store import TokenRows
-from megaswift.engine.loop import Job
+from megaswift.engine.job import Job
 from tests.engine.test_packed import LAYOUTS, SAMPLES, job
 from tests.ranks import RankPool
 from tests.training import tiny_start
@@ -39,19 +39,20 @@ def write_weighted(path: Path) -> Path:
 def one_step(jobs: list[tuple[str, str]]) -> list[tuple[float, float, int, float]]:
     """On one rank: (loss, gradient norm, supervised tokens, sum of weights) of each job's only step; gradients are saved."""
     from megaswift.checkpoint.save import save
-    from megaswift.engine import loop, ranks
-    from megaswift.parity.rank import _Gradients
+    from megaswift.engine import ranks
+    from megaswift.engine.gradients import Gradients
+    from megaswift.engine.setup import open_batches, restore_trainer
 
     loaded = [Job.read(Path(path)) for path, _ in jobs]
     plan, result = loaded[0].plan, []
     with ranks.joined(plan.tp, plan.pp, 42, plan.cp) as rank:
         for item, (_, target) in zip(loaded, jobs, strict=True):
-            trainer, _ = loop._restored(item, SftArguments(**item.options))
-            batches, _ = loop._batches(item, SftArguments(**item.options), rank)
+            trainer, _ = restore_trainer(item, SftArguments(**item.options))
+            batches, _ = open_batches(item, SftArguments(**item.options), rank)
             sums = trainer.gradients(batches.step(0))
-            save(Path(target), 1, _Gradients(trainer, trainer.gradient_divisor(sums)), only_model=True, extra={}, manifest={})
+            save(Path(target), 1, Gradients(trainer, trainer.gradient_divisor(sums)), only_model=True, extra={}, manifest={})
             step = trainer.update(sums)
-            result.append((step.loss, step.grad_norm or 0.0, step.supervised, step.weight))
+            result.append((step.loss, step.grad_norm or 0.0, int(step.metrics["supervised"]), step.weight))
             trainer.close()
     return result
 
@@ -89,14 +90,16 @@ def test_weights_of_messages(pool: RankPool, tmp_path: Path) -> None:
                 assert float(torch.linalg.vector_norm(one - other) / other.norm()) < 1e-5, f"{name}: {key}"
 
 
-def test_weights_below_one_token(pool: RankPool, tmp_path: Path) -> None:
-    """A batch whose weights add up to less than 1 is divided by that sum, not by 1."""
+@pytest.mark.parametrize(("dtype", "limit"), [("fp32", 1e-5), ("bf16", 1e-2)], ids=str)
+def test_weights_below_one_token(dtype: str, limit: float, pool: RankPool, tmp_path: Path) -> None:
+    """A batch whose weights add up to less than 1 is divided by that sum, not by 1; and no precision rounds a weight."""
     start, rows = tiny_start(tmp_path), tmp_path / "rows.jsonl"
     figures = []
     for weight in (0.001, 1.0):
         answer = {"role": "assistant", "content": "yes", "loss_scale": weight}
         rows.write_text(json.dumps({"messages": [{"role": "user", "content": "say"}, answer]}) + "\n")
-        made = job(start, rows, 1, 1, 1, False, 1, batch=1, samples=1)
+        made = job(start, rows, 1, 1, 1, False, 1, batch=1, samples=1, dtype=dtype)
         made.write(tmp_path / "job.json")
         figures += pool.run(1, one_step, [(str(tmp_path / "job.json"), str(tmp_path / str(weight)))])[0]
-    assert figures[0][:2] == pytest.approx(figures[1][:2], rel=1e-5) and figures[0][3] < 0.1
+    assert figures[0][0] == pytest.approx(figures[1][0], rel=1e-5) and figures[0][3] < 0.1
+    assert figures[0][1] == pytest.approx(figures[1][1], rel=limit)

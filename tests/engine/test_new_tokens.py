@@ -14,7 +14,7 @@ import torch
 from megaswift.arguments import ExportArguments, InspectArguments, ParityArguments
 from megaswift.checkpoint.reader import Reader
 from megaswift.data.store import RowWriter, TokenRows
-from megaswift.engine.loop import Job
+from megaswift.engine.job import Job
 from megaswift.errors import DataError, UserError
 from megaswift.export import export_main
 from megaswift.hf.config import load_config

@@ -23,7 +23,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from megaswift import sft, start
 from megaswift.arguments import SftArguments
 from megaswift.checkpoint.reader import Reader
-from megaswift.engine.loop import Job
+from megaswift.engine.job import Job
 from megaswift.errors import UserError
 from megaswift.plan import Plan, check_offload
 from tests import tiny
@@ -95,8 +95,9 @@ def test_a_run_with_its_optimizer_on_the_host(
 
 def state_lies_on_the_host(path: str) -> tuple[int, int, int]:
     """On one rank: how many tensors of the optimizer's state lie in page-locked memory, after loading; all; their bytes."""
-    from megaswift.engine import loop, ranks
+    from megaswift.engine import ranks
     from megaswift.engine.kernels import page_locked
+    from megaswift.engine.setup import open_batches, restore_trainer, to_device
 
     job, made = Job.read(Path(path)), []
     original = page_locked.PageLocked.__init__
@@ -106,9 +107,9 @@ def state_lies_on_the_host(path: str) -> tuple[int, int, int]:
         made.append((self.bytes.data_ptr(), size))
 
     with mock.patch.object(page_locked.PageLocked, "__init__", init), ranks.joined(job.plan.tp, job.plan.pp, 42) as rank:
-        trainer, _ = loop._restored(job, SftArguments(**job.options))
-        batches, _ = loop._batches(job, SftArguments(**job.options), rank)
-        trainer.step(loop._move(batches.step(0), rank.device))
+        trainer, _ = restore_trainer(job, SftArguments(**job.options))
+        batches, _ = open_batches(job, SftArguments(**job.options), rank)
+        trainer.step(to_device(batches.step(0), rank.device))
         state = []
         for inner in trainer.optimizer.chained_optimizers:
             state += [main for group in inner.shard_fp32_from_float16_groups for main in group]
@@ -213,9 +214,10 @@ def late_passes(path: str, layers: int, recompute: str) -> dict[str, Any]:
 
 def passes(path: str, layers: int, recompute: str, late: bool = False) -> dict[str, Any]:
     """On one rank: gradients of a few steps, weights after them, and what autograd kept on the device in between."""
-    from megaswift.engine import loop, ranks
+    from megaswift.engine import ranks
     from megaswift.engine.determinism import deterministic
     from megaswift.engine.kernels import activation_offload
+    from megaswift.engine.setup import open_batches, restore_trainer, to_device
 
     activation_offload.SMALLEST = 2048
     job = Job.read(Path(path))
@@ -225,22 +227,22 @@ def passes(path: str, layers: int, recompute: str, late: bool = False) -> dict[s
         rank = stack.enter_context(ranks.joined(plan.tp, plan.pp, 42, plan.cp))
         if late:
             stack.enter_context(late_copies())
-        trainer, _ = loop._restored(replace(job, plan=plan), args.changed(gradient_checkpointing=recompute == "full"))
+        trainer, _ = restore_trainer(replace(job, plan=plan), args.changed(gradient_checkpointing=recompute == "full"))
         block = trainer.bare_model.decoder
         for layer in block.layers:
             layer.self_attention.checkpoint_core_attention = recompute == "selective"
-        batches, validation = loop._batches(job, args, rank)
+        batches, validation = open_batches(job, args, rank)
         gradients, made = [], []
         with kept_bytes(trainer) as kept:
             for _ in range(STEPS):
-                sums = trainer.gradients(loop._move(batches.step(0), rank.device))
+                sums = trainer.gradients(to_device(batches.step(0), rank.device))
                 gradients.append([float(sums[0]), *(p.main_grad.clone().cpu() for p in trainer.bare_model.parameters())])
                 trainer.update(sums)
                 made.append(block.offload.pool.made if layers else 0)
         if layers:
             assert not block.offload._waiting and not block.offload._leaving
             assert len(block.offload.pool._free) == made[-1], "every buffer came back"
-        loss = trainer.evaluate(iter([loop._move(validation.step(0), rank.device)])) if validation is not None else None
+        loss = trainer.evaluate(iter([to_device(validation.step(0), rank.device)])) if validation is not None else None
         weights = [p.detach().clone().cpu() for p in trainer.bare_model.parameters()]
         trainer.close()
         return {"gradients": gradients, "weights": weights, "kept": kept[0], "made": made, "loss": loss}

@@ -11,13 +11,14 @@ from unittest import mock
 import pytest
 import torch
 
-from megaswift import sft
 from megaswift.arguments import SftArguments
 from megaswift.cache import cache_root
 from megaswift.checkpoint.reader import Reader
 from megaswift.data.encode import prepare
+from megaswift.engine.job import Job
 from megaswift.engine.launch import Cluster
-from megaswift.engine.loop import Job
+from megaswift.run_setup import job_of, plan_of, template_of
+from megaswift.start import find_start
 from tests.ranks import RankPool
 from tests.training import tiny_start, write_rows
 
@@ -43,33 +44,34 @@ def job(
         resume_from_checkpoint=str(start), dataset=[str(rows)], tp=tp, pp=pp, cp=cp, sequence_parallel=sp, batch_size=batch,
         max_length=MAX_LENGTH, dataset_test_ratio=0.0, max_steps=1, **more,
     )  # fmt: skip
-    found = sft.find_start(args)
+    found = find_start(args)
     args = found.args
-    template = sft._template(args, found)
+    template = template_of(args, found)
     data = prepare(args, template, cache_dir=cache_root(), packing=args.packing)
     assert data.report.train_samples == samples, "no sample may be left out"
     assert len(data.train) % (batch * world) == 0, f"{len(data.train)} rows are no whole micro batches"
     args = args.changed(gradient_accumulation_steps=len(data.train) // (batch * world))
     found = replace(found, args=args)
-    plan = sft._plan(args, found, data, Cluster(world, 1, 0, "127.0.0.1", 0), rows.parent)
-    return sft._job(args, found, data, plan, template.pad_id)
+    plan = plan_of(args, found, data, Cluster(world, 1, 0, "127.0.0.1", 0), rows.parent)
+    return job_of(args, found, data, plan, template.pad_id)
 
 
 def gradients(jobs: list[tuple[str, str]]) -> list[tuple[float, float]]:
     """On one rank: the gradients of each (job file, directory), saved there; (summed loss, supervised tokens) of each."""
     from megaswift.checkpoint.save import save
-    from megaswift.engine import loop, ranks
-    from megaswift.parity.rank import _Gradients
+    from megaswift.engine import ranks
+    from megaswift.engine.gradients import Gradients
+    from megaswift.engine.setup import open_batches, restore_trainer
 
     loaded = [Job.read(Path(path)) for path, _ in jobs]
     plan, result = loaded[0].plan, []
     with ranks.joined(plan.tp, plan.pp, 42, plan.cp) as rank:
-        trainer, _ = loop._restored(loaded[0], SftArguments(**loaded[0].options))
+        trainer, _ = restore_trainer(loaded[0], SftArguments(**loaded[0].options))
         for item, (_, target) in zip(loaded, jobs, strict=True):
-            batches, _ = loop._batches(item, SftArguments(**item.options), rank)
+            batches, _ = open_batches(item, SftArguments(**item.options), rank)
             sums = trainer.gradients(batches.step(0))
             result.append((float(sums[0]), float(sums[1])))
-            save(Path(target), 1, _Gradients(trainer, trainer.gradient_divisor(sums)), only_model=True, extra={}, manifest={})
+            save(Path(target), 1, Gradients(trainer, trainer.gradient_divisor(sums)), only_model=True, extra={}, manifest={})
         trainer.close()
     return result
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ def run_layout(folder: str, release: str, gradients: str, tp: int, pp: int) -> d
         from megaswift.checkpoint.load import load_weights
         from megaswift.data.batches import MicroBatch
         from megaswift.engine.model import ModelOptions, build
+        from megaswift.engine.objectives import SupervisedTokens
         from megaswift.engine.step import forward_step
 
         options = ModelOptions(
@@ -90,7 +92,7 @@ def run_layout(folder: str, release: str, gradients: str, tp: int, pp: int) -> d
             chunks, None, **kwargs
         )
         reports = get_forward_backward_func()(
-            forward_step_func=forward_step, data_iterator=iter([batch]), model=[wrapped], num_microbatches=1,
+            forward_step_func=partial(forward_step, SupervisedTokens()), data_iterator=iter([batch]), model=[wrapped], num_microbatches=1,
             seq_length=tokens.shape[1], micro_batch_size=1, forward_only=False,
         )  # fmt: skip
         errors = {

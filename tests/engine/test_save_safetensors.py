@@ -91,7 +91,8 @@ def stop_after_first_copy(release: str, rows: str, output: str) -> list[str]:
 
     from megaswift import sft
     from megaswift.arguments import SftArguments
-    from megaswift.engine import hf_copies, loop
+    from megaswift.engine import checkpoints, hf_copies
+    from megaswift.engine.callbacks import Callbacks, Verdict
     from megaswift.errors import Stopped
 
     asked: list[str] = []
@@ -109,9 +110,9 @@ def stop_after_first_copy(release: str, rows: str, output: str) -> list[str]:
 
     steps = [0]
 
-    def agree(self: loop.Training) -> tuple[bool, bool]:
+    def agree(self: Callbacks) -> Verdict:
         steps[0] += 1
-        return steps[0] > 2, True  # before step 1, after step 1, after step 2
+        return Verdict(stop=steps[0] > 2)  # before step 1, after step 1, after step 2
 
     args = SftArguments(
         resume_from_checkpoint=release, dataset=[rows], output_dir=output, max_length=128, batch_size=1,
@@ -120,8 +121,8 @@ def stop_after_first_copy(release: str, rows: str, output: str) -> list[str]:
     alone = {name: value for name, value in os.environ.items() if name not in hf_copies._DISTRIBUTED}
     with (
         mock.patch.dict(os.environ, alone, clear=True),
-        mock.patch.object(loop, "HFCopies", Noted),
-        mock.patch.object(loop.Training, "_agree", agree),
+        mock.patch.object(checkpoints, "HFCopies", Noted),
+        mock.patch.object(Callbacks, "agree", agree),
         contextlib.suppress(Stopped),
     ):
         sft.sft_main(args)

@@ -52,7 +52,8 @@ def run_and_note(path: str) -> None:
     """The loop of one rank, which writes down the rows of its micro batches for each step."""
     from megatron.core.parallel_state import is_pipeline_first_stage
 
-    from megaswift.engine.loop import Job, run
+    from megaswift.engine.job import Job
+    from megaswift.engine.loop import run
     from megaswift.engine.step import Trainer
 
     job, real = Job.read(Path(path)), Trainer.step

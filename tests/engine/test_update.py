@@ -34,13 +34,14 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> str:
 def trainer_of(path: str, dtype: str, rank: Any) -> Any:
     """A trainer, its training batches and its validation batches, in the process of its only rank."""
     from megaswift.arguments import SftArguments
-    from megaswift.engine import loop
+    from megaswift.engine.job import Job
+    from megaswift.engine.setup import open_batches, restore_trainer
 
-    job = loop.Job.read(Path(path))
+    job = Job.read(Path(path))
     table = {**job.plan.megatron, "bf16": dtype == "bf16", "fp16": dtype == "fp16"}
     job = replace(job, plan=replace(job.plan, dtype=dtype, megatron=table))
     args = SftArguments(**job.options)
-    return loop._trainer(job, args), *loop._batches(job, args, rank)
+    return restore_trainer(job, args)[0], *open_batches(job, args, rank)
 
 
 def first_moments(path: str, dtype: str) -> list[tuple[float, float]]:

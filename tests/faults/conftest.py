@@ -11,7 +11,7 @@ import pytest
 
 from megaswift import sft
 from megaswift.arguments import SftArguments
-from megaswift.engine.loop import Job
+from megaswift.engine.job import Job
 from tests.faults import table
 from tests.faults.harness import PATIENCE_S, FaultRun, run_ranks, with_plan
 from tests.faults.live import Live

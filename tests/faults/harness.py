@@ -24,7 +24,7 @@ from megaswift.checkpoint.keep import clean
 from megaswift.checkpoint.layout import iteration_of
 from megaswift.checkpoint.resume import newest_whole
 from megaswift.engine import launch
-from megaswift.engine.loop import Job
+from megaswift.engine.job import Job
 from tests.ranks import free_port
 
 # The limit for steps and for saving in runs that are to stand still; the whole matrix runs two of them at a time. All others

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megaswift.engine.loop import Job
+from megaswift.engine.job import Job
 from tests.faults.conftest import ALL
 from tests.faults.harness import FaultRun, with_plan
 

@@ -15,7 +15,7 @@ import pytest
 
 from megaswift.arguments import ExportArguments
 from megaswift.checkpoint import save
-from megaswift.engine.loop import Job
+from megaswift.engine.job import Job
 from megaswift.errors import DataError, UserError
 from megaswift.export import export_main
 from tests.faults.harness import FaultRun, with_plan

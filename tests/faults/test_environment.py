@@ -16,7 +16,7 @@ from megaswift import sft
 from megaswift.arguments import SftArguments
 from megaswift.cli import main
 from megaswift.engine import launch, versions
-from megaswift.engine.loop import Job
+from megaswift.engine.job import Job
 from megaswift.errors import UserError
 from tests.faults.harness import FaultRun
 

@@ -14,8 +14,9 @@ from megaswift.arguments import SftArguments
 from megaswift.checkpoint.optimizer_state import shards as shards_of
 from megaswift.checkpoint.resume import newest_whole
 from megaswift.checkpoint.save import CONTENT
-from megaswift.engine import loop, ranks
-from megaswift.engine.loop import Job
+from megaswift.engine import ranks
+from megaswift.engine.job import Job
+from megaswift.engine.setup import restore_trainer
 from tests.faults import table
 from tests.faults.conftest import ALL, make_base
 from tests.faults.harness import FaultRun, with_plan
@@ -80,7 +81,7 @@ def _load(path: str, checkpoint: str) -> tuple[float, float]:
     job = replace(Job.read(Path(path)), checkpoint=checkpoint)
     with ranks.joined(job.plan.tp, job.plan.pp, 42):
         began = time.perf_counter()
-        trainer, _ = loop._restored(job, SftArguments(**job.options))
+        trainer, _ = restore_trainer(job, SftArguments(**job.options))
         loaded = time.perf_counter() - began
         shards = list(shards_of(trainer.optimizer, trainer.bare_model.sharded_state_dict(prefix="", metadata=dict(CONTENT))))
         torch.distributed.barrier()

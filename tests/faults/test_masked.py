@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megaswift.checkpoint.reader import Reader
-from megaswift.engine.loop import Job
+from megaswift.engine.job import Job
 from tests.faults.conftest import make_base
 from tests.ranks import RankPool
 
@@ -29,14 +29,15 @@ def _step(job: str, target: str, pp: int, which: str, left_out: bool) -> dict[st
     """One step; some of its micro batches have no label, or are left out. Micro batch k of the step belongs to rank k modulo dp."""
     from megaswift.arguments import SftArguments
     from megaswift.checkpoint.save import save
-    from megaswift.engine import loop, ranks
+    from megaswift.engine import ranks
+    from megaswift.engine.setup import open_batches, restore_trainer
 
     found = Job.read(Path(job))
     args = SftArguments(**found.options)
     with ranks.joined(1, pp, 42) as rank:
         found = replace(found, plan=replace(found.plan, pp=pp))
-        trainer = loop._trainer(found, args)
-        batches = loop._batches(found, args, rank)[0].step(0)
+        trainer = restore_trainer(found, args)[0]
+        batches = open_batches(found, args, rank)[0].step(0)
         numbers = range(rank.dp_rank, len(batches) * rank.dp, rank.dp)
         chosen = {"micro batch": {0}, "rank": set(range(1, 99, 2)), "step": set(range(99)), "none": set()}[which]
         result = []
@@ -47,7 +48,12 @@ def _step(job: str, target: str, pp: int, which: str, left_out: bool) -> dict[st
                 result.append(replace(batch, labels=torch.full_like(batch.labels, -100)))
         outcome = trainer.step(result)
         save(Path(target), 1, trainer, only_model=False, extra={}, manifest={})
-        return {"loss": outcome.loss, "norm": outcome.grad_norm, "supervised": outcome.supervised, "bad": outcome.nonfinite}
+        return {
+            "loss": outcome.loss,
+            "norm": outcome.grad_norm,
+            "supervised": outcome.metrics["supervised"],
+            "bad": outcome.nonfinite,
+        }
 
 
 @pytest.mark.parametrize(("which", "world", "pp"), [("micro batch", 2, 1), ("rank", 2, 1), ("micro batch", 2, 2)], ids=str)

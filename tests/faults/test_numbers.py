@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from megaswift.arguments import SftArguments
-from megaswift.engine import loop
-from megaswift.engine.loop import Job
+from megaswift.engine.job import Job
 from megaswift.engine.spikes import FEWEST, NormHistory
+from megaswift.engine.step_guard import StepGuard
 from tests.faults.conftest import make_base
 from tests.faults.harness import FaultRun, with_plan
 
@@ -141,11 +141,10 @@ def test_the_bound_knows_only_good_steps() -> None:
     assert NormHistory(0.0, history.values).limit == math.inf
 
 
-def test_norms_and_skipped_steps_of_before_count_after_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_norms_and_skipped_steps_of_before_count_after_a_resume(tmp_path: Path) -> None:
     """A run that is requeued at each break would otherwise never come to --max_skipped_steps, and take any norm at first."""
-    monkeypatch.setattr(loop, "_origin", lambda *_: None)
     nothing: Any = SimpleNamespace(plan=None, is_first=False)
     extra = {"norms": [2.0] * FEWEST, "skipped": 3}
     args = SftArguments(skip_spikes=3.0)
-    run = loop.Training(nothing, args, nothing, nothing, nothing, None, tmp_path, nothing, nothing, nothing, extra)
+    run = StepGuard(args, nothing, nothing, tmp_path, nothing, extra, last=9, before_the_end=lambda: None, active=False)
     assert (run.skipped, run.norms.limit) == (3, 6.0)

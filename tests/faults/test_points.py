@@ -10,7 +10,7 @@ import pytest
 from megaswift.checkpoint.faults import POINTS
 from megaswift.checkpoint.layout import candidates
 from megaswift.checkpoint.manifest import quick_check
-from megaswift.engine.loop import Job
+from megaswift.engine.job import Job
 from tests.faults import table
 from tests.faults.conftest import ALL
 from tests.faults.harness import GONE_S, FaultRun

@@ -70,13 +70,15 @@ def _state(run: str, source: str, target: str, tp: int, pp: int) -> None:
     """Load weights, optimizer and schedule at a layout, save again."""
     from megaswift.arguments import SftArguments
     from megaswift.checkpoint.save import save
-    from megaswift.engine import loop, ranks
+    from megaswift.engine import ranks
+    from megaswift.engine.job import Job
+    from megaswift.engine.setup import restore_trainer
 
-    job = loop.Job.read(Path(run) / "job.json")
+    job = Job.read(Path(run) / "job.json")
     plan = replace(job.plan, tp=tp, pp=pp, dp=1, world_size=tp * pp)
     job = replace(job, plan=plan, checkpoint=source, first_step=1)
     with ranks.joined(tp, pp, 42):
-        trainer = loop._trainer(job, SftArguments(**job.options))
+        trainer = restore_trainer(job, SftArguments(**job.options))[0]
         layout = {"tp": tp, "pp": pp, "dp": 1}
         save(Path(target).parent, 1, trainer, only_model=False, extra={}, manifest={"layout": layout})
 

@@ -133,12 +133,14 @@ def _load_and_save(run: str, target: str) -> None:
 
     from megaswift.arguments import SftArguments
     from megaswift.checkpoint.save import save
-    from megaswift.engine import loop, ranks
+    from megaswift.engine import ranks
+    from megaswift.engine.job import Job
+    from megaswift.engine.setup import restore_trainer
 
-    job = loop.Job.read(Path(run) / "job.json")
+    job = Job.read(Path(run) / "job.json")
     job = replace(job, plan=replace(job.plan, tp=2, pp=2, dp=1, world_size=4), checkpoint=run + "/iter_0000003", first_step=3)
     with ranks.joined(2, 2, 42):
-        trainer = loop._trainer(job, SftArguments(**job.options))
+        trainer = restore_trainer(job, SftArguments(**job.options))[0]
         save(Path(target), 3, trainer, only_model=False, extra={}, manifest={})
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megaswift.engine.loop import Job
+from megaswift.engine.job import Job
 from megaswift.errors import Stopped
 from megaswift.sft import sft_main
 from tests.faults.conftest import ALL

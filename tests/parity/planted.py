@@ -22,7 +22,7 @@ def planted(fault: str) -> Iterator[None]:
 
 def run_rank(job: str, fault: str) -> None:
     """One rank of a parity run with a fault planted."""
-    from megaswift.engine.loop import Job
+    from megaswift.engine.job import Job
     from megaswift.parity.rank import run
 
     with planted(fault):
@@ -31,7 +31,8 @@ def run_rank(job: str, fault: str) -> None:
 
 def run_sft_rank(job: str, fault: str) -> None:
     """One rank of a whole run with a fault planted."""
-    from megaswift.engine.loop import Job, run
+    from megaswift.engine.job import Job
+    from megaswift.engine.loop import run
 
     with planted(fault):
         run(Job.read(Path(job)))
@@ -42,7 +43,9 @@ def _shifted_labels() -> Any:
 
     honest = step.run_micro_batch
     return mock.patch.object(
-        step, "run_micro_batch", lambda model, batch: honest(model, replace(batch, labels=batch.labels.roll(1, dims=1)))
+        step,
+        "run_micro_batch",
+        lambda model, batch, objective: honest(model, replace(batch, labels=batch.labels.roll(1, dims=1)), objective),
     )
 
 
@@ -58,10 +61,10 @@ def _mean_over_micro_batches() -> Any:
         loss, count = honest_loss(hidden, weight, labels, **{**options, "grad_scale": share})
         return loss * share, count
 
-    def forward_step(batches: Any, chunk: Any) -> Any:
-        output, _ = honest_step(batches, chunk)
-        one = torch.ones((), dtype=torch.int32)
-        return output, lambda mean, *_: (mean, one, {"sums": torch.stack((mean.detach().float(), one.float(), one.float()))})
+    def forward_step(objective: Any, batches: Any, chunk: Any) -> Any:
+        output, _ = honest_step(objective, batches, chunk)
+        one = torch.ones(())
+        return output, lambda loss, *_: (loss.total, 0, {"sums": torch.stack((loss.total.detach().float(), one, one))})
 
     stack = contextlib.ExitStack()
     stack.enter_context(mock.patch.object(model, "linear_cross_entropy", mean_loss))
@@ -95,7 +98,9 @@ def _detached(weight: Any, model: Any) -> Any:
     import inspect
 
     # Only the loss sees a copy; Megatron-Core's own set-up must still find the shared weight.
-    return weight.detach().requires_grad_() if any(frame.function == "_loss" for frame in inspect.stack()[2:5]) else weight
+    return (
+        weight.detach().requires_grad_() if any(frame.function == "summed_loss" for frame in inspect.stack()[2:5]) else weight
+    )
 
 
 def _rope_base_off_by_one() -> Any:

@@ -11,8 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from megaswift.engine.callbacks import Callback
+from megaswift.engine.setup import to_device
+
 if TYPE_CHECKING:
-    from megaswift.data.batches import MicroBatch
+    from megaswift.data.batches import Batches, MicroBatch
+    from megaswift.engine.log import RunLog
 
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 REPEATS = 3  # timed forward and backward passes of one micro batch, each way
@@ -42,6 +46,16 @@ def deterministic(wanted: bool) -> Iterator[None]:
         switches.fill_uninitialized_memory = filled
         if workspace is None:
             os.environ.pop(_WORKSPACE, None)
+
+
+class CostOfDeterminism(Callback):
+    """Tells, before the first step, what deterministic operations cost here."""
+
+    def __init__(self, trainer: Any, train: Batches, device: torch.device, log: RunLog) -> None:
+        self.trainer, self.train, self.device, self.log = trainer, train, device, log
+
+    def begin(self, step: int) -> None:
+        self.log.determinism(step, *measure_cost(self.trainer, to_device(self.train.step(step), self.device)))
 
 
 def measure_cost(trainer: Any, batches: list[MicroBatch]) -> tuple[float, float]:

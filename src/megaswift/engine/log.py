@@ -10,14 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from megaswift.engine.callbacks import Callback
+from megaswift.engine.objectives import SUPERVISED
 from megaswift.terminal import LiveLine, duration
 
 if TYPE_CHECKING:
     from megaswift.engine.step import StepResult
     from megaswift.plan import Plan
 
+# What TensorBoard shows of every line, beside the objective's own metrics.
+FIGURES = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "supervised_tokens_per_second", "memory_gb")
 
-class RunLog:
+
+class RunLog(Callback):
     """Collects step results and writes them every logging_steps; on other ranks it does nothing."""
 
     def __init__(self, run_dir: Path, plan: Plan, active: bool, on_gpu: bool, first_step: int = 0) -> None:
@@ -46,19 +51,12 @@ class RunLog:
         self.line.show(self._text(step, row), keep=due)
         if due:
             self._write(row)
-            for name in (
-                "loss",
-                "grad_norm",
-                "learning_rate",
-                "tokens_per_second",
-                "supervised_tokens_per_second",
-                "memory_gb",
-            ):
+            for name in (*FIGURES, *self._own_metrics()):
                 if row[name] is not None:
                     self.board.add_scalar(f"train/{name}", row[name], step)
             self.window = []
 
-    def evaluation(self, step: int, loss: float) -> None:
+    def evaluated(self, step: int, loss: float) -> None:
         """The validation loss after a step."""
         if self.active:
             self._write({"eval_loss": _rounded(loss), "global_step/max_steps": f"{step}/{self.plan.train_iters}"})
@@ -100,7 +98,7 @@ class RunLog:
     def _row(self, step: int) -> dict[str, Any]:
         """The figures of the steps since the last written line."""
         results, times = [result for result, _ in self.window], [seconds for _, seconds in self.window]
-        supervised = sum(result.supervised for result in results)
+        supervised = sum(int(result.metrics.get(SUPERVISED, 0)) for result in results)
         used = [result for result in results if not (result.nonfinite or result.spike)]
         weight = sum(result.weight for result in used)
         loss = sum(result.loss * result.weight for result in used) / (weight or 1.0) if used else None
@@ -115,11 +113,20 @@ class RunLog:
             "tokens_per_second": round(sum(result.tokens for result in results) / sum(times), 1),
             "supervised_tokens_per_second": round(supervised / sum(times), 1),
             **({} if results[-1].loss_scale is None else {"loss_scale": results[-1].loss_scale}),
+            **{name: self._mean(name, used, weight) for name in self._own_metrics()},
             "skipped_steps": sum(result.skipped or result.nonfinite or result.spike for result in results),
             "memory_gb": round(memory_gb(self.on_gpu), 2),
             "elapsed_s": round(elapsed, 1),
             "remaining_s": round(elapsed / done * (self.plan.train_iters - step), 1),
         }
+
+    def _own_metrics(self) -> list[str]:
+        """Metrics of the objective that are shown as means; tokens with loss have a figure of their own."""
+        return [name for name in self.window[-1][0].metrics if name != SUPERVISED]
+
+    def _mean(self, name: str, results: list[StepResult], weight: float) -> float | None:
+        """Over all steps together, divided as the loss is."""
+        return _rounded(sum(result.metrics[name] for result in results) / (weight or 1.0)) if results else None
 
     def _text(self, step: int, row: dict[str, Any]) -> str:
         norm = "overflow" if row["grad_norm"] is None else f"{row['grad_norm']:.3f}"

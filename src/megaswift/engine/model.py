@@ -1,11 +1,14 @@
-"""The Megatron-Core model of one pipeline stage: built from a family's settings, returning the summed loss."""
+"""The Megatron-Core model of one pipeline stage: built from a family's settings, judged by an objective."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.layers import (
@@ -22,9 +25,10 @@ from megaswift.engine.backend import PlainProvider, SequenceLayout, block_spec
 from megaswift.engine.kernels.activation_offload import offload_activations
 from megaswift.engine.kernels.attention import describe
 from megaswift.engine.kernels.fp8_linear import Fp8Products
-from megaswift.engine.kernels.linear_cross_entropy import linear_cross_entropy
+from megaswift.engine.kernels.linear_cross_entropy import IGNORED, linear_cross_entropy
 from megaswift.engine.kernels.megatron_fuse import fuse_embedding
 from megaswift.engine.kernels.products import PLAIN
+from megaswift.engine.kernels.sequence_log_probability import sequence_log_probabilities
 from megaswift.families import family_of
 from megaswift.families.base import is_tied
 from megaswift.families.stages import stage_layers
@@ -35,6 +39,7 @@ if TYPE_CHECKING:
     from megaswift.data.batches import MicroBatch
     from megaswift.engine.graphs import Graphs
     from megaswift.engine.kernels.context_parallel import Share
+    from megaswift.engine.objectives import Loss, Objective
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -58,7 +63,7 @@ class ModelOptions:
 
 
 class ChatModel(GPTModel):
-    """GPTModel whose forward takes a micro batch's fields and returns the loss summed over supervised tokens."""
+    """GPTModel whose forward takes a micro batch's fields and returns what an objective makes of its hidden states."""
 
     def __init__(self, *args: Any, rope: RotaryTable, true_vocab: int, **kwargs: Any) -> None:
         super().__init__(*args, position_embedding_type="none", **kwargs)
@@ -70,22 +75,20 @@ class ChatModel(GPTModel):
         self,
         tokens: Tensor,
         position_ids: Tensor,
-        labels: Tensor | None = None,
         segments: list[int] | None = None,
         share: Share | None = None,
-        weights: Tensor | None = None,
-    ) -> Tensor:
+        worth: Callable[[ChatModel, Tensor], Any] | None = None,
+    ) -> Any:
         """One micro batch through this stage.
 
         Args:
             tokens, position_ids: [b, s].
-            labels: [b, s], -100 where nothing is supervised; None asks for logits [b, s, vocab of this rank].
             segments: lengths of the samples packed into the one row.
             share: what part of the rows these are, where several ranks share them; it knows the samples itself.
-            weights: [b, s] fp32, what the loss at each label is multiplied by; None: 1.
+            worth: what to make of the last stage's hidden states, called with this model; None asks for logits.
 
         Returns:
-            Hidden states [s, b, h] before the last stage; on it the summed loss (fp32 scalar) or the logits.
+            Hidden states [s, b, h] before the last stage; on it what `worth` returns, or logits [b, s, vocab of this rank].
         """
         hidden = self.embedding(input_ids=tokens, position_ids=position_ids) if self.pre_process else None
         cos, sin = self.rope(position_ids, self.config.params_dtype)
@@ -99,9 +102,7 @@ class ChatModel(GPTModel):
             hidden = self.graphs(hidden, layout)
         if not self.post_process:
             return hidden
-        if labels is None:
-            return self._logits(hidden)
-        return self._loss(hidden, labels, weights)
+        return self._logits(hidden) if worth is None else worth(self, hidden)
 
     def attention_kernel(self, packed: bool) -> str:
         """What attends on this GPU, in words; `packed`: rows hold several samples. Compiles the kernels where that is needed."""
@@ -119,26 +120,68 @@ class ChatModel(GPTModel):
             self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
         )
 
-    def _loss(self, hidden: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
-        """Summed cross entropy, without ever holding the logits of all tokens; vocabulary padding takes no part."""
-        config, weight = self.config, self._weight()
-        if config.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden)  # its backward pass sums and scatters
+    def summed_loss(self, hidden: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Summed cross entropy, without ever holding the logits of all tokens; vocabulary padding takes no part.
+
+        Args:
+            hidden: [s, b, h] of the last stage, this rank's part under sequence parallelism.
+            labels: [b, s], -100 where nothing is supervised.
+            weights: [b, s] fp32, what the loss at each label is multiplied by; None: 1.
+
+        Returns:
+            fp32 scalar. It must be the loss itself: its gradient is made at once, as one of a plain sum.
+        """
+        config = self.config
         # What the schedule multiplies the loss by: Megatron's loss scale under fp16, else nothing.
         scale = config.grad_scale_func(torch.ones((), device=hidden.device)) if config.fp16 and config.grad_scale_func else 1.0
+        factors = None if weights is None else weights.t()
         loss, _ = linear_cross_entropy(
-            hidden.reshape(-1, hidden.shape[-1]),
-            weight,
-            labels.t(),
-            vocab_start=self.tp_group.rank() * weight.shape[0],
-            vocab_size=self.true_vocab,
-            tp_group=self.tp_group if self.tp_group.size() > 1 else None,
-            grad_scale=scale,
-            factors=None if weights is None else weights.t(),
-            reduce_hidden_grad=not config.sequence_parallel,
-            shared_with_embedding=self.share_embeddings_and_output_weights and self.pre_process,
+            self._head_inputs(hidden), self._weight(), labels.t(), grad_scale=scale, factors=factors, **self._head()
         )
         return loss
+
+    def sequence_log_probabilities(
+        self, hidden: Tensor, batch: MicroBatch, sequences: Tensor, count: int
+    ) -> tuple[Tensor, Tensor]:
+        """What any loss of whole sequences is a function of; the logits are never held, nor what is not supervised computed.
+
+        Args:
+            hidden: [s, b, h] of the last stage, this rank's part under sequence parallelism.
+            batch: this rank's part under context parallelism.
+            sequences: int64 [b, s], the sequence that each token belongs to; `count`: how many there are in the whole rows.
+
+        Returns:
+            fp32 [count], the log-probability of each sequence's labels, and fp32 [count], how many labels these are; both by
+            the weights of the batch, and whole on every rank that shares the rows.
+        """
+        group = None if batch.share is None else batch.share.group
+        numbers, factors = sequences.t().reshape(-1), None if batch.weights is None else batch.weights.t().reshape(-1)
+        labels = batch.labels.t().reshape(-1)
+        counted = (labels != IGNORED).double() if factors is None else factors.double()
+        tokens = torch.zeros(count, dtype=torch.float64).index_add_(0, numbers, counted).to(hidden.device)
+        if group is not None:
+            dist.all_reduce(tokens, group=group)
+        inputs, numbers = self._head_inputs(hidden), numbers.to(hidden.device, non_blocking=True)
+        made = sequence_log_probabilities(
+            inputs, self._weight(), labels, numbers, count, factors=factors, group=group, **self._head()
+        )
+        return made, tokens.float()
+
+    def _head_inputs(self, hidden: Tensor) -> Tensor:
+        """[s * b, h], the same on every tensor-parallel rank."""
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden)  # its backward pass sums and scatters
+        return hidden.reshape(-1, hidden.shape[-1])
+
+    def _head(self) -> dict[str, Any]:
+        """What the head's kernel is told about this rank's part of the output layer."""
+        return dict(
+            vocab_start=self.tp_group.rank() * self._weight().shape[0],
+            vocab_size=self.true_vocab,
+            tp_group=self.tp_group if self.tp_group.size() > 1 else None,
+            reduce_hidden_grad=not self.config.sequence_parallel,
+            shared_with_embedding=self.share_embeddings_and_output_weights and self.pre_process,
+        )
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Logits [b, s, vocabulary of this rank]; those of vocabulary padding are the smallest number."""
@@ -267,10 +310,15 @@ def _mark_split_weights(model: torch.nn.Module) -> None:
             set_tensor_model_parallel_attributes(module.weight, True, 1, 1)
 
 
-def run_micro_batch(model: Any, batch: MicroBatch) -> Tensor:
-    """A micro batch through (a wrapper of) ChatModel."""
+def run_micro_batch(model: Any, batch: MicroBatch, objective: Objective) -> Any:
+    """A micro batch through (a wrapper of) ChatModel: hidden states before the last stage, on it the objective's Loss."""
     segments = None if batch.cu_seqlens is None else batch.cu_seqlens.diff().tolist()
-    return model(batch.tokens, batch.position_ids, batch.labels, segments, batch.share, batch.weights)
+    worth = partial(_worth, objective, batch)
+    return model(batch.tokens, batch.position_ids, segments, batch.share, worth)
+
+
+def _worth(objective: Objective, batch: MicroBatch, model: ChatModel, hidden: Tensor) -> Loss:
+    return objective.micro_batch(model, hidden, batch)
 
 
 __all__ = ["ChatModel", "ModelOptions", "RotaryTable", "build", "run_micro_batch", "transformer_config"]

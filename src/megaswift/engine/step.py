@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +31,7 @@ from megaswift.engine.model import TORCH_DTYPES, ChatModel, run_micro_batch
 
 if TYPE_CHECKING:
     from megaswift.data.batches import MicroBatch
+    from megaswift.engine.objectives import Loss, Objective
     from megaswift.plan import Plan
 
 # fp16: losses are sums over tokens, so the usual 2^16 and 1 for means over some 256 tokens are 2^8 and 2^-8 here.
@@ -44,11 +46,11 @@ OVERLAP_FROM = 1_000_000_000
 class StepResult:
     """What one step gave; equal on all ranks."""
 
-    loss: float  # mean over the supervised tokens of the global batch, by their weights
+    loss: float  # of the global batch: the sum of its losses over the sum of their weights
     grad_norm: float | None  # before clipping; None if the step was skipped
     learning_rate: float
-    supervised: int  # tokens with loss in the global batch
-    weight: float  # sum of their weights: their number, unless rows bring other weights than 0 and 1
+    weight: float  # what the losses were divided by
+    metrics: dict[str, float]  # the objective's own figures, summed over the global batch
     tokens: int = 0  # all its tokens, padding left out
     skipped: bool = False  # fp16 only: gradients overflowed, no update
     loss_scale: float | None = None  # fp16 only: what the next step's loss is multiplied by
@@ -57,19 +59,20 @@ class StepResult:
 
 
 class Trainer:
-    """The model of this process with its gradients' buffers, optimizer and schedule."""
+    """The model of this process with its gradients' buffers, optimizer and schedule, and the objective that it is trained by."""
 
     def __init__(
         self,
         model: ChatModel,
         plan: Plan,
+        objective: Objective,
         *,
         cuda_graphs: str = "false",
         overlap_grad_reduce: bool | None = False,
         overlap_param_gather: bool | None = None,
         recompute_modules: str = "auto",
     ) -> None:
-        self.bare_model = model
+        self.bare_model, self.objective = model, objective
         compat.use_our_adamw()
         config = model.config
         wrapped = Float16Module(config, model) if config.bf16 or config.fp16 else model
@@ -129,8 +132,8 @@ class Trainer:
     def gradients(self, batches: list[MicroBatch]) -> Tensor:
         """Forward and backward over the micro batches.
 
-        Returns [summed loss, sum of weights, supervised tokens] of the global batch, on the device. `gradient_divisor` tells
-        what the gradient buffers must be divided by to be gradients of the mean loss.
+        Returns the sums of the global batch, fp64 on the device: losses, weights, and the objective's metrics in their order.
+        `gradient_divisor` tells what the gradient buffers must be divided by to be gradients of the mean loss.
         """
         self.model.train()
         zero_main_grads(self.model)
@@ -155,12 +158,12 @@ class Trainer:
         skipped = self.optimizer.prepare_grads()  # fp16: gradients of a rank overflowed; all ranks have agreed on it
         mean = sums[0] / divisor(sums)
         if skipped:
-            return self._overflowed(float(mean), rate, sums, before)
+            return self._overflowed(self._result(float(mean), None, rate, sums[1:].tolist()), before)
         norm = (self.optimizer.get_grad_norm() if self.fused else gradient_norm(self.optimizer)).to(sums)
         if self.fused:  # the device decides whether the update happens; the host only reads it afterwards
             self.optimizer.update(torch.where(mean.isfinite(), norm, math.nan).float(), limit=self.norm_limit)
-        loss, weight, supervised, grad_norm = torch.stack((mean, sums[1], sums[2], norm)).tolist()
-        result = StepResult(loss, grad_norm, rate, int(supervised), weight, loss_scale=self._loss_scale())
+        loss, grad_norm, *others = torch.cat((torch.stack((mean, norm)), sums[1:])).tolist()
+        result = self._result(loss, grad_norm, rate, others)
         result.nonfinite = not _all_finite(loss, grad_norm)
         result.spike = not result.nonfinite and grad_norm > self.norm_limit
         if self.fused:
@@ -175,12 +178,17 @@ class Trainer:
         """What fp16 losses are multiplied by, so that small gradients do not vanish; None in other precisions."""
         return float(self.optimizer.get_loss_scale()) if self.bare_model.config.fp16 else None
 
-    def _overflowed(self, loss: float, rate: float, sums: Tensor, scale: float | None) -> StepResult:
+    def _result(self, loss: float, grad_norm: float | None, rate: float, others: list[float]) -> StepResult:
+        """`others`: the sum of weights and the sums of metrics."""
+        weight, *sums = others
+        metrics = dict(zip(self.objective.metrics, sums, strict=True))
+        return StepResult(loss, grad_norm, rate, weight, metrics, loss_scale=self._loss_scale())
+
+    def _overflowed(self, result: StepResult, scale: float | None) -> StepResult:
         """A step without update. The scaler lowers its scale after two such steps; at its floor that cannot help any more."""
-        weight, supervised = float(sums[1]), int(sums[2])
-        result = StepResult(loss, None, rate, supervised, weight, skipped=True, loss_scale=self._loss_scale())
+        result.skipped = True
         hopeless = scale is None or scale <= MIN_LOSS_SCALE
-        if hopeless or not _all_finite(loss, 0.0):
+        if hopeless or not _all_finite(result.loss, 0.0):
             result.nonfinite, result.grad_norm = True, math.inf
         return result
 
@@ -198,20 +206,20 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[list[MicroBatch]]) -> float:
-        """Mean loss over all supervised tokens of the batches, by their weights."""
+        """The loss of all batches together: the sum of their losses over the sum of their weights."""
         self.model.eval()
         total, weight = 0.0, 0.0
         for group in batches:
-            summed, more, _ = self._forward_backward(group, forward_only=True).tolist()
+            summed, more, *_ = self._forward_backward(group, forward_only=True).tolist()
             total, weight = total + summed, weight + more
         return total / weight if weight > 0 else 0.0
 
     def _forward_backward(self, batches: list[MicroBatch], forward_only: bool) -> Tensor:
-        """Run Megatron-Core's schedule; summed loss, sum of weights and supervised tokens of the whole global batch (fp64 [3])."""
+        """Run Megatron-Core's schedule; the sums of losses, weights and metrics over the whole global batch (fp64)."""
         if parallel_state.get_context_parallel_world_size() > 1:
             batches = [share_of(batch, parallel_state.get_context_parallel_group()) for batch in batches]
         reports = self.run_schedule(
-            forward_step_func=forward_step,
+            forward_step_func=partial(forward_step, self.objective),
             data_iterator=iter(batches),
             model=[self.model],
             num_microbatches=len(batches),
@@ -219,7 +227,7 @@ class Trainer:
             micro_batch_size=batches[0].tokens.shape[0],
             forward_only=forward_only,
         )
-        sums = torch.zeros(3, dtype=torch.float64, device=batches[0].tokens.device)
+        sums = torch.zeros(2 + len(self.objective.metrics), dtype=torch.float64, device=batches[0].tokens.device)
         for report in reports:  # empty before the last pipeline stage
             sums += report["sums"].to(torch.float64)
         dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
@@ -277,18 +285,15 @@ def _all_finite(loss: float, grad_norm: float) -> bool:
     return not bad.item()
 
 
-def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
-    """Megatron-Core's forward_step_func: the output of one micro batch and the function that makes its loss."""
-    batch = next(batches)
-    output = run_micro_batch(model, batch)
-    count = (batch.labels != -100).sum()
-    weight = count.float() if batch.weights is None else batch.weights.double().sum().float()
-    supervised, weight = (x.to(output.device, non_blocking=True) for x in (count.int(), weight))
+def forward_step(objective: Objective, batches: Iterator[MicroBatch], model: Any) -> tuple[Any, Any]:
+    """Megatron-Core's forward_step_func, the objective bound: the output of one micro batch, and what takes its loss from it."""
+    output = run_micro_batch(model, next(batches), objective)
 
-    def loss_function(summed: Tensor, *_: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        # Three values ask Megatron-Core for per-token normalisation: gradients of sums, which we divide once by the sum of
-        # weights in the whole global batch.
-        return summed, supervised, {"sums": torch.stack((summed.detach().float(), weight, supervised.float()))}
+    def loss_function(loss: Loss, *_: Any) -> tuple[Tensor, int, dict[str, Tensor]]:
+        # Three values ask Megatron-Core for gradients of sums, which we divide once by the sum of weights in the whole global
+        # batch; its own count of tokens takes no part.
+        metrics = (loss.metrics[name] for name in objective.metrics)
+        return loss.total, 0, {"sums": torch.stack((loss.total.detach().float(), loss.weight, *metrics))}
 
     return output, loss_function
 

@@ -18,7 +18,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from megaswift import sft
 from megaswift.args_file import with_home
 from megaswift.arguments import ExportArguments, ParityArguments, SftArguments, parse
 from megaswift.checkpoint.layout import iteration_directory
@@ -29,6 +28,8 @@ from megaswift.parity.compare import UPDATES, StepDifference, beyond, overall, r
 from megaswift.parity.layouts import Layout, parse_layouts
 from megaswift.parity.rank import GRADIENTS, LAYERS, LOG, NOISE, STATE, STOP_AFTER, WEIGHTS
 from megaswift.parity.show import draw, print_layouts, print_reference
+from megaswift.run_setup import job_of, plan_of, prepared, template_of
+from megaswift.start import find_start
 from megaswift.terminal import say
 
 SAMPLES = "step1.jsonl"  # the first step's samples, so that its loss and norm can be had from transformers alone
@@ -63,9 +64,9 @@ def parity_main(args: ParityArguments | list[str]) -> Path:
             where="--new_special_tokens",
             fix="convert first: swift export --to_megatron true --new_special_tokens ...; then leave it out here",
         )
-    start = sft.find_start(plain)
-    template = sft._template(start.args, start)
-    data = sft.prepared(start.args, template, start)
+    start = find_start(plain)
+    template = template_of(start.args, start)
+    data = prepared(start.args, template, start)
     if args.learning and data.val is None:
         raise UserError(
             "there are no validation rows to judge the two models by.",
@@ -112,8 +113,8 @@ class _Runs:
         directory.mkdir()
         for part in (GRADIENTS, WEIGHTS) if dump else ():
             (directory / part).mkdir()
-        plan = sft._plan(args, self.start, self.data, place, directory, batch)
-        job = sft._job(args, self.start, self.data, plan, self.pad_id)
+        plan = plan_of(args, self.start, self.data, place, directory, batch)
+        job = job_of(args, self.start, self.data, plan, self.pad_id)
         if noise is not None:
             (directory / NOISE).write_text(str(noise), encoding="utf-8")
         half = plan.train_iters // 2 if resume else 0

@@ -68,7 +68,7 @@ def follow(run_dir: Path, folder: Path, save_to: Path | None) -> Curves:
     """
     from megaswift.data.batches import Batches
     from megaswift.data.store import TokenRows
-    from megaswift.engine.loop import Job
+    from megaswift.engine.job import Job
     from megaswift.parity.reference import Reference
 
     job = Job.read(run_dir / "job.json")

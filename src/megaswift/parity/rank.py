@@ -8,17 +8,16 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from megaswift.arguments import SftArguments
 from megaswift.data.batches import MicroBatch
-from megaswift.engine import loop, ranks
+from megaswift.engine import ranks
 from megaswift.engine.determinism import deterministic
-from megaswift.engine.loop import Job
+from megaswift.engine.gradients import Gradients
+from megaswift.engine.job import Job
+from megaswift.engine.setup import open_batches, restore_trainer, to_device
 from megaswift.parity.layers import of_engine
 from megaswift.parity.noise import perturb
 
@@ -33,15 +32,15 @@ def run(job: Job) -> None:
     plan, args = job.plan, SftArguments(**job.options)
     out = Path(plan.megatron["save"])
     with deterministic(args.deterministic), ranks.joined(plan.tp, plan.pp, args.seed, plan.cp) as rank:
-        trainer, _ = loop._restored(job, args)
+        trainer, _ = restore_trainer(job, args)
         try:
-            batches, _ = loop._batches(job, args, rank)
+            batches, _ = open_batches(job, args, rank)
             seed, stop = _number(out / NOISE), _number(out / STOP_AFTER)
             if job.first_step == 0 and seed is not None:
                 perturb(trainer, seed)
             last = stop if job.first_step == 0 and stop else plan.train_iters
             for place in range(job.first_step, last):
-                micro_batches = loop._move(batches.step(place), rank.device)
+                micro_batches = to_device(batches.step(place), rank.device)
                 if dumps(out) and place == 0:
                     numbers = of_engine(trainer, micro_batches, batches.rows)
                     if rank.is_first:
@@ -62,7 +61,7 @@ def _step(trainer: Any, micro_batches: list[MicroBatch], number: int, out: Path)
     began = time.perf_counter()
     sums = trainer.gradients(micro_batches)
     if dumps(out):
-        _save(out / GRADIENTS, number, _Gradients(trainer, trainer.gradient_divisor(sums)))
+        _save(out / GRADIENTS, number, Gradients(trainer, trainer.gradient_divisor(sums)))
     result = trainer.update(sums)  # the loss comes to the host, so the step is over
     milliseconds = 1e3 * (time.perf_counter() - began)
     if dumps(out):
@@ -89,45 +88,6 @@ def _save(root: Path, step: int, state: Any, *, only_model: bool = True, manifes
     from megaswift.checkpoint.save import save
 
     save(root, step, state, only_model=only_model, extra={}, manifest=manifest or {})
-
-
-class _Gradients:
-    """A trainer's gradients in place of its weights, so that they are saved, read and compared in the same way."""
-
-    def __init__(self, trainer: Any, divisor: float) -> None:
-        self.trainer, self.divisor = trainer, divisor
-        self.bare_model = self
-        self.optimizer = self.scheduler = None
-
-    def settle_weights(self) -> None:
-        """Nothing to wait for: no weight is read."""
-
-    def sharded_state_dict(self, prefix: str = "", metadata: Any = None) -> dict[str, Any]:
-        """Megatron-Core's sharded state dict of the model with fp32 gradients as its data."""
-        from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-
-        self._gather()
-        state = self.trainer.bare_model.sharded_state_dict(prefix=prefix, metadata=metadata)
-        result = {}
-        for name, item in state.items():
-            if isinstance(item, ShardedTensor):
-                gradient = item.data.main_grad / self.divisor
-                result[name] = replace(item, data=gradient, dtype=gradient.dtype)
-            elif isinstance(item, ShardedTensorFactory):
-                result[name] = replace(item, data=item.data.main_grad / self.divisor)
-            else:
-                result[name] = item
-        return result
-
-    def _gather(self) -> None:
-        """Put the parts that the data-parallel ranks reduced together again: the distributed optimizer keeps them apart."""
-        for buffer in self.trainer.model.buffers:
-            for bucket in buffer.buckets:
-                group = buffer.data_parallel_group
-                size = dist.get_world_size(group)
-                if size > 1:
-                    own = bucket.grad_data.chunk(size)[dist.get_rank(group)].clone()
-                    dist.all_gather_into_tensor(bucket.grad_data, own, group=group)
 
 
 def main(argv: list[str]) -> int:

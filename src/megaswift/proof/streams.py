@@ -119,7 +119,7 @@ def megatron_stream(config: PreTrainedConfig, reader: MegatronReader) -> Streame
         _lend_embedding(model.output_layer, load)
 
     def run(tokens: Tensor, positions: Tensor, lengths: list[int]) -> Tensor:
-        return model(tokens, positions, None, lengths)[0, :, : config.vocab_size]
+        return model(tokens, positions, lengths)[0, :, : config.vocab_size]
 
     return Streamed(model, run, model.decoder.layers, model.embedding.word_embeddings)
 

@@ -44,10 +44,12 @@ class Share:
     Args:
         slices: its two slices, in the order of its local tokens.
         group: the ranks that share the rows.
+        samples: lengths of what stands in each whole row, one after the other; the same in all rows.
     """
 
     slices: tuple[Slice, Slice]
     group: dist.ProcessGroup
+    samples: tuple[int, ...]
 
     def take(self, x: Tensor) -> Tensor:
         """This rank's part of rows [b, s]."""
@@ -66,7 +68,7 @@ def share_of(batch: MicroBatch, group: dist.ProcessGroup) -> MicroBatch:
     first, second = (
         _slice(number * part, (number + 1) * part, samples, rows, batch.tokens.device) for number in (rank, 2 * size - 1 - rank)
     )
-    share = Share((first, second), group)
+    share = Share((first, second), group, tuple(samples))
     names = ("tokens", "labels", "position_ids") + (() if batch.weights is None else ("weights",))
     own: dict[str, Any] = {name: share.take(getattr(batch, name)) for name in names}
     return replace(batch, **own, cu_seqlens=None, share=share)
