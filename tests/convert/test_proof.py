@@ -72,6 +72,7 @@ HONOURED: dict[str, tuple[str, dict[str, Any]]] = {
     "untied": ("qwen2", {"tie_word_embeddings": False}),
     "sizes": ("llama", {"intermediate_size": 40, "num_hidden_layers": 3, "vocab_size": 77}),
     "sliding_window": ("mistral", {"sliding_window": 48}),
+    "no_rope_layers": ("smollm3", {"no_rope_layers": [0, 1, 1, 0]}),
 }
 
 

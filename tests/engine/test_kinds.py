@@ -136,6 +136,18 @@ def test_offloading_refuses_a_block_of_its_own(folder: Path) -> None:
         offload_activations(model.decoder, 1)
 
 
+@pytest.mark.parametrize(("name", "precision"), [("ernie4_5", torch.float32), ("smollm3", torch.bfloat16)])
+def test_tables_have_the_precision_that_the_family_rotates_in(name: str, precision: torch.dtype, folder: Path) -> None:
+    model = build(tiny.tiny_config(name), ModelOptions(1, 1, "bf16", 132))
+    cos, sin = model.ropes["main"](torch.arange(8)[None], model.config.params_dtype)
+    assert cos.dtype == sin.dtype == precision
+    core = model.decoder.layers[0].self_attention.core_attention
+    query = torch.randn(8, 1, 8, cos.shape[-1], dtype=torch.bfloat16)
+    assert (
+        core(query, query, query, packed_seq_params=backend.SequenceLayout(tables={"main": (cos, sin)})).dtype == torch.bfloat16
+    )
+
+
 @pytest.mark.parametrize("part", ["attention", "mlp", "norm"])
 def test_a_name_without_a_module_is_refused(part: str) -> None:
     with pytest.raises(ValueError, match=f"{part} is 'other'"):

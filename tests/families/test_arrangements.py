@@ -64,25 +64,25 @@ def test_there_and_back(form: Form, tp: int, data: st.DataObject) -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 3), st.integers(1, 4), st.integers(0, 99))
-def test_rearranged_heads_rotate_as_in_transformers(heads: int, quarter: int, seed: int) -> None:
-    """ERNIE's rotation of neighbours, rearranged, is the rotation by halves of rearranged heads: to the bit."""
-    from transformers.models.ernie4_5 import modeling_ernie4_5 as ernie
-    from transformers.models.llama import modeling_llama as llama
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(0, 99), st.sampled_from((torch.float32, torch.bfloat16)))
+def test_rearranged_heads_rotate_as_in_transformers(heads: int, quarter: int, seed: int, dtype: torch.dtype) -> None:
+    """ERNIE's rotation of neighbours, rearranged, is our rotation by halves of rearranged heads: to the bit, by fp32 tables."""
+    from transformers.models.ernie4_5.modeling_ernie4_5 import apply_rotary_pos_emb
+
+    from megaswift.engine.kernels.rope import rotate
 
     size = 4 * quarter
     generator = torch.Generator().manual_seed(seed)
-    query = torch.randn(1, heads, 5, size, generator=generator)
+    query = torch.randn(1, heads, 5, size, generator=generator).to(dtype)
     angles = torch.rand(1, 5, size // 2, generator=generator).repeat(1, 1, 2)
     arrangement = rearranged(whole(heads * size), halves(heads, size), [0])
 
-    def packed(x: torch.Tensor) -> torch.Tensor:
-        return arrangement.pack([x.transpose(2, 3).flatten(1, 2)[0]])
+    def by_halves(x: torch.Tensor) -> torch.Tensor:  # [1, heads, s, d] to [s, 1, heads, d]
+        return arrangement.pack([x.transpose(2, 3).flatten(1, 2)[0]]).unflatten(0, (heads, size)).permute(2, 0, 1).unsqueeze(1)
 
-    theirs, _ = ernie.apply_rotary_pos_emb(query, query, angles.cos(), angles.sin())
-    by_halves = packed(query).unflatten(0, (heads, size)).transpose(1, 2)[None]
-    ours, _ = llama.apply_rotary_pos_emb(by_halves, by_halves, angles.cos(), angles.sin())
-    assert torch.equal(packed(theirs), ours.transpose(2, 3).flatten(1, 2)[0])
+    theirs, _ = apply_rotary_pos_emb(query, query, angles.cos(), angles.sin())
+    ours = rotate(by_halves(query), *(table.transpose(0, 1) for table in (angles.cos(), angles.sin())))
+    assert ours.dtype == dtype and torch.equal(by_halves(theirs), ours)
 
 
 @settings(max_examples=60, deadline=None)

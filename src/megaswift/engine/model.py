@@ -168,6 +168,8 @@ class RotaryTable:
         name: MAIN, or the layer type whose entry of rope_parameters is meant.
     """
 
+    dtype: torch.dtype | None = None  # of cos and sin, where it is not the model's
+
     def __init__(self, config: PreTrainedConfig, device: torch.device, name: str = MAIN) -> None:
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -185,14 +187,17 @@ class RotaryTable:
     def __call__(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin, each [s, b, 1, head_dim], for positions [b, s]."""
         angles = position_ids.transpose(0, 1).float().unsqueeze(-1) * self.inverse
-        angles = torch.cat((angles, angles), dim=-1).unsqueeze(2)
+        angles, dtype = torch.cat((angles, angles), dim=-1).unsqueeze(2), self.dtype or dtype
         return (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)
 
 
 def rotary_tables(config: PreTrainedConfig, kinds: Sequence[Kind], device: torch.device) -> dict[str, RotaryTable]:
     """Every table that layers of these kinds rotate by."""
     names = sorted({kind.rotation for kind in kinds if kind.rotation is not None})
-    return {name: RotaryTable(config, device, name) for name in names}
+    tables = {name: RotaryTable(config, device, name) for name in names}
+    for table in tables.values() if family_of(config.model_type).rotates_in_fp32 else ():
+        table.dtype = torch.float32
+    return tables
 
 
 def transformer_config(config: PreTrainedConfig, options: ModelOptions) -> TransformerConfig:

@@ -60,6 +60,7 @@ class Family:
         settings: Hugging Face config -> settings of Megatron-Core's TransformerConfig.
         tiny: config values of a tiny model of this family, on which the parity tests run.
         kind: config and number of a layer, from 0 -> what that layer is made of.
+        rotates_in_fp32: whether query and key rotate in fp32 whatever the model's precision.
         attention_bias: what `attention_bias` in the config may say (None: any value is honoured by `settings`).
         extra_fields: config fields that only this family honours, in `settings` or `kind`.
     """
@@ -70,6 +71,7 @@ class Family:
     settings: Callable[[Any], dict[str, Any]]
     tiny: dict[str, Any]
     kind: Callable[[Any, int], Kind] = lambda config, layer: Kind()
+    rotates_in_fp32: bool = False
     attention_bias: bool | None = False
     extra_fields: frozenset[str] = field(default_factory=frozenset)
 

@@ -131,7 +131,7 @@ def _kernels(config: TransformerConfig) -> list[SDPBackend]:
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding, halves convention (https://arxiv.org/abs/2104.09864): x * cos + (-x2, x1) * sin."""
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
 class FusedSelfAttention(SelfAttention):
