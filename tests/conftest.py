@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -14,6 +15,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never reach for a network
 
 from tests import tiny
 from tests.ranks import RankPool
+
+# How long an example takes is not judged: a machine may have other work.
+hypothesis.settings.register_profile("megaswift", deadline=None)
+hypothesis.settings.load_profile("megaswift")
 
 # Files that take long with few tests: begun last, one of two workers would wait for the other.
 LONG = (

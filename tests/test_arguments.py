@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megaswift.args_file import write_args_file
 from megaswift.arguments import (
     REFUSED,
     DeployArguments,
@@ -20,7 +21,10 @@ from megaswift.arguments import (
     VerifyArguments,
     parse,
 )
+from megaswift.cli import main
 from megaswift.errors import UserError
+from megaswift.mapping import Facts, megatron_arguments
+from megaswift.plan import check_numbers
 
 GOLDEN = Path(__file__).parent / "golden" / "options.json"
 
@@ -31,8 +35,7 @@ def test_words_become_values() -> None:
     assert args.dataset == ["a#1", "b", "c"]
     assert args.model_name == ["小黄", "Xiao Huang"]
     assert (args.learning_rate, args.pp, args.packing, args.padding_free, args.use_flash_attn) == (2e-4, 2, True, False, True)
-    assert args.min_lr == pytest.approx(2e-5)
-    assert args.save_steps == args.eval_steps
+    assert args.min_lr is args.save_steps is args.dataset_seed is None  # wishes only: what becomes of them stands in the plan
     assert {"dataset", "pp", "packing"} <= args.explicit()
     assert "min_lr" not in args.explicit()
     for word, value in {"True": True, "1": True, "yes": True, "False": False, "0": False, "no": False}.items():
@@ -58,6 +61,50 @@ def test_bad_words(words: list[str], message: str) -> None:
     with pytest.raises(UserError) as caught:
         parse(SftArguments, words)
     assert message in caught.value.text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--batch_size", "0"], "--batch_size 0 is not 1 or more."),
+        (["--warmup_ratio", "1"], "--warmup_ratio 1 is not 0 or more, below 1."),
+        (["--step_timeout", "0"], "--step_timeout 0 is not above 0."),
+        (["--save_total_limit", "0"], "--save_total_limit 0 is not 1 or more."),
+        (["--pp", "-1"], "--pp -1 is not 1 or more."),
+        (["--dataset_test_ratio", "1"], "--dataset_test_ratio 1 is not 0 or more, below 1."),
+    ],
+)
+def test_numbers_have_ranges(words: list[str], message: str, tmp_path: Path) -> None:
+    """On the command line, in a file of options, and in a script."""
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({words[0][2:]: float(words[1])}))
+    for read in (lambda: parse(SftArguments, words), lambda: SftArguments(**json.loads(path.read_text()))):
+        with pytest.raises(UserError) as caught:
+            read()
+        assert caught.value.what == message and caught.value.where == words[0]
+
+
+def test_options_of_a_run_are_wishes(tmp_path: Path) -> None:
+    """Used again with another rate, a file of options does not bring the old one's default for the last rate, nor for saving."""
+    file = write_args_file(tmp_path, SftArguments(learning_rate=1e-4, eval_steps=50))
+    again = parse(SftArguments, [str(file), "--learning_rate", "1e-6", "--eval_steps", "7"])
+    check_numbers(again)
+    made = megatron_arguments(again, Facts(1, 100, 10, "fp32", "a", "b"))
+    assert (made["min_lr"], made["save_interval"]) == (pytest.approx(1e-7), 7)
+
+
+def test_help_is_grouped_and_tells_all(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sft", "--help"]) == 0
+    text = capsys.readouterr().out
+    for item in dataclasses.fields(SftArguments):
+        assert text.count(f"\n  --{item.name}\n") + text.count(f"\n  --{item.name}  ") == 1, item.name
+    assert "--batch_size  default 1; rows; 1 or more; Megatron: micro_batch_size" in text
+    assert (
+        text.index("Optimizer and learning rate.") < text.index("--learning_rate") < text.index("Evaluation and checkpoints.")
+    )
+    assert main(["data", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--examples" in text and "--dataset" in text and "--learning_rate" not in text and "they change nothing" in text
 
 
 def test_a_comma_in_the_name_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,4 +188,4 @@ def test_seeds_that_numpy_does_not_take(cls: type, value: int) -> None:
     assert "from 0 to 4294967295" in caught.value.fix
     with pytest.raises(UserError, match="--dataset_seed"):
         SftArguments(dataset_seed=value)
-    assert SftArguments(seed=0).dataset_seed == 0
+    assert SftArguments(seed=0).dataset_seed is None  # the seed, wherever it is used

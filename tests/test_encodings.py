@@ -25,7 +25,7 @@ def swift(*words: str | bytes, cwd: Path, **more: str) -> tuple[int, str]:
 
 
 def test_chinese_names_and_rows_under_ascii(tmp_path: Path) -> None:
-    save_tiny(tmp_path / "模型", "llama")
+    save_tiny(tmp_path / "模型", "llama", vocab_size=300)
     write_tokenizer(tmp_path / "模型")
     rows = [{"instruction": f"你好 {number}", "output": "我是 {{name}}"} for number in range(4)]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

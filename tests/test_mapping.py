@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megaswift.arguments import SftArguments
-from megaswift.mapping import TABLE, Facts, filled_rows, megatron_arguments
+from megaswift.mapping import TABLE, Facts, filled_rows, megatron_arguments, warmup_note
 
 # The table of the seed document, both columns by their names.
 SEED = [
@@ -111,3 +111,24 @@ def test_filled_rows_are_text_in_the_tables_order() -> None:
     assert len(rows) == 29
     assert rows[0] == ("optimizer", "optim", "adam")
     assert all(isinstance(cell, str) for row in rows for cell in row)
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "words"),
+    [
+        ({"warmup_steps": 500}, 94, "the warm-up (--warmup_steps 500) is longer than the run: it is cut to 94 steps, and the"),
+        (
+            {"warmup_steps": 94},
+            94,
+            "the warm-up (--warmup_steps 94) is the whole run, and the learning rate rises until the last",
+        ),
+        ({"warmup_ratio": 0.99}, 94, "the warm-up (--warmup_ratio 0.99) is the whole run"),
+        ({"warmup_steps": 93}, 94, ""),
+        ({"warmup_ratio": 0.9}, 94, ""),
+        ({}, 94, ""),
+        ({}, 1, ""),  # one step is one of warm-up, whatever the ratio: nobody asked for that
+    ],
+)
+def test_a_warm_up_without_an_end_is_told(options: dict[str, Any], steps: int, words: str) -> None:
+    said = warmup_note(SftArguments(**options), steps)
+    assert said.startswith(words) and bool(said) == bool(words)

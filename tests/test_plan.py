@@ -25,7 +25,7 @@ def plan(**changes: Any) -> Plan:
     [
         (3, 1, None, "--tp 3 does not divide the model's 8 attention heads", "1, 2, 4"),
         (8, 1, None, "--tp 8 does not divide the model's 4 key/value heads", "1, 2, 4"),
-        (1, 3, None, "--pp 3 does not divide the model's 4 layers", "2, 4"),
+        (1, 5, None, "--pp 5 is more than the model's 4 layers", "at most 4"),
         (2, 2, 6, "6 processes cannot hold tp 2 x pp 2", "NPROC_PER_NODE=4"),
         (0, 1, None, "must be at least 1", ""),
     ],
@@ -53,9 +53,9 @@ def test_feed_forward_size_and_sequence_parallel() -> None:
         ({"warmup_ratio": 1.5}, "--warmup_ratio"),
         ({"save_total_limit": 0}, "--save_total_limit 0"),
         ({"num_train_epochs": 0}, "no step"),
-        ({"step_timeout": 0}, "--step_timeout 0 leaves no time"),
-        ({"step_timeout": float("nan")}, "--step_timeout nan leaves no time"),
-        ({"start_timeout": -1}, "--start_timeout -1 leaves no time"),
+        ({"step_timeout": 0}, "--step_timeout 0 is not above 0"),
+        ({"step_timeout": float("nan")}, "--step_timeout nan is not above 0"),
+        ({"start_timeout": -1}, "--start_timeout -1 is not above 0"),
     ],
 )
 def test_bad_numbers(options: dict[str, Any], message: str) -> None:

@@ -161,7 +161,7 @@ def fill_from_file(args: A, values: Mapping[str, Any], names: Iterable[str]) -> 
     try:
         result.check_choices()
     except UserError as error:
-        raise DataError(f"the options file holds a value that is not known: {error.what}", fix=error.fix) from error
+        raise DataError(f"the options file holds a value that cannot be: {error.what}", fix=error.fix) from error
     return result
 
 

@@ -16,6 +16,7 @@ from typing import IO
 from megaswift.errors import UserError, is_full
 
 DAY = 24 * 3600.0
+ELSEWHERE = "free space there, or set MEGASWIFT_CACHE to a directory on another disk"
 
 
 def cache_root() -> Path:
@@ -78,7 +79,7 @@ def _unwritable(error: OSError, directory: Path) -> UserError:
         return UserError(
             f"the disk of the cache is full: {error.strerror}.",
             where=str(directory),
-            fix="free space there, or set MEGASWIFT_CACHE to a directory on another disk",
+            fix=ELSEWHERE,
         )
     return UserError(
         f"cannot write to the cache: {error.strerror}.",

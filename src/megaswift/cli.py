@@ -11,6 +11,7 @@ import importlib
 import os
 import sys
 import traceback
+from typing import Any
 
 from megaswift.errors import ExitCode, MegaswiftError, UserError, disk_full, nearest
 from megaswift.terminal import not_utf8, refuse_not_utf8, speak_utf8, terminal_may_be_gone
@@ -148,26 +149,39 @@ def overview() -> str:
     return "\n".join([*lines, "", "swift COMMAND --help lists the options of a command."])
 
 
-def help_text(verb: str, cls: type) -> str:
-    """All options of a command with their defaults."""
+def help_text(verb: str, cls: Any) -> str:
+    """All options of a command in their groups, each with default, range, unit and the name that Megatron-Core has for it."""
     import dataclasses
     import textwrap
 
-    from megaswift.arguments import default_of
+    from megaswift.arguments import allowed, default_of
+    from megaswift.mapping import megatron_names
 
-    lines = [
-        f"usage: swift {verb} [options.json | options.yaml] [--option value ...]",
-        "",
-        VERBS[verb][3] + ".",
-        "",
-        "options:",
-    ]
-    for item in dataclasses.fields(cls):
-        default, choices = default_of(item), item.metadata["choices"]
-        note = f" One of: {', '.join(choices)}." if choices else ""
-        shown = "" if default in (None, [], "") else f" [{str(default).lower() if isinstance(default, bool) else default}]"
-        lines.append(f"  --{item.name}")
-        lines += textwrap.wrap(item.metadata["help"] + note + shown, 100, initial_indent="      ", subsequent_indent="      ")
+    names = megatron_names() if verb in ("sft", "parity") else {}
+    meant = getattr(cls, "MEANT", None)
+    lines = [f"usage: swift {verb} [options.json | options.yaml] [--option value ...]", "", VERBS[verb][3] + "."]
+    items = {item.name: item for item in dataclasses.fields(cls)}
+    for group in reversed([part for part in cls.__mro__ if dataclasses.is_dataclass(part)]):
+        own = [name for name in vars(group).get("__annotations__", {}) if name in items]
+        if not own or (meant is not None and group not in meant and group is not cls):
+            continue
+        lines += ["", (group.__doc__ or "").strip().split("\n")[0]]
+        for item in (items[name] for name in own):
+            default, choices = default_of(item), item.metadata["choices"]
+            shown = f"{default:g}" if isinstance(default, float) else str(default)
+            shown = shown.lower() if isinstance(default, bool) else shown
+            facts = [] if default in (None, [], "") else [f"default {shown}"]
+            facts += [item.metadata["unit"], allowed(item), f"one of: {', '.join(choices)}" if choices else ""]
+            facts += [f"Megatron: {names[item.name]}"] if item.name in names else []
+            head = textwrap.wrap("; ".join(filter(None, facts)), 100 - 4 - len(item.name) - 4, break_long_words=False) or [""]
+            lines.append(f"  --{item.name}{'  ' if head[0] else ''}{head[0]}")
+            lines += [f"      {more}" for more in head[1:]]
+            lines += textwrap.wrap(item.metadata["help"], 100, initial_indent="      ", subsequent_indent="      ")
+    if meant is not None:
+        lines += [
+            "",
+            f"The other options of swift sft may stand here too, so that its command can be used as it is; they change nothing in swift {verb}.",
+        ]
     return "\n".join(lines)
 
 

@@ -62,8 +62,6 @@ def data_main(args: InspectArguments | list[str]) -> Inspection:
 
     if isinstance(args, list):
         args = parse(InspectArguments, args)
-    if args.examples < 0:
-        raise UserError(f"--examples {args.examples} is below 0.", where="--examples")
     directory, tokens = _directory(args), listed_tokens(args.new_special_tokens)
     if (grown := with_new_tokens(directory, tokens)) is not None:
         say(grown.note())

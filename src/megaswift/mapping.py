@@ -46,6 +46,11 @@ class Row:
     value: Callable[[SftArguments, Facts], Any]
 
 
+def min_lr(args: SftArguments) -> float:
+    """The learning rate of the last step, by default a tenth of the largest."""
+    return 0.1 * args.learning_rate if args.min_lr is None else args.min_lr
+
+
 def accumulation(args: SftArguments, world_size: int) -> int:
     """gradient_accumulation_steps, by default ceil(16 / batch_size / world_size)."""
     return args.gradient_accumulation_steps or math.ceil(16 / args.batch_size / world_size)
@@ -74,6 +79,16 @@ def warmup_iters(args: SftArguments, facts: Facts) -> int:
     return min(asked_warmup(args, steps), steps)
 
 
+def warmup_note(args: SftArguments, steps: int) -> str:
+    """A sentence on a warm-up that leaves no step at the full learning rate, else nothing."""
+    asked = asked_warmup(args, steps)
+    if asked < steps or steps <= 1:
+        return ""
+    given = f"--warmup_steps {asked}" if args.warmup_steps > 0 else f"--warmup_ratio {args.warmup_ratio:g}"
+    what = f"is longer than the run: it is cut to {steps} steps" if asked > steps else "is the whole run"
+    return f"the warm-up ({given}) {what}, and the learning rate rises until the last one and never falls."
+
+
 TABLE = (
     Row(("optimizer",), "optim", lambda a, f: OPTIMIZERS[a.optim]),
     Row(("lr_decay_style",), "lr_scheduler_type", lambda a, f: DECAY_STYLES[a.lr_scheduler_type]),
@@ -83,7 +98,7 @@ TABLE = (
     Row(("adam_beta2",), "adam_beta2", lambda a, f: a.adam_beta2),
     Row(("adam_eps",), "adam_epsilon", lambda a, f: a.adam_epsilon),
     Row(("lr",), "learning_rate", lambda a, f: a.learning_rate),
-    Row(("min_lr",), "min_lr", lambda a, f: a.min_lr),
+    Row(("min_lr",), "min_lr", lambda a, f: min_lr(a)),
     Row(("fp16", "apply_query_key_layer_scaling"), "fp16", lambda a, f: f.dtype == "fp16"),
     Row(("bf16",), "bf16", lambda a, f: f.dtype == "bf16"),
     Row(("tensor_model_parallel_size",), "tp", lambda a, f: a.tp),
@@ -94,7 +109,7 @@ TABLE = (
     Row(("tensorboard_dir",), "logging_dir", lambda a, f: a.logging_dir or f"{f.save}/runs"),
     Row(("log_interval",), "logging_steps", lambda a, f: a.logging_steps),
     Row(("eval_interval",), "eval_steps", lambda a, f: a.eval_steps),
-    Row(("save_interval",), "save_steps", lambda a, f: a.save_steps),
+    Row(("save_interval",), "save_steps", lambda a, f: a.eval_steps if a.save_steps is None else a.save_steps),
     Row(("micro_batch_size",), "batch_size", lambda a, f: a.batch_size),
     Row(("global_batch_size",), "batch_size * gradient_accumulation_steps * world_size", global_batch_size),
     Row(("sequence_parallel",), "sequence_parallel", lambda a, f: a.sequence_parallel),
@@ -109,6 +124,11 @@ TABLE = (
     Row(("lr_warmup_iters",), "warmup_steps if warmup_steps > 0 else math.ceil(train_iters * warmup_ratio)", warmup_iters),
     Row(("no_save_optim", "no_save_rng"), "save_only_model", lambda a, f: a.save_only_model),
 )
+
+
+def megatron_names() -> dict[str, str]:
+    """Option -> Megatron-Core's names for it."""
+    return {row.sft: ", ".join(row.megatron) for row in TABLE if row.sft.isidentifier()}
 
 
 def megatron_arguments(args: SftArguments, facts: Facts) -> dict[str, Any]:

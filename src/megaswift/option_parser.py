@@ -18,12 +18,28 @@ from megaswift.errors import UserError, nearest
 T = TypeVar("T")
 
 
-def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A dataclass field with its help text and, where the value is one of a few words, those words."""
-    metadata = {"help": help, "choices": choices}
+def option(
+    default: Any, help: str, choices: tuple[str, ...] | None = None, *, low: float | None = None, above: float | None = None,
+    high: float | None = None, below: float | None = None, unit: str = "",
+) -> Any:  # fmt: skip
+    """A dataclass field with its help text, and what its value may be.
+
+    Args:
+        choices: the words that it is one of.
+        low, high: the least and the largest number; above, below: what it may not reach from there.
+        unit: what the number counts.
+    """
+    metadata = {"help": help, "choices": choices, "low": low, "above": above, "high": high, "below": below, "unit": unit}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def allowed(item: dataclasses.Field[Any]) -> str:
+    """The range of an option's number in words; "" where every number will do."""
+    names = {"low": "{:g} or more", "above": "above {:g}", "high": "at most {:g}", "below": "below {:g}"}
+    parts = [text.format(item.metadata[name]) for name, text in names.items() if item.metadata.get(name) is not None]
+    return ", ".join(parts)
 
 
 def default_of(item: dataclasses.Field[Any]) -> Any:
@@ -50,13 +66,17 @@ class BaseArguments:
         self.check_choices()
 
     def check_choices(self) -> None:
-        """Raise UserError for a value that is none of the option's words, or no seed for numpy."""
+        """Raise UserError for a value that is none of the option's words, a number out of its range, or no seed for numpy."""
         for item in fields(self):
             name, choices, value = f"--{item.name}", item.metadata.get("choices"), getattr(self, item.name)
             if choices and value is not None and value not in choices:
                 raise UserError(f"{name} {value!r} is not known.", where=name, fix=f"use one of: {', '.join(choices)}")
             if item.name.endswith("seed") and value is not None and not 0 <= value < 2**32:
                 raise UserError(f"{name} {value} is no seed.", where=name, fix=f"use a whole number from 0 to {2**32 - 1}")
+            if value is not None and not _in_range(item, value):
+                raise UserError(
+                    f"{name} {value:g} is not {allowed(item)}.", where=name, fix=f"use a number that is {allowed(item)}"
+                )
 
     def explicit(self) -> frozenset[str]:
         """Names of the options that the user gave, as flags or as arguments; the others have their defaults."""
@@ -72,6 +92,15 @@ class BaseArguments:
     def to_dict(self) -> dict[str, Any]:
         """All options as JSON-ready values, for sft_args.json and export_args.json."""
         return {item.name: getattr(self, item.name) for item in fields(self)}
+
+
+def _in_range(item: dataclasses.Field[Any], value: Any) -> bool:
+    """NaN is in no range."""
+    low, above, high, below = (item.metadata.get(name) for name in ("low", "above", "high", "below"))
+    return (
+        (low is None or value >= low) and (above is None or value > above)
+        and (high is None or value <= high) and (below is None or value < below)
+    )  # fmt: skip
 
 
 # Options that ms-swift's users know and that would do nothing here: refused, each with what to use instead.

@@ -16,7 +16,8 @@ from megaswift import mapping
 from megaswift.arguments import SftArguments
 from megaswift.errors import DataError, UserError
 from megaswift.families import parameters_of
-from megaswift.families.base import is_tied, sizes_of, trained_length
+from megaswift.families.base import sizes_of, trained_length
+from megaswift.families.stages import stage_layers, stage_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -55,6 +56,7 @@ class Plan:
     host_bytes: dict[str, int] = field(
         default_factory=dict
     )  # in the fullest rank's host memory: optimizer, activations at most
+    stages: list[int] = field(default_factory=list)  # layers of each pipeline stage
 
     @property
     def train_iters(self) -> int:
@@ -89,11 +91,11 @@ def check_layout(
                 where="--tp",
                 fix=f"nearest legal values: {_nearest(tp, legal)}",
             )
-    if sizes.layers % pp:
+    if sizes.layers < pp:
         raise UserError(
-            f"--pp {pp} does not divide the model's {sizes.layers} layers.",
+            f"--pp {pp} is more than the model's {sizes.layers} layers: each stage has one at least.",
             where="--pp",
-            fix=f"nearest legal values: {_nearest(pp, _divisors(sizes.layers))}",
+            fix=f"use at most {sizes.layers}",
         )
     if sequence_parallel and tp == 1:
         raise UserError(
@@ -132,7 +134,7 @@ def check_fp8(config: PreTrainedConfig, tp: int, dtype: str) -> None:
 
 def check_offload(args: SftArguments, config: PreTrainedConfig) -> None:
     """Raise UserError unless a process has as many layers as shall be offloaded."""
-    layers, wanted = sizes_of(config).layers // args.pp, args.cpu_offloading_num_layers
+    layers, wanted = min(stage_layers(config, args.pp)), args.cpu_offloading_num_layers
     if not 0 <= wanted <= layers:
         raise UserError(
             f"--cpu_offloading_num_layers {wanted} is not between 0 and the {layers} layers of a process.",
@@ -170,7 +172,8 @@ def usable_length(config: PreTrainedConfig, max_length: int, given: bool = True)
 
 
 def check_numbers(args: SftArguments) -> None:
-    """Raise UserError for options out of range, or that exclude each other."""
+    """Raise UserError for options out of range, or that exclude each other; each in itself was judged when it was given."""
+    args.check_choices()
     if args.cp > 1 and args.use_flash_attn is not None:
         raise UserError(
             "--cp above 1 has one attention kernel of its own.", where="--use_flash_attn", fix="leave it out, or use --cp 1"
@@ -189,42 +192,11 @@ def check_numbers(args: SftArguments) -> None:
             where="--overlap_param_gather",
             fix="give both, or neither",
         )
-    for name, low in (
-        ("batch_size", 1),
-        ("learning_rate", 0.0),
-        ("logging_steps", 1),
-        ("eval_steps", 1),
-        ("save_steps", 1),
-        ("num_train_epochs", 0.0),
-        ("weight_decay", 0.0),
-        ("max_grad_norm", 0.0),
-        ("warmup_steps", 0),
-        ("dataloader_num_workers", 0),
-    ):
-        if getattr(args, name) < low:
-            raise UserError(f"--{name} {getattr(args, name)} is below {low}.", where=f"--{name}")
-    for name in ("start_timeout", "step_timeout"):
-        if not getattr(args, name) > 0:  # NaN included
-            raise UserError(
-                f"--{name} {getattr(args, name):g} leaves no time.", where=f"--{name}", fix="use a number of seconds above 0"
-            )
-    if args.gradient_accumulation_steps is not None and args.gradient_accumulation_steps < 1:
+    if args.min_lr is not None and args.min_lr > args.learning_rate:
         raise UserError(
-            f"--gradient_accumulation_steps {args.gradient_accumulation_steps} is below 1.",
-            where="--gradient_accumulation_steps",
-        )
-    if args.save_total_limit is not None and args.save_total_limit < 1:
-        raise UserError(
-            f"--save_total_limit {args.save_total_limit} would keep no checkpoint.",
-            where="--save_total_limit",
-            fix="use 1 or more",
-        )
-    for name in ("adam_beta1", "adam_beta2", "warmup_ratio", "dataset_test_ratio"):
-        if not 0 <= getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)} is not in [0, 1).", where=f"--{name}")
-    if args.min_lr is not None and not 0 <= args.min_lr <= args.learning_rate:
-        raise UserError(
-            f"--min_lr {args.min_lr:g} is not between 0 and --learning_rate {args.learning_rate:g}.", where="--min_lr"
+            f"--min_lr {args.min_lr:g} is above --learning_rate {args.learning_rate:g}.",
+            where="--min_lr",
+            fix="leave it out for a tenth of --learning_rate, or give a smaller one",
         )
 
 
@@ -304,6 +276,7 @@ def make_plan(
         optimizer_cpu_offload=args.optimizer_cpu_offload,
         cpu_offloading_num_layers=args.cpu_offloading_num_layers,
         host_bytes=host_bytes,
+        stages=list(stage_layers(config, args.pp)),
     )
 
 
@@ -343,11 +316,7 @@ def _bytes(
     args: SftArguments, config: PreTrainedConfig, world_size: int, dtype: str, moments: str
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes on the device and in the host memory of the fullest rank: its layers, and embedding and output layer."""
-    sizes = sizes_of(config)
-    tables = sizes.vocab * sizes.hidden * (1 if is_tied(config) else 2)
-    layers = parameter_count(config) - tables
-    ends = tables if args.pp == 1 else sizes.vocab * sizes.hidden
-    weights = (layers // args.pp + ends) // args.tp
+    weights = max(stage_weights(config, args.pp)) // args.tp
     data_parallel = world_size // (args.tp * args.pp)
     # Two moments, and an fp32 copy of the weights unless they are fp32 already; shared out over data-parallel ranks.
     each = {"fp32": 8, "bf16": 4, "8bit": 2}[moments] + (0 if dtype == "fp32" else 4)

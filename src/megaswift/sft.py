@@ -23,7 +23,7 @@ from megaswift.arguments import SftArguments, parse
 from megaswift.cache import cache_root
 from megaswift.checkpoint.keep import clean
 from megaswift.checkpoint.layout import MANIFEST
-from megaswift.checkpoint.lock import LOCK, locked
+from megaswift.checkpoint.lock import LOCK, filling, locked
 from megaswift.checkpoint.resume import check_unchanged, kept_batch
 from megaswift.errors import Stopped, UserError
 from megaswift.hf.folder import RUN_FILES, side_files
@@ -124,7 +124,8 @@ def _start(run_dir: Path, job: Any, place: Cluster, stop: StopSignals) -> None:
 
     path = run_dir / "job.json" if place.leads else cache_root() / f"job-{run_dir.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    job.write(path)
+    with filling(run_dir, new=job.first_step == 0) if place.leads else nullcontext():
+        job.write(path)
     if stop.name and stop.interrupt is not None:  # whatever took the exception at the time: the order stands
         stop.interrupt(stop.name)
     try:
@@ -274,15 +275,15 @@ def _print_plan(plan: Plan, data: PreparedData, args: SftArguments) -> None:
         out.print(f"  {megatron:38} [bold]{text:12}[/bold]  {expression}")
     out.print()
     out.print(
-        f"{plan.world_size} processes = tp {plan.tp} x pp {plan.pp} x {f'cp {plan.cp} x ' if plan.cp > 1 else ''}dp {plan.dp}, {plan.dtype}{' with FP8 products in the blocks' if args.fp8 else ''}\n"
+        f"{plan.world_size} processes = tp {plan.tp} x pp {plan.pp}{_stages(plan)} x {f'cp {plan.cp} x ' if plan.cp > 1 else ''}dp {plan.dp}, {plan.dtype}{' with FP8 products in the blocks' if args.fp8 else ''}\n"
         f"global batch {plan.global_batch} = {args.batch_size} rows x {_shares(plan)}\n"
         f"{_steps(plan, args)}; {plan.val_rows} validation rows\n"
         f"memory of the fullest rank without activations: {sum(plan.rank_bytes.values()) / 1e9:.2f} GB "
         f"(weights {plan.rank_bytes['weights'] / 1e9:.2f}, gradients {plan.rank_bytes['gradients'] / 1e9:.2f}, optimizer {plan.rank_bytes['optimizer'] / 1e9:.2f}); "
         f"one checkpoint {plan.checkpoint_bytes / 1e9:.2f} GB\n{_host_memory(plan)}"
     )
-    if note := _warm_up_note(plan, args):
-        out.print(note)
+    if note := mapping.warmup_note(args, plan.train_iters):
+        out.print(f"[yellow]{note}[/yellow]")
 
 
 def _shares(plan: Plan) -> str:
@@ -295,6 +296,11 @@ def _shares(plan: Plan) -> str:
     )
 
 
+def _stages(plan: Plan) -> str:
+    """How many layers each pipeline stage has, where they differ."""
+    return f" ({', '.join(map(str, plan.stages))} layers)" if len(set(plan.stages)) > 1 else ""
+
+
 def _steps(plan: Plan, args: SftArguments) -> str:
     """How many steps, and why."""
     warm_up = f"{plan.megatron['lr_warmup_iters']} of them warm-up"
@@ -304,18 +310,6 @@ def _steps(plan: Plan, args: SftArguments) -> str:
     return (
         f"{plan.train_rows} rows x {args.num_train_epochs:g} epochs / {plan.global_batch} = {plan.train_iters} steps, {warm_up}"
     )
-
-
-def _warm_up_note(plan: Plan, args: SftArguments) -> str:
-    """A line for a warm-up that leaves no step at the full learning rate, else nothing."""
-    asked = mapping.asked_warmup(args, plan.train_iters)
-    if asked < plan.train_iters or plan.train_iters <= 1:
-        return ""
-    given = f"--warmup_steps {asked}" if args.warmup_steps > 0 else f"--warmup_ratio {args.warmup_ratio:g}"
-    longer = (
-        f"is longer than the run: it is cut to {plan.train_iters} steps" if asked > plan.train_iters else "is the whole run"
-    )
-    return f"[yellow]the warm-up ({given}) {longer}, and the learning rate rises until the last one and never falls.[/yellow]"
 
 
 def _host_memory(plan: Plan) -> str:
@@ -337,7 +331,7 @@ def _fill_run_dir(run_dir: Path, args: SftArguments, plan: Plan, start: Start) -
         _empty(run_dir, start)
     for name in clean(run_dir):
         say(f"[yellow]removed {name}, which an interrupted run left behind.[/yellow]")
-    try:
+    with filling(run_dir, new=start.run_dir is None):
         require_space(run_dir, plan.checkpoint_bytes, "one checkpoint")
         if start.run_dir is None:
             for file in side_files(start.root):
@@ -345,10 +339,6 @@ def _fill_run_dir(run_dir: Path, args: SftArguments, plan: Plan, start: Start) -
         found = {"dtype": plan.dtype, "sft_type": "full"}
         write_args_file(run_dir, args, {**kept_places(args), **kept_data(args), **found})
         plan.save(run_dir / "plan.json")
-    except OSError as error:
-        raise UserError(
-            f"the run's directory cannot be written: {error.strerror}.", where=str(run_dir), fix="choose another --output_dir"
-        ) from error
     say(f"run directory: {shown(run_dir)}\n")
 
 

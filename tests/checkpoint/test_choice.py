@@ -15,7 +15,7 @@ import pytest
 
 from megaswift.arguments import SftArguments
 from megaswift.checkpoint import keep, resume
-from megaswift.checkpoint.layout import TRACKER, candidates, iteration_of
+from megaswift.checkpoint.layout import TRACKER, candidates, find_checkpoint, iteration_of
 from megaswift.checkpoint.lock import LOCK, in_use, locked
 from megaswift.checkpoint.manifest import MANIFEST, digest_files, read_manifest, write_manifest
 from megaswift.errors import DataError, ExitCode, UserError
@@ -75,6 +75,18 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(name: str, harm: str, tmp_
     assert len(notes) == 1
     assert "iter_0000002" in notes[0]
     assert name in notes[0]
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "common.pt"])
+def test_a_file_that_was_cut_off_is_seen_by_its_size(name: str, tmp_path: Path) -> None:
+    """Where nothing is read whole: to find a checkpoint, and to choose which ones may be deleted."""
+    checkpoint(tmp_path, 1)
+    file = checkpoint(tmp_path, 2) / name
+    file.write_bytes(file.read_bytes()[:-1])
+    assert find_checkpoint(tmp_path).name == "iter_0000001"
+    checkpoint(tmp_path, 3)
+    keep.delete_beyond(tmp_path, 2, 3)
+    assert (tmp_path / "iter_0000001").is_dir()
 
 
 def test_none_good_stops_with_3(tmp_path: Path) -> None:
@@ -162,6 +174,7 @@ def test_a_deletion_cut_short_leaves_nothing_that_is_chosen(tmp_path: Path) -> N
 def test_cleaning_takes_only_what_a_save_leaves(tmp_path: Path) -> None:
     for name in ("iter_0000003.tmp-0a1b2c3d", "trash-iter_0000001-00", "iter_0000004", "images", "my.tmp-notes"):
         (tmp_path / name).mkdir()
+    assert [path.name for path in candidates(tmp_path)] == ["iter_0000004"], "what is being written is no checkpoint yet"
     assert keep.clean(tmp_path) == ["iter_0000003.tmp-0a1b2c3d", "trash-iter_0000001-00"]
 
 

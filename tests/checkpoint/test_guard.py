@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from megaswift.checkpoint import torch_dist
 from megaswift.checkpoint.guard import load_index, load_object
 from megaswift.checkpoint.reader import Reader
 from megaswift.checkpoint.torch_dist import INDEX_FILE
@@ -111,6 +112,30 @@ def test_the_index_names_files_of_its_own_directory_only(name: str, harmed: Path
     (harmed / INDEX_FILE).write_bytes(pickle.dumps(index))
     with pytest.raises(DataError, match="not inside the checkpoint"):
         Reader(harmed)
+
+
+def test_chunks_must_cover_a_tensor(harmed: Path) -> None:
+    """A chunk that an index leaves out is no error of any file; memory as it was would stand in its place."""
+    index = load_index(harmed / INDEX_FILE)
+    key = "decoder.layers.mlp.linear_fc1.weight"  # gate and up of each layer, a chunk each
+    chunks = index.state_dict_metadata[key].chunks
+    left_out = chunks.pop()
+    (harmed / INDEX_FILE).write_bytes(pickle.dumps(index))
+    layer, other = left_out.offsets[0], chunks[0].offsets[0]
+    assert layer != other and any(chunk.offsets[0] == layer for chunk in chunks)
+    reader = Reader(harmed)
+    reader.read(key, (other,))
+    with pytest.raises(DataError, match="chunks do not cover the tensor"):
+        reader.read(key, (layer,))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_index_of_half_a_tensor_is_not_written(count: int, tmp_path: Path) -> None:
+    """As when the parts of a rank did not arrive, or came twice."""
+    half = torch_dist.Chunk("a", (4, 2), (0, 0), (2, 2), torch.float32, lambda: torch.zeros(2, 2))
+    with pytest.raises(DataError, match="do not cover it exactly once") as caught:
+        torch_dist.write_index(tmp_path, [torch_dist.tensor_table([half]) for _ in range(count)], [{}], {})
+    assert caught.value.where == "a" and not list(tmp_path.iterdir())
 
 
 def _load(directory: str) -> str:

@@ -15,6 +15,7 @@ from tests.convert.test_classic import write_classic
 
 from megaswift.arguments import ExportArguments, VerifyArguments
 from megaswift.checkpoint.reader import Reader
+from megaswift.convert import Precisions
 from megaswift.convert.new_rows import GrownReader, require_old_rows
 from megaswift.errors import DataError, UserError
 from megaswift.export import export_main
@@ -24,6 +25,7 @@ from megaswift.inference.loading import load_model, load_tokenizer
 from megaswift.verify import verify_main
 
 OWN = 277  # tokens of the tiny tokenizer
+FP32 = Precisions(torch.float32)
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -113,8 +115,8 @@ def test_old_rows_that_changed_are_seen(tmp_path: Path) -> None:
     chat_model(tmp_path / "hf", tie_word_embeddings=False)
     start = convert(tmp_path / "hf", tmp_path / "start", verify=False, new_special_tokens=["<a>"])
     written, config, source = Reader(start / "release"), load_config(start), HFCheckpoint.open(tmp_path / "hf")
-    require_old_rows(written, source, config, torch.float32, OWN)
-    require_old_rows(GrownReader(written, config, OWN, OWN + 5), written, config, torch.float32, OWN)
+    require_old_rows(written, source, config, FP32, OWN)
+    require_old_rows(GrownReader(written, config, OWN, OWN + 5), written, config, FP32, OWN)
     tensors = load_file(tmp_path / "hf" / "model.safetensors")
     for name in (EMBEDDING, OUTPUT):
         wrong = HFCheckpoint.open(tmp_path / "hf")
@@ -122,7 +124,7 @@ def test_old_rows_that_changed_are_seen(tmp_path: Path) -> None:
         changed[-1, -1] += 1
         wrong.tensor = lambda asked, name=name, changed=changed: changed if asked == name else tensors[asked]  # type: ignore[method-assign]
         with pytest.raises(DataError, match="a row of an old token") as error:
-            require_old_rows(written, wrong, config, torch.float32, OWN)
+            require_old_rows(written, wrong, config, FP32, OWN)
         assert error.value.where == name
 
 

@@ -20,7 +20,7 @@ from tests.training import train, write_rows
 from megaswift.arguments import ExportArguments
 from megaswift.checkpoint.manifest import read_manifest
 from megaswift.checkpoint.reader import Reader
-from megaswift.convert.precision import grouped
+from megaswift.convert.precision import MasterReader, grouped
 from megaswift.errors import DataError
 from megaswift.export import export_main
 
@@ -221,3 +221,42 @@ def test_names_in_short() -> None:
         grouped([*names, NORM, "model.layers.3.b.weight"])
         == f"model.layers.0-2,5,7-8.a.weight, {NORM}, model.layers.3.b.weight"
     )
+
+
+def test_a_master_copy_that_is_not_the_weight_is_an_error() -> None:
+    """What is exported is what was trained, in more precision: rounded, it is the weight."""
+    weight = torch.tensor([1.0, -2.5]).bfloat16()
+
+    class Stored:
+        directory = Path("run/iter_0000002")
+
+        def __init__(self, master: torch.Tensor) -> None:
+            self.master = master
+
+        def read(self, key: str, place: tuple[int, ...] = (), rows: Any = None) -> torch.Tensor:
+            return self.master if key.startswith("optimizer.") else weight
+
+    near = weight.float() * (1 + 2**-12)
+    reader = MasterReader(Stored(near), {("norm", ())})
+    assert reader.read("norm") is near and reader.read("norm", (1,)) is weight and reader.read("other") is weight
+    with pytest.raises(DataError, match="rounded, is not the weight") as caught:
+        MasterReader(Stored(weight.float() * 1.01), {("norm", ())}).read("norm")
+    assert caught.value.where == "run/iter_0000002: norm" and "--dtype bf16" in caught.value.fix
+
+
+def test_a_folder_in_another_precision_is_not_the_written_one(tiny_folders: Any, tmp_path: Path) -> None:
+    """The same values, in more bytes than the manifest says."""
+    from megaswift.convert import Precisions, verify_written
+    from megaswift.hf.config import load_config
+    from megaswift.hf.read import HFCheckpoint
+
+    folder = tiny_folders("llama", tie_word_embeddings=False)[0]
+    narrow = mixed(folder, tmp_path / "bf16", lambda _: torch.bfloat16)
+    reader, config = Reader(there(narrow, tmp_path / "m") / "release"), load_config(folder)
+    precisions = Precisions(torch.bfloat16)
+    assert verify_written(HFCheckpoint.open(narrow), reader, config, precisions) == 39
+    tensors = load_file(narrow / "model.safetensors")
+    save_file(tensors | {NORM: tensors[NORM].float()}, narrow / "model.safetensors", {"format": "pt"})
+    with pytest.raises(DataError, match="is not the one in the Megatron checkpoint") as caught:
+        verify_written(HFCheckpoint.open(narrow), reader, config, precisions)
+    assert caught.value.where == NORM

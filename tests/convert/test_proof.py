@@ -201,7 +201,7 @@ def test_logits_beyond_their_limit_stop_the_proof(tiny_folders: Any, monkeypatch
     folder, release = tiny_folders("llama", tie_word_embeddings=False)
     monkeypatch.setattr("megaswift.proof.parity.MAX_LOGIT", -1.0)
     with pytest.raises(DataError, match="does not compute what transformers computes: logits differ"):
-        prove(load_config(folder), HFCheckpoint.open(folder), Reader(release), torch.float32, folder, 7)
+        prove(load_config(folder), HFCheckpoint.open(folder), Reader(release), FP32, folder, 7)
 
 
 def test_a_tensor_that_the_model_does_not_have_is_named(tiny_folders: Any) -> None:

@@ -12,7 +12,7 @@ from tests import tiny
 from tests.ranks import RankPool
 
 from megaswift.checkpoint.reader import Reader
-from megaswift.convert import planned_hf_tensors
+from megaswift.convert import Precisions, planned_hf_tensors
 from megaswift.hf.config import load_config
 from megaswift.hf.read import HFCheckpoint
 
@@ -49,7 +49,7 @@ def test_padding_is_not_exported(tied: bool, pool: RankPool, tmp_path: Path) -> 
     padded = [key for key in reader.keys if "word_embeddings" in key or "output_layer" in key]
     assert len(padded) == (1 if tied else 2)
     assert all(reader.shape(key)[0] == PADDED and (reader.read(key)[WORDS:] == 7.0).all() for key in padded)
-    found = {planned.name: planned for planned in planned_hf_tensors(reader, load_config(folder), torch.float32)}
+    found = {planned.name: planned for planned in planned_hf_tensors(reader, load_config(folder), Precisions(torch.float32))}
     assert set(found) == set(original.names)
     for name in ("model.embed_tokens.weight", *(() if tied else ("lm_head.weight",))):
         assert found[name].shape[0] == len(found[name].produce()) == WORDS, name

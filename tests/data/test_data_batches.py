@@ -11,8 +11,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megaswift.data.batches import Batches, EvalBatches, MicroBatch, prefetch
+from megaswift.data.batches import Batches, EvalBatches, MicroBatch, _end_to_end, _padded, prefetch
 from megaswift.data.store import RowWriter, TokenRows
+from megaswift.data.tokens import Encoded
 from megaswift.errors import DataError, UserError
 
 torch.set_num_threads(1)
@@ -142,6 +143,19 @@ def test_no_token_learns_the_first_one_of_the_next_sample(tmp_path: Path, free: 
         }
         for token, label in zip(micro.tokens.flatten().tolist(), micro.labels.flatten().tolist(), strict=True):
             assert label == expected.get(token, -100)
+
+
+@pytest.mark.parametrize("free", [True, False])
+def test_each_label_has_its_weight(free: bool) -> None:
+    """A label's weight is that of the token that is predicted; where there is no label it is 0, also beside samples without any."""
+    own = Encoded(np.arange(5, dtype=np.int32), np.array([0, 1, 1, 0, 1], bool), np.array([9, 2, 3, 8, 4], np.float32))
+    plain = Encoded(np.arange(10, 13, dtype=np.int32), np.array([0, 1, 1], bool))
+    micro = (_end_to_end if free else _padded)([own, plain], (0, 1), 4, 0)
+    wanted = {1: 2.0, 2: 3.0, 4: 4.0, 11: 1.0, 12: 1.0}
+    assert micro.weights is not None and micro.weights.shape == micro.labels.shape
+    found = list(zip(micro.labels.flatten().tolist(), micro.weights.flatten().tolist(), strict=True))
+    assert all(weight == wanted.get(label, 0.0) for label, weight in found)
+    assert [label for label, _ in found if label >= 0] == list(wanted)
 
 
 def test_micro_batches_are_balanced(rows: TokenRows) -> None:

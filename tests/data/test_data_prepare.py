@@ -45,7 +45,7 @@ def template() -> ChatTemplate:
 @pytest.fixture
 def run(tmp_path: Path, template: ChatTemplate) -> Callable[..., PreparedData]:
     def prepared(*dataset: str, **options: Any) -> PreparedData:
-        own = {name: options.pop(name) for name in ("packing", "processes", "stream_rows") if name in options}
+        own = {name: options.pop(name) for name in ("packing", "processes", "stream_rows", "table") if name in options}
         args = SftArguments(dataset=list(dataset), **options)
         return prepare(args, template, cache_dir=tmp_path / "cache", **own)
 
@@ -182,7 +182,8 @@ def test_what_changes_the_sampling(run: Callable[..., PreparedData], jsonl: Json
 
 @pytest.mark.parametrize(("strategy", "kept"), [("delete", 2), ("truncation_left", 3), ("split", 5)])
 def test_long_rows(run: Callable[..., PreparedData], template: ChatTemplate, jsonl: Jsonl, strategy: str, kept: int) -> None:
-    items = [*rows(2), {"query": "q", "response": "y" * 230}]
+    long = {"history": [["q", "y" * 150]], "query": "how", "response": "y" * 50}  # without loss between its answers
+    items = [*rows(2), long]
     data = run(jsonl(items), dataset_test_ratio=0.0, max_length=100, truncation_strategy=strategy)
     assert len(data.train) == kept and data.train.lengths.max() <= 100
     assert data.report.datasets[0].too_long.count == 1 and "rows.jsonl:3" in data.report.datasets[0].too_long.places[0]
@@ -190,6 +191,8 @@ def test_long_rows(run: Callable[..., PreparedData], template: ChatTemplate, jso
     if strategy == "truncation_left":
         for part in (0, 1):  # ids and labels
             assert data.train[2][part].tolist() == whole.train[2][part][-100:].tolist()
+        learnt = data.train[2][1] >= 0
+        assert learnt[0] and learnt[-1] and not learnt.all(), "a mask that is one off must differ"
     if strategy == "split":
         assert np.concatenate([data.train[row][1] for row in range(2, 5)]).tolist() == whole.train[2][1].tolist()
 
@@ -512,25 +515,32 @@ IDENTITY = [
     {"instruction": "{{NAME}}?", "output": "我是 {{name}}"},
     {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "<think>{{name}}</think>{{author}}"}]},
     {"instruction": "code", "output": "{{ name }} and\n```\n<b>{{name}}</b>\n```"},
+    {
+        "messages": [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "reasoning_content": "I am {{name}}", "content": "a"},
+        ]
+    },
 ]
 
 
 def test_places_for_names_are_filled_or_told(run: Callable[..., PreparedData], template: ChatTemplate, jsonl: Jsonl) -> None:
     path = jsonl(IDENTITY)
     data = run(path, dataset_test_ratio=0.0, **NAMES)
-    texts = [text(template, data.train, row) for row in range(4)]
+    texts = [text(template, data.train, row) for row in range(5)]
     assert "I am Xiao Huang by ModelScope<" in texts[0] and "小黄?" in texts[1] and "我是 小黄<" in texts[1]
     assert "<think>Xiao Huang</think>" in texts[2] and "ModelScope<" in texts[2]
+    assert "<think>\nI am Xiao Huang\n</think>" in texts[4]
     assert "{{ name }}" in texts[3] and "<b>{{name}}</b>" in texts[3]  # another language's braces
     assert {note: entry.count for note, entry in data.report.datasets[0].notes.items()} == {
-        "{{name}} filled from --model_name": 3,
+        "{{name}} filled from --model_name": 4,
         "{{author}} filled from --model_author": 2,
     }
     half = run(path, dataset_test_ratio=0.0, model_name=["Bo"])
     assert "I am Bo by {{AUTHOR}}<" in text(template, half.train, 0)
     assert "2 rows: {{author}} is left as it stands and will be learnt: give --model_author\n    rows.jsonl:1" in printed(half)
     none = run(path, dataset_test_ratio=0.0)
-    assert [entry.count for entry in none.report.datasets[0].notes.values()] == [2, 3]
+    assert [entry.count for entry in none.report.datasets[0].notes.values()] == [2, 4]
     assert not run("self-cognition", **NAMES).report.datasets[0].notes  # there to be filled
 
 
@@ -558,3 +568,21 @@ def test_a_full_disk_under_the_cache(
     with pytest.raises(UserError, match="the disk of the cache is full") as caught:
         run(jsonl(rows(5)))
     assert "MEGASWIFT_CACHE" in caught.value.fix and not list((tmp_path / "cache" / "data").iterdir())
+
+
+@pytest.mark.parametrize("options", [{}, {"packing": True, "max_length": 128}, {"stream_rows": 3}, {"processes": 2}], ids=str)
+def test_a_row_with_a_token_beyond_the_embedding_is_an_error(
+    run: Callable[..., PreparedData], jsonl: Jsonl, options: dict[str, Any]
+) -> None:
+    """By the first row that uses one, long and bad rows before it counted; the largest id that has a row is none."""
+    usual = [{"query": "q", "response": "a"}, "bad", {"query": "q", "response": "a " * 3}]
+    largest = run(jsonl(usual), dataset_test_ratio=0.0).train.largest_id
+    path = jsonl([*usual, {"text": "a<|endoftext|>b"}, *usual])
+    last = run(path, dataset_test_ratio=0.0).train.largest_id
+    assert last > largest and run(path, dataset_test_ratio=0.0, table=last + 1, **options).train.largest_id == last
+    message = (
+        rf"this row has a token without a row in the model's embedding, which has {last:,} rows: '<\|endoftext\|>' \({last}\)"
+    )
+    with pytest.raises(DataError, match=message) as caught:
+        run(path, dataset_test_ratio=0.0, table=last, **options)
+    assert caught.value.where == ("rows.jsonl: row 4" if "stream_rows" in options else "rows.jsonl:4")

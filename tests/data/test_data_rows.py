@@ -271,6 +271,17 @@ def test_thinking_blocks() -> None:
     assert (found.messages[1].reasoning, found.messages[1].content) == ("hm", "a")
 
 
+@pytest.mark.parametrize(("text", "found"), [("r", "r"), (None, ""), (5, "wrong type"), (["r"], "wrong type")], ids=str)
+def test_results_within_results(text: Any, found: str) -> None:
+    result = {"type": "tool_result", "content": [{"type": "text", "text": text}, {"type": "text", "text": ""}]}
+    row = {"messages": [Q, A, {"role": "user", "content": [result]}, A]}
+    if found != "wrong type":
+        assert [message.content for message in to_conversation(row).messages if message.role == "tool"] == [found]
+        return
+    with pytest.raises(BadRow, match="^wrong type .*a tool result is list"):
+        to_conversation(row)
+
+
 def test_calls_and_thoughts_beside_content_blocks() -> None:
     """Both ways of writing them are read, and what stands there both ways is read once."""
     call = {"name": "f", "arguments": {"x": 1}}

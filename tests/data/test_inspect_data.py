@@ -86,7 +86,7 @@ def test_histogram() -> None:
 
 def test_options_that_cannot_work(model: None, jsonl: Callable[..., str], tmp_path: Path) -> None:
     path = jsonl([{"query": "q", "response": "a"}])
-    with pytest.raises(UserError, match="below 0"):
+    with pytest.raises(UserError, match="--examples -1 is not 0 or more"):
         data_main(["--dataset", path, "--examples", "-1"])
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="page cannot be written"):

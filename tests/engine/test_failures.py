@@ -23,8 +23,9 @@ NCCL = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:93, {}
         ),
         RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        torch.OutOfMemoryError("XPU out of memory. Tried to allocate 2.00 GiB."),  # by its kind, whatever device it names
     ],
-    ids=["nccl", "kernel", "cublas"],
+    ids=["nccl", "kernel", "cublas", "allocator"],
 )
 def test_a_gpu_without_memory_whoever_tells_it(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is the cause, not a lost connection, and the line that says so is shown."""

@@ -129,7 +129,7 @@ def test_an_answer_that_holds_a_question_is_compared_whole() -> None:
         ("plain", False, "plain", False), ("<think>a</think>b", False, "b", False), ("a</think>b", True, "b", False), ("a</think>b", False, "b", False),
         ("<think>a", False, "", True), ("a", True, "", True), ("said <think>a", False, "said", True), ("<think>a</think>b<think>c", False, "b", True),
         ("<think>a</think>b</think>c", False, "c", False), ("<think>a</think>b<think>c</think>d", False, "b\nd", False), ("[THINK]a[/THINK]b", False, "b", False),
-        ("<think>a</think>", False, "", False), ("<think>a</think>b", True, "b", False),
+        ("<think>a</think>", False, "", False), ("<think>a</think>b", True, "b", False), ("a</think>b<think>c</think>d", False, "b\nd", False),
     ],
 )  # fmt: skip
 def test_thoughts_apart(text: str, opened: bool, said: str, unfinished: bool) -> None:
@@ -148,6 +148,7 @@ def test_no_question_is_its_own_solved_example() -> None:
         bench.common_examples(items, 3)
     asked = OwnScorer(bench, 2).asked()[0].messages[-1]["content"]
     assert asked.count("Question  0?") == 1 and "Question 0?" not in asked
+    assert asked.index("Question  1?") < asked.index("Question   2?") < asked.index("Question  0?")
 
 
 def test_rouge_l() -> None:

@@ -168,3 +168,123 @@ def test_a_disk_that_fills_up_while_converting_to_megatron(tmp_path: Path, monke
     with pytest.raises(UserError, match="the disk is full"):
         export_main(ExportArguments(to_megatron=True, verify=False, **words))
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def fill(disk: Path, left: int) -> None:
+    """Leave so many bytes of a file system."""
+    (disk / "ballast").write_bytes(b"x" * (shutil.disk_usage(disk).free - left))
+
+
+@pytest.mark.parametrize("left", [0, 4096, 12_288])
+def test_a_disk_without_space_for_the_files_of_a_run(
+    left: int, small_disk: Path, start: tuple[Path, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lock, its options, its plan: one error each, and neither a directory nor a file of the run is left."""
+    from megaswift.cli import main
+
+    monkeypatch.setattr(save, "require_space", lambda *_: None)  # as if the space had been there when it was measured
+    fill(small_disk, left)
+    words = ["sft", "--resume_from_checkpoint", str(start[0]), "--dataset", str(start[1]), "--output_dir"]
+    assert main([*words, str(small_disk / "deep" / "output")]) == 2
+    told = capsys.readouterr().err
+    assert "error: the run's directory cannot be written: No space left on device." in told and told.count("error:") == 1
+    assert [path.name for path in small_disk.iterdir()] == ["ballast"]
+
+
+@pytest.mark.parametrize("name", ["sft_args.json", "plan.json", "job.json", "config.json"])
+def test_each_file_of_a_run_is_one_error(
+    name: str, start: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """/dev/full takes no byte."""
+    import io
+
+    from megaswift.cli import main
+
+    real, replace = io.open, os.replace
+
+    def opened(file: Any, *words: Any, **options: Any) -> Any:
+        full = Path(str(file)).name == name and "w" in str(words or options)
+        return real("/dev/full" if full else file, *words, **options)
+
+    def copied(source: Any, target: Any) -> None:
+        with opened(target, "wb") as file:
+            file.write(Path(source).read_bytes())
+
+    def replaced(source: Any, target: Any) -> None:
+        if Path(target).name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    monkeypatch.setattr("io.open", opened)
+    monkeypatch.setattr("builtins.open", opened)
+    monkeypatch.setattr("os.replace", replaced)
+    monkeypatch.setattr("shutil.copyfile", copied)
+    words = ["sft", "--resume_from_checkpoint", str(start[0]), "--dataset", str(start[1]), "--output_dir"]
+    assert main([*words, str(tmp_path / "output")]) == 2
+    told = capsys.readouterr().err
+    assert "error: the run's directory cannot be written: No space left on device." in told
+    assert not (tmp_path / "output").exists()
+
+
+def test_the_lock_of_a_run_that_lives_is_not_taken_away(tmp_path: Path) -> None:
+    """Another process that comes, and goes with its error, at the same time."""
+    from megaswift.checkpoint.lock import LOCK, in_use, locked
+
+    run = tmp_path / "a" / "run"
+    with locked(run):
+        with pytest.raises(UserError, match="in use by process"), locked(run):
+            pass
+        assert in_use(run)
+    with pytest.raises(KeyError), locked(tmp_path / "b" / "run"):
+        raise KeyError
+    assert not (tmp_path / "b").exists() and (run / LOCK).is_file(), "what was there before stays"
+    with pytest.raises(KeyError), locked(run):
+        raise KeyError
+    assert (run / LOCK).is_file()
+
+
+def test_a_disk_that_takes_no_more_answers(small_disk: Path) -> None:
+    """The first row, and a later one: one error, no file without a row, and what was written whole is read again."""
+    from megaswift.inference.results import ResultWriter
+
+    fill(small_disk, 0)
+    writer = ResultWriter(small_disk / "infer_result")
+    with pytest.raises(UserError, match="cannot write results: .*No space left"):
+        writer.write({"query": "q", "response": "a" * 10_000})
+    writer.close()
+    assert not list((small_disk / "infer_result").iterdir())
+    (small_disk / "ballast").unlink()
+    fill(small_disk, 8192)
+    writer = ResultWriter(small_disk / "infer_result")
+    writer.write({"query": "q", "response": "a"})
+    with pytest.raises(UserError, match="cannot write results: .*No space left"):
+        writer.write({"query": "r", "response": "a" * 100_000})
+    writer.close()
+    (small_disk / "ballast").unlink()
+    assert [row["query"] for row in ResultWriter(small_disk / "infer_result", go_on=True).take_up(["q", "r"])] == ["q"]
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_a_disk_that_cannot_hold_the_packaged_model(
+    measured: bool, small_disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Seen before a byte is written, or in the middle of a file: nothing is left, and the way out is the cache's own."""
+    import torch
+
+    from megaswift import cli, verify
+    from megaswift.hf import packaged
+    from megaswift.hf.shards import PlannedTensor
+
+    tensors = [PlannedTensor(f"x{number}", torch.float32, (400_000,), lambda: torch.zeros(400_000)) for number in range(6)]
+    parts = {"_open": None, "_metadata": {}, "_tensors": tensors, "side_contents": {"config.json": b"{}"}}
+    for name, value in parts.items():
+        monkeypatch.setattr(packaged, name, lambda *_, value=value: value)
+    if not measured:
+        usage = shutil.disk_usage(small_disk)._replace(free=10**12)
+        monkeypatch.setattr(shutil, "disk_usage", lambda *_: usage)
+    place = small_disk / "models" / "smollm2-135m-instruct"
+    monkeypatch.setattr(verify, "verify_main", lambda _: packaged.make(small_disk, place))
+    assert cli.main(["verify", "--directory", "x"]) == 2
+    told = capsys.readouterr().err
+    assert ("not enough disk space" if measured else "the disk is full") in told and "MEGASWIFT_CACHE" in told
+    assert [path.name for path in place.parent.iterdir()] == [f".{place.name}.lock"]

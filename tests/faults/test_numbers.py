@@ -6,10 +6,13 @@ import json
 import math
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from megaswift.arguments import SftArguments
+from megaswift.engine import loop
 from megaswift.engine.loop import Job
 from megaswift.engine.spikes import FEWEST, NormHistory
 from tests.faults.conftest import make_base
@@ -131,7 +134,18 @@ def test_the_bound_knows_only_good_steps() -> None:
     for _ in range(FEWEST):
         history.add(2.0)
     assert history.limit == 6.0
-    history.add(math.nan)
-    assert history.limit == 6.0
+    for norm in (5.0, math.nan):  # one that is large, and one that is none
+        history.add(norm)
+        assert history.limit == 6.0
     assert NormHistory(3.0, history.values).limit == 6.0
     assert NormHistory(0.0, history.values).limit == math.inf
+
+
+def test_norms_and_skipped_steps_of_before_count_after_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is requeued at each break would otherwise never come to --max_skipped_steps, and take any norm at first."""
+    monkeypatch.setattr(loop, "_origin", lambda *_: None)
+    nothing: Any = SimpleNamespace(plan=None, is_first=False)
+    extra = {"norms": [2.0] * FEWEST, "skipped": 3}
+    args = SftArguments(skip_spikes=3.0)
+    run = loop.Training(nothing, args, nothing, nothing, nothing, None, tmp_path, nothing, nothing, nothing, extra)
+    assert (run.skipped, run.norms.limit) == (3, 6.0)

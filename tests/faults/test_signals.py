@@ -50,7 +50,7 @@ def test_the_first_signal_saves_and_stops(
 def test_one_rank_of_a_long_run_is_told_to_stop(rank: int, base: Job, tmp_path: Path) -> None:
     """As when one machine of several is preempted: all ranks end with 75, and the checkpoint is of that step, not the last."""
     case = FaultRun(base, tmp_path)
-    case.job = with_plan(case.job, train_iters=600, save_interval=1000)
+    case.job = with_plan(case.job, train_iters=150, save_interval=1000)
     ended = case.run(f"loop.step:term:{rank}:2")  # before the run's fourth step
     assert ended.codes == [75, 75], ended.output
     assert 4 <= case.newest() < 100

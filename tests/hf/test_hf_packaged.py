@@ -152,7 +152,7 @@ def test_a_file_that_is_not_the_model(tmp_path: Path) -> None:
 
 def test_a_cache_that_cannot_be_used(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (alone / "file").touch()
-    with pytest.raises(UserError, match="cache directory") as caught:
+    with pytest.raises(UserError, match="cannot write to the cache: Not a directory") as caught:
         packaged.make(alone / "x", alone / "file" / "models" / "m")
     assert "MEGASWIFT_CACHE" in caught.value.fix
     damaged = alone / "megaswift" / "models" / "smollm2-135m-instruct"

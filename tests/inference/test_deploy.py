@@ -361,6 +361,16 @@ def test_every_field_of_the_official_client_is_known(client: Any) -> None:
     assert client.chat.completions.create(**ASK | free).choices[0].message.content
 
 
+def test_what_asks_for_nothing_has_its_own_type() -> None:
+    """JSON's true is no 1 and 0 is no false, though Python calls them equal; 0 and 0.0 are one penalty."""
+    from megaswift.inference.request import asks_for_nothing
+
+    nothing = (("n", 1), ("echo", False), ("logprobs", False), ("presence_penalty", 0.0), ("frequency_penalty", 0), ("n", None))
+    something = (("n", True), ("n", 1.0), ("echo", 0), ("logprobs", 0), ("top_logprobs", False), ("tools", {}), ("x", ""))
+    assert all(asks_for_nothing(*field) for field in nothing)
+    assert not any(asks_for_nothing(*field) for field in something)
+
+
 HOUR = {
     "type": "function",
     "function": {

@@ -13,7 +13,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.mutants.catalogue import REPOSITORY, SOURCE, Mutant, problems_of, read_mutants
+from tests.mutants.mother import THIRD_PARTIES
 from tests.mutants.scratch import Outcome, Scratch
 
 RESULTS = REPOSITORY / "build" / "mutants.jsonl"
@@ -90,7 +91,8 @@ def main(argv: list[str]) -> int:
         return 0
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(prefix="mutants-") as directory:
-        verdicts = Judge(REPOSITORY, Known(args.results, args.resume), args.limit).all(mutants, Path(directory), args.jobs)
+        judge = Judge(REPOSITORY, Known(args.results, args.resume), args.limit, THIRD_PARTIES)
+        verdicts = judge.all(mutants, Path(directory), args.jobs)
     return show(verdicts)
 
 
@@ -111,11 +113,13 @@ class Judge:
         root: the tree whose copies get the faults.
         known: where findings are looked up and kept.
         limit: seconds that the tests of one fault may take.
+        preload: packages that are imported once for all runs.
     """
 
     root: Path
     known: Known
     limit: float = 300.0
+    preload: Sequence[str] = ()
 
     def all(self, mutants: list[Mutant], directory: Path, jobs: int = 1) -> list[Verdict]:
         """Run the named tests on the code as it is, then each fault's on the code with the fault.
@@ -124,7 +128,7 @@ class Judge:
             directory: for the scratch copies, `jobs` of them.
         """
         copies: queue.SimpleQueue[Scratch] = queue.SimpleQueue()
-        made = [Scratch(self.root, directory / str(number)) for number in range(jobs)]
+        made = [Scratch(self.root, directory / str(number), self.preload) for number in range(jobs)]
         for copy in made:
             copies.put(copy)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import secrets
 import shutil
 import signal
@@ -12,10 +11,13 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 
+from tests.mutants import mother
 from tests.mutants.catalogue import Mutant
 
 COPIED = ("src", "tests", "docs", "examples", "benchmarks")  # and every file beside them: tests read the documents, too
@@ -46,10 +48,12 @@ class Scratch:
     Args:
         root: the tree.
         directory: an empty directory for the copy.
+        preload: packages that are imported once for all runs.
     """
 
-    def __init__(self, root: Path, directory: Path) -> None:
-        self.directory, self.mark = directory, ""
+    def __init__(self, root: Path, directory: Path, preload: Sequence[str] = ()) -> None:
+        self.directory, self.mark, self.session, self.preload = directory, "", 0, preload
+        self.orders: Connection | None = None
         self.tree = directory / "tree"
         self.tree.mkdir(parents=True)
         unwanted = shutil.ignore_patterns("__pycache__", "*.egg-info")
@@ -93,37 +97,46 @@ class Scratch:
         own.mkdir()
         report = own / "report.xml"
         mark = self.mark = secrets.token_hex(8)
-        words = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        words = ["-q", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={report}"]
         words += ["-x"] if first_failure else []
         environment = self._environment() | {MARK: mark, "TMPDIR": str(own), "MEGASWIFT_CACHE": str(own / "cache")}
         began = time.monotonic()
         try:
-            with open(own / "output", "wb") as output:
-                process = subprocess.Popen(
-                    [*words, *tests], cwd=self.tree, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                    start_new_session=True,
-                )  # fmt: skip
-                code: int | None
-                try:
-                    code = process.wait(limit)
-                except subprocess.TimeoutExpired:
-                    code = None
+            orders = self._mother()
+            orders.send(([*words, *tests], environment, str(own / "output")))
+            self.session = orders.recv()
+            ended = orders.poll(limit)
             seconds = time.monotonic() - began
-            _end_all(mark)
-            process.wait()
-            tail = "\n".join((own / "output").read_text(encoding="utf-8", errors="replace").splitlines()[-25:])
-            outcome = Outcome(code, seconds, tail)
-            if code is not None and report.is_file():
+            _end_all(mark, self.session)
+            code = orders.recv()
+            output = own / "output"
+            tail = (
+                "\n".join(output.read_text(encoding="utf-8", errors="replace").splitlines()[-25:]) if output.is_file() else ""
+            )
+            outcome = Outcome(code if ended else None, seconds, tail)
+            if ended and report.is_file():
                 _read_report(report, outcome, self.tree)
             return outcome
         finally:
-            _end_all(mark)
+            _end_all(mark, self.session)
             shutil.rmtree(own, ignore_errors=True)
+
+    def _mother(self) -> Connection:
+        """The way to the process that forks the runs; it ends when this one does."""
+        if self.orders is None:
+            self.orders, theirs = Pipe()
+            words = [sys.executable, mother.__file__, str(theirs.fileno()), *self.preload]
+            subprocess.Popen(
+                words, cwd=self.tree, env=self._environment(), pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )  # fmt: skip
+            theirs.close()
+        return self.orders
 
     def stop(self) -> None:
         """End what runs in the copy, from another thread."""
         if self.mark:
-            _end_all(self.mark)
+            _end_all(self.mark, self.session)
 
     def _environment(self) -> dict[str, str]:
         """Machine and settings of `make test`; nothing that would let a test find another tree."""
@@ -142,11 +155,16 @@ def _read_report(report: Path, outcome: Outcome, tree: Path) -> None:
             outcome.passed.append(name)
 
 
-def _end_all(mark: str) -> None:
-    """End whatever a run left: planted faults of launching and signals leave processes in groups of their own."""
+def _end_all(mark: str, session: int) -> None:
+    """End whatever a run left: planted faults of launching and signals leave processes in groups of their own.
+
+    Args:
+        mark: what its processes have in their environment, unless they are forks that never became another program.
+        session: theirs, where they made none of their own; 0 where the run did not begin.
+    """
     wanted = f"{MARK}={mark}".encode()
     for _ in range(20):
-        left = [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/environ") if wanted in _environment_of(path)]
+        left = [int(path.name) for path in Path("/proc").glob("[0-9]*") if _is_of(path, wanted, session)]
         if not left:
             return
         for number in left:
@@ -155,10 +173,12 @@ def _end_all(mark: str) -> None:
         time.sleep(0.1)
 
 
-def _environment_of(path: Path) -> list[bytes]:
+def _is_of(process: Path, mark: bytes, session: int) -> bool:
+    """Whether a process is alive and has the mark in its environment, or is of the session."""
     try:
-        if re.search(r"\) Z ", (path.parent / "stat").read_text(errors="replace")):
-            return []  # ended, and waits for its parent alone
-        return path.read_bytes().split(b"\0")
+        state, _, _, own = (process / "stat").read_text(errors="replace").rpartition(") ")[2].split()[:4]
+        if state == "Z":
+            return False  # ended, and waits for its parent alone
+        return int(own) == session != 0 or mark in (process / "environ").read_bytes().split(b"\0")
     except OSError:
-        return []
+        return False

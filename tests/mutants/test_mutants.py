@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from tests.mutants.__main__ import Judge, Known, chosen, show
 from tests.mutants.catalogue import Mutant, problems_of, read_mutants
 
 ROOMS = 12
-FAULTS = 116  # 56 of an earlier search, and 60 more
+FAULTS = 200
 
 
 def test_each_fault_stands_in_the_code_and_its_tests_exist() -> None:
@@ -64,6 +63,22 @@ def tree(tmp_path: Path) -> Path:
         "src/megaswift/__init__.py": "",
         "src/megaswift/toy.py": "def add(a, b):\n    return a + b\n\n\ndef unseen():\n    return 1\n",
         "tests/__init__.py": "",
+        "tests/test_ranks.py": """import multiprocessing
+import os
+from megaswift.toy import add
+
+def answer(pipe):  # as tests.ranks.RankPool does it
+    pipe.send((add(1, 1), os.getsid(0)))
+
+def test_forks_of_a_server():
+    context = multiprocessing.get_context("forkserver")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=answer, args=(theirs,))
+    process.start()
+    assert ours.poll(60) and ours.recv() == (2, os.getsid(0))
+    process.join()
+    assert process.exitcode == 0
+""",
         "tests/test_toy.py": f"""import subprocess
 from pathlib import Path
 from megaswift.toy import add
@@ -86,6 +101,14 @@ def test_wrong():
     return root
 
 
+def ended(process: str) -> bool:
+    """Whether a process is gone, or waits for its parent alone."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2].startswith("Z")
+    except OSError:
+        return True
+
+
 def test_what_is_killed_survives_and_cannot_be_judged(tree: Path, tmp_path: Path, capfd: Any) -> None:
     good = ("tests/test_toy.py::test_zero", "tests/test_toy.py::test_two")
     mutants = [
@@ -102,8 +125,12 @@ def test_what_is_killed_survives_and_cannot_be_judged(tree: Path, tmp_path: Path
     assert show(verdicts) == 1 and show(verdicts[:1]) == 0
     out = capfd.readouterr().out
     assert "SURVIVED: room/unseen" in out and "1 of 4 faults killed" in out and "1 of 1 faults killed" in out
-    assert not os.path.exists(f"/proc/{(tmp_path / 'left').read_text()}")
+    assert ended((tmp_path / "left").read_text())
     assert (tree / "src/megaswift/toy.py").read_text().count("a + b") == 1
+
+    ranks = fault("in-a-rank", "a + b", "a - b", "tests/test_ranks.py")
+    (verdict,) = Judge(tree, known).all([ranks], tmp_path / "ranks")
+    assert (verdict.verdict, verdict.by) == ("killed", "tests/test_ranks.py::test_forks_of_a_server")
 
     endless = fault("no-end", "return a + b", "while True:\n        pass", *good)
     (verdict,) = Judge(tree, known, limit=2).all([endless], tmp_path / "endless")

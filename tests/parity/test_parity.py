@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 
 from megaswift.arguments import ParityArguments, SftArguments
 from megaswift.errors import DataError, UserError
+from megaswift.parity import noise
 from megaswift.parity.command import parity_main
-from megaswift.parity.compare import StepDifference, beyond, verdict
+from megaswift.parity.compare import StepDifference, beyond, verdict, worst
 from megaswift.parity.layouts import parse_layouts
 from tests import tiny
 from tests.parity.planted import CASES, run_rank, run_sft_rank
@@ -209,3 +213,34 @@ def test_a_layout_whose_loss_is_no_number_is_told() -> None:
     table = [("dp1", [0.0, 0.0]), ("tp2", [1e-9, float("nan")])]
     assert beyond(table[:1], [1e-6, 1e-6]) is None
     assert "layout tp2, step 2" in str(beyond(table, [1e-6, 1e-6]))
+
+
+@pytest.mark.parametrize("place", range(3))
+@pytest.mark.parametrize("wrong", [1.5, float("nan"), float("inf")])
+def test_the_tensor_that_differs_most_is_named(place: int, wrong: float) -> None:
+    """Wherever it stands in the list, and above all where it is no number."""
+    one = torch.ones(3)
+    values = [one * (wrong if number == place else 1.001) for number in range(3)]
+    groups: dict[str, float] = {}
+    difference, where = worst(((f"mlp.{number}", value, one) for number, value in enumerate(values)), groups)
+    assert where == f"mlp.{place}" and groups == {"mlp": difference}
+    assert difference == pytest.approx(0.5 if wrong == 1.5 else math.inf)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_noise_moves_weights_by_one_rounding(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core import parallel_state
+
+    monkeypatch.setattr(parallel_state, "get_tensor_model_parallel_rank", lambda: 0)
+    reloaded: list[int] = []
+    found = []
+    for seed in (1, 1, 2):
+        model = torch.nn.Linear(64, 64, dtype=dtype)
+        torch.nn.init.constant_(model.weight, 1.5)
+        optimizer = SimpleNamespace(reload_model_params=lambda: reloaded.append(1))
+        noise.perturb(SimpleNamespace(bare_model=model, optimizer=optimizer), seed)
+        found.append(model.weight.detach())
+    assert len(reloaded) == 3, "masters of the optimizer follow"
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+    moved = (found[0].float() - 1.5).abs()
+    assert 0.1 < (moved > 0).float().mean() < 1 and moved.max() <= 2 * torch.finfo(dtype).eps

@@ -1,4 +1,4 @@
-"""One live run in a directory: a lock that the system gives back when its process ends, however it ends."""
+"""One live run in a directory: a lock that the system gives back when its process ends, and what is written before the first step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from megaswift.errors import UserError
+from megaswift.errors import MegaswiftError, UserError
 
 LOCK = ".lock"
 
@@ -19,27 +19,58 @@ LOCK = ".lock"
 def locked(directory: Path) -> Iterator[None]:
     """Hold the lock of a run directory. Raises UserError while another process holds it, or where it cannot be made.
 
-    A file that a dead process left behind holds nothing and is taken over.
+    A file that a dead process left behind holds nothing and is taken over. A directory that is made here goes again after an
+    error that leaves nothing in it.
     """
-    path = directory / LOCK
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+", encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"the run's directory cannot be written: {error.strerror}.", where=str(directory), fix="choose another --output_dir"
-        ) from error
-    with file:
+    made = [place for place in (directory, *directory.parents) if not place.exists()]
+    with contextlib.ExitStack() as stack:
+        with filling(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((directory / LOCK).open("ab", buffering=0))
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise _taken(directory) from error
         except OSError:
             pass  # a file system without locks: run without one
-        file.truncate(0)
-        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
-        file.flush()
+        try:
+            with filling(directory):
+                file.truncate(0)
+                file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
+            yield
+        except BaseException:
+            if made:
+                _remove_empty(directory, made)
+            raise
+
+
+def _remove_empty(directory: Path, made: list[Path]) -> None:
+    """Remove the directories that were made, from the innermost out, if the lock is all that is in them."""
+    with contextlib.suppress(OSError):
+        if not [path for path in directory.iterdir() if path.name != LOCK]:
+            (directory / LOCK).unlink(missing_ok=True)
+            for place in made:
+                place.rmdir()  # an error where another process uses it by now
+
+
+@contextlib.contextmanager
+def filling(directory: Path, new: bool = False) -> Iterator[None]:
+    """Write what stands in a run's directory before its first step: UserError where it cannot be written.
+
+    Args:
+        new: a run that begins: what is there is of this process alone, and goes again after an error.
+    """
+    try:
         yield
+    except (OSError, MegaswiftError) as error:
+        for path in directory.iterdir() if new else ():
+            if path.name != LOCK:
+                path.unlink()
+        if isinstance(error, MegaswiftError):
+            raise
+        raise UserError(
+            f"the run's directory cannot be written: {error.strerror}.", where=str(directory), fix="choose another --output_dir"
+        ) from error
 
 
 def refuse_if_in_use(directory: Path) -> None:

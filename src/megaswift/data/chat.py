@@ -132,11 +132,8 @@ class ChatTemplate:
         end = cut.search(tail)
         known = {end.group(), self.eos, "<|eom_id|>"} if end else set()
         header = prompt[len(plain) :] if prompt.startswith(plain) else ""
-        return (
-            header,
-            prompt.partition("\ue0e0")[2],
-            tuple(sorted(token for token in known if token and token in self.encoder.control)),
-        )
+        ends = tuple(sorted(token for token in known if token and token in self.encoder.control))
+        return header, prompt.partition("\ue0e0")[2], ends
 
     def _wants_text_arguments(self) -> bool:
         """Whether the template fails on arguments that are an object, and takes them as JSON text."""

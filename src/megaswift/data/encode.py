@@ -120,12 +120,6 @@ def _check(args: DataArguments, packing: bool) -> None:
             where="--dataset",
             fix="for example --dataset self-cognition#160 or --dataset rows.jsonl",
         )
-    if not 0 <= args.dataset_test_ratio < 1:
-        raise UserError(
-            f"{args.dataset_test_ratio} is no share of the rows.",
-            where="--dataset_test_ratio",
-            fix="use a number from 0 up to, not including, 1",
-        )
     if args.max_length != -1 and args.max_length < 2:
         raise UserError(
             f"{args.max_length} is no length in tokens.",

@@ -114,9 +114,9 @@ def _blocks(item: dict[str, Any], blocks: list[Any], role: str, where: str) -> l
     calls: list[dict[str, Any]] = []
     results: list[Message] = []
     for block in blocks:
-        kind = block.get("type") if isinstance(block, dict) else None
-        value = block.get("value") if isinstance(block, dict) else None  # LLaMA-Factory's v1 form: {"type", "value"}
-        text = block.get("text", value) if isinstance(block, dict) else None
+        block = block if isinstance(block, dict) else {}
+        kind, value = block.get("type"), block.get("value")  # LLaMA-Factory's v1 form: {"type", "value"}
+        text = value if block.get("text") is None else block["text"]
         if kind == "text" and isinstance(text, str):
             texts.append(text)
         elif kind == "reasoning" and isinstance(value, str):
@@ -148,7 +148,9 @@ def _blocks(item: dict[str, Any], blocks: list[Any], role: str, where: str) -> l
 
 def _result_text(content: Any, where: str) -> str:
     if isinstance(content, list):
-        return "".join(block.get("text", "") for block in content if isinstance(block, dict))
+        content = [block.get("text") or "" for block in content if isinstance(block, dict)]
+        if all(isinstance(text, str) for text in content):
+            return "".join(content)
     if content is None or isinstance(content, str):
         return content or ""
     raise BadRow("wrong type", f"{where}: a tool result is {type(content).__name__}, expected text")

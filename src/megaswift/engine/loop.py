@@ -111,14 +111,8 @@ class Training:
         extra: dict[str, Any],
     ) -> None:
         self.job, self.plan, self.args, self.rank, self.trainer = job, job.plan, args, rank, trainer
-        self.train, self.validation, self.run_dir, self.log, self.stop, self.watchdog = (
-            train,
-            validation,
-            run_dir,
-            log,
-            stop,
-            watchdog,
-        )
+        self.train, self.validation, self.run_dir = train, validation, run_dir
+        self.log, self.stop, self.watchdog = log, stop, watchdog
         self.origin = _origin(job, run_dir)
         self.saving: Saving | None = None  # the checkpoint that is being written in the background
         self.began, self.waited = 0.0, 0.0  # when it was begun; seconds that training waited for it

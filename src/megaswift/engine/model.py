@@ -16,9 +16,7 @@ from megatron.core.tensor_parallel.layers import (
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
-from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
 from megaswift.engine.backend import SequenceLayout, block_spec
@@ -31,6 +29,7 @@ from megaswift.engine.kernels.products import PLAIN
 from megaswift.families import family_of
 from megaswift.families.base import is_tied
 from megaswift.families.kinds import MAIN, Kind
+from megaswift.families.stages import stage_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -213,6 +212,7 @@ def transformer_config(config: PreTrainedConfig, options: ModelOptions) -> Trans
         # Where any layer has these norms their gradients are summed over tensor-parallel ranks.
         qk_layernorm=any(kind.qk_norm for kind in family.layers(config)),
         hetereogenous_dist_checkpoint=family.is_mixed(config),
+        pipeline_model_parallel_layout=pipeline_layout(config, options.pp),
         activation_func=F.silu,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
@@ -243,6 +243,15 @@ def transformer_config(config: PreTrainedConfig, options: ModelOptions) -> Trans
     return built
 
 
+def pipeline_layout(config: PreTrainedConfig, pp: int) -> list[list[str]] | None:
+    """Megatron-Core's description of stages that have different numbers of layers; None where all have as many."""
+    counts = stage_layers(config, pp)
+    if len(set(counts)) == 1:
+        return None
+    stages = [["decoder"] * count for count in counts]
+    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
+
+
 def build(config: PreTrainedConfig, options: ModelOptions) -> ChatModel:
     """The model of this process's pipeline stage and tensor-parallel part, its weights not yet loaded (zeros).
 
@@ -252,8 +261,9 @@ def build(config: PreTrainedConfig, options: ModelOptions) -> ChatModel:
 
     megatron_config = transformer_config(config, options)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    first = get_transformer_layer_offset(megatron_config)
-    kinds = family_of(config.model_type).layers(config)[first : first + get_num_layers_to_build(megatron_config)]
+    stage, counts = parallel_state.get_pipeline_model_parallel_rank(), stage_layers(config, options.pp)
+    first = sum(counts[:stage])
+    kinds = family_of(config.model_type).layers(config)[first : first + counts[stage]]
     model = ChatModel(
         config=megatron_config,
         transformer_layer_spec=block_spec(kinds),

@@ -317,7 +317,7 @@ def short_of_memory(config: TransformerConfig, plan: Plan) -> bool:
     ffn = config.ffn_hidden_size // config.tensor_model_parallel_size
     heads = (config.num_attention_heads + 2 * config.num_query_groups) * config.kv_channels // config.tensor_model_parallel_size
     tokens = plan.max_length * int(plan.megatron["micro_batch_size"]) // plan.cp
-    stage = config.num_layers // config.pipeline_model_parallel_size - plan.cpu_offloading_num_layers
+    stage = max(plan.stages) - plan.cpu_offloading_num_layers
     layers = stage * config.pipeline_model_parallel_size  # that stay on the device, of all micro batches in flight
     needed = 2 * (6 * config.hidden_size + 3 * ffn + heads) * tokens * layers
     return needed > 0.8 * torch.cuda.mem_get_info()[0]

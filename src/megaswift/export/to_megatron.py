@@ -29,6 +29,7 @@ from megaswift.hf.new_tokens import NewTokens, listed_tokens, with_new_tokens
 from megaswift.terminal import say, shown, typed
 
 if TYPE_CHECKING:
+    from megaswift.checkpoint.classic import Classic
     from megaswift.convert import Conversion, Precisions
     from megaswift.hf.publish import Workspace
 
@@ -98,7 +99,7 @@ def to_megatron(args: ExportArguments) -> Path:
             return {"round_trip_tensors": equal}
         return prove(config, grown, written, precisions, model_dir, equal)
 
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    stats = _stats({file.name: file for file in files})
     return _write(
         args,
         _Source(
@@ -127,16 +128,8 @@ def classic_to_megatron(args: ExportArguments) -> Path:
 
     Values are compared bit for bit; there is no Hugging Face model to compare logits with (--to_hf makes and proves one).
     """
-    from megaswift.checkpoint import classic
-
     root = Path(str(args.ckpt_dir)).absolute()
-    found = classic.find(root, args.iteration)
-    if found is None:
-        raise UserError(
-            "--to_megatron with --ckpt_dir reads old checkpoints (mp_rank_XX/model_optim_rng.pt), and there is none here.",
-            where=str(root),
-            fix="for a Hugging Face model give --model_type NAME or --model_id_or_path DIR",
-        )
+    found = _classic_in(root, args.iteration)
     from megaswift.checkpoint.reader import Reader
     from megaswift.convert import megatron_to_megatron, precisions_of_checkpoint, verify_round_trip
     from megaswift.convert.new_rows import GrownReader, require_old_rows
@@ -153,10 +146,7 @@ def classic_to_megatron(args: ExportArguments) -> Path:
     if added:
         reader = GrownReader(old.reader, old.config, added.rows_before, added.rows_after)
         old.config.vocab_size = added.rows_after
-    stats = [
-        (str(file.relative_to(found.directory)), file.stat().st_size, file.stat().st_mtime_ns)
-        for _, file in sorted(found.files.items())
-    ]
+    stats = _stats({str(file.relative_to(found.directory)): file for _, file in sorted(found.files.items())})
     model_type = str(old.args.model_type)
 
     def proof(release: Path, done: Conversion) -> dict[str, Any]:
@@ -186,6 +176,25 @@ def classic_to_megatron(args: ExportArguments) -> Path:
             new_tokens=added,
         ),
     )
+
+
+def _classic_in(root: Path, iteration: int | None) -> Classic:
+    """The old checkpoint in a directory. Raises UserError where there is none."""
+    from megaswift.checkpoint import classic
+
+    found = classic.find(root, iteration)
+    if found is None:
+        raise UserError(
+            "--to_megatron with --ckpt_dir reads old checkpoints (mp_rank_XX/model_optim_rng.pt), and there is none here.",
+            where=str(root),
+            fix="for a Hugging Face model give --model_type NAME or --model_id_or_path DIR",
+        )
+    return found
+
+
+def _stats(files: dict[str, Path]) -> list[tuple[str, int, int]]:
+    """Name, size and time of change (ns) of each file: what tells that a conversion begun before had the same source."""
+    return [(name, file.stat().st_size, file.stat().st_mtime_ns) for name, file in files.items()]
 
 
 def _with_new_tokens(args: ExportArguments, model_dir: Path) -> tuple[ExportArguments, NewTokens | None, Path]:

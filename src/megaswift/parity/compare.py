@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -48,9 +49,13 @@ def relative(value: float, wanted: float) -> float:
 
 
 def relative_tensor(value: Tensor, wanted: Tensor, floor: float = 0.0) -> float:
-    """Norm of the difference over the norm of the reference, or over that of a tensor full of `floor` if that is larger."""
+    """Norm of the difference over the norm of the reference, or over that of a tensor full of `floor` if that is larger.
+
+    Infinite where it is no number, so that it is the largest of many.
+    """
     norm = torch.linalg.vector_norm(wanted.double()).clamp_min(max(floor * wanted.numel() ** 0.5, 1e-30))
-    return float(torch.linalg.vector_norm(value.double() - wanted.double()) / norm)
+    found = float(torch.linalg.vector_norm(value.double() - wanted.double()) / norm)
+    return math.inf if math.isnan(found) else found
 
 
 def group_of(name: str) -> str:
