@@ -72,6 +72,7 @@ def build_model(shape: str, seq: int, way: str) -> Any:
     from megaswift.engine.kernels.linear_cross_entropy import linear_cross_entropy
     from megaswift.engine.kernels.megatron_fuse import fuse_embedding
     from megaswift.engine.kernels.megatron_layer import FusedMLP
+    from megaswift.families.kinds import Kind
 
     class Model(GPTModel):
         graphs: Any = None
@@ -89,7 +90,7 @@ def build_model(shape: str, seq: int, way: str) -> Any:
     FusedMLP.recompute_activation, FusedMLP.recompute_first, FusedMLP.overlap = "k" not in way, "m" in way, "o" in way
     model = Model(
         config,
-        backend.block_spec(backend.PlainProvider(), config.num_layers, False),
+        backend.block_spec([Kind()] * config.num_layers),
         vocab_size=VOCAB,
         max_sequence_length=seq,
         position_embedding_type="none",
@@ -144,8 +145,7 @@ def make_step(shape: str, seq: int, micro: int, way: str, accumulate: int) -> tu
 
     bare, ddp, optimizer = build(shape, seq, way)
     config = bare.config
-    cos, sin = tables(seq, config.kv_channels)
-    layout = SequenceLayout(cos=cos, sin=sin)
+    layout = SequenceLayout(tables={"main": tables(seq, config.kv_channels)})
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randint(0, VOCAB, (micro, seq + 1), generator=generator) for _ in range(4)]
     batches = [(rows[:, :-1].contiguous().cuda(), rows[:, 1:].contiguous()) for rows in batches]

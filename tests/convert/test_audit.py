@@ -50,14 +50,15 @@ WRONG: dict[str, Callable[[Any, Any], tuple[Any, str, Any]]] = {
     "attention_bias (q, k, v)": lambda model, layer: (layer.self_attention.linear_qkv, "bias", None),
     "attention_bias (o)": lambda model, layer: (layer.self_attention.linear_proj, "bias", meta(64)),
     "mlp_bias": lambda model, layer: (layer.mlp.linear_fc1, "bias", meta(192)),
-    "q/k norm": lambda model, layer: (model.config, "qk_layernorm", True),
+    "q/k norm": lambda model, layer: (model.decoder.layers[1].self_attention, "q_layernorm", torch.nn.RMSNorm(8, eps=1e-6)),
+    "layers that rotate": lambda model, layer: (model.decoder.layers[3].self_attention.core_attention, "rotation", None),
     "attention scale": lambda model, layer: (layer.self_attention.core_attention, "softmax_scale", 1.001 * 8**-0.5),
     "attention scale (last layer)": lambda model, layer: (model.decoder.layers[-1].self_attention.core_attention, "softmax_scale", 0.3),
     "tie_word_embeddings": lambda model, layer: (model, "share_embeddings_and_output_weights", False),
     "attention_dropout": lambda model, layer: (model.config, "attention_dropout", 0.1),
-    "rope_parameters (frequencies)": lambda model, layer: (model.rope, "inverse", model.rope.inverse * 1.0001),
-    "rope_parameters (number)": lambda model, layer: (model.rope, "inverse", model.rope.inverse[:-1]),
-    "rope_parameters (yarn's attention factor)": lambda model, layer: (model.rope, "scale", model.rope.scale * 1.01),
+    "rope_parameters (frequencies)": lambda model, layer: (model.ropes["main"], "inverse", model.ropes["main"].inverse * 1.0001),
+    "rope_parameters (number)": lambda model, layer: (model.ropes["main"], "inverse", model.ropes["main"].inverse[:-1]),
+    "rope_parameters (yarn's attention factor)": lambda model, layer: (model.ropes["main"], "scale", model.ropes["main"].scale * 1.01),
 }  # fmt: skip
 
 

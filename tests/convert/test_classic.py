@@ -32,10 +32,12 @@ def write_classic(
     tensors = model.state_dict()
     parts: dict[tuple[int, int], OrderedDict[str, Any]] = {(t, p): OrderedDict() for t in range(tp) for p in range(pp)}
     each = sizes.layers // pp
-    for parameter in expanded(family.rules_for(is_tied(model.config) and not separate_output), sizes):
+    rules = family.rules_for(is_tied(model.config) and not separate_output)
+    for parameter in expanded(rules, sizes, family.layers(model.config)):
         source = [tensors.get(part.name, tensors["model.embed_tokens.weight"]) for part in parameter.hf]
-        layer = int(parameter.name.split(".")[2]) if parameter.place else 0
-        stage = layer // each if parameter.place else (0 if parameter.name.startswith("embedding") else pp - 1)
+        layered = parameter.name.startswith("decoder.layers.")
+        layer = int(parameter.name.split(".")[2]) if layered else 0
+        stage = layer // each if layered else (0 if parameter.name.startswith("embedding") else pp - 1)
         name = parameter.name.replace(f".{layer}.", f".{layer % each}.")
         if local_names:
             name = name.replace("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight").replace(

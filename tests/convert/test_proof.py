@@ -72,6 +72,7 @@ HONOURED: dict[str, tuple[str, dict[str, Any]]] = {
     "untied": ("qwen2", {"tie_word_embeddings": False}),
     "sizes": ("llama", {"intermediate_size": 40, "num_hidden_layers": 3, "vocab_size": 77}),
     "sliding_window": ("mistral", {"sliding_window": 48}),
+    "no_rope_layers": ("smollm3", {"no_rope_layers": [0, 1, 1, 0]}),
 }
 
 
@@ -120,11 +121,11 @@ def test_a_dropped_rope_factor_is_named(tiny_folders: Any, monkeypatch: pytest.M
     from megaswift.engine import model
 
     class NoFactor(model.RotaryTable):
-        def __init__(self, config: Any, device: torch.device) -> None:
+        def __init__(self, config: Any, device: torch.device, name: str) -> None:
             plain = type(config).from_dict(
                 config.to_dict() | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
             )
-            super().__init__(plain, device)
+            super().__init__(plain, device, name)
 
     folder, release = tiny_folders("llama", tie_word_embeddings=False)
     monkeypatch.setattr(model, "RotaryTable", NoFactor)

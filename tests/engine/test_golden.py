@@ -66,7 +66,7 @@ def test_losses_are_golden(family: tuple[str, Path, Path], layout: str, pool: Ra
 
 
 def test_the_files_are_whole() -> None:
-    """Four families, three layouts, 50 steps; the layouts agree with each other."""
+    """Every family, three layouts, 50 steps; the layouts agree with each other."""
     for name in tiny.FAMILIES:
         golden = json.loads((GOLDEN / f"losses_{name}.json").read_text(encoding="utf-8"))
         assert list(golden) == list(LAYOUTS), name

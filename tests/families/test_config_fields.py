@@ -10,6 +10,7 @@ import pytest
 from tests import tiny
 
 from megaswift.errors import UserError
+from megaswift.families import families
 from megaswift.hf.config import load_config
 
 # What transformers 4.40 to 5.x writes beside the model's own fields, with values as they are found; and other tools' marks.
@@ -64,11 +65,23 @@ def test_bookkeeping_passes(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", tiny.FAMILIES)
 def test_what_changes_the_computation_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    honoured = next(family for family in families().values() if family.name == name).extra_fields
     for number, (field, value) in enumerate(COMPUTED.items()):
+        if field in honoured:
+            continue
         folder = with_fields(tmp_path / str(number), name, **{field: value})
         with pytest.raises(UserError) as caught:
             load_config(folder)
         assert field in f"{caught.value.what} {caught.value.where}", field
+
+
+@pytest.mark.parametrize("value", [[1, 0, 1], [1, 0, 2, 1]])
+def test_layers_that_rotate_are_told_one_by_one(value: list[int], tmp_path: Path) -> None:
+    """With layer_types given transformers itself looks no further."""
+    kinds = ["full_attention"] * 4
+    assert load_config(with_fields(tmp_path / "good", "smollm3", no_rope_layers=[0, 1, 1, 0, 1], layer_types=kinds))
+    with pytest.raises(UserError, match="no_rope_layers"):
+        load_config(with_fields(tmp_path / "bad", "smollm3", no_rope_layers=value, layer_types=kinds))
 
 
 def test_a_null_quantization_loads_in_transformers_too(tmp_path: Path) -> None:

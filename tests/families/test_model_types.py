@@ -58,6 +58,8 @@ from megaswift.families.model_types import MODEL_TYPES, by_hub_id, model_type, r
             "smollm2",
             "llama",
         ),
+        ("smollm3-3b", "HuggingFaceTB/SmolLM3-3B", "HuggingFaceTB/SmolLM3-3B", "chatml", "smollm3"),
+        ("ernie4_5-0_3b", "PaddlePaddle/ERNIE-4.5-0.3B-PT", "baidu/ERNIE-4.5-0.3B-PT", "default-generation", "ernie4_5"),
     ],
 )
 def test_entries(name: str, ms_id: str, hf_id: str, template: str, family: str) -> None:
@@ -74,7 +76,7 @@ def test_every_entry_is_well_formed_and_of_a_known_family() -> None:
         assert (
             entry.template == "default-generation"
             or "math" in name
-            or any(part in name for part in ("chat", "instruct", "qwen3"))
+            or any(part in name for part in ("chat", "instruct", "qwen3", "smollm3"))
         )
 
 

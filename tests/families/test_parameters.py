@@ -16,6 +16,7 @@ from megaswift.convert import Precisions, hf_to_megatron, planned_hf_tensors, ve
 from megaswift.errors import DataError
 from megaswift.families import families, parameters_of
 from megaswift.families.base import Family, sizes_of
+from megaswift.families.kinds import Kind
 from megaswift.families.llama import LLAMA
 from megaswift.families.parameters import (
     Arrangement,
@@ -121,12 +122,12 @@ class Odd(Family):
     """What experts, mixed stacks and fused matrices will need: one dense layer, then three experts a layer, held as one tensor."""
 
     def parameters(self, config: Any) -> list[Parameter]:
-        return expanded(self.rules, replace(sizes_of(config), more={"experts": 3}))
+        return expanded(self.rules, replace(sizes_of(config), more={"experts": 3}), self.layers(config))
 
 
 def _experts(name: str, hf: tuple[str, ...], arrangement: Any, **more: Any) -> Rule:
     shape = lambda sizes: [(sizes.ffn, sizes.hidden)] * len(hf)  # noqa: E731
-    return Rule(f"decoder.layers.{{i}}.mlp.{name}", hf, shape, arrangement, layers=lambda layer: layer > 0, **more)
+    return Rule(f"decoder.layers.{{i}}.mlp.{name}", hf, shape, arrangement, layers=lambda kind: kind.mlp == "experts", **more)
 
 
 def _qkv(sizes: Sizes) -> Arrangement:
@@ -147,7 +148,7 @@ ODD = Odd(
             _qkv,
         ),
         copy("decoder.layers.{i}.input_layernorm.weight", "model.layers.{i}.norm.weight", ("hidden",)),
-        replace(copy("decoder.layers.{i}.mlp.dense.weight", "model.layers.{i}.dense.weight", ("ffn", "hidden")), layers=lambda layer: layer == 0),
+        replace(copy("decoder.layers.{i}.mlp.dense.weight", "model.layers.{i}.dense.weight", ("ffn", "hidden")), layers=lambda kind: kind.mlp == "gated"),
         _experts(
             "experts.{e}.linear_fc1.weight",
             ("model.layers.{i}.experts.gate", "model.layers.{i}.experts.up"),
@@ -160,6 +161,7 @@ ODD = Odd(
     ),
     LLAMA.settings,
     LLAMA.tiny,
+    lambda config, layer: Kind(mlp="experts" if layer else "gated"),
 )  # fmt: skip
 
 

@@ -29,11 +29,12 @@ def _model(fused: bool, tp: int, sequence_parallel: bool, qk_norm: bool) -> Any:
 
     from megaswift.engine import backend
     from megaswift.engine.kernels.megatron_fuse import fuse_embedding
+    from megaswift.families.kinds import Kind
 
     config = TransformerConfig(
         **SETTINGS, tensor_model_parallel_size=tp, sequence_parallel=sequence_parallel, qk_layernorm=qk_norm
     )
-    spec = backend.block_spec(backend.PlainProvider(), 2, qk_norm)
+    spec = backend.block_spec([Kind(qk_norm=qk_norm)] * 2)
     if not fused:
         _plain(spec)
     torch.manual_seed(1)
@@ -145,7 +146,10 @@ def _train(
     cos, sin = tables(positions.unsqueeze(1).expand(-1, batch), 8, "cpu")
     edges = torch.tensor([0, 5, 12], dtype=torch.int32) if packed else None
     layout = backend.SequenceLayout(
-        cos=cos.unsqueeze(2), sin=sin.unsqueeze(2), segments=lengths, cu_seqlens_q=edges, max_seqlen_q=7 if packed else None
+        tables={"main": (cos.unsqueeze(2), sin.unsqueeze(2))},
+        segments=lengths,
+        cu_seqlens_q=edges,
+        max_seqlen_q=7 if packed else None,
     )
     torch.manual_seed(10 + dist.get_rank() // tp)
     losses, norms = [], []
@@ -164,11 +168,11 @@ def _train(
             settle_main_grads(ddp)
             finalize_model_grads([ddp], None)
             dist.all_reduce(supervised, group=ddp.dp_cp_group)
-            optimizer.tokens = supervised
+            optimizer.divisor = supervised
             optimizer.prepare_grads()
             norm = optimizer.get_grad_norm()
             _skip_once(optimizer, norm, model)
-            optimizer.tokens = supervised
+            optimizer.divisor = supervised
             optimizer.update(norm)
         else:
             finalize_model_grads([ddp], supervised)

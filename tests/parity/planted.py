@@ -108,8 +108,8 @@ def _rope_base_off_by_one() -> Any:
 
     honest = RotaryTable.__init__
 
-    def init(self: Any, config: Any, device: Any) -> None:
-        honest(self, config, device)
+    def init(self: Any, config: Any, device: Any, name: str) -> None:
+        honest(self, config, device, name)
         base = config.rope_parameters["rope_theta"]
         self.inverse = self.inverse ** (math.log(base + 1) / math.log(base))
 

@@ -90,7 +90,7 @@ def find(root: Path, iteration: int | None = None) -> Classic | None:
 
 
 class ClassicReader:
-    """Whole tensors of a classic checkpoint under the names of torch_dist (layers stacked); tensors are views of the files.
+    """Whole tensors of a classic checkpoint under the keys of torch_dist; tensors are views of the files.
 
     Raises DataError for damaged files and for pickles that name what no checkpoint needs.
     """
@@ -98,7 +98,9 @@ class ClassicReader:
     def __init__(self, found: Classic, config: PreTrainedConfig) -> None:
         self.directory, self.tp, self.pp = found.directory, found.tp, found.pp
         self._sizes = sizes_of(config)
-        self._parameters = by_key(parameters_of(config))
+        parameters = parameters_of(config)
+        self._parameters = by_key(parameters)
+        self._places = {parameter.name: (parameter.key, parameter.place) for parameter in parameters}
         # Where the config ties it, the file may hold an output layer all the same.
         self._parameters.setdefault(OUTPUT_LAYER, self._parameters["embedding.word_embeddings.weight"])
         self._parts: dict[str, dict[Shape, list[Tensor]]] = {}
@@ -148,7 +150,7 @@ class ClassicReader:
                 )
 
     def _place(self, name: str, stage: int) -> tuple[str, Shape]:
-        """Key and place of a stage's tensor; layers are stacked."""
+        """Key and place of a stage's tensor; one that the model does not have is placed as if layers were stacked."""
         for plain, fused in _FUSED.items():
             if name.endswith(f".{plain}"):
                 name = name.removesuffix(plain) + fused
@@ -156,7 +158,8 @@ class ClassicReader:
         if match is None:
             return name, ()
         layer = int(match.group(1)) + stage * (self._sizes.layers // self.pp)
-        return "decoder.layers." + name[match.end() :], (layer,)
+        rest = name[match.end() :]
+        return self._places.get(f"decoder.layers.{layer}.{rest}", ("decoder.layers." + rest, (layer,)))
 
     def _drop_tied_copies(self) -> None:
         """With several stages the last one keeps a copy of a tied embedding; more than one per tensor part is not another weight."""

@@ -74,20 +74,22 @@ class Static:
         self.hidden = torch.zeros(wide, dtype=hidden.dtype, device=hidden.device, requires_grad=True)
         self.grad_output = torch.zeros(wide, dtype=hidden.dtype, device=hidden.device)
         tables = {
-            name: torch.zeros((shape.tokens, *getattr(layout, name).shape[1:]), dtype=layout.cos.dtype, device=hidden.device)
-            for name in ("cos", "sin")
+            name: tuple(table.new_zeros((shape.tokens, *table.shape[1:])) for table in pair)
+            for name, pair in layout.tables.items()
         }
         packed: dict[str, Any] = {}
         if shape.samples is not None:
             cu = torch.zeros(shape.samples + 1, dtype=torch.int32, device=hidden.device)
             packed = dict(cu_seqlens_q=cu, max_seqlen_q=shape.longest)
-        self.layout = replace(layout, segments=None, **tables, **packed)
+        self.layout = replace(layout, segments=None, tables=tables, **packed)
         self.output = self.hidden
 
     def fill(self, hidden: Tensor, layout: Any) -> None:
         """The micro batch's values into the tensors; zeros behind them."""
-        for target, source in ((self.hidden.detach(), hidden), (self.layout.cos, layout.cos), (self.layout.sin, layout.sin)):
-            _fill(target, source)
+        _fill(self.hidden.detach(), hidden)
+        for name, pair in layout.tables.items():
+            for target, source in zip(self.layout.tables[name], pair):
+                _fill(target, source)
         if layout.segments is not None:
             borders = self.shape.borders(layout.segments)
             if self.hidden.is_cuda:

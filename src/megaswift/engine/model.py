@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megaswift.engine.backend import PlainProvider, SequenceLayout, block_spec
+from megaswift.engine.backend import SequenceLayout, block_spec
 from megaswift.engine.kernels.activation_offload import offload_activations
 from megaswift.engine.kernels.attention import describe
 from megaswift.engine.kernels.fp8_linear import Fp8Products
@@ -31,6 +31,7 @@ from megaswift.engine.kernels.products import PLAIN
 from megaswift.engine.kernels.sequence_log_probability import sequence_log_probabilities
 from megaswift.families import family_of
 from megaswift.families.base import is_tied
+from megaswift.families.kinds import MAIN, Kind
 from megaswift.families.stages import stage_layers
 
 if TYPE_CHECKING:
@@ -63,11 +64,16 @@ class ModelOptions:
 
 
 class ChatModel(GPTModel):
-    """GPTModel whose forward takes a micro batch's fields and returns what an objective makes of its hidden states."""
+    """GPTModel whose forward takes a micro batch's fields and returns what an objective makes of its hidden states.
 
-    def __init__(self, *args: Any, rope: RotaryTable, true_vocab: int, **kwargs: Any) -> None:
+    Args:
+        ropes: the tables that its layers rotate by, by name.
+        true_vocab: tokens of the vocabulary, without padding.
+    """
+
+    def __init__(self, *args: Any, ropes: Mapping[str, RotaryTable], true_vocab: int, **kwargs: Any) -> None:
         super().__init__(*args, position_embedding_type="none", **kwargs)
-        self.rope = rope
+        self.ropes = ropes
         self.true_vocab = true_vocab
         self.graphs: Graphs | None = None  # set by the trainer
 
@@ -91,8 +97,8 @@ class ChatModel(GPTModel):
             Hidden states [s, b, h] before the last stage; on it what `worth` returns, or logits [b, s, vocab of this rank].
         """
         hidden = self.embedding(input_ids=tokens, position_ids=position_ids) if self.pre_process else None
-        cos, sin = self.rope(position_ids, self.config.params_dtype)
-        layout = SequenceLayout(cos=cos, sin=sin, segments=segments, share=share)
+        tables = {name: rope(position_ids, self.config.params_dtype) for name, rope in self.ropes.items()}
+        layout = SequenceLayout(tables=tables, segments=segments, share=share)
         if segments is not None:
             borders = torch.tensor([0, *segments], dtype=torch.int32).cumsum(0, dtype=torch.int32)
             layout.cu_seqlens_q, layout.max_seqlen_q = borders.to(tokens.device, non_blocking=True), max(segments)
@@ -198,36 +204,56 @@ class RotaryTable:
 
     The frequencies come from transformers itself, so that every type means here what it means there. `dynamic` changes
     them only beyond max_position_embeddings, and the plan refuses samples that long.
+
+    Args:
+        name: MAIN, or the layer type whose entry of rope_parameters is meant.
     """
 
-    def __init__(self, config: PreTrainedConfig, device: torch.device) -> None:
+    dtype: torch.dtype | None = None  # of cos and sin, where it is not the model's
+
+    def __init__(self, config: PreTrainedConfig, device: torch.device, name: str = MAIN) -> None:
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-        rope_type = config.rope_parameters.get("rope_type", "default")
+        parameters = config.rope_parameters if name == MAIN else config.rope_parameters[name]
+        rope_type = parameters.get("rope_type", "default")
         if rope_type == "default":
             size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
             exponents = torch.arange(0, size, 2, dtype=torch.int64).float() / size
-            inverse, self.scale = 1.0 / (config.rope_parameters["rope_theta"] ** exponents), 1.0
+            inverse, self.scale = 1.0 / (parameters["rope_theta"] ** exponents), 1.0
         else:
-            inverse, self.scale = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"))
+            layer_type = None if name == MAIN else name
+            inverse, self.scale = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"), layer_type=layer_type)
         self.inverse = inverse.to(device)
 
     def __call__(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin, each [s, b, 1, head_dim], for positions [b, s]."""
         angles = position_ids.transpose(0, 1).float().unsqueeze(-1) * self.inverse
-        angles = torch.cat((angles, angles), dim=-1).unsqueeze(2)
+        angles, dtype = torch.cat((angles, angles), dim=-1).unsqueeze(2), self.dtype or dtype
         return (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)
 
 
+def rotary_tables(config: PreTrainedConfig, kinds: Sequence[Kind], device: torch.device) -> dict[str, RotaryTable]:
+    """Every table that layers of these kinds rotate by."""
+    names = sorted({kind.rotation for kind in kinds if kind.rotation is not None})
+    tables = {name: RotaryTable(config, device, name) for name in names}
+    for table in tables.values() if family_of(config.model_type).rotates_in_fp32 else ():
+        table.dtype = torch.float32
+    return tables
+
+
 def transformer_config(config: PreTrainedConfig, options: ModelOptions) -> TransformerConfig:
-    """Megatron-Core's config of a model in a layout."""
+    """Megatron-Core's config of a model in a layout: what holds for all its layers."""
+    family = family_of(config.model_type)
     dtype = TORCH_DTYPES[options.dtype]
     recompute = (
         dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1) if options.recompute else {}
     )
     built = TransformerConfig(
-        **family_of(config.model_type).settings(config),
+        **family.settings(config),
         **recompute,
+        # Where any layer has these norms their gradients are summed over tensor-parallel ranks.
+        qk_layernorm=any(kind.qk_norm for kind in family.layers(config)),
+        hetereogenous_dist_checkpoint=family.is_mixed(config),
         pipeline_model_parallel_layout=pipeline_layout(config, options.pp),
         activation_func=F.silu,
         bias_activation_fusion=False,
@@ -277,16 +303,18 @@ def build(config: PreTrainedConfig, options: ModelOptions) -> ChatModel:
 
     megatron_config = transformer_config(config, options)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    own_layers = stage_layers(config, options.pp)[parallel_state.get_pipeline_model_parallel_rank()]
+    stage, counts = parallel_state.get_pipeline_model_parallel_rank(), stage_layers(config, options.pp)
+    first = sum(counts[:stage])
+    kinds = family_of(config.model_type).layers(config)[first : first + counts[stage]]
     model = ChatModel(
         config=megatron_config,
-        transformer_layer_spec=block_spec(PlainProvider(), own_layers, megatron_config.qk_layernorm),
+        transformer_layer_spec=block_spec(kinds),
         vocab_size=options.padded_vocab,
         max_sequence_length=config.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
         share_embeddings_and_output_weights=is_tied(config),
-        rope=RotaryTable(config, device),
+        ropes=rotary_tables(config, kinds, device),
         true_vocab=config.vocab_size,
     )
     with torch.no_grad():
@@ -302,6 +330,7 @@ def _mark_split_weights(model: torch.nn.Module) -> None:
     """Tell the gradient norm which weights are split over tensor-parallel ranks.
 
     Megatron-Core marks them while it initialises them, which is skipped here since every value comes from a checkpoint.
+    It is the weight that is split, whatever a subclass computes with it: subclasses are meant too.
     """
     for module in model.modules():
         if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)) and module.weight is not None:
@@ -321,4 +350,4 @@ def _worth(objective: Objective, batch: MicroBatch, model: ChatModel, hidden: Te
     return objective.micro_batch(model, hidden, batch)
 
 
-__all__ = ["ChatModel", "ModelOptions", "RotaryTable", "build", "run_micro_batch", "transformer_config"]
+__all__ = ["ChatModel", "ModelOptions", "RotaryTable", "build", "rotary_tables", "run_micro_batch", "transformer_config"]

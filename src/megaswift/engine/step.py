@@ -307,7 +307,7 @@ def recompute(model: ChatModel, plan: Plan, modules: str) -> None:
     """
     short = modules == "auto" and short_of_memory(model.config, plan)
     for module in model.modules():
-        if isinstance(module, FusedMLP):
+        if type(module) is FusedMLP:
             module.recompute_activation = modules in ("swiglu", "mlp") or short
             module.recompute_first = modules == "mlp"
 

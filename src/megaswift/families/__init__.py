@@ -20,7 +20,7 @@ def families() -> dict[str, Family]:
     """Hugging Face type name -> family, from every module of this package."""
     found: dict[str, Family] = {}
     for module in pkgutil.iter_modules(__path__):
-        if module.name in ("base", "parameters", "rules", "model_types", "stages"):
+        if module.name in ("base", "kinds", "parameters", "rules", "model_types", "stages"):
             continue
         for value in vars(importlib.import_module(f"{__name__}.{module.name}")).values():
             if isinstance(value, Family):

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from megaswift.errors import UserError
+from megaswift.families.kinds import Kind
 from megaswift.families.parameters import Parameter
-from megaswift.families.rules import Rule, Sizes, expanded
+from megaswift.families.rules import Rule, Sizes, expanded, is_mixed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -58,7 +59,10 @@ class Family:
         rules: tensor rules, output layer included (it is left out for tied models).
         settings: Hugging Face config -> settings of Megatron-Core's TransformerConfig.
         tiny: config values of a tiny model of this family, on which the parity tests run.
+        kind: config and number of a layer, from 0 -> what that layer is made of.
+        rotates_in_fp32: whether query and key rotate in fp32 whatever the model's precision.
         attention_bias: what `attention_bias` in the config may say (None: any value is honoured by `settings`).
+        extra_fields: config fields that only this family honours, in `settings` or `kind`.
     """
 
     name: str
@@ -66,6 +70,8 @@ class Family:
     rules: tuple[Rule, ...]
     settings: Callable[[Any], dict[str, Any]]
     tiny: dict[str, Any]
+    kind: Callable[[Any, int], Kind] = lambda config, layer: Kind()
+    rotates_in_fp32: bool = False
     attention_bias: bool | None = False
     extra_fields: frozenset[str] = field(default_factory=frozenset)
 
@@ -73,9 +79,17 @@ class Family:
         """The rules of a model with tied or separate output weights."""
         return tuple(rule for rule in self.rules if not (tied and rule.megatron == OUTPUT_LAYER))
 
+    def layers(self, config: PreTrainedConfig) -> list[Kind]:
+        """What the layers of a model of this family are made of, from the first to the last."""
+        return [self.kind(config, layer) for layer in range(config.num_hidden_layers)]
+
+    def is_mixed(self, config: PreTrainedConfig) -> bool:
+        """Whether layers of this model differ in the tensors that they have."""
+        return is_mixed(self.rules, self.layers(config))
+
     def parameters(self, config: PreTrainedConfig) -> list[Parameter]:
         """All tensors of a model of this family, in the order of the computation."""
-        return expanded(self.rules_for(is_tied(config)), sizes_of(config))
+        return expanded(self.rules_for(is_tied(config)), sizes_of(config), self.layers(config))
 
     def audit(self, config: PreTrainedConfig, where: str = "config.json") -> None:
         """Raise UserError for a config field that this family neither honours nor knows as neutral."""
@@ -123,6 +137,7 @@ class Family:
         for name, value in numbers.items():
             if value is not None and not isinstance(value, (int, float)):
                 raise UserError(f"{name} = {value!r} is not a number.", where=where, fix="fetch config.json again")
+        self.layers(config)
 
 
 def _says_nothing(value: Any) -> bool:
@@ -168,7 +183,6 @@ def decoder_settings(config: PreTrainedConfig) -> dict[str, Any]:
         "gated_linear_unit": True,
         "add_bias_linear": False,
         "add_qkv_bias": False,
-        "qk_layernorm": False,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
     }

@@ -182,6 +182,13 @@ _REGISTERED = (
     _llama("smollm2-360m-instruct", _SMOL + "SmolLM2-360M-Instruct", _SMOL + "SmolLM2-360M-Instruct", "smollm2"),
     _llama("smollm2-1_7b", _SMOL + "SmolLM2-1.7B", _SMOL + "SmolLM2-1.7B"),
     _llama("smollm2-1_7b-instruct", _SMOL + "SmolLM2-1.7B-Instruct", _SMOL + "SmolLM2-1.7B-Instruct", "smollm2"),
+    # SmolLM3 and ERNIE 4.5: the tokenizers of the chat models bring their templates
+    ModelType("smollm3-3b", _SMOL + "SmolLM3-3B", _SMOL + "SmolLM3-3B", "chatml", "smollm3"),
+    ModelType("smollm3-3b-base", _SMOL + "SmolLM3-3B-Base", _SMOL + "SmolLM3-3B-Base", BASE_TEMPLATE, "smollm3"),
+    ModelType("ernie4_5-0_3b", "PaddlePaddle/ERNIE-4.5-0.3B-PT", "baidu/ERNIE-4.5-0.3B-PT", BASE_TEMPLATE, "ernie4_5"),
+    ModelType(
+        "ernie4_5-0_3b-base", "PaddlePaddle/ERNIE-4.5-0.3B-Base-PT", "baidu/ERNIE-4.5-0.3B-Base-PT", BASE_TEMPLATE, "ernie4_5"
+    ),
     # Mistral
     _mistral("mistral-7b", _AIM + "Mistral-7B-v0.1", _MISTRAL + "Mistral-7B-v0.1"),
     _mistral("mistral-7b-v2", _AIM + "Mistral-7B-v0.2-hf", "alpindale/Mistral-7B-v0.2-hf"),

@@ -1,6 +1,7 @@
 """Qwen3 dense. Differs from Llama by per-head norms on query and key and by an explicit head size."""
 
 from megaswift.families.base import Family, decoder_settings
+from megaswift.families.kinds import Kind
 from megaswift.families.llama import LLAMA
 from megaswift.families.rules import copy
 
@@ -12,7 +13,8 @@ QWEN3 = Family(
         copy("decoder.layers.{i}.self_attention.q_layernorm.weight", "model.layers.{i}.self_attn.q_norm.weight", ("head_dim",)),
         copy("decoder.layers.{i}.self_attention.k_layernorm.weight", "model.layers.{i}.self_attn.k_norm.weight", ("head_dim",)),
     ),
-    settings=lambda config: decoder_settings(config) | {"qk_layernorm": True},
+    settings=decoder_settings,
+    kind=lambda config, layer: Kind(qk_norm=True),
     tiny=dict(
         hidden_size=64,
         num_hidden_layers=4,

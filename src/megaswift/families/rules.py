@@ -7,10 +7,11 @@ knows nothing of rules.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from megaswift.families.parameters import Arrangement, HFTensor, Parameter, Shape, grouped, stacked, whole
+from megaswift.families.kinds import Kind
+from megaswift.families.parameters import Arrangement, HFTensor, Parameter, Shape, grouped, halves, rearranged, stacked, whole
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Rule:
         shapes: their shapes (of the part, where a tensor of the folder holds several experts).
         arrangement: how they make the Megatron tensor.
         padded: whether Megatron may hold more rows.
-        layers: which layers have it; None: all.
+        layers: which kinds of layers have it; None: all.
         stacked: the folder holds the tensors of all experts as one.
         transposed: the folder holds rows and columns exchanged.
     """
@@ -55,7 +56,7 @@ class Rule:
     shapes: Callable[[Sizes], list[Shape]]
     arrangement: Callable[[Sizes], Arrangement]
     padded: bool = False
-    layers: Callable[[int], bool] | None = None
+    layers: Callable[[Kind], bool] | None = None
     stacked: bool = False
     transposed: bool = False
 
@@ -90,25 +91,40 @@ def qkv(megatron: str, hf: tuple[str, str, str], bias: bool = False) -> Rule:
     return Rule(megatron, hf, shapes, arrangement)
 
 
+def by_halves(rule: Rule) -> Rule:
+    """A rule of `qkv` where Hugging Face rotates neighbouring rows of a head, not its halves: query and key are rearranged."""
+
+    def arrangement(sizes: Sizes) -> Arrangement:
+        return rearranged(rule.arrangement(sizes), halves(sizes.heads, sizes.head_dim), tensors=(0, 1))
+
+    return replace(rule, arrangement=arrangement)
+
+
 def gate_up(megatron: str, hf: tuple[str, str], rows: str = "ffn") -> Rule:
     """Gate and up projections of a gated MLP, one above the other; tensor parallelism cuts inside each half."""
     return Rule(megatron, hf, lambda sizes: [(sizes[rows], sizes.hidden)] * 2, lambda sizes: stacked(sizes[rows], sizes[rows]))
 
 
-def expanded(rules: Iterable[Rule], sizes: Sizes) -> list[Parameter]:
+def is_mixed(rules: Iterable[Rule], kinds: Sequence[Kind]) -> bool:
+    """Whether some layers have tensors that others have not: in a checkpoint each layer has keys of its own then."""
+    return any(rule.layers is not None and len({rule.layers(kind) for kind in kinds}) > 1 for rule in rules)
+
+
+def expanded(rules: Iterable[Rule], sizes: Sizes, kinds: Sequence[Kind]) -> list[Parameter]:
     """The parameters of a model, in the order of the computation: embedding, layers one by one, the rest.
 
-    Where every layer has the same tensors Megatron-Core stacks them in a checkpoint; where layers differ each has keys of its own.
+    Args:
+        kinds: of the layers. Where all have the same tensors Megatron-Core stacks them in a checkpoint (see `is_mixed`).
     """
     rules = tuple(rules)
-    uniform = all(rule.layers is None for rule in rules)
+    uniform = not is_mixed(rules, kinds)
     layers: dict[int, list[Parameter]] = {}
     for rule in rules:
         arrangement, shapes = rule.arrangement(sizes), rule.shapes(sizes)
         layered = "{i}" in rule.megatron
         outside = -1 if rule.megatron.startswith("embedding.") else sizes.layers
         for layer in range(sizes.layers) if layered else (outside,):
-            if layered and rule.layers is not None and not rule.layers(layer):
+            if layered and rule.layers is not None and not rule.layers(kinds[layer]):
                 continue
             made = _of_layer(rule, sizes, layer if layered else None, arrangement, shapes, uniform)
             layers.setdefault(layer, []).extend(made)

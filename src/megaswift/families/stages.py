@@ -41,11 +41,12 @@ def stage_layers(config: PreTrainedConfig, pp: int) -> tuple[int, ...]:
 
 def stage_weights(config: PreTrainedConfig, pp: int) -> list[int]:
     """Weights of each stage; the embedding is the first one's, the output layer, or its copy of a tied embedding, the last one's."""
-    stages, layers = stage_layers(config, pp), sizes_of(config).layers
-    outside = [parameter for parameter in parameters_of(config) if not parameter.name.startswith("decoder.layers.")]
-    own = sum(parameter.size for parameter in parameters_of(config)) - sum(parameter.size for parameter in outside)
-    weights = [own // layers * count for count in stages]
-    for parameter in outside:
+    stage_of = [stage for stage, count in enumerate(stage_layers(config, pp)) for _ in range(count)]
+    weights = [0] * pp
+    for parameter in parameters_of(config):
+        if parameter.name.startswith("decoder.layers."):
+            weights[stage_of[int(parameter.name.split(".")[2])]] += parameter.size
+            continue
         weights[0 if parameter.name.startswith("embedding.") else -1] += parameter.size
         if parameter.padded and is_tied(config) and pp > 1:
             weights[-1] += parameter.size

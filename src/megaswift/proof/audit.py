@@ -7,6 +7,7 @@ the model as it was built, not with the settings that it was built from.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import torch
 
 from megaswift.errors import DataError
 from megaswift.families.base import NEUTRAL_FIELDS, attention_window, is_tied
+from megaswift.families.kinds import MAIN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -59,7 +61,16 @@ def audit(config: PreTrainedConfig, reference: Streamed, measured: Streamed) -> 
         ("attention_bias (q, k, v)", twin.self_attn.q_proj.bias is not None, attention.linear_qkv.bias is not None),
         ("attention_bias (o)", twin.self_attn.o_proj.bias is not None, attention.linear_proj.bias is not None),
         ("mlp_bias", twin.mlp.gate_proj.bias is not None, layer.mlp.linear_fc1.bias is not None),
-        ("q/k norm", hasattr(twin.self_attn, "q_norm"), bool(settings.qk_layernorm)),
+        (
+            "q/k norm",
+            _layers(theirs.model.layers, lambda one: hasattr(one.self_attn, "q_norm")),
+            _layers(ours.decoder.layers, lambda one: bool(list(one.self_attention.q_layernorm.parameters()))),
+        ),
+        (
+            "layers that rotate",
+            _layers(theirs.model.layers, lambda one: bool(getattr(one.self_attn, "use_rope", True))),
+            _layers(ours.decoder.layers, lambda one: one.self_attention.core_attention.rotation is not None),
+        ),
         ("attention scale", round(float(twin.self_attn.scaling), 9), _scale(ours)),
         ("tie_word_embeddings", is_tied(config), bool(ours.share_embeddings_and_output_weights)),
         ("attention_dropout", float(getattr(config, "attention_dropout", 0.0) or 0.0), float(settings.attention_dropout)),
@@ -96,6 +107,12 @@ def _epsilons(model: torch.nn.Module, attribute: str) -> list[float]:
     )
 
 
+def _layers(layers: Any, has: Callable[[Any], bool]) -> str:
+    """Which layers have something, in words."""
+    found = [number for number, layer in enumerate(layers) if has(layer)]
+    return "all" if len(found) == len(layers) else ", ".join(map(str, found)) or "none"
+
+
 def _name(function: Any) -> str:
     name = (getattr(function, "__name__", "") or type(function).__name__).lower()
     return "silu" if name in ("silu", "siluactivation", "swish") else name
@@ -113,7 +130,7 @@ def _scale(model: Any) -> float | list[float]:
 
 def _rope(config: PreTrainedConfig, theirs: Any, ours: Any) -> Finding:
     """Rotation frequencies and their scale, as both models hold them."""
-    table, rope = theirs.model.rotary_emb, ours.rope
+    table, rope = theirs.model.rotary_emb, ours.ropes[MAIN]
     equal = (
         table.inv_freq.shape == rope.inverse.shape
         and bool(torch.allclose(table.inv_freq.double(), rope.inverse.double(), rtol=1e-6, atol=0))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megaswift.convert.model import MegatronReader
 from megaswift.convert.precision import Precisions
-from megaswift.families import parameters_of
+from megaswift.families import family_of, parameters_of
 from megaswift.families.base import is_tied
 
 if TYPE_CHECKING:
@@ -85,21 +85,22 @@ def hf_stream(config: PreTrainedConfig, source: HFCheckpoint, precisions: Precis
 
 def megatron_stream(config: PreTrainedConfig, reader: MegatronReader) -> Streamed:
     """The GPTModel of a Megatron checkpoint; needs the process groups of `one_process`."""
-    from megaswift.engine.backend import PlainProvider, block_spec
-    from megaswift.engine.model import ChatModel, ModelOptions, RotaryTable, transformer_config
+    from megaswift.engine.backend import block_spec
+    from megaswift.engine.model import ChatModel, ModelOptions, rotary_tables, transformer_config
 
     rows = reader.shape("embedding.word_embeddings.weight")[0]
     settings = transformer_config(config, ModelOptions(tp=1, pp=1, dtype="fp32", padded_vocab=rows))
     settings.plain_layers = True  # type: ignore[attr-defined]  # every module is called, so that its weights can be streamed
-    rope = RotaryTable(config, torch.device("cpu"))
+    kinds = family_of(config.model_type).layers(config)
+    ropes = rotary_tables(config, kinds, torch.device("cpu"))
     with _META:
         model = ChatModel(
             config=settings,
-            transformer_layer_spec=block_spec(PlainProvider(), config.num_hidden_layers, settings.qk_layernorm),
+            transformer_layer_spec=block_spec(kinds),
             vocab_size=rows,
             max_sequence_length=config.max_position_embeddings,
             share_embeddings_and_output_weights=is_tied(config),
-            rope=rope,
+            ropes=ropes,
             true_vocab=config.vocab_size,
         )
     model.eval()

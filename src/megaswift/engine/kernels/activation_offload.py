@@ -222,7 +222,7 @@ class OffloadingBlock(TransformerBlock):
         if not (self.training and torch.is_grad_enabled()):
             return super().forward(hidden_states, *args, **kwargs)
         layout = kwargs.get("packed_seq_params")
-        shared = [table for table in (getattr(layout, "cos", None), getattr(layout, "sin", None)) if table is not None]
+        shared = [table for pair in getattr(layout, "tables", {}).values() for table in pair]
         stay = {tensor.untyped_storage().data_ptr() for tensor in (*self.parameters(), *shared)}
         with self.offload.forward_pass(stay):
             output = super().forward(hidden_states, *args, **kwargs)
@@ -235,7 +235,11 @@ def offload_activations(block: TransformerBlock, layers: int) -> ActivationOfflo
     """Let the first `layers` of a block's layers keep their activations in host memory.
 
     With recomputation of whole layers that is each layer's input alone.
+
+    Raises TypeError for a subclass of TransformerBlock, whose own forward would be lost.
     """
+    if type(block) is not TransformerBlock:
+        raise TypeError(f"activations of a {type(block).__name__} cannot be offloaded; it must be a TransformerBlock")
     offload = ActivationOffload(layers)
     block.__class__ = OffloadingBlock
     block.offload = offload

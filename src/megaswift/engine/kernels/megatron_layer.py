@@ -1,7 +1,9 @@
 """Megatron-Core's norm, embedding, attention, MLP and layer with this folder's operations in them.
 
 Every class keeps its parent's parameters, names and checkpoints, and hands over to the parent wherever a setting asks for
-something that the fused path does not do (dropout, selective recompute, inference, cross attention, activation offload).
+something that the fused path does not do (dropout, selective recompute, inference, cross attention, activation offload),
+and wherever a part is not exactly of the class that the path computes: a subclass may have another formula, so every
+fused path asks for `type(...) is`. What is not fused goes the general way, through the modules' own forward.
 """
 
 from __future__ import annotations
@@ -10,26 +12,31 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 from megatron.core.tensor_parallel.mappings import (
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megaswift.engine.kernels.attention import dense_causal, packed_causal
 from megaswift.engine.kernels.context_parallel import shared_causal
 from megaswift.engine.kernels.embedding import embedding
+from megaswift.engine.kernels.parallel_linear import ColumnParallel, RowParallel
 from megaswift.engine.kernels.products import products_of
 from megaswift.engine.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_keep
 from megaswift.engine.kernels.rope import rotate, split_rotate_qkv
 from megaswift.engine.kernels.swiglu import swiglu
 from megaswift.engine.kernels.swiglu_linear import FirstProduct, swiglu_linear
+from megaswift.families.kinds import MAIN
 
 
 class RMSNorm(torch.nn.Module):
@@ -61,11 +68,77 @@ class FusedEmbedding(VocabParallelEmbedding):
         return reduce_from_tensor_model_parallel_region(output, group=self.tp_group)
 
 
+class CoreAttention(torch.nn.Module):
+    """Causal attention by a kernel that the user chose or that is deterministic, after rotating query and key.
+
+    Otherwise FusedSelfAttention calls the fastest kernel itself and this module is not used. Query is [s, b, heads, d],
+    key and value are [s, b, kv heads, d] of this tensor-parallel rank; the result is [s, b, heads * d]. Scores are kept
+    in fp32 by all kernels, so apply_query_key_layer_scaling, which guards fp16 scores, has nothing to do here.
+
+    Args:
+        rotation: which of the layout's tables rotate query and key; None: none does.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, softmax_scale: float | None = None, rotation: str | None = MAIN, **_: Any
+    ) -> None:
+        super().__init__()
+        self.kernels = _kernels(config)
+        self.softmax_scale, self.rotation = softmax_scale, rotation
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> Tensor:
+        layout = packed_seq_params
+        if layout is not None and self.rotation is not None:
+            cos, sin = layout.tables[self.rotation]
+            query, key = _rotated(query, cos, sin), _rotated(key, cos, sin)
+        if layout is not None and layout.share is not None:
+            return shared_causal(query, key, value, layout.share, self.softmax_scale)
+        query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))  # [b, heads, s, d]
+        if layout is None or layout.segments is None:
+            mixed = self._attend(query, key, value)
+        else:
+            pieces = zip(*(part.split(layout.segments, dim=2) for part in (query, key, value)))
+            mixed = torch.cat([self._attend(*piece) for piece in pieces], dim=2)
+        return mixed.permute(2, 0, 1, 3).reshape(mixed.shape[2], mixed.shape[0], -1)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        grouped = query.shape[1] != key.shape[1]
+        with sdpa_kernel(self.kernels, set_priority=True):
+            return F.scaled_dot_product_attention(
+                query, key, value, is_causal=True, enable_gqa=grouped, scale=self.softmax_scale
+            )
+
+
+def _kernels(config: TransformerConfig) -> list[SDPBackend]:
+    """The attention kernels that may be used, the preferred one first."""
+    choice = getattr(config, "flash_attention", None)
+    if choice is True:
+        return [SDPBackend.FLASH_ATTENTION]
+    if choice is False:
+        return [SDPBackend.MATH]
+    return [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding, halves convention (https://arxiv.org/abs/2104.09864): x * cos + (-x2, x1) * sin."""
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+
+
 class FusedSelfAttention(SelfAttention):
     """Self attention with split, rotation and core attention fused. The layout travels as `packed_seq_params`:
 
-    `cos` and `sin` [s, b or 1, (1,) d]; for packed rows also `cu_seqlens_q`, `max_seqlen_q` and, on the CPU, `segments`;
-    for rows that several ranks share `share`.
+    `tables`, by name cos and sin [s, b or 1, (1,) d]; for packed rows also `cu_seqlens_q`, `max_seqlen_q` and, on the CPU,
+    `segments`; for rows that several ranks share `share`.
     """
 
     def forward(
@@ -75,18 +148,8 @@ class FusedSelfAttention(SelfAttention):
         layout: Any = kwargs.get("packed_seq_params")
         if not self._takes(layout, kwargs):
             return super().forward(hidden_states, attention_mask, **kwargs)
-        heads, groups = self.num_attention_heads_per_partition, self.num_query_groups_per_partition
-        if self.q_layernorm is None or isinstance(self.q_layernorm, IdentityOp):
-            mixed, bias = self._product_and_bias(hidden_states)
-            query, key, value = split_rotate_qkv(mixed, layout.cos, layout.sin, heads=heads, groups=groups, bias=bias)
-        else:
-            mixed, _ = self.linear_qkv(hidden_states)
-            s, b, _ = mixed.shape
-            view = mixed.view(s, b, groups, -1, self.hidden_size_per_attention_head)
-            query = view[..., :-2, :].reshape(s, b, heads, -1)
-            query = rotate(self.q_layernorm(query), layout.cos, layout.sin)
-            key, value = rotate(self.k_layernorm(view[..., -2, :]), layout.cos, layout.sin), view[..., -1, :]
-        scale = getattr(self.core_attention, "softmax_scale", None)
+        query, key, value = self._query_key_value(hidden_states, layout)
+        scale = self.core_attention.softmax_scale
         if getattr(layout, "share", None) is not None:
             context = shared_causal(query, key, value, layout.share, scale)
         elif getattr(layout, "segments", None) is None and layout.cu_seqlens_q is None:
@@ -97,10 +160,28 @@ class FusedSelfAttention(SelfAttention):
             )
         return self.linear_proj(context)
 
+    def _query_key_value(self, hidden_states: Tensor, layout: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Query [s, b, heads, d], key and value [s, b, kv heads, d] of this rank, normalised and rotated."""
+        heads, groups = self.num_attention_heads_per_partition, self.num_query_groups_per_partition
+        rotation: str | None = self.core_attention.rotation
+        normed = self.q_layernorm is not None and type(self.q_layernorm) is not IdentityOp
+        if rotation is not None and not normed:
+            mixed, bias = self._product_and_bias(hidden_states)
+            return split_rotate_qkv(mixed, *layout.tables[rotation], heads=heads, groups=groups, bias=bias)
+        mixed, _ = self.linear_qkv(hidden_states)
+        s, b, _ = mixed.shape
+        view = mixed.view(s, b, groups, -1, self.hidden_size_per_attention_head)
+        query, key, value = view[..., :-2, :].reshape(s, b, heads, -1), view[..., -2, :], view[..., -1, :]
+        if normed:
+            query, key = self.q_layernorm(query), self.k_layernorm(key)
+        if rotation is not None:
+            query, key = (rotate(part, *layout.tables[rotation]) for part in (query, key))
+        return query, key, value
+
     def _product_and_bias(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
         """The query-key-value product without its bias, and the bias, which the split adds."""
         layer = self.linear_qkv
-        if not isinstance(layer, ColumnParallelLinear):  # a wrapper, an adapter for example, adds the bias itself
+        if type(layer) is not ColumnParallel:  # an adapter, for example, adds the bias itself
             return layer(hidden_states)[0], None
         before, layer.skip_bias_add = layer.skip_bias_add, True
         try:
@@ -109,7 +190,8 @@ class FusedSelfAttention(SelfAttention):
             layer.skip_bias_add = before
 
     def _takes(self, layout: Any, arguments: dict[str, Any]) -> bool:
-        wanted = getattr(layout, "cos", None) is not None and layout.qkv_format == "sbhd"
+        exact = type(self) is FusedSelfAttention and type(self.core_attention) is CoreAttention
+        wanted = exact and getattr(layout, "tables", None) is not None and layout.qkv_format == "sbhd"
         asks = any(
             arguments.get(name) is not None
             for name in ("inference_context", "inference_params", "key_value_states", "attention_bias")
@@ -154,7 +236,7 @@ class FusedMLP(MLP):
 
     def _options(self, hidden_states: Tensor) -> dict[str, Any]:
         layer, first = self.linear_fc1, None
-        plain = isinstance(layer, ColumnParallelLinear) and layer.weight.requires_grad  # an adapter around it is not
+        plain = type(layer) is ColumnParallel and layer.weight.requires_grad
         if self.recompute_first and plain:
             first = FirstProduct(hidden_states, layer.weight, layer.tp_group if layer.sequence_parallel else None)
         products = products_of(self.config)
@@ -163,12 +245,12 @@ class FusedMLP(MLP):
     def _takes(self) -> bool:
         config = self.config
         silu = config.gated_linear_unit and self.activation_func is F.silu and config.activation_func_clamp_value is None
-        return silu and not (_plain(self) or config.add_bias_linear or config.glu_linear_offset)
+        return type(self) is FusedMLP and silu and not (_plain(self) or config.add_bias_linear or config.glu_linear_offset)
 
     def _fuses_second(self) -> bool:
         """Whether the second product is a plain one; an adapter around it, for example, is not."""
         second = self.linear_fc2
-        return isinstance(second, RowParallelLinear) and not second.explicit_expert_comm and second.weight.requires_grad
+        return type(second) is RowParallel and not second.explicit_expert_comm and second.weight.requires_grad
 
 
 class FusedTransformerLayer(TransformerLayer):
@@ -185,13 +267,15 @@ class FusedTransformerLayer(TransformerLayer):
         if bias is not None:
             delta = delta + bias
         residual, x = add_rms_norm(residual, delta, second.weight, second.eps)
-        if isinstance(self.mlp, FusedMLP):
+        if type(self.mlp) is FusedMLP:
             return self.mlp.forward_and_add(x, residual), kwargs.get("context")
         delta, bias = self.mlp(x)
         return residual + (delta if bias is None else delta + bias), kwargs.get("context")
 
     def _takes(self, arguments: dict[str, Any]) -> bool:
-        norms = isinstance(self.input_layernorm, RMSNorm) and isinstance(self.pre_mlp_layernorm, RMSNorm)
+        norms = type(self.input_layernorm) is RMSNorm and type(self.pre_mlp_layernorm) is RMSNorm
+        added = self.self_attn_bda is get_bias_dropout_add and self.mlp_bda is get_bias_dropout_add
+        exact = type(self) is FusedTransformerLayer and norms and added
         asks = any(
             arguments.get(name) is not None
             for name in ("inference_context", "inference_params", "context_mask", "attention_bias")
@@ -204,8 +288,8 @@ class FusedTransformerLayer(TransformerLayer):
             or self.offload_mlp_norm
         )
         dropout = self.training and self.hidden_dropout > 0.0
-        single = isinstance(self.cross_attention, IdentityOp)
-        return norms and single and not (_plain(self) or asks or off or dropout or self.is_moe_layer)
+        single = type(self.cross_attention) is IdentityOp
+        return exact and single and not (_plain(self) or asks or off or dropout or self.is_moe_layer)
 
 
 def _plain(module: Any) -> bool:

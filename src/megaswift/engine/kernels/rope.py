@@ -136,8 +136,8 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if width < x.shape[-1]:
         return torch.cat((_turn(x[..., :width], cos, sin), x[..., width:]), dim=-1)
     first, second = x.chunk(2, dim=-1)
-    result = x * cos.unsqueeze(2).to(x.dtype)
-    return result.add_(torch.cat((-second, first), dim=-1) * sin.unsqueeze(2).to(x.dtype))
+    result = x * cos.unsqueeze(2)  # in the wider of the two precisions, as in the kernel
+    return result.add_(torch.cat((-second, first), dim=-1) * sin.unsqueeze(2)).to(x.dtype)
 
 
 def _launch_split(
