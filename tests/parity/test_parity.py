@@ -166,6 +166,12 @@ def test_families(name: str, pool: RankPool, tmp_path: Path) -> None:
     assert parity(pool, made, tmp_path / "out", 2, tp=2, pp=1, steps=2)["problem"] is None
 
 
+def test_stages_of_different_sizes(pool: RankPool, tmp_path: Path) -> None:
+    """Hidden states are those of the layers that a stage has."""
+    made = tiny_start(tmp_path, "llama", num_hidden_layers=3), write_rows(tmp_path / "rows.jsonl")
+    assert parity(pool, made, tmp_path / "out", 2, tp=1, pp=2, steps=1)["problem"] is None
+
+
 def test_layout_names() -> None:
     first, second = parse_layouts("tp1 tp2,pp2,dp2,sp,mbs4")
     assert (second.world_size, second.mbs, second.switches) == (8, 4, ("sp",))

@@ -36,9 +36,10 @@ def of_engine(trainer: Any, batches: list[MicroBatch], rows: TokenRows) -> list[
     from megatron.core import parallel_state
 
     model = trainer.bare_model
-    tp, stage = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
+    tp = parallel_state.get_tensor_model_parallel_rank()
     split = model.config.sequence_parallel
-    layers, first = model.decoder.layers, stage * len(model.decoder.layers)
+    layers = model.decoder.layers
+    first = layers[0].layer_number - 1
     sums = torch.zeros(1 + model.config.num_layers, dtype=torch.float64, device=batches[0].tokens.device)
     calls = [0] * (1 + len(layers))
     masks = [_own_tokens(batch, rows).t().to(sums.device) for batch in batches]
