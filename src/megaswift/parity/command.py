@@ -29,6 +29,7 @@ from megaswift.parity.layouts import Layout, parse_layouts
 from megaswift.parity.rank import GRADIENTS, LAYERS, LOG, NOISE, STATE, STOP_AFTER, WEIGHTS
 from megaswift.parity.show import draw, print_layouts, print_reference
 from megaswift.run_setup import job_of, plan_of, prepared, template_of
+from megaswift.sft import sft_main
 from megaswift.start import find_start
 from megaswift.terminal import say
 
@@ -165,7 +166,7 @@ class _Runs:
         import torch
 
         folder, threads = self._folder(), torch.get_num_threads()
-        run_dir = learning.train_engine(args, self.out / "engine")
+        run_dir = sft_main(learning.options_of_run(args, self.out / "engine"))
         torch.set_num_threads(threads)  # the launcher tells its ranks, and so this process, to take one share of the cores
         say("reference: transformers and torch.optim.AdamW, sample by sample")
         curves = learning.follow(run_dir, folder, self.out / "reference" if self.args.keep_dumps else None)

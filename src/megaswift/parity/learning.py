@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megaswift import sft
 from megaswift.arguments import SftArguments
 from megaswift.parity.compare import relative
 from megaswift.terminal import console, say
@@ -45,17 +44,15 @@ class Curves:
         return asdict(self) | {"difference": self.difference, "limit": LIMIT}
 
 
-def train_engine(args: SftArguments, out: Path) -> Path:
-    """The run itself, by `swift sft`, in a directory of its own."""
-    return sft.sft_main(
-        args.changed(
-            output_dir=str(out),
-            add_output_dir_suffix=False,
-            logging_steps=1,
-            save_only_model=True,
-            save_steps=10**9,
-            resume=False,
-        )
+def options_of_run(args: SftArguments, out: Path) -> SftArguments:
+    """Options of the run itself, in a directory of its own: every step is logged, and only the end is saved."""
+    return args.changed(
+        output_dir=str(out),
+        add_output_dir_suffix=False,
+        logging_steps=1,
+        save_only_model=True,
+        save_steps=10**9,
+        resume=False,
     )
 
 
