@@ -4,7 +4,7 @@
 # make test-gpu     the kernels, CUDA graphs, offload, FP8 and inference on an NVIDIA GPU
 # make test-vllm, make test-eval    the vLLM backend; EvalScope, lm-eval and the server, each in an environment of its own
 # make faults  every fault at every named point, about 15 minutes; writes the tables of docs/reliability.md
-# make mutants plants each fault of tests/mutants/rooms in a scratch copy and shows the test that sees it, over half an hour; ONLY="data launch"
+# make mutants plants each fault of tests/mutants/rooms in a scratch copy and shows the test that sees it, about half an hour on one busy core; ONLY="data launch"
 # make parity  measures what docs/parity.md says and writes it, about half an hour; DATA=rows.json#400 names instruction rows to learn
 # Each sets up .venv by itself.
 

@@ -122,7 +122,7 @@ class Judge:
     preload: Sequence[str] = ()
 
     def all(self, mutants: list[Mutant], directory: Path, jobs: int = 1) -> list[Verdict]:
-        """Run the named tests on the code as it is, then each fault's on the code with the fault.
+        """Run the named tests on the code as it is, then each fault's on the code with the fault, new ones first.
 
         Args:
             directory: for the scratch copies, `jobs` of them.
@@ -139,6 +139,8 @@ class Judge:
             finally:
                 copies.put(copy)
 
+        killed = {item["verdict"]["name"] for item in self.known.found.values() if "verdict" in item}
+        mutants = sorted(mutants, key=lambda mutant: mutant.name in killed)  # so that a run cut short has judged the new ones
         rooms: dict[str, list[str]] = {}
         for mutant in mutants:
             if self.digest(mutant) not in self.known.found:
