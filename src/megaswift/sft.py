@@ -183,19 +183,20 @@ def new_run_dir(args: SftArguments, leads: bool = True) -> Path:
         leads: on several machines, whether this is the one that makes the directory; when the others come, it may be there.
     """
     root = Path(args.output_dir).absolute()
-    if not args.add_output_dir_suffix:
-        taken_before = root.exists() and any(path.name != LOCK for path in root.iterdir())
-        if leads and taken_before and not args.overwrite and not (args.resume and (root / "plan.json").exists()):
-            raise UserError(
-                "the output directory is not empty.", where=str(root), fix="use --overwrite true, or another --output_dir"
-            )
-        return root
-    parent = root / f"{args.model_type}-tp{args.tp}-pp{args.pp}"
-    taken = [
-        int(match.group(1))
-        for path in (parent.iterdir() if parent.is_dir() else ())
-        if (match := _VERSION.fullmatch(path.name))
-    ]
+    with filling(root):  # a name may be too long, or a directory closed to us
+        if not args.add_output_dir_suffix:
+            taken_before = root.exists() and any(path.name != LOCK for path in root.iterdir())
+            if leads and taken_before and not args.overwrite and not (args.resume and (root / "plan.json").exists()):
+                raise UserError(
+                    "the output directory is not empty.", where=str(root), fix="use --overwrite true, or another --output_dir"
+                )
+            return root
+        parent = root / f"{args.model_type}-tp{args.tp}-pp{args.pp}"
+        taken = [
+            int(match.group(1))
+            for path in (parent.iterdir() if parent.is_dir() else ())
+            if (match := _VERSION.fullmatch(path.name))
+        ]
     return parent / f"v{max(taken, default=-1) + 1}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from megaswift.args_file import LAYOUT_OPTIONS, MODEL_OPTIONS, fill_from_file, read_args_file, with_home
 from megaswift.arguments import SftArguments
 from megaswift.checkpoint import layout
-from megaswift.checkpoint.lock import refuse_if_in_use
+from megaswift.checkpoint.lock import filling, refuse_if_in_use
 from megaswift.checkpoint.resume import check_same_base, check_same_model, newest_run, newest_whole
 from megaswift.errors import UserError
 from megaswift.hf.folder import gguf_fix
@@ -148,7 +148,8 @@ def _start_root(args: SftArguments) -> tuple[Path, SftArguments]:
 def _newest_run(args: SftArguments, leads: bool) -> Path | None:
     """What --resume true goes on with; None, said aloud, where a new run must start."""
     model_type = args.model_type or _model_type(args)
-    found = newest_run(Path(args.output_dir).absolute(), str(model_type), args.add_output_dir_suffix, live=leads)
+    with filling(Path(args.output_dir)):
+        found = newest_run(Path(args.output_dir).absolute(), str(model_type), args.add_output_dir_suffix, live=leads)
     if found is None:
         say(f"--resume true: no run of {model_type} under {args.output_dir} has saved a checkpoint; starting at step 0.")
     elif leads:

@@ -113,6 +113,9 @@ def test_a_directory_that_cannot_be_written(
     assert "error: the run's directory cannot be written: Read-only file system." in capsys.readouterr().err
     assert main([*words, str(start[1])]) == 2
     assert "error: the run's directory cannot be written: Not a directory." in capsys.readouterr().err
+    for more in ([], ["--resume", "true"], ["--add_output_dir_suffix", "false"]):
+        assert main([*words, f"{small_disk}/{'x' * 300}", *more]) == 2
+        assert "error: the run's directory cannot be written: File name too long." in capsys.readouterr().err
 
 
 def test_a_full_disk_under_the_cache_of_rows(

@@ -22,9 +22,9 @@ def locked(directory: Path) -> Iterator[None]:
     A file that a dead process left behind holds nothing and is taken over. A directory that is made here goes again after an
     error that leaves nothing in it.
     """
-    made = [place for place in (directory, *directory.parents) if not place.exists()]
     with contextlib.ExitStack() as stack:
         with filling(directory):
+            made = [place for place in (directory, *directory.parents) if not place.exists()]
             directory.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context((directory / LOCK).open("ab", buffering=0))
         try:
