@@ -61,9 +61,9 @@ def make(folder: Path, shape: str) -> int:
     import torch
     from transformers import Qwen2Config
 
-    from megaswift.families import parameters_of
-    from megaswift.families.parameters import hf_shapes
-    from megaswift.hf.write import PlannedTensor, write_checkpoint
+    from megaswift.models import parameters_of
+    from megaswift.models.parameters import hf_shapes
+    from megaswift.weights.hf.write import PlannedTensor, write_checkpoint
 
     config = Qwen2Config(**SHAPES[shape], max_position_embeddings=32768, tie_word_embeddings=False, rms_norm_eps=1e-6)
     config.rope_parameters = {"rope_type": "default", "rope_theta": 1e6}

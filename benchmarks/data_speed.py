@@ -52,7 +52,7 @@ def run(words: list[str], work: Path) -> str:
 
 def model_dir() -> str:
     """The packaged model as a Hugging Face folder."""
-    from megaswift.hf.locate import locate
+    from megaswift.hub.locate import locate
 
     return str(locate(MODEL, None, None).path)
 
@@ -187,13 +187,13 @@ def _transformers_step(ids: Any) -> Any:
 def _engine_step(ids: Any) -> Any:
     import torch
 
-    from megaswift.arguments import SftArguments
+    from megaswift.config.options import SftArguments
     from megaswift.data.batches import MicroBatch
-    from megaswift.engine import ranks
-    from megaswift.engine.job import Job
-    from megaswift.engine.setup import restore_trainer
-    from megaswift.hf.config import load_config
-    from megaswift.plan import make_plan
+    from megaswift.megatron import process_groups as ranks
+    from megaswift.run.job import Job
+    from megaswift.run.plan import make_plan
+    from megaswift.train.setup import restore_trainer
+    from megaswift.weights.hf.config import load_config
 
     folder = model_dir()
     args = SftArguments(dataset=["none"], max_steps=100, gradient_accumulation_steps=1)
@@ -217,7 +217,7 @@ def tokenizing(work: Path, options: argparse.Namespace) -> None:
         row["query"] = f"{number}. {row['query']}"
     path = work / "long.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    from megaswift.arguments import SftArguments
+    from megaswift.config.options import SftArguments
     from megaswift.data.chat import ChatTemplate
     from megaswift.data.encode import prepare
     from megaswift.inference.loading import load_tokenizer

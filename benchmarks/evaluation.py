@@ -90,7 +90,7 @@ def plain(python: str, args: Any, count: int) -> dict[str, Any]:
     from megaswift.evaluation.items import limited
     from megaswift.evaluation.lm_eval_backend import record
     from megaswift.evaluation.readers import read_bench
-    from megaswift.hf.locate import locate
+    from megaswift.hub.locate import locate
 
     bench = limited(read_bench("arc", args.data), count)
     model = args.model if Path(args.model).is_dir() else str(locate(args.model).path)

@@ -30,19 +30,19 @@ LIMIT_FACTOR = 3.0  # transformers may be this many times as far from the engine
 
 def job_of(work: Path, options: argparse.Namespace, **more: Any) -> tuple[Any, Any, Any]:
     """What `swift sft` would hand to its ranks, with the start and the tokenized rows."""
-    from megaswift.arguments import SftArguments
-    from megaswift.cache import cache_root
+    from megaswift.config.options import SftArguments
     from megaswift.data.encode import prepare
-    from megaswift.engine.launch import Cluster
-    from megaswift.run_setup import job_of, plan_of, template_of
-    from megaswift.start import find_start
+    from megaswift.launch.agent import Cluster
+    from megaswift.run.setup import job_of, plan_of, template_of
+    from megaswift.run.source import resolve_source
+    from megaswift.store.cache import cache_root
 
     args = SftArguments(
         model_type="truth", model_id_or_path=str(work / "model"), dataset=[str(work / "rows.jsonl")], dtype="bf16",
         packing=True, max_length=options.length, gradient_accumulation_steps=options.batch, max_steps=options.steps,
         learning_rate=1e-4, lr_scheduler_type="cosine", dataset_test_ratio=0.0, **more,
     )  # fmt: skip
-    start = find_start(args)
+    start = resolve_source(args)
     template = template_of(start.args, start)
     data = prepare(start.args, template, cache_dir=cache_root(), packing=True)
     plan = plan_of(start.args, start, data, Cluster(1, 1, 0, "127.0.0.1", 0), work / "run")
@@ -51,7 +51,7 @@ def job_of(work: Path, options: argparse.Namespace, **more: Any) -> tuple[Any, A
 
 def hf_gradients(trainer: Any, sums: Any, config: Any) -> dict[str, Any]:
     """Gradients of the mean loss by Hugging Face name, fp32, on the device; the model is whole in this process."""
-    from megaswift.families import parameters_of
+    from megaswift.models import parameters_of
 
     local = {
         ".self_attention.linear_qkv.layer_norm_weight": ".input_layernorm.weight",
@@ -72,10 +72,10 @@ def engine(job: Any, config: Any, device: Any, *, noise: int = 0, gradients: boo
     """The steps of a job in this process: losses, norms, milliseconds a step, and what else is asked for."""
     import torch
 
-    from megaswift.arguments import SftArguments
-    from megaswift.engine import ranks
-    from megaswift.engine.setup import open_batches, restore_trainer, to_device
+    from megaswift.config.options import SftArguments
+    from megaswift.megatron import process_groups as ranks
     from megaswift.parity.noise import perturb
+    from megaswift.train.setup import open_batches, restore_trainer, to_device
 
     args, plan = SftArguments(**job.options), job.plan
     result: dict[str, Any] = {"loss": [], "grad_norm": [], "ms": [], "gradients": {}}
@@ -118,7 +118,7 @@ def part_truth(work: Path, options: argparse.Namespace, device: Any) -> dict[str
     """The engine and transformers on the same batches, and the noise between two seeds."""
     import torch
 
-    from megaswift.arguments import SftArguments
+    from megaswift.config.options import SftArguments
     from megaswift.parity.compare import relative
     from megaswift.parity.noise import SEEDS
     from megaswift.parity.reference import Reference
@@ -179,7 +179,7 @@ def gradient_table(mine: dict[str, Any], noisy: dict[str, Any], wanted: dict[str
 
 def part_deterministic(work: Path, options: argparse.Namespace, device: Any) -> dict[str, Any]:
     """Two runs with --deterministic true, and what it costs."""
-    from megaswift.engine.determinism import deterministic
+    from megaswift.train.determinism import deterministic
 
     job, start, _ = job_of(work, options, deterministic=True)
     with deterministic(True):

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from triton.testing import do_bench
 
-from megaswift.engine.kernels import (
+from megaswift.megatron.kernels import (
     attention,
     embedding,
     fp8_linear,
@@ -297,7 +297,7 @@ def fp8_quantisation(table: Table, shape: str, tune: bool) -> None:
 
 def fp8_products(table: Table, shape: str, tune: bool) -> None:
     tokens = SHAPES[shape][0]
-    products, product = fp8_linear.Fp8Products(), fp8_linear.scaled_product
+    products, product = fp8_linear.Fp8LinearOps(), fp8_linear.scaled_product
     for name, (n, k) in linear_sizes(shape).items():
         x, w, g = rand(tokens, k), rand(n, k), rand(tokens, n)
         x8, w8, g8 = (fp8_quantize.quantize_rows(matrix) for matrix in (x, w, g))

@@ -57,7 +57,7 @@ def on_pool(pool: Any, processes: int, fault: str = "") -> Iterator[None]:
         pool.run(place.world_size, run_rank if module else run_sft_rank, str(job), fault)
 
     with (
-        mock.patch("megaswift.engine.launch.start_ranks", start_ranks),
+        mock.patch("megaswift.launch.agent.start_ranks", start_ranks),
         mock.patch.dict(os.environ, {"NPROC_PER_NODE": str(processes)}),
     ):
         yield
@@ -65,8 +65,8 @@ def on_pool(pool: Any, processes: int, fault: str = "") -> Iterator[None]:
 
 def parity(pool: Any, work: Path, processes: int, words: list[str], fault: str = "") -> dict[str, Any]:
     """`swift parity` on pooled ranks: what parity.json says, and with it the error if parity does not hold."""
+    from megaswift.commands.parity import parity_main
     from megaswift.errors import DataError
-    from megaswift.parity.command import parity_main
 
     shutil.rmtree(work / "tiny-out", ignore_errors=True)
     error = None
@@ -172,7 +172,7 @@ def base_of(work: Path, quick: bool) -> list[str]:
 
 def whole_run(work: Path, name: str, words: list[str], pool: Any) -> tuple[dict[str, Any], Path]:
     """`swift parity --learning true` at tp 1, pp 2, on two processes: its result and its directory."""
-    from megaswift.parity.command import parity_main
+    from megaswift.commands.parity import parity_main
 
     shutil.rmtree(work / name, ignore_errors=True)
     common = ["--pp", "2", "--learning", "true", "--keep_dumps", "true", "--output_dir", str(work / name)]
@@ -223,7 +223,7 @@ def part_cognition(work: Path, options: argparse.Namespace, pool: Any) -> dict[s
 
 def ask(work: Path, model: list[str]) -> list[str]:
     """Greedy answers to the questions."""
-    from megaswift.infer import infer_main
+    from megaswift.commands.infer import infer_main
 
     questions = work / "questions.jsonl"
     questions.write_text("".join(json.dumps({"query": text}) + "\n" for text in QUESTIONS), encoding="utf-8")

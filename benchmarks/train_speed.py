@@ -65,14 +65,14 @@ def build_model(shape: str, seq: int, way: str) -> Any:
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from megaswift.engine import backend
-    from megaswift.engine.graphs import Graphs
-    from megaswift.engine.kernels.activation_offload import offload_activations
-    from megaswift.engine.kernels.fp8_linear import Fp8Products
-    from megaswift.engine.kernels.linear_cross_entropy import linear_cross_entropy
-    from megaswift.engine.kernels.megatron_fuse import fuse_embedding
-    from megaswift.engine.kernels.megatron_layer import FusedMLP
-    from megaswift.families.kinds import Kind
+    from megaswift.megatron import layer_specs as backend
+    from megaswift.megatron.graphs import Graphs
+    from megaswift.megatron.kernels.activation_offload import offload_activations
+    from megaswift.megatron.kernels.fp8_linear import Fp8LinearOps
+    from megaswift.megatron.kernels.linear_cross_entropy import linear_cross_entropy
+    from megaswift.megatron.kernels.megatron_fuse import fuse_embedding
+    from megaswift.megatron.kernels.megatron_layer import FusedMLP
+    from megaswift.models.kinds import Kind
 
     class Model(GPTModel):
         graphs: Any = None
@@ -86,7 +86,7 @@ def build_model(shape: str, seq: int, way: str) -> Any:
 
     config = TransformerConfig(**SHAPES[shape], **SETTINGS)
     if "f" in way:
-        config.products = Fp8Products()  # type: ignore[attr-defined]
+        config.products = Fp8LinearOps()  # type: ignore[attr-defined]
     FusedMLP.recompute_activation, FusedMLP.recompute_first, FusedMLP.overlap = "k" not in way, "m" in way, "o" in way
     model = Model(
         config,
@@ -108,8 +108,8 @@ def build(shape: str, seq: int, way: str) -> tuple[Any, Any, Any]:
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.transformer.module import Float16Module
 
-    from megaswift.engine import compat
-    from megaswift.engine.kernels.megatron_optimizer import fuse_optimizer
+    from megaswift.megatron import compat
+    from megaswift.megatron.kernels.megatron_optimizer import fuse_optimizer
 
     model = build_model(shape, seq, way)
     config = model.config
@@ -139,9 +139,9 @@ def make_step(shape: str, seq: int, micro: int, way: str, accumulate: int) -> tu
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from megaswift.engine.backend import SequenceLayout
-    from megaswift.engine.kernels.main_grad import settle_main_grads, zero_main_grads
-    from megaswift.engine.kernels.products import products_of
+    from megaswift.megatron.kernels.linear_ops import linear_ops_of
+    from megaswift.megatron.kernels.main_grad import settle_main_grads, zero_main_grads
+    from megaswift.megatron.layer_specs import SequenceLayout
 
     bare, ddp, optimizer = build(shape, seq, way)
     config = bare.config
@@ -171,7 +171,7 @@ def make_step(shape: str, seq: int, micro: int, way: str, accumulate: int) -> tu
         zero_main_grads(ddp)
         optimizer.zero_grad()
         data = iter([batches[(k + i) % 4] for i in range(accumulate)])
-        with bare.graphs.step(), products_of(config).unchanged_weights(accumulate):
+        with bare.graphs.step(), linear_ops_of(config).unchanged_weights(accumulate):
             report = schedule(forward_step_func=forward_step, data_iterator=data, model=[ddp], **sizes)
         _, norm, _ = optimizer.step()
         return report[0]["loss"], norm
@@ -222,7 +222,7 @@ def child(shape: str, seq: int, micro: int, steps: int, way: str, with_profile: 
     import gc
     import warnings
 
-    from megaswift.engine.kernels.attention import describe
+    from megaswift.megatron.kernels.attention import describe
 
     warnings.filterwarnings("ignore")
     join()

@@ -10,9 +10,9 @@ from unittest import mock
 
 import torch
 
-from megaswift.families import families
-from megaswift.families.kinds import Kind
-from megaswift.families.qwen3 import QWEN3
+from megaswift.models import families
+from megaswift.models.families.qwen3 import QWEN3
+from megaswift.models.kinds import Kind
 from tests import tiny
 from tests.training import run_job
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from megaswift.args_file import (
+from megaswift.config.files import (
     EXPORT_ARGS,
     MODEL_OPTIONS,
     SFT_ARGS,
@@ -17,7 +17,7 @@ from megaswift.args_file import (
     with_home,
     write_args_file,
 )
-from megaswift.arguments import ExportArguments, InferArguments, SftArguments, parse
+from megaswift.config.options import ExportArguments, InferArguments, SftArguments, parse
 from megaswift.errors import DataError
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from megaswift.args_file import write_args_file
-from megaswift.arguments import (
+from megaswift.cli import main
+from megaswift.config.files import write_args_file
+from megaswift.config.options import (
     REFUSED,
     DeployArguments,
     EvalArguments,
@@ -21,10 +22,9 @@ from megaswift.arguments import (
     VerifyArguments,
     parse,
 )
-from megaswift.cli import main
 from megaswift.errors import UserError
-from megaswift.mapping import Facts, megatron_arguments
-from megaswift.plan import check_numbers
+from megaswift.run.plan import check_numbers
+from megaswift.run.table import Facts, megatron_arguments
 
 GOLDEN = Path(__file__).parent / "golden" / "options.json"
 

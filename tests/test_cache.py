@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megaswift.cache import alone, cache_root, published
 from megaswift.errors import UserError
+from megaswift.store.cache import alone, cache_root, published
 
 
 def test_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
 def test_one_process_at_a_time(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """The second waits, and says so only where it was told to."""
     code = (
-        "import sys; from pathlib import Path; from megaswift.cache import alone\n"
+        "import sys; from pathlib import Path; from megaswift.store.cache import alone\n"
         "with alone(Path(sys.argv[1]), 'waiting'): print('in', flush=True)"
     )
     target = tmp_path / "a" / "b"

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megaswift import cli, verify
+from megaswift import cli
+from megaswift.commands import verify
 
 SWIFT = ("-m", "megaswift")
 

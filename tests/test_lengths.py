@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from megaswift.arguments import SftArguments
+from megaswift.commands.data import data_main
+from megaswift.config.options import SftArguments
 from megaswift.errors import UserError
-from megaswift.families.base import context_length, trained_length
 from megaswift.inference.transformers_backend import TransformersBackend
-from megaswift.inspect_data import data_main
-from megaswift.start import find_start
+from megaswift.models.family import context_length, trained_length
+from megaswift.run.source import resolve_source
 from tests import tiny
 
 THETA = {"rope_theta": 10000.0}
@@ -76,13 +76,13 @@ def test_data_sft_and_infer_have_one_rule(case: str, tmp_path: Path, monkeypatch
         common["rope_parameters"] = {"rope_type": "default", **THETA}
     tiny.save_tiny(tmp_path / "hf", name, **common | fields)
     tiny.write_tokenizer(tmp_path / "hf")
-    start = find_start(SftArguments(model_id_or_path=str(tmp_path / "hf"), model_type="t", max_length=-1))
+    start = resolve_source(SftArguments(model_id_or_path=str(tmp_path / "hf"), model_type="t", max_length=-1))
     assert (context_length(start.config), trained_length(start.config)[0]) == (context, trained)
     assert reason in trained_length(start.config)[1]
     assert start.args.max_length == trained
     assert TransformersBackend.load(tmp_path / "hf").context == context
     with pytest.raises(UserError, match=f"beyond the model's {trained} tokens .*{reason}"):
-        find_start(SftArguments(model_id_or_path=str(tmp_path / "hf"), model_type="t", max_length=trained + 1))
+        resolve_source(SftArguments(model_id_or_path=str(tmp_path / "hf"), model_type="t", max_length=trained + 1))
     rows, words = tmp_path / "rows.jsonl", ["--model_id_or_path", str(tmp_path / "hf"), "--dataset_test_ratio", "0"]
     rows.write_text("".join(json.dumps({"query": "q", "response": "q" * size}) + "\n" for size in (1, trained, context)))
     short = len(tiny_prompt(tmp_path / "hf"))
@@ -99,7 +99,7 @@ def tiny_prompt(folder: Path) -> list[int]:
     """Tokens of a row of one question beside its answer."""
     from megaswift.data.chat import ChatTemplate
     from megaswift.data.conversation import Conversation, Message
-    from megaswift.hf.tokenizer import read_tokenizer
+    from megaswift.weights.hf.tokenizer import read_tokenizer
 
     item = ChatTemplate(read_tokenizer(folder)).encode([Conversation([Message("user", "q"), Message("assistant", "q")])])[0]
     return list(item.ids[1:])  # type: ignore[union-attr]

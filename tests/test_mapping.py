@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from megaswift.arguments import SftArguments
-from megaswift.mapping import TABLE, Facts, filled_rows, megatron_arguments, warmup_note
+from megaswift.config.options import SftArguments
+from megaswift.run.table import TABLE, Facts, filled_rows, megatron_arguments, warmup_note
 
 # The table of the seed document, both columns by their names.
 SEED = [

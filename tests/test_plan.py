@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from megaswift.arguments import SftArguments
+from megaswift.config.options import SftArguments
 from megaswift.errors import DataError, UserError
-from megaswift.plan import Plan, check_layout, make_plan, padded_vocab, parameter_count, usable_length
+from megaswift.run.plan import Plan, check_layout, make_plan, padded_vocab, parameter_count, usable_length
 from tests import tiny
 
 
@@ -87,7 +87,7 @@ def test_the_last_step_has_the_smallest_rate(steps: int, style: str) -> None:
     """Any number of steps works, the rate peaks at the end of warm-up, and min_lr comes at the last step, not before."""
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-    from megaswift.engine.step import schedule
+    from megaswift.train.trainer import schedule
 
     class Optimizer:
         param_groups = [{"params": [], "lr": 0.0, "weight_decay": 0.0}]

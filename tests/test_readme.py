@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from megaswift import arguments
 from megaswift.cli import VERBS
+from megaswift.config import options as arguments
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megaswift.errors import DataError
-from megaswift.report import draw, read_log, read_series, smoothed, write_images
+from megaswift.report.curves import draw, read_log, read_series, smoothed, write_images
 
 
 def write_run(path: Path, rows: list[dict], tail: str = "") -> Path:

@@ -222,7 +222,7 @@ def test_a_killed_rank_ends_the_run_with_one_message(work: Path, tmp_path: Path)
             with contextlib.suppress(OSError):  # a directory that was renamed, a rank that has ended: look again
                 logs = list(tmp_path.rglob("logging.jsonl"))
                 if logs and logs[0].stat().st_size:
-                    listed = ["pgrep", "-P", str(process.pid), "-f", "megaswift.engine.loop"]
+                    listed = ["pgrep", "-P", str(process.pid), "-f", "megaswift.train.loop"]
                     ranks = subprocess.run(listed, capture_output=True, text=True, check=False).stdout.split()
                     if len(ranks) == 2:
                         os.kill(int(ranks[-1]), signal.SIGKILL)

@@ -11,25 +11,25 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from megaswift.arguments import ExportArguments, InferArguments, InspectArguments, SftArguments, parse
-from megaswift.checkpoint.reader import Reader
-from megaswift.convert import check_megatron
-from megaswift.engine.hf_copies import copy_now
+from megaswift.commands.data import data_main
+from megaswift.commands.export import export_main
+from megaswift.config.options import ExportArguments, InferArguments, InspectArguments, SftArguments, parse
 from megaswift.errors import DataError, MegaswiftError, UserError
-from megaswift.export import export_main
-from megaswift.families import parameters_of
-from megaswift.hf.config import load_config
-from megaswift.inspect_data import data_main
-from megaswift.run_model import choose
-from megaswift.start import find_start
+from megaswift.inference.model_ref import choose
+from megaswift.models import parameters_of
+from megaswift.run.source import resolve_source
 from megaswift.terminal import typed
+from megaswift.train.hf_copies import copy_now
+from megaswift.weights.convert import check_megatron
+from megaswift.weights.hf.config import load_config
+from megaswift.weights.torch_dist.reader import Reader
 from tests import tiny
 
 WAYS: dict[str, Callable[[str], Any]] = {
     "export": lambda path: export_main(ExportArguments(model_id_or_path=path, to_megatron=True)),
     "export back": lambda path: export_main(ExportArguments(ckpt_dir=path, to_hf=True)),
-    "sft from a model": lambda path: find_start(SftArguments(model_id_or_path=path)),
-    "sft from weights": lambda path: find_start(SftArguments(resume_from_checkpoint=path, model_type="t")),
+    "sft from a model": lambda path: resolve_source(SftArguments(model_id_or_path=path)),
+    "sft from weights": lambda path: resolve_source(SftArguments(resume_from_checkpoint=path, model_type="t")),
     "data": lambda path: data_main(InspectArguments(resume_from_checkpoint=path, dataset=["x"])),
     "infer": lambda path: choose(InferArguments(ckpt_dir=path)).locate(),
 }
@@ -60,12 +60,12 @@ def test_an_output_layer_that_is_not_there(tiny_folders: Any, tmp_path: Path) ->
     tensors = load_file(tied / "model.safetensors")
     save_file(tensors, model / "model.safetensors")
     with pytest.raises(DataError, match=r"lm_head.weight \[") as error:
-        find_start(SftArguments(model_id_or_path=str(model), model_type="t"))
+        resolve_source(SftArguments(model_id_or_path=str(model), model_type="t"))
     assert "tie_word_embeddings" in error.value.fix
     tensors.pop("model.norm.weight")
     save_file(tensors, model / "model.safetensors")
     with pytest.raises(DataError, match="lm_head") as error:
-        find_start(SftArguments(model_id_or_path=str(model), model_type="t"))
+        resolve_source(SftArguments(model_id_or_path=str(model), model_type="t"))
     assert "tie_word_embeddings" not in error.value.fix, "more is missing than that"
     for weights, other, words in ((tied_megatron, plain, "must be true"), (plain_megatron, tied, "must be false")):
         with pytest.raises(DataError, match="output_layer") as error:
@@ -100,7 +100,7 @@ def test_commands_in_errors_can_be_pasted(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(UserError) as error:
         choose(InferArguments(ckpt_dir=str(run)))
     assert shlex.split(error.value.fix) == ["--ckpt_dir", str(run / "v0")]
-    monkeypatch.setattr("megaswift.engine.hf_copies.copy_command", lambda *_, **__: ["false"])
+    monkeypatch.setattr("megaswift.train.hf_copies.copy_command", lambda *_, **__: ["false"])
     with pytest.raises(DataError) as failed:
         copy_now(run, 3)
     assert parse(ExportArguments, shlex.split(failed.value.fix.rpartition("swift export ")[2])).ckpt_dir == str(run)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megaswift.families import families
+from megaswift.models import families
 
 FAMILIES = tuple(sorted({family.name for family in families().values()}))
 
@@ -45,9 +45,9 @@ def save_tiny(directory: Path, name: str, seed: int = 0, **changes: Any) -> Any:
 
 def to_megatron(hf: Path, target: Path) -> Path:
     """Convert a Hugging Face folder into a bare torch_dist directory."""
-    from megaswift.convert import Precisions, hf_to_megatron
-    from megaswift.hf.config import load_config
-    from megaswift.hf.read import HFCheckpoint
+    from megaswift.weights.convert import Precisions, hf_to_megatron
+    from megaswift.weights.hf.config import load_config
+    from megaswift.weights.hf.read import HFCheckpoint
 
     target.mkdir(parents=True)
     hf_to_megatron(HFCheckpoint.open(hf), load_config(hf), target, Precisions(torch.float32))

@@ -11,10 +11,10 @@ from unittest import mock
 
 import pytest
 
-from megaswift import sft
-from megaswift.arguments import ExportArguments, SftArguments
-from megaswift.cache import cache_root
-from megaswift.export import export_main
+from megaswift.commands import sft
+from megaswift.commands.export import export_main
+from megaswift.config.options import ExportArguments, SftArguments
+from megaswift.store.cache import cache_root
 from tests import tiny
 from tests.ranks import RankPool
 
@@ -79,12 +79,12 @@ def train(pool: RankPool, output: Path, world_size: int, **options: Any) -> Run:
         pool.run(place.world_size, run_job, str(job))
 
     with (
-        mock.patch("megaswift.engine.launch.start_ranks", start_ranks),
+        mock.patch("megaswift.launch.agent.start_ranks", start_ranks),
         mock.patch.dict(os.environ, {"NPROC_PER_NODE": str(world_size)}),
     ):
         if world_size == 1:
             with mock.patch(
-                "megaswift.engine.loop.run", lambda job: pool.run(1, run_job, str(Path(job.plan.megatron["save"]) / "job.json"))
+                "megaswift.train.loop.run", lambda job: pool.run(1, run_job, str(Path(job.plan.megatron["save"]) / "job.json"))
             ):
                 directory = sft.sft_main(SftArguments(**options))
         else:
@@ -96,7 +96,7 @@ def train(pool: RankPool, output: Path, world_size: int, **options: Any) -> Run:
 def written_job(world_size: int, **options: Any) -> Path:
     """Do what `swift sft` does before it starts ranks; the file that it hands to them."""
     with (
-        mock.patch("megaswift.sft._start", lambda run_dir, job, *_: job.write(run_dir / "job.json")),
+        mock.patch("megaswift.commands.sft._start", lambda run_dir, job, *_: job.write(run_dir / "job.json")),
         mock.patch.dict(os.environ, {"NPROC_PER_NODE": str(world_size)}),
     ):
         return sft.sft_main(SftArguments(**options)) / "job.json"
@@ -104,8 +104,8 @@ def written_job(world_size: int, **options: Any) -> Path:
 
 def run_job(path: str) -> None:
     """The loop of one rank."""
-    from megaswift.engine.job import Job
-    from megaswift.engine.loop import run
+    from megaswift.run.job import Job
+    from megaswift.train.loop import run
 
     run(Job.read(Path(path)))
 

@@ -9,13 +9,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megaswift.arguments import DeployArguments, EvalArguments, ExportArguments, InferArguments, SftArguments
-    from megaswift.deploy import deploy_main
+    from megaswift.commands.deploy import deploy_main
+    from megaswift.commands.eval import eval_main
+    from megaswift.commands.export import export_main
+    from megaswift.commands.infer import infer_main
+    from megaswift.commands.sft import sft_main
+    from megaswift.config.options import DeployArguments, EvalArguments, ExportArguments, InferArguments, SftArguments
     from megaswift.errors import MegaswiftError
-    from megaswift.eval import eval_main
-    from megaswift.export import export_main
-    from megaswift.infer import infer_main
-    from megaswift.sft import sft_main
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,17 +33,17 @@ __all__ = [
 ]
 
 _HOMES = {
-    "DeployArguments": "arguments",
-    "EvalArguments": "arguments",
-    "ExportArguments": "arguments",
-    "InferArguments": "arguments",
-    "SftArguments": "arguments",
+    "DeployArguments": "config.options",
+    "EvalArguments": "config.options",
+    "ExportArguments": "config.options",
+    "InferArguments": "config.options",
+    "SftArguments": "config.options",
     "MegaswiftError": "errors",
-    "deploy_main": "deploy",
-    "eval_main": "eval",
-    "export_main": "export",
-    "infer_main": "infer",
-    "sft_main": "sft",
+    "deploy_main": "commands.deploy",
+    "eval_main": "commands.eval",
+    "export_main": "commands.export",
+    "infer_main": "commands.infer",
+    "sft_main": "commands.sft",
 }
 
 

@@ -21,23 +21,33 @@ NO_READER = 141  # 128 + SIGPIPE: what shells say of a program that ended becaus
 # verb -> (module, function, argument class, one line of help)
 VERBS = {
     "export": (
-        "megaswift.export",
+        "megaswift.commands.export",
         "export_main",
         "ExportArguments",
         "convert between a Hugging Face folder and Megatron weights",
     ),
-    "verify": ("megaswift.verify", "verify_main", "VerifyArguments", "check a directory, and everything that it was made from"),
-    "sft": ("megaswift.sft", "sft_main", "SftArguments", "fine-tune Megatron weights"),
-    "data": ("megaswift.inspect_data", "data_main", "InspectArguments", "show what training would read, without a model"),
+    "verify": (
+        "megaswift.commands.verify",
+        "verify_main",
+        "VerifyArguments",
+        "check a directory, and everything that it was made from",
+    ),
+    "sft": ("megaswift.commands.sft", "sft_main", "SftArguments", "fine-tune Megatron weights"),
+    "data": ("megaswift.commands.data", "data_main", "InspectArguments", "show what training would read, without a model"),
     "parity": (
-        "megaswift.parity.command",
+        "megaswift.commands.parity",
         "parity_main",
         "ParityArguments",
         "compare a run with transformers, or layouts with each other",
     ),
-    "infer": ("megaswift.infer", "infer_main", "InferArguments", "talk to a model, or answer a file of questions"),
-    "eval": ("megaswift.eval", "eval_main", "EvalArguments", "benchmarks for one model, or several on the same questions"),
-    "deploy": ("megaswift.deploy", "deploy_main", "DeployArguments", "serve a model behind the OpenAI API"),
+    "infer": ("megaswift.commands.infer", "infer_main", "InferArguments", "talk to a model, or answer a file of questions"),
+    "eval": (
+        "megaswift.commands.eval",
+        "eval_main",
+        "EvalArguments",
+        "benchmarks for one model, or several on the same questions",
+    ),
+    "deploy": ("megaswift.commands.deploy", "deploy_main", "DeployArguments", "serve a model behind the OpenAI API"),
 }
 
 
@@ -100,7 +110,7 @@ def run_verb(verb: str, words: list[str]) -> int:
             fix=f"did you mean: {nearest(verb, list(VERBS))}? (swift --help)",
         )
     module, function, arguments, _ = VERBS[verb]
-    from megaswift import arguments as all_arguments
+    from megaswift.config import options as all_arguments
 
     cls = getattr(all_arguments, arguments)
     if "-h" in words or "--help" in words:
@@ -154,8 +164,8 @@ def help_text(verb: str, cls: Any) -> str:
     import dataclasses
     import textwrap
 
-    from megaswift.arguments import allowed, default_of
-    from megaswift.mapping import megatron_names
+    from megaswift.config.options import allowed, default_of
+    from megaswift.run.table import megatron_names
 
     names = megatron_names() if verb in ("sft", "parity") else {}
     meant = getattr(cls, "MEANT", None)

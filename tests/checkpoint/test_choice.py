@@ -13,13 +13,14 @@ from unittest import mock
 
 import pytest
 
-from megaswift.arguments import SftArguments
-from megaswift.checkpoint import keep, resume
-from megaswift.checkpoint.layout import TRACKER, candidates, find_checkpoint, iteration_of
-from megaswift.checkpoint.lock import LOCK, in_use, locked
-from megaswift.checkpoint.manifest import MANIFEST, digest_files, read_manifest, write_manifest
+from megaswift.commands.sft import new_run_dir
+from megaswift.config.options import SftArguments
 from megaswift.errors import DataError, ExitCode, UserError
-from megaswift.sft import new_run_dir
+from megaswift.run import resume
+from megaswift.store import retention as keep
+from megaswift.store.lock import LOCK, in_use, locked
+from megaswift.store.manifest import MANIFEST, digest_files, read_manifest, write_manifest
+from megaswift.store.paths import TRACKER, candidates, find_checkpoint, iteration_of
 from tests.ranks import RankPool
 from tests.training import tiny_start, train, write_rows
 

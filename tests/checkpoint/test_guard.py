@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from megaswift.checkpoint import torch_dist
-from megaswift.checkpoint.guard import load_index, load_object
-from megaswift.checkpoint.reader import Reader
-from megaswift.checkpoint.torch_dist import INDEX_FILE
-from megaswift.checkpoint.zipped import Placeholder
 from megaswift.errors import DataError
+from megaswift.weights.torch_dist import writer as torch_dist
+from megaswift.weights.torch_dist.guard import load_index, load_object
+from megaswift.weights.torch_dist.reader import Reader
+from megaswift.weights.torch_dist.writer import INDEX_FILE
+from megaswift.weights.torch_dist.zipped import Placeholder
 from tests.ranks import RankPool
 
 
@@ -140,10 +140,10 @@ def test_an_index_of_half_a_tensor_is_not_written(count: int, tmp_path: Path) ->
 
 def _load(directory: str) -> str:
     """What the engine's own load says, in a rank."""
-    from megaswift.checkpoint.load import load_weights
-    from megaswift.engine import ranks
-    from megaswift.engine.model import ModelOptions, build
-    from megaswift.hf.config import load_config
+    from megaswift.megatron import process_groups as ranks
+    from megaswift.megatron.model import ModelOptions, build
+    from megaswift.train.checkpoint.load import load_weights
+    from megaswift.weights.hf.config import load_config
 
     with ranks.joined(1, 1, 42):
         config = load_config(Path(directory).parent / "hf")

@@ -16,10 +16,11 @@ GIVEN = {"learning_rate": 5e-4, "adam_beta1": 0.7, "adam_beta2": 0.99, "adam_eps
 
 def _groups(before: str, now: str, target: str) -> list[list[dict[str, Any]]]:
     """On one rank: the parameter groups of a run after a step, and those of a run of other options that loads what it saved."""
-    from megaswift.arguments import SftArguments
-    from megaswift.checkpoint.load import load_training_state
-    from megaswift.checkpoint.save import save
-    from megaswift.engine import loop, ranks
+    from megaswift.config.options import SftArguments
+    from megaswift.megatron import process_groups as ranks
+    from megaswift.train import loop
+    from megaswift.train.checkpoint.load import load_training_state
+    from megaswift.train.checkpoint.save import save
 
     names, found = ("betas", "eps", "max_lr", "min_lr", "wd_mult", "step"), []
     with ranks.joined(1, 1, 42) as rank:
@@ -61,11 +62,11 @@ def test_rates_and_constants_are_those_of_the_options(pool: RankPool, tmp_path: 
 
 def _load_without(folder: str, release: str, name: str) -> str:
     """On one rank: what is said where the model does not ask the checkpoint for one of its weights."""
-    from megaswift.checkpoint.load import load_weights
-    from megaswift.engine import ranks
-    from megaswift.engine.model import ModelOptions, build
     from megaswift.errors import DataError
-    from megaswift.hf.config import load_config
+    from megaswift.megatron import process_groups as ranks
+    from megaswift.megatron.model import ModelOptions, build
+    from megaswift.train.checkpoint.load import load_weights
+    from megaswift.weights.hf.config import load_config
 
     with ranks.joined(1, 1, 42):
         config = load_config(Path(folder))

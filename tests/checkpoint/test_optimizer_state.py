@@ -13,9 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megaswift.checkpoint.optimizer_state import boxes_of
-from megaswift.checkpoint.reader import Reader
-from megaswift.engine.job import Job
+from megaswift.run.job import Job
+from megaswift.train.checkpoint.optimizer_state import boxes_of
+from megaswift.weights.torch_dist.reader import Reader
 from tests.faults.conftest import make_base
 from tests.ranks import RankPool
 from tests.training import tiny_start, write_rows
@@ -48,11 +48,11 @@ def _write_with_megatron(job: str, target: str, tp: int, pp: int) -> None:
     """The state of a run, saved by Megatron-Core's own code from its own description of the optimizer."""
     from megatron.core import dist_checkpointing
 
-    from megaswift.arguments import SftArguments
-    from megaswift.checkpoint.save import CONTENT
-    from megaswift.engine import ranks
-    from megaswift.engine.setup import restore_trainer
-    from megaswift.plan import padded_vocab
+    from megaswift.config.options import SftArguments
+    from megaswift.megatron import process_groups as ranks
+    from megaswift.run.plan import padded_vocab
+    from megaswift.train.checkpoint.save import CONTENT
+    from megaswift.train.setup import restore_trainer
 
     found = Job.read(Path(job))
     with ranks.joined(tp, pp, 42) as rank:
@@ -85,10 +85,10 @@ def test_megatron_core_writes_the_same(tp: int, pp: int, processes: int, base: J
 
 
 def _write(job: str, target: str, tp: int, pp: int) -> None:
-    from megaswift.arguments import SftArguments
-    from megaswift.checkpoint.save import save
-    from megaswift.engine import ranks
-    from megaswift.engine.setup import restore_trainer
+    from megaswift.config.options import SftArguments
+    from megaswift.megatron import process_groups as ranks
+    from megaswift.train.checkpoint.save import save
+    from megaswift.train.setup import restore_trainer
 
     found = Job.read(Path(job))
     with ranks.joined(tp, pp, 42) as rank:
@@ -115,12 +115,12 @@ def _read_with_megatron(job: str, tp: int, pp: int) -> dict[str, list[float]]:
     """Sums of what Megatron-Core's own code loads from our checkpoint, and of what ours does."""
     from megatron.core import dist_checkpointing
 
-    from megaswift.arguments import SftArguments
-    from megaswift.checkpoint import optimizer_state
-    from megaswift.checkpoint.save import CONTENT
-    from megaswift.engine import ranks
-    from megaswift.engine.setup import restore_trainer
-    from megaswift.plan import padded_vocab
+    from megaswift.config.options import SftArguments
+    from megaswift.megatron import process_groups as ranks
+    from megaswift.run.plan import padded_vocab
+    from megaswift.train.checkpoint import optimizer_state
+    from megaswift.train.checkpoint.save import CONTENT
+    from megaswift.train.setup import restore_trainer
 
     found = Job.read(Path(job))
     with ranks.joined(tp, pp, 42) as rank:

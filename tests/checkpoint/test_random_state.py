@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from megaswift.checkpoint.load import _restore_random_state
-from megaswift.checkpoint.save import _random_state
+from megaswift.train.checkpoint.load import _restore_random_state
+from megaswift.train.checkpoint.save import _random_state
 from tests.ranks import RankPool
 from tests.training import tiny_start, write_rows, written_job
 
@@ -52,7 +52,7 @@ def test_the_device_is_saved(pool: RankPool) -> None:
 
 
 def saved_device() -> str:
-    from megaswift.engine import ranks
+    from megaswift.megatron import process_groups as ranks
 
     with ranks.joined(1, 1, 42):
         return str(_random_state().data["device_type"])
@@ -62,12 +62,12 @@ def drawn(path: str, target: str) -> list[bool]:
     """On one rank: whether all generators are the save's again after a load at another layout, and at the same one."""
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-    from megaswift.arguments import SftArguments
-    from megaswift.checkpoint.load import load_training_state
-    from megaswift.checkpoint.save import save
-    from megaswift.engine import ranks
-    from megaswift.engine.job import Job
-    from megaswift.engine.setup import restore_trainer
+    from megaswift.config.options import SftArguments
+    from megaswift.megatron import process_groups as ranks
+    from megaswift.run.job import Job
+    from megaswift.train.checkpoint.load import load_training_state
+    from megaswift.train.checkpoint.save import save
+    from megaswift.train.setup import restore_trainer
 
     job = Job.read(Path(path))
     plan, args, found = job.plan, SftArguments(**job.options), []

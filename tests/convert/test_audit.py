@@ -9,13 +9,13 @@ from unittest import mock
 import pytest
 import torch
 
-from megaswift.checkpoint.reader import Reader
-from megaswift.convert import Precisions
 from megaswift.errors import DataError
-from megaswift.hf.config import load_config
-from megaswift.hf.read import HFCheckpoint
 from megaswift.proof.audit import audit, require_equal
 from megaswift.proof.streams import hf_stream, megatron_stream, one_process
+from megaswift.weights.convert import Precisions
+from megaswift.weights.hf.config import load_config
+from megaswift.weights.hf.read import HFCheckpoint
+from megaswift.weights.torch_dist.reader import Reader
 
 
 @pytest.fixture(scope="module")

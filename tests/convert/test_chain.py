@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from megaswift.arguments import ExportArguments
-from megaswift.checkpoint.manifest import ancestry, read_manifest, sha256_of
 from megaswift.cli import main
+from megaswift.commands.export import export_main
+from megaswift.commands.verify import verify_main
+from megaswift.config.options import ExportArguments
 from megaswift.errors import DataError, UserError
-from megaswift.export import export_main
 from megaswift.proof.chain import walk
-from megaswift.verify import verify_main
+from megaswift.store.manifest import ancestry, read_manifest, sha256_of
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def flip(path: Path, position: int, bit: int = 0) -> None:
 
 def middle_of_a_tensor(release: Path, folder: Path, name: str) -> tuple[Path, int]:
     """A byte of a Hugging Face tensor inside the Megatron files."""
-    from megaswift.hf.read import HFCheckpoint
+    from megaswift.weights.hf.read import HFCheckpoint
 
     source = HFCheckpoint.open(folder)
     wanted = source.tensor(name).contiguous().reshape(-1)[:16].numpy().tobytes()
@@ -106,7 +106,7 @@ def test_a_single_bit_is_found_in_both_forms_by_name(work: Path, capsys: pytest.
     assert not (work / "again").exists()
 
     flip(path, place)
-    from megaswift.hf.read import HFCheckpoint
+    from megaswift.weights.hf.read import HFCheckpoint
 
     entry = HFCheckpoint.open(folder).entry("model.norm.weight")
     flip(entry.file, entry.start + 1, 7)

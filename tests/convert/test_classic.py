@@ -15,13 +15,13 @@ import torch
 from safetensors.torch import load_file
 from tests import tiny
 
-from megaswift.arguments import ExportArguments
-from megaswift.checkpoint import classic
+from megaswift.commands.export import export_main
+from megaswift.config.options import ExportArguments
 from megaswift.errors import DataError, UserError
-from megaswift.export import export_main
-from megaswift.families import family_of
-from megaswift.families.base import is_tied, sizes_of
-from megaswift.families.rules import expanded
+from megaswift.models import family_of
+from megaswift.models.family import is_tied, sizes_of
+from megaswift.models.rules import expanded
+from megaswift.weights import classic
 
 
 def write_classic(

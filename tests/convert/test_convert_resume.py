@@ -15,11 +15,12 @@ import pytest
 import torch
 from tests import tiny
 
-from megaswift.checkpoint import layout, torch_dist
-from megaswift.checkpoint.reader import Reader
 from megaswift.errors import DataError, UserError
-from megaswift.hf import publish
-from megaswift.hf.output import sha256_of
+from megaswift.store import paths as layout
+from megaswift.store import publish
+from megaswift.store.files import sha256_of
+from megaswift.weights.torch_dist import writer as torch_dist
+from megaswift.weights.torch_dist.reader import Reader
 
 SLOW = """
 import sys, time
@@ -50,9 +51,9 @@ def start(words: list[str], pause: float) -> subprocess.Popen[str]:
     return process
 
 
-def kill_when(process: subprocess.Popen[str], reached: Any) -> None:
+def kill_when(process: subprocess.Popen[str], fault_point: Any) -> None:
     deadline = time.monotonic() + 120
-    while not reached() and process.poll() is None and time.monotonic() < deadline:
+    while not fault_point() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     assert process.poll() is None, process.communicate()[1]
     process.send_signal(signal.SIGKILL)
@@ -132,7 +133,7 @@ def test_killed_conversions_go_on_in_both_directions(model: Path, tmp_path: Path
     said, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert "resumed: " in said
-    from megaswift.hf.read import HFCheckpoint
+    from megaswift.weights.hf.read import HFCheckpoint
 
     first, last = HFCheckpoint.open(model), HFCheckpoint.open(tmp_path / "h")
     assert set(first.names) == set(last.names) and all(
@@ -180,8 +181,8 @@ def test_another_plan_does_not_take_over(model: Path, tmp_path: Path) -> None:
 def test_a_full_disk_is_seen_first_both_ways(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
 
-    from megaswift.arguments import ExportArguments
-    from megaswift.export import export_main
+    from megaswift.commands.export import export_main
+    from megaswift.config.options import ExportArguments
 
     good = export_main(
         ExportArguments(
@@ -205,9 +206,9 @@ def test_a_full_disk_is_seen_first_both_ways(model: Path, tmp_path: Path, monkey
 
 def test_memory_and_blocks_of_large_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors above the block size are written in blocks of rows, and read back whole, in part and by layer."""
-    from megaswift.convert import Precisions, hf_to_megatron, to_megatron, verify_round_trip
-    from megaswift.hf.config import load_config
-    from megaswift.hf.read import HFCheckpoint
+    from megaswift.weights.convert import Precisions, hf_to_megatron, to_megatron, verify_round_trip
+    from megaswift.weights.hf.config import load_config
+    from megaswift.weights.hf.read import HFCheckpoint
 
     tiny.save_tiny(tmp_path / "hf", "qwen2", vocab_size=131, tie_word_embeddings=False)
     (tmp_path / "m").mkdir()

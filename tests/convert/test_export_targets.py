@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from megaswift.arguments import ExportArguments, VerifyArguments
+from megaswift.commands.export import export_main
+from megaswift.commands.verify import verify_main
+from megaswift.config.options import ExportArguments, VerifyArguments
 from megaswift.errors import UserError
-from megaswift.export import export_main
-from megaswift.hf.folder import side_files
-from megaswift.verify import verify_main
+from megaswift.weights.hf.folder import side_files
 
 
 def to_megatron(folder: Path, target: Path, **more: Any) -> Path:

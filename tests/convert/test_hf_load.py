@@ -13,18 +13,18 @@ from safetensors.torch import load_file, save_file
 from tests import tiny
 from tests.ranks import RankFailed, RankPool
 
-from megaswift.arguments import SftArguments
-from megaswift.hf.config import load_config
-from megaswift.plan import padded_vocab
-from megaswift.start import find_start
+from megaswift.config.options import SftArguments
+from megaswift.run.plan import padded_vocab
+from megaswift.run.source import resolve_source
+from megaswift.weights.hf.config import load_config
 
 
 def both_ways(folder: str, release: str, tp: int, pp: int) -> tuple[list[str], int]:
     """On one rank: parameters that differ between the two ways, and bytes of the folder that were mapped in."""
-    from megaswift.checkpoint.hf_load import load_hf_weights
-    from megaswift.checkpoint.load import load_weights
-    from megaswift.engine import ranks
-    from megaswift.engine.model import ModelOptions, build
+    from megaswift.megatron import process_groups as ranks
+    from megaswift.megatron.model import ModelOptions, build
+    from megaswift.train.checkpoint.load import load_weights
+    from megaswift.weights.load_hf import load_hf_weights
 
     config = load_config(Path(folder))
     with ranks.joined(tp, pp, seed=0):
@@ -48,9 +48,9 @@ def test_equal_to_the_converted_checkpoint(name: str, tp: int, pp: int, tiny_fol
 
 
 def load_only(folder: str) -> None:
-    from megaswift.checkpoint.hf_load import load_hf_weights
-    from megaswift.engine import ranks
-    from megaswift.engine.model import ModelOptions, build
+    from megaswift.megatron import process_groups as ranks
+    from megaswift.megatron.model import ModelOptions, build
+    from megaswift.weights.load_hf import load_hf_weights
 
     config = load_config(Path(folder))
     with ranks.joined(1, 1, seed=0):
@@ -78,5 +78,5 @@ def test_a_folder_has_no_layout(tiny_folders: Any, tmp_path: Path) -> None:
     copy = tmp_path / "folder"
     shutil.copytree(folder, copy)
     (copy / "sft_args.json").write_text(json.dumps({"model_type": "tiny", "tp": 2, "pp": 2}), encoding="utf-8")
-    args = find_start(SftArguments(resume_from_checkpoint=str(copy))).args
+    args = resolve_source(SftArguments(resume_from_checkpoint=str(copy))).args
     assert (args.model_type, args.tp, args.pp) == ("tiny", 1, 1)

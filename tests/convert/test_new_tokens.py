@@ -13,16 +13,16 @@ from safetensors.torch import load_file
 from tests import tiny
 from tests.convert.test_classic import write_classic
 
-from megaswift.arguments import ExportArguments, VerifyArguments
-from megaswift.checkpoint.reader import Reader
-from megaswift.convert import Precisions
-from megaswift.convert.new_rows import GrownReader, require_old_rows
+from megaswift.commands.export import export_main
+from megaswift.commands.verify import verify_main
+from megaswift.config.options import ExportArguments, VerifyArguments
 from megaswift.errors import DataError, UserError
-from megaswift.export import export_main
-from megaswift.hf.config import load_config
-from megaswift.hf.read import HFCheckpoint
 from megaswift.inference.loading import load_model, load_tokenizer
-from megaswift.verify import verify_main
+from megaswift.weights.convert import Precisions
+from megaswift.weights.convert.new_rows import GrownReader, require_old_rows
+from megaswift.weights.hf.config import load_config
+from megaswift.weights.hf.read import HFCheckpoint
+from megaswift.weights.torch_dist.reader import Reader
 
 OWN = 277  # tokens of the tiny tokenizer
 FP32 = Precisions(torch.float32)

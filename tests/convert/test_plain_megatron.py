@@ -17,7 +17,7 @@ def plain_logits(release: str, name: str, values: dict[str, Any], tp: int, pp: i
     """On one rank, with no code of ours but the CPU shim: build, dist_checkpointing.load, forward."""
     import contextlib
 
-    from megaswift.engine.compat import cpu_engine
+    from megaswift.megatron.compat import cpu_engine
 
     with cpu_engine(), contextlib.ExitStack() as stack:
         torch.distributed.init_process_group("gloo")

@@ -17,12 +17,12 @@ from tests.convert.test_classic import write_classic
 from tests.ranks import RankPool
 from tests.training import train, write_rows
 
-from megaswift.arguments import ExportArguments
-from megaswift.checkpoint.manifest import read_manifest
-from megaswift.checkpoint.reader import Reader
-from megaswift.convert.precision import MasterReader, grouped
+from megaswift.commands.export import export_main
+from megaswift.config.options import ExportArguments
 from megaswift.errors import DataError
-from megaswift.export import export_main
+from megaswift.store.manifest import read_manifest
+from megaswift.weights.convert.precision import MasterReader, grouped
+from megaswift.weights.torch_dist.reader import Reader
 
 NORM, FIRST = "model.norm.weight", "model.layers.0.input_layernorm.weight"
 
@@ -133,8 +133,8 @@ def test_halves_of_two_kinds_are_proven(tiny_folders: Any, tmp_path: Path) -> No
 
 def test_a_tensor_that_is_not_as_converted_is_still_found(tiny_folders: Any, tmp_path: Path) -> None:
     """Also in the bits that a wider stack has beyond the tensor's own precision."""
-    from megaswift.convert import Precisions, verify_round_trip
-    from megaswift.hf.config import load_config
+    from megaswift.weights.convert import Precisions, verify_round_trip
+    from megaswift.weights.hf.config import load_config
 
     one = {FIRST: torch.float32}
     folder = mixed(
@@ -246,9 +246,9 @@ def test_a_master_copy_that_is_not_the_weight_is_an_error() -> None:
 
 def test_a_folder_in_another_precision_is_not_the_written_one(tiny_folders: Any, tmp_path: Path) -> None:
     """The same values, in more bytes than the manifest says."""
-    from megaswift.convert import Precisions, verify_written
-    from megaswift.hf.config import load_config
-    from megaswift.hf.read import HFCheckpoint
+    from megaswift.weights.convert import Precisions, verify_written
+    from megaswift.weights.hf.config import load_config
+    from megaswift.weights.hf.read import HFCheckpoint
 
     folder = tiny_folders("llama", tie_word_embeddings=False)[0]
     narrow = mixed(folder, tmp_path / "bf16", lambda _: torch.bfloat16)

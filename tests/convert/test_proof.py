@@ -14,15 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests import tiny
 
-from megaswift.checkpoint.reader import Reader
-from megaswift.convert import Precisions, hf_to_megatron, verify_round_trip
-from megaswift.convert.model import check_megatron
 from megaswift.errors import DataError, UserError
-from megaswift.families import family_of, parameters_of
-from megaswift.hf.config import load_config
-from megaswift.hf.read import HFCheckpoint
+from megaswift.models import family_of, parameters_of
 from megaswift.proof.parity import Parity, _prompt, _verdict, compare
 from megaswift.proof.prove import prove
+from megaswift.weights.convert import Precisions, hf_to_megatron, verify_round_trip
+from megaswift.weights.convert.model import check_megatron
+from megaswift.weights.hf.config import load_config
+from megaswift.weights.hf.read import HFCheckpoint
+from megaswift.weights.torch_dist.reader import Reader
 
 FP32 = Precisions(torch.float32)
 ATTENTION, MLP = "model.layers.{}.self_attn.", "model.layers.{}.mlp."
@@ -109,7 +109,7 @@ def test_a_wrong_epsilon_is_named(tiny_folders: Any, monkeypatch: pytest.MonkeyP
     folder, release = tiny_folders("llama", tie_word_embeddings=False)
     family = family_of("llama")
     wrong = dataclasses.replace(family, settings=lambda config: family.settings(config) | {"layernorm_epsilon": 1e-6})
-    monkeypatch.setattr("megaswift.engine.model.family_of", lambda name: wrong)
+    monkeypatch.setattr("megaswift.megatron.model.family_of", lambda name: wrong)
     with pytest.raises(DataError) as caught:
         prove(load_config(folder), HFCheckpoint.open(folder), Reader(release), FP32, folder, 0)
     assert "rms_norm_eps is [1e-05] in config.json and [1e-06] in the Megatron model" in caught.value.what
@@ -118,7 +118,7 @@ def test_a_wrong_epsilon_is_named(tiny_folders: Any, monkeypatch: pytest.MonkeyP
 
 
 def test_a_dropped_rope_factor_is_named(tiny_folders: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megaswift.engine import model
+    from megaswift.megatron import model
 
     class NoFactor(model.RotaryTable):
         def __init__(self, config: Any, device: torch.device, name: str) -> None:
@@ -173,7 +173,7 @@ def test_a_wrong_rule_that_survives_the_round_trip_is_caught_by_the_logits(
         dataclasses.replace(rule, hf=rule.hf[::-1]) if rule.megatron.endswith("linear_fc1.weight") else rule
         for rule in family.rules
     )
-    monkeypatch.setattr("megaswift.families.family_of", lambda name: dataclasses.replace(family, rules=rules))
+    monkeypatch.setattr("megaswift.models.family_of", lambda name: dataclasses.replace(family, rules=rules))
     (tmp_path / "release").mkdir()
     done = hf_to_megatron(HFCheckpoint.open(folder), load_config(folder), tmp_path / "release", FP32)
     assert verify_round_trip(Reader(tmp_path / "release"), load_config(folder), done.tensors, FP32) == len(done.tensors)
@@ -230,7 +230,7 @@ def test_a_failed_proof_makes_nothing_and_exits_3(
     folder, _ = tiny_folders("llama", tie_word_embeddings=False)
     family = family_of("llama")
     wrong = dataclasses.replace(family, settings=lambda config: family.settings(config) | {"layernorm_epsilon": 1e-6})
-    monkeypatch.setattr("megaswift.engine.model.family_of", lambda name: wrong)
+    monkeypatch.setattr("megaswift.megatron.model.family_of", lambda name: wrong)
     words = [
         "export",
         "--to_megatron",

@@ -11,20 +11,20 @@ import torch
 from tests import tiny
 from tests.ranks import RankPool
 
-from megaswift.checkpoint.reader import Reader
-from megaswift.convert import Precisions, planned_hf_tensors
-from megaswift.hf.config import load_config
-from megaswift.hf.read import HFCheckpoint
+from megaswift.weights.convert import Precisions, planned_hf_tensors
+from megaswift.weights.hf.config import load_config
+from megaswift.weights.hf.read import HFCheckpoint
+from megaswift.weights.torch_dist.reader import Reader
 
 WORDS, PADDED = 131, 132  # at tp 2
 
 
 def _save_padded(folder: str, release: str, target: str) -> None:
     """On one of two ranks: load, fill the padding rows with sevens as if training had written there, save."""
-    from megaswift.checkpoint.load import load_weights
-    from megaswift.checkpoint.save import save
-    from megaswift.engine import ranks
-    from megaswift.engine.model import ModelOptions, build
+    from megaswift.megatron import process_groups as ranks
+    from megaswift.megatron.model import ModelOptions, build
+    from megaswift.train.checkpoint.load import load_weights
+    from megaswift.train.checkpoint.save import save
 
     with ranks.joined(2, 1, 42) as rank:
         model = build(load_config(Path(folder)), ModelOptions(tp=2, pp=1, dtype="fp32", padded_vocab=PADDED))

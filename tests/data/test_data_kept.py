@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megaswift.arguments import SftArguments
+from megaswift.config.options import SftArguments
 from megaswift.data.kept import kept_data
 from megaswift.data.registry import entries
 from megaswift.data.resolve import find

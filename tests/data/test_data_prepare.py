@@ -21,7 +21,7 @@ import pytest
 from data_chats import byte_level, tokenizer_of
 from rich.console import Console
 
-from megaswift.arguments import SftArguments
+from megaswift.config.options import SftArguments
 from megaswift.data.chat import ChatTemplate
 from megaswift.data.encode import PreparedData, prepare
 from megaswift.data.page import write_page

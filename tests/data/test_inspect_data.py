@@ -10,9 +10,9 @@ import pytest
 from data_chats import tokenizer_of
 from transformers import LlamaConfig
 
-from megaswift import inspect_data
+from megaswift.commands import data as inspect_data
+from megaswift.commands.data import data_main, histogram
 from megaswift.errors import UserError
-from megaswift.inspect_data import data_main, histogram
 
 
 @pytest.fixture

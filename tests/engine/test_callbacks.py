@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 
-from megaswift.engine.callbacks import Callback, Callbacks, Verdict
+from megaswift.train.callbacks import Callback, Callbacks, Verdict
 from tests.ranks import RankPool
 from tests.training import tiny_start, write_rows, written_job
 
@@ -65,9 +65,9 @@ def moments_of_a_run(path: str) -> list[Any]:
     """On one rank: the moments of a run that one more callback, on the last rank, asks to stop after three steps."""
     import os
 
-    from megaswift.engine.job import Job
-    from megaswift.engine.loop import Training, run
     from megaswift.errors import Stopped
+    from megaswift.run.job import Job
+    from megaswift.train.loop import Training, run
 
     moments: list[Any] = []
     attend = Training.attend

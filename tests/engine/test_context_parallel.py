@@ -12,11 +12,11 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megaswift.arguments import SftArguments
+from megaswift.config.options import SftArguments
 from megaswift.data.batches import MicroBatch
-from megaswift.engine.kernels.context_parallel import _slice, share_of, shared_causal
 from megaswift.errors import UserError
-from megaswift.plan import check_layout, check_numbers
+from megaswift.megatron.kernels.context_parallel import _slice, shard_batch, shared_causal
+from megaswift.run.plan import check_layout, check_numbers
 from tests import tiny
 from tests.ranks import RankPool
 from tests.training import tiny_start, train, write_rows
@@ -58,7 +58,7 @@ def _attention(lengths: list[int] | None, width: int, rows: int) -> list[float]:
 
         ids = torch.arange(width).expand(rows, width)
         borders = torch.tensor([0, *lengths]).cumsum(0).int() if lengths else None
-        share = share_of(MicroBatch(ids, ids, ids, borders, ()), group).share
+        share = shard_batch(MicroBatch(ids, ids, ids, borders, ()), group).share
 
         def own(x: torch.Tensor) -> torch.Tensor:
             return torch.cat([x[piece.first : piece.last] for piece in share.slices])

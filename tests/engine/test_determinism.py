@@ -10,9 +10,9 @@ from unittest import mock
 import pytest
 import torch
 
-from megaswift.checkpoint.reader import Reader
-from megaswift.engine.determinism import deterministic
-from megaswift.engine.kernels import embedding
+from megaswift.megatron.kernels import embedding
+from megaswift.train.determinism import deterministic
+from megaswift.weights.torch_dist.reader import Reader
 from tests.engine.test_training import options
 from tests.ranks import RankPool
 from tests.training import Run, tiny_start, train, write_rows

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megaswift.engine import launch
+from megaswift.launch import agent as launch
 
 KNOBS = ("--batch_size", "--max_length", "--gradient_checkpointing true", "--tp")
 NCCL = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:93, {} (run with NCCL_DEBUG=INFO for details), NCCL version 2.27.3\n"

@@ -13,9 +13,9 @@ from unittest import mock
 import pytest
 import torch
 
-from megaswift.engine import versions
 from megaswift.errors import UserError
-from megaswift.plan import check_fp8
+from megaswift.launch import versions
+from megaswift.run.plan import check_fp8
 from tests import tiny
 from tests.ranks import RankPool
 from tests.training import Run, long, tiny_start, train, write_rows
@@ -111,8 +111,8 @@ def test_sides_of_matrices(start: tuple[Path, Path], pool: RankPool, tmp_path: P
 
 
 def test_parity_refuses_it(start: tuple[Path, Path], tmp_path: Path) -> None:
-    from megaswift.arguments import ParityArguments
-    from megaswift.parity.command import parity_main
+    from megaswift.commands.parity import parity_main
+    from megaswift.config.options import ParityArguments
 
     with pytest.raises(UserError, match="more than parity allows"):
         parity_main(ParityArguments(resume_from_checkpoint=str(start[0]), output_dir=str(tmp_path), fp8=True))

@@ -12,10 +12,10 @@ from unittest import mock
 import pytest
 import torch
 
-from megaswift.arguments import SftArguments
-from megaswift.engine.graphs import Graphs, Shape, Static, bucket
+from megaswift.config.options import SftArguments
 from megaswift.errors import UserError
-from megaswift.plan import check_numbers
+from megaswift.megatron.graphs import Graphs, Shape, Static, bucket
+from megaswift.run.plan import check_numbers
 from tests.ranks import RankPool
 from tests.training import Run, long, run_job, tiny_start, train, write_rows
 
@@ -34,10 +34,10 @@ def test_buckets_add_at_most_an_eighth() -> None:
 
 
 def test_the_filling_is_a_sample_of_its_own() -> None:
-    segments = [70, 5, 60]
-    shape = Shape(torch.zeros(135, 1, 8), segments)
+    seq_lens = [70, 5, 60]
+    shape = Shape(torch.zeros(135, 1, 8), seq_lens)
     assert shape.key == (144, 1, 4, 128)
-    assert shape.borders(segments).tolist() == [0, 70, 75, 135, 144]
+    assert shape.borders(seq_lens).tolist() == [0, 70, 75, 135, 144]
     assert Shape(torch.zeros(140, 1, 8), [140]).borders([140]).tolist() == [0, 140, 144]
     full = Shape(torch.zeros(144, 1, 8), [100, 44])
     assert full.borders([100, 44]).tolist() == [0, 100, 144, 144, 144]

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from megaswift.arguments import ExportArguments, SftArguments, VerifyArguments, parse
-from megaswift.export import export_main
-from megaswift.infer import infer_main
-from megaswift.start import find_start
-from megaswift.verify import verify_main
+from megaswift.commands.export import export_main
+from megaswift.commands.infer import infer_main
+from megaswift.commands.verify import verify_main
+from megaswift.config.options import ExportArguments, SftArguments, VerifyArguments, parse
+from megaswift.run.source import resolve_source
 from tests.ranks import RankPool
 from tests.training import Run, tiny_start, train, write_rows
 
@@ -88,8 +88,8 @@ def test_home_is_written_out(
     (elsewhere / "run.yaml").write_text("output_dir: ~/out\nresume_from_checkpoint: ~/start\nlogging_dir: ~/tb\n")
     run = command(pool, ["run.yaml", "--dataset=~/rows.jsonl#8", "--max_steps=1", "--gradient_accumulation_steps=1"])
     assert run.directory.is_relative_to(home / "out") and list((home / "tb").iterdir())
-    assert find_start(SftArguments(output_dir="~/out", resume=True, model_type="tiny-chat")).root == run.directory
-    assert find_start(SftArguments(model_id_or_path="~/hf", model_type="t")).root == home / "hf"
+    assert resolve_source(SftArguments(output_dir="~/out", resume=True, model_type="tiny-chat")).root == run.directory
+    assert resolve_source(SftArguments(model_id_or_path="~/hf", model_type="t")).root == home / "hf"
     assert verify_main([f"--directory=~/{run.directory.relative_to(home)}"])
     assert not (elsewhere / "~").exists()
 

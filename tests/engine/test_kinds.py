@@ -11,15 +11,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from megaswift.checkpoint.hf_load import load_hf_weights
-from megaswift.engine import backend
-from megaswift.engine.kernels.activation_offload import offload_activations
-from megaswift.engine.kernels.megatron_layer import CoreAttention, FusedMLP, FusedSelfAttention, FusedTransformerLayer, RMSNorm
-from megaswift.engine.kernels.parallel_linear import ColumnParallel, RowParallel
-from megaswift.engine.model import ModelOptions, RotaryTable, build
-from megaswift.families.kinds import Kind
-from megaswift.hf.config import load_config
+from megaswift.megatron import layer_specs as backend
+from megaswift.megatron.kernels.activation_offload import offload_activations
+from megaswift.megatron.kernels.megatron_layer import (
+    CoreAttention,
+    FusedMLP,
+    FusedSelfAttention,
+    FusedTransformerLayer,
+    RMSNorm,
+)
+from megaswift.megatron.kernels.parallel_linear import ColumnParallel, RowParallel
+from megaswift.megatron.model import ModelOptions, RotaryTable, build
+from megaswift.models.kinds import Kind
 from megaswift.proof.streams import one_process
+from megaswift.weights.hf.config import load_config
+from megaswift.weights.load_hf import load_hf_weights
 from tests import tiny
 
 

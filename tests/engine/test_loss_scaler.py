@@ -10,8 +10,8 @@ from unittest import mock
 
 import pytest
 
-from megaswift import sft
-from megaswift.engine.step import INITIAL_LOSS_SCALE, MIN_LOSS_SCALE
+from megaswift.commands import sft
+from megaswift.train.trainer import INITIAL_LOSS_SCALE, MIN_LOSS_SCALE
 from tests.engine.test_training import options
 from tests.ranks import RankFailed, RankPool
 from tests.training import run_job, tiny_start, train, write_rows, written_job
@@ -53,10 +53,10 @@ def steps(path: str, bad: dict[int, int], initial: float, window: int) -> list[d
     import torch
     import torch.distributed as dist
 
-    from megaswift.arguments import SftArguments
-    from megaswift.engine import ranks
-    from megaswift.engine.job import Job
-    from megaswift.engine.setup import open_batches, restore_trainer
+    from megaswift.config.options import SftArguments
+    from megaswift.megatron import process_groups as ranks
+    from megaswift.run.job import Job
+    from megaswift.train.setup import open_batches, restore_trainer
 
     job = Job.read(Path(path))
     args, plan, found = SftArguments(**job.options), job.plan, []
@@ -127,7 +127,7 @@ def overflow_always(path: str) -> None:
     """The loop of one rank, in which rank 1's gradients are infinite from step 2 on."""
     import os
 
-    from megaswift.engine.step import Trainer
+    from megaswift.train.trainer import Trainer
 
     plain, count = Trainer.gradients, [0]
 
@@ -150,7 +150,7 @@ def test_what_the_user_sees(llama: tuple[Path, Path], pool: RankPool, tmp_path: 
 
     with (
         mock.patch("tests.training.run_job", overflow_always),
-        mock.patch("megaswift.engine.launch.start_ranks", start_ranks),
+        mock.patch("megaswift.launch.agent.start_ranks", start_ranks),
         pytest.raises(RankFailed) as caught,
     ):
         more = options(

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from megaswift.arguments import SftArguments
-from megaswift.checkpoint.reader import Reader
+from megaswift.config.options import SftArguments
 from megaswift.data.store import TokenRows
-from megaswift.engine.job import Job
+from megaswift.run.job import Job
+from megaswift.weights.torch_dist.reader import Reader
 from tests.engine.test_packed import LAYOUTS, SAMPLES, job
 from tests.ranks import RankPool
 from tests.training import tiny_start
@@ -38,10 +38,10 @@ def write_weighted(path: Path) -> Path:
 
 def one_step(jobs: list[tuple[str, str]]) -> list[tuple[float, float, int, float]]:
     """On one rank: (loss, gradient norm, supervised tokens, sum of weights) of each job's only step; gradients are saved."""
-    from megaswift.checkpoint.save import save
-    from megaswift.engine import ranks
-    from megaswift.engine.gradients import Gradients
-    from megaswift.engine.setup import open_batches, restore_trainer
+    from megaswift.megatron import process_groups as ranks
+    from megaswift.train.checkpoint.save import save
+    from megaswift.train.gradients import Gradients
+    from megaswift.train.setup import open_batches, restore_trainer
 
     loaded = [Job.read(Path(path)) for path, _ in jobs]
     plan, result = loaded[0].plan, []

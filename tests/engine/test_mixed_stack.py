@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from megaswift.checkpoint import classic
-from megaswift.checkpoint.reader import Reader
-from megaswift.convert import Precisions, hf_to_megatron, planned_hf_tensors, verify_round_trip, verify_written
-from megaswift.convert.to_megatron import megatron_to_megatron
-from megaswift.families import parameters_of
-from megaswift.hf.config import load_config
-from megaswift.hf.read import HFCheckpoint
+from megaswift.models import parameters_of
+from megaswift.weights import classic
+from megaswift.weights.convert import Precisions, hf_to_megatron, planned_hf_tensors, verify_round_trip, verify_written
+from megaswift.weights.convert.to_megatron import megatron_to_megatron
+from megaswift.weights.hf.config import load_config
+from megaswift.weights.hf.read import HFCheckpoint
+from megaswift.weights.torch_dist.reader import Reader
 from tests import tiny
 from tests.convert.test_classic import write_classic
 from tests.convert.test_hf_load import both_ways
@@ -29,9 +29,9 @@ FP32 = Precisions(torch.float32)
 
 def logits_at(folder: str, release: str, tp: int) -> torch.Tensor:
     """On one rank: its part of the logits of 40 tokens."""
-    from megaswift.checkpoint.load import load_weights
-    from megaswift.engine import ranks
-    from megaswift.engine.model import ModelOptions, build
+    from megaswift.megatron import process_groups as ranks
+    from megaswift.megatron.model import ModelOptions, build
+    from megaswift.train.checkpoint.load import load_weights
 
     with ranks.joined(tp, 1, seed=0), torch.no_grad():
         model = build(load_config(Path(folder)), ModelOptions(tp, 1, "fp32", 128))

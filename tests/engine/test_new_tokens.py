@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from megaswift.arguments import ExportArguments, InspectArguments, ParityArguments
-from megaswift.checkpoint.reader import Reader
+from megaswift.commands.data import data_main
+from megaswift.commands.export import export_main
+from megaswift.commands.parity import parity_main
+from megaswift.config.options import ExportArguments, InspectArguments, ParityArguments
 from megaswift.data.store import RowWriter, TokenRows
-from megaswift.engine.job import Job
 from megaswift.errors import DataError, UserError
-from megaswift.export import export_main
-from megaswift.hf.config import load_config
-from megaswift.hf.tokenizer import load_tokenizer
-from megaswift.inspect_data import data_main
-from megaswift.parity.command import parity_main
+from megaswift.run.job import Job
+from megaswift.weights.hf.config import load_config
+from megaswift.weights.hf.tokenizer import load_tokenizer
+from megaswift.weights.torch_dist.reader import Reader
 from tests import tiny
 from tests.ranks import RankFailed, RankPool
 from tests.training import run_job, train, write_rows

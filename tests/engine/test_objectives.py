@@ -16,16 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megaswift.arguments import SftArguments
-from megaswift.checkpoint.reader import Reader
-from megaswift.convert import Precisions, planned_hf_tensors
+from megaswift.config.options import SftArguments
 from megaswift.data.store import TokenRows
 from megaswift.data.tokens import weights_of
-from megaswift.engine.job import Job
-from megaswift.engine.log import RunLog
-from megaswift.engine.objectives import Loss, SequenceObjective
-from megaswift.engine.step import StepResult
-from megaswift.hf.config import load_config
+from megaswift.run.job import Job
+from megaswift.train.log import RunLog
+from megaswift.train.objectives import Loss, SequenceObjective
+from megaswift.train.trainer import StepResult
+from megaswift.weights.convert import Precisions, planned_hf_tensors
+from megaswift.weights.hf.config import load_config
+from megaswift.weights.torch_dist.reader import Reader
 from tests.engine.test_loss_weights import NAMES, write_weighted
 from tests.engine.test_packed import LAYOUTS, job
 from tests.ranks import RankPool
@@ -41,10 +41,10 @@ def good_sequences(log_probabilities: Tensor, tokens: Tensor, batch: Any = None)
 
 def one_step(jobs: list[tuple[str, str]]) -> list[dict[str, Any]]:
     """On one rank: what each job's only step gives, and its loss as an evaluation; gradients are saved."""
-    from megaswift.checkpoint.save import save
-    from megaswift.engine import ranks
-    from megaswift.engine.gradients import Gradients
-    from megaswift.engine.setup import open_batches, restore_trainer
+    from megaswift.megatron import process_groups as ranks
+    from megaswift.train.checkpoint.save import save
+    from megaswift.train.gradients import Gradients
+    from megaswift.train.setup import open_batches, restore_trainer
 
     loaded = [Job.read(Path(path)) for path, _ in jobs]
     plan, result = loaded[0].plan, []

@@ -20,12 +20,13 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from megaswift import sft, start
-from megaswift.arguments import SftArguments
-from megaswift.checkpoint.reader import Reader
-from megaswift.engine.job import Job
+from megaswift.commands import sft
+from megaswift.config.options import SftArguments
 from megaswift.errors import UserError
-from megaswift.plan import Plan, check_offload
+from megaswift.run import source as start
+from megaswift.run.job import Job
+from megaswift.run.plan import Plan, check_offload
+from megaswift.weights.torch_dist.reader import Reader
 from tests import tiny
 from tests.ranks import RankPool
 from tests.test_plan import plan as make_plan
@@ -95,18 +96,18 @@ def test_a_run_with_its_optimizer_on_the_host(
 
 def state_lies_on_the_host(path: str) -> tuple[int, int, int]:
     """On one rank: how many tensors of the optimizer's state lie in page-locked memory, after loading; all; their bytes."""
-    from megaswift.engine import ranks
-    from megaswift.engine.kernels import page_locked
-    from megaswift.engine.setup import open_batches, restore_trainer, to_device
+    from megaswift.megatron import process_groups as ranks
+    from megaswift.megatron.kernels import pinned
+    from megaswift.train.setup import open_batches, restore_trainer, to_device
 
     job, made = Job.read(Path(path)), []
-    original = page_locked.PageLocked.__init__
+    original = pinned.PageLocked.__init__
 
     def init(self: Any, size: int) -> None:
         original(self, size)
         made.append((self.bytes.data_ptr(), size))
 
-    with mock.patch.object(page_locked.PageLocked, "__init__", init), ranks.joined(job.plan.tp, job.plan.pp, 42) as rank:
+    with mock.patch.object(pinned.PageLocked, "__init__", init), ranks.joined(job.plan.tp, job.plan.pp, 42) as rank:
         trainer, _ = restore_trainer(job, SftArguments(**job.options))
         batches, _ = open_batches(job, SftArguments(**job.options), rank)
         trainer.step(to_device(batches.step(0), rank.device))
@@ -214,10 +215,10 @@ def late_passes(path: str, layers: int, recompute: str) -> dict[str, Any]:
 
 def passes(path: str, layers: int, recompute: str, late: bool = False) -> dict[str, Any]:
     """On one rank: gradients of a few steps, weights after them, and what autograd kept on the device in between."""
-    from megaswift.engine import ranks
-    from megaswift.engine.determinism import deterministic
-    from megaswift.engine.kernels import activation_offload
-    from megaswift.engine.setup import open_batches, restore_trainer, to_device
+    from megaswift.megatron import process_groups as ranks
+    from megaswift.megatron.kernels import activation_offload
+    from megaswift.train.determinism import deterministic
+    from megaswift.train.setup import open_batches, restore_trainer, to_device
 
     activation_offload.SMALLEST = 2048
     job = Job.read(Path(path))
@@ -251,7 +252,7 @@ def passes(path: str, layers: int, recompute: str, late: bool = False) -> dict[s
 @contextlib.contextmanager
 def kept_bytes(trainer: Any) -> Iterator[list[int]]:
     """Bytes of floating-point storages that autograd keeps on the device from the block's forward passes, parameters left out."""
-    from megaswift.engine.kernels.activation_offload import ActivationOffload
+    from megaswift.megatron.kernels.activation_offload import ActivationOffload
 
     total, alive, forward = [0], set(), [False]  # what is recomputed later does not count
     parameters = {p.untyped_storage().data_ptr() for p in trainer.bare_model.parameters()}

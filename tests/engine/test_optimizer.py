@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from megaswift.engine.kernels.fused_adamw import FusedAdamW
-from megaswift.engine.optimizer import AdamW
+from megaswift.megatron.kernels.fused_adamw import FusedAdamW
+from megaswift.megatron.optimizer import AdamW
 from tests.kernels.conftest import off
 
 SIZES = (7, 4096, 33000)

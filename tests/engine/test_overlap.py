@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 
-from megaswift.checkpoint.reader import Reader
+from megaswift.weights.torch_dist.reader import Reader
 from tests.ranks import RankPool
 from tests.training import Run, long, run_job, tiny_start, train, write_rows
 
@@ -19,7 +19,7 @@ def in_small_buckets(path: str) -> tuple[int, int]:
     """The loop of one rank whose gradients are reduced in many pieces: how many, and how often one was sent off early."""
     from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as Group
 
-    from megaswift.engine import step
+    from megaswift.train import trainer as step
 
     groups: set[int] = set()
     early = [0]

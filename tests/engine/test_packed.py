@@ -11,14 +11,14 @@ from unittest import mock
 import pytest
 import torch
 
-from megaswift.arguments import SftArguments
-from megaswift.cache import cache_root
-from megaswift.checkpoint.reader import Reader
+from megaswift.config.options import SftArguments
 from megaswift.data.encode import prepare
-from megaswift.engine.job import Job
-from megaswift.engine.launch import Cluster
-from megaswift.run_setup import job_of, plan_of, template_of
-from megaswift.start import find_start
+from megaswift.launch.agent import Cluster
+from megaswift.run.job import Job
+from megaswift.run.setup import job_of, plan_of, template_of
+from megaswift.run.source import resolve_source
+from megaswift.store.cache import cache_root
+from megaswift.weights.torch_dist.reader import Reader
 from tests.ranks import RankPool
 from tests.training import tiny_start, write_rows
 
@@ -44,7 +44,7 @@ def job(
         resume_from_checkpoint=str(start), dataset=[str(rows)], tp=tp, pp=pp, cp=cp, sequence_parallel=sp, batch_size=batch,
         max_length=MAX_LENGTH, dataset_test_ratio=0.0, max_steps=1, **more,
     )  # fmt: skip
-    found = find_start(args)
+    found = resolve_source(args)
     args = found.args
     template = template_of(args, found)
     data = prepare(args, template, cache_dir=cache_root(), packing=args.packing)
@@ -58,10 +58,10 @@ def job(
 
 def gradients(jobs: list[tuple[str, str]]) -> list[tuple[float, float]]:
     """On one rank: the gradients of each (job file, directory), saved there; (summed loss, supervised tokens) of each."""
-    from megaswift.checkpoint.save import save
-    from megaswift.engine import ranks
-    from megaswift.engine.gradients import Gradients
-    from megaswift.engine.setup import open_batches, restore_trainer
+    from megaswift.megatron import process_groups as ranks
+    from megaswift.train.checkpoint.save import save
+    from megaswift.train.gradients import Gradients
+    from megaswift.train.setup import open_batches, restore_trainer
 
     loaded = [Job.read(Path(path)) for path, _ in jobs]
     plan, result = loaded[0].plan, []

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from megaswift.checkpoint.reader import Reader
-from megaswift.convert import Precisions, hf_to_megatron, planned_hf_tensors, verify_round_trip
-from megaswift.families import parameters_of
-from megaswift.hf.config import load_config
-from megaswift.hf.read import HFCheckpoint
-from megaswift.plan import padded_vocab
+from megaswift.models import parameters_of
+from megaswift.run.plan import padded_vocab
+from megaswift.weights.convert import Precisions, hf_to_megatron, planned_hf_tensors, verify_round_trip
+from megaswift.weights.hf.config import load_config
+from megaswift.weights.hf.read import HFCheckpoint
+from megaswift.weights.torch_dist.reader import Reader
 from tests import tiny
 from tests.ranks import RankPool
 
@@ -58,7 +58,7 @@ def reference(folder: Path, grads: Path) -> tuple[torch.Tensor, float]:
 
 def run_layout(folder: str, release: str, gradients: str, tp: int, pp: int) -> dict[str, Any]:
     """On one rank: logits, loss, and the largest relative error of its gradients against the reference's."""
-    from megaswift.engine import ranks
+    from megaswift.megatron import process_groups as ranks
 
     config = load_config(Path(folder))
     tokens, labels = sample(config.vocab_size)
@@ -67,11 +67,11 @@ def run_layout(folder: str, release: str, gradients: str, tp: int, pp: int) -> d
         from megatron.core.distributed import finalize_model_grads
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
-        from megaswift.checkpoint.load import load_weights
         from megaswift.data.batches import MicroBatch
-        from megaswift.engine.model import ModelOptions, build
-        from megaswift.engine.objectives import SupervisedTokens
-        from megaswift.engine.step import forward_step
+        from megaswift.megatron.model import ModelOptions, build
+        from megaswift.train.checkpoint.load import load_weights
+        from megaswift.train.objectives import SupervisedTokens
+        from megaswift.train.trainer import forward_step
 
         options = ModelOptions(
             tp, pp, "fp32", padded_vocab(config.vocab_size, tp), sequence_parallel=tp > 1, variable_lengths=pp > 1

@@ -8,16 +8,16 @@ from unittest import mock
 
 import pytest
 
-from megaswift.arguments import SftArguments
+from megaswift.config.options import SftArguments
 from megaswift.errors import UserError
-from megaswift.plan import check_numbers
+from megaswift.run.plan import check_numbers
 from tests.ranks import RankPool
 from tests.training import Run, run_job, tiny_start, train, write_rows
 
 
 def products_again(path: str) -> int:
     """The loop of one rank; how many first products were computed a second time."""
-    from megaswift.engine.kernels import swiglu_linear as module
+    from megaswift.megatron.kernels import swiglu_linear as module
 
     count = 0
 
@@ -27,14 +27,14 @@ def products_again(path: str) -> int:
             count += 1
             super().__init__(*arguments)
 
-    with mock.patch("megaswift.engine.kernels.megatron_layer.FirstProduct", Counted):
+    with mock.patch("megaswift.megatron.kernels.megatron_layer.FirstProduct", Counted):
         run_job(path)
     return count
 
 
 def layers_passed(path: str) -> int:
     """The loop of one rank; how often a layer's MLP was gone through forward."""
-    from megaswift.engine.kernels.megatron_layer import FusedMLP
+    from megaswift.megatron.kernels.megatron_layer import FusedMLP
 
     count, plain = 0, FusedMLP.forward_and_add
 

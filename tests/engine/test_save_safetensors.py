@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from megaswift.arguments import ExportArguments, VerifyArguments
-from megaswift.engine.hf_copies import HFCopies
-from megaswift.export import export_main
-from megaswift.verify import verify_main
+from megaswift.commands.export import export_main
+from megaswift.commands.verify import verify_main
+from megaswift.config.options import ExportArguments, VerifyArguments
+from megaswift.train.hf_copies import HFCopies
 from tests.ranks import RankPool
 from tests.training import tiny_start, train, write_rows
 
@@ -89,11 +89,12 @@ def stop_after_first_copy(release: str, rows: str, output: str) -> list[str]:
     """A run on one rank that is told to stop in its second step; what it asked of the copies."""
     from unittest import mock
 
-    from megaswift import sft
-    from megaswift.arguments import SftArguments
-    from megaswift.engine import checkpoints, hf_copies
-    from megaswift.engine.callbacks import Callbacks, Verdict
+    from megaswift.commands import sft
+    from megaswift.config.options import SftArguments
     from megaswift.errors import Stopped
+    from megaswift.train import hf_copies
+    from megaswift.train import saving as checkpoints
+    from megaswift.train.callbacks import Callbacks, Verdict
 
     asked: list[str] = []
 

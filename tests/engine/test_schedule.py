@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from megaswift.arguments import SftArguments
-from megaswift.engine.step import schedule
+from megaswift.config.options import SftArguments
 from megaswift.parity.reference import learning_rate
-from megaswift.plan import Plan, make_plan
+from megaswift.run.plan import Plan, make_plan
+from megaswift.train.trainer import schedule
 from tests import tiny
 
 STYLES = ("constant", "constant_with_warmup", "linear", "cosine", "inverse_sqrt", "warmup_stable_decay")

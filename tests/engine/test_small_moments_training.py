@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megaswift.errors import UserError
-from megaswift.plan import Plan
+from megaswift.run.plan import Plan
 from tests.ranks import RankPool
 from tests.training import Run, tiny_start, train, write_rows
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from megaswift.checkpoint.reader import Reader
-from megaswift.families.stages import stage_layers, stage_weights
+from megaswift.models.stages import stage_layers, stage_weights
+from megaswift.weights.torch_dist.reader import Reader
 from tests import tiny
 from tests.ranks import RankPool
 from tests.training import Run, tiny_start, train, write_rows

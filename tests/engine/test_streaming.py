@@ -52,9 +52,9 @@ def run_and_note(path: str) -> None:
     """The loop of one rank, which writes down the rows of its micro batches for each step."""
     from megatron.core.parallel_state import is_pipeline_first_stage
 
-    from megaswift.engine.job import Job
-    from megaswift.engine.loop import run
-    from megaswift.engine.step import Trainer
+    from megaswift.run.job import Job
+    from megaswift.train.loop import run
+    from megaswift.train.trainer import Trainer
 
     job, real = Job.read(Path(path)), Trainer.step
     seen: dict[int, list[int]] = {}

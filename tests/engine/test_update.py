@@ -33,9 +33,9 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def trainer_of(path: str, dtype: str, rank: Any) -> Any:
     """A trainer, its training batches and its validation batches, in the process of its only rank."""
-    from megaswift.arguments import SftArguments
-    from megaswift.engine.job import Job
-    from megaswift.engine.setup import open_batches, restore_trainer
+    from megaswift.config.options import SftArguments
+    from megaswift.run.job import Job
+    from megaswift.train.setup import open_batches, restore_trainer
 
     job = Job.read(Path(path))
     table = {**job.plan.megatron, "bf16": dtype == "bf16", "fp16": dtype == "fp16"}
@@ -48,7 +48,7 @@ def first_moments(path: str, dtype: str) -> list[tuple[float, float]]:
     """On one rank: (norm as reported, norm of the first moments) after a first step whose gradient was given a norm."""
     import torch
 
-    from megaswift.engine import ranks
+    from megaswift.megatron import process_groups as ranks
 
     found = []
     with ranks.joined(1, 1, 42) as rank:
@@ -78,7 +78,7 @@ def test_a_gradient_is_clipped_before_the_update_and_only_where_it_is_too_long(d
 
 def evaluations(path: str) -> tuple[list[tuple[float, int]], float]:
     """On one rank: loss and supervised tokens of each validation step alone, and the loss of all."""
-    from megaswift.engine import ranks
+    from megaswift.megatron import process_groups as ranks
 
     with ranks.joined(1, 1, 42) as rank:
         trainer, _, validation = trainer_of(path, "fp32", rank)

@@ -7,11 +7,11 @@ from importlib import metadata
 import pytest
 import torch
 
-from megaswift import start
-from megaswift.arguments import SftArguments
-from megaswift.engine.versions import check_versions
+from megaswift.config.options import SftArguments
 from megaswift.errors import UserError
 from megaswift.inference.loading import pick_dtype
+from megaswift.launch.versions import check_versions
+from megaswift.run import source as start
 
 
 def test_this_environment_is_good() -> None:

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from megaswift.arguments import EvalArguments, parse
+from megaswift.commands.eval import _models, eval_main, prepare
+from megaswift.config.options import EvalArguments, parse
 from megaswift.errors import DataError, MegaswiftError, UserError
-from megaswift.eval import _models, eval_main, prepare
 from megaswift.evaluation.answers import AnswerStore, read_answers
 from megaswift.evaluation.likelihood import LikelihoodScorer
 from megaswift.evaluation.scoring import OwnScorer

@@ -15,7 +15,8 @@ import pytest
 from megaswift.errors import UserError
 from megaswift.evaluation.items import Bench, Item
 from megaswift.evaluation.judge_process import JudgeProcess
-from megaswift.evaluation.scoring import Asked, OwnScorer, Verdict, make_scorer, read_letter, read_number, rouge_l
+from megaswift.evaluation.run import make_scorer
+from megaswift.evaluation.scoring import Asked, OwnScorer, Verdict, read_letter, read_number, rouge_l
 from megaswift.evaluation.statistics import mcnemar, paired, paired_bootstrap, wilson
 from megaswift.inference.thoughts import apart
 

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megaswift.families.kinds import Kind
-from megaswift.families.parameters import Arrangement, by_key, fused, grouped, halves, rearranged, stacked, whole
-from megaswift.families.rules import Rule, Sizes, expanded, is_mixed
+from megaswift.models.kinds import Kind
+from megaswift.models.parameters import Arrangement, by_key, fused, grouped, halves, rearranged, stacked, whole
+from megaswift.models.rules import Rule, Sizes, expanded, is_mixed
 
 Form = tuple[Arrangement, list[int]]  # and the rows of its Hugging Face tensors
 
@@ -69,7 +69,7 @@ def test_rearranged_heads_rotate_as_in_transformers(heads: int, quarter: int, se
     """ERNIE's rotation of neighbours, rearranged, is our rotation by halves of rearranged heads: to the bit, by fp32 tables."""
     from transformers.models.ernie4_5.modeling_ernie4_5 import apply_rotary_pos_emb
 
-    from megaswift.engine.kernels.rope import rotate
+    from megaswift.megatron.kernels.rope import rotate
 
     size = 4 * quarter
     generator = torch.Generator().manual_seed(seed)
@@ -120,8 +120,8 @@ def test_places_cover_every_tensor_once(dense: list[bool], experts: int, one_ten
 
 def test_parts_of_a_stacked_tensor_are_planned_as_one() -> None:
     """A tensor of the folder that holds all experts is made of all its parameters, in their order, whatever the reader's form."""
-    from megaswift.convert import FiniteCheck, Precisions
-    from megaswift.convert.to_hf import _planned, _Source
+    from megaswift.weights.convert import FiniteCheck, Precisions
+    from megaswift.weights.convert.to_hf import _planned, _Source
 
     rule = Rule(
         "decoder.layers.{i}.mlp.{e}.fc1.weight", ("l.{i}.gate", "l.{i}.up"), lambda sizes: [(3, 2)] * 2,

@@ -10,8 +10,8 @@ import pytest
 from tests import tiny
 
 from megaswift.errors import UserError
-from megaswift.families import families
-from megaswift.hf.config import load_config
+from megaswift.models import families
+from megaswift.weights.hf.config import load_config
 
 # What transformers 4.40 to 5.x writes beside the model's own fields, with values as they are found; and other tools' marks.
 WRITTEN: dict[str, Any] = {

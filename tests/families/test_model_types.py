@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from megaswift.errors import UserError
-from megaswift.families import families
-from megaswift.families.model_types import MODEL_TYPES, by_hub_id, model_type, repository_name, type_for_directory
+from megaswift.models import families
+from megaswift.models.registry import MODEL_TYPES, by_hub_id, model_type, repository_name, type_for_directory
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_recognising_never_fails(tmp_path: Path, content: str) -> None:
 
 
 def test_the_table_is_light() -> None:
-    code = "import sys, megaswift.families.model_types; print(any(name in sys.modules for name in ('torch', 'numpy')))"
+    code = "import sys, megaswift.models.registry; print(any(name in sys.modules for name in ('torch', 'numpy')))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONPATH": ":".join(sys.path)}
     )

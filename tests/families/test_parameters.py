@@ -11,14 +11,12 @@ import torch
 from safetensors.torch import save_file
 from tests import tiny
 
-from megaswift.checkpoint.reader import Reader
-from megaswift.convert import Precisions, hf_to_megatron, planned_hf_tensors, verify_round_trip, verify_written
 from megaswift.errors import DataError
-from megaswift.families import families, parameters_of
-from megaswift.families.base import Family, sizes_of
-from megaswift.families.kinds import Kind
-from megaswift.families.llama import LLAMA
-from megaswift.families.parameters import (
+from megaswift.models import families, parameters_of
+from megaswift.models.families.llama import LLAMA
+from megaswift.models.family import Family, sizes_of
+from megaswift.models.kinds import Kind
+from megaswift.models.parameters import (
     Arrangement,
     Parameter,
     by_key,
@@ -30,9 +28,11 @@ from megaswift.families.parameters import (
     stacked,
     whole,
 )
-from megaswift.families.rules import Rule, Sizes, copy, expanded, vocab
-from megaswift.hf.config import load_config
-from megaswift.hf.read import HFCheckpoint
+from megaswift.models.rules import Rule, Sizes, copy, expanded, vocab
+from megaswift.weights.convert import Precisions, hf_to_megatron, planned_hf_tensors, verify_round_trip, verify_written
+from megaswift.weights.hf.config import load_config
+from megaswift.weights.hf.read import HFCheckpoint
+from megaswift.weights.torch_dist.reader import Reader
 
 # The arrangement, rows of its Hugging Face tensors, and of which of all these rows, one tensor below the other, it is made.
 BY_HAND: dict[str, tuple[Arrangement, tuple[int, ...], list[int]]] = {
@@ -204,7 +204,7 @@ def test_other_forms_there_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     save_file(tensors, tmp_path / "hf" / "model.safetensors", {"format": "pt"})
     source, release = HFCheckpoint.open(tmp_path / "hf"), tmp_path / "release"
     release.mkdir()
-    monkeypatch.setattr("megaswift.convert.to_megatron._CHUNK_BYTES", 4096)  # blocks of rows
+    monkeypatch.setattr("megaswift.weights.convert.to_megatron._CHUNK_BYTES", 4096)  # blocks of rows
     precisions = Precisions(torch.float32)
     done = hf_to_megatron(source, config, release, precisions)
     reader = Reader(release)

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from megaswift import sft
-from megaswift.arguments import SftArguments
-from megaswift.engine.job import Job
+from megaswift.commands import sft
+from megaswift.config.options import SftArguments
+from megaswift.run.job import Job
 from tests.faults import table
 from tests.faults.harness import PATIENCE_S, FaultRun, run_ranks, with_plan
 from tests.faults.live import Live

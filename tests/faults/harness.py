@@ -19,12 +19,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megaswift.checkpoint.faults import FAULT
-from megaswift.checkpoint.keep import clean
-from megaswift.checkpoint.layout import iteration_of
-from megaswift.checkpoint.resume import newest_whole
-from megaswift.engine import launch
-from megaswift.engine.job import Job
+from megaswift.launch import agent as launch
+from megaswift.run.job import Job
+from megaswift.run.resume import newest_whole
+from megaswift.store.faults import FAULT
+from megaswift.store.paths import iteration_of
+from megaswift.store.retention import clean
 from tests.ranks import free_port
 
 # The limit for steps and for saving in runs that are to stand still; the whole matrix runs two of them at a time. All others
@@ -64,7 +64,7 @@ def _rank(environment: dict[str, str], job: str, errors: str, prepare: Callable[
     torch.set_num_threads(1)
     if prepare is not None:
         prepare()
-    from megaswift.engine.loop import run
+    from megaswift.train.loop import run
 
     os._exit(launch.report_from_rank(lambda: run(Job.read(Path(job)))))
 
@@ -79,7 +79,7 @@ def run_ranks(
     """Run a job on forked ranks and end what is left of it, as the launcher would.
 
     Args:
-        fault: POINT:KIND:RANK[:HIT] of checkpoint/faults.py.
+        fault: POINT:KIND:RANK[:HIT] of store/faults.py.
         prepare: called in each rank first.
         watch: called with the processes while they run.
     """

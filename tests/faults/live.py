@@ -10,9 +10,9 @@ import sys
 import time
 from pathlib import Path
 
-from megaswift.checkpoint.layout import candidates, iteration_of
-from megaswift.checkpoint.resume import newest_whole
 from megaswift.errors import DataError
+from megaswift.run.resume import newest_whole
+from megaswift.store.paths import candidates, iteration_of
 from tests.faults.table import add
 
 PATIENCE_S = 150.0  # start-up on a busy machine

@@ -8,7 +8,7 @@ import megatron.core.dist_checkpointing  # noqa: F401
 import torch.utils.tensorboard  # noqa: F401
 import transformers.models.llama.configuration_llama  # noqa: F401
 
-import megaswift.checkpoint.load
-import megaswift.engine.loop
-import megaswift.engine.model
-import megaswift.engine.step  # noqa: F401
+import megaswift.megatron.model
+import megaswift.train.checkpoint.load
+import megaswift.train.loop
+import megaswift.train.trainer  # noqa: F401

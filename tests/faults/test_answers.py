@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from megaswift.cli import main
-from megaswift.eval import eval_main
-from megaswift.infer import infer_main
+from megaswift.commands.eval import eval_main
+from megaswift.commands.infer import infer_main
 from megaswift.inference.options import Answer
 from megaswift.inference.transformers_backend import TransformersBackend
 from tests.faults import table

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megaswift.engine.job import Job
+from megaswift.run.job import Job
 from tests.faults.conftest import ALL
 from tests.faults.harness import FaultRun, with_plan
 
@@ -28,7 +28,7 @@ POINTS = [
 
 def slow_disk() -> None:
     """Each file takes a second longer."""
-    from megaswift.checkpoint import torch_dist
+    from megaswift.weights.torch_dist import writer as torch_dist
 
     plain = torch_dist.write_file
 
@@ -56,8 +56,8 @@ def test_the_bytes_are_those_of_the_step_that_was_saved(base: Job, straight: Fau
 
 def write_after_two_more_steps() -> None:
     """The first file is not written before this rank has made two more steps: it would never be if training waited."""
-    from megaswift.checkpoint import torch_dist
-    from megaswift.engine.step import Trainer
+    from megaswift.train.trainer import Trainer
+    from megaswift.weights.torch_dist import writer as torch_dist
 
     plain, step, made, first = torch_dist.write_file, Trainer.step, [0], [True]
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from megaswift.arguments import ExportArguments, InferArguments, SftArguments
+from megaswift.commands.export import export_main
+from megaswift.config.options import ExportArguments, InferArguments, SftArguments
 from megaswift.errors import MegaswiftError
-from megaswift.export import export_main
-from megaswift.run_model import choose
-from megaswift.start import find_start
+from megaswift.inference.model_ref import choose
+from megaswift.run.source import resolve_source
 from tests import tiny
 from tests.faults import table
 from tests.faults.conftest import ALL
@@ -75,7 +75,7 @@ def back(megatron: Path, target: Path) -> dict[str, Any]:
 def refused(path: Path) -> None:
     """Neither sft nor infer nor export takes a directory."""
     for attempt in (
-        lambda: find_start(SftArguments(resume_from_checkpoint=str(path), model_type="t")),
+        lambda: resolve_source(SftArguments(resume_from_checkpoint=str(path), model_type="t")),
         lambda: choose(InferArguments(ckpt_dir=str(path), model_type="t")).locate(),
         lambda: choose(InferArguments(model_id_or_path=str(path), model_type="t")).locate(),
         lambda: export_main(ExportArguments(to_hf=True, ckpt_dir=str(path), hf_output_dir=str(path.parent / "never"))),
@@ -88,7 +88,7 @@ def refused(path: Path) -> None:
 
 def accepted(path: Path, direction: str) -> None:
     if direction == "there":
-        assert find_start(SftArguments(resume_from_checkpoint=str(path))).first_step == 0
+        assert resolve_source(SftArguments(resume_from_checkpoint=str(path))).first_step == 0
     else:
         assert choose(InferArguments(model_id_or_path=str(path), model_type="t")).locate().path == path
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from megaswift.arguments import ExportArguments
-from megaswift.checkpoint import save
-from megaswift.engine.job import Job
+from megaswift.commands.export import export_main
+from megaswift.config.options import ExportArguments
 from megaswift.errors import DataError, UserError
-from megaswift.export import export_main
+from megaswift.run.job import Job
+from megaswift.train.checkpoint import save
 from tests.faults.harness import FaultRun, with_plan
 from tests.tiny import save_tiny
 
@@ -43,7 +43,7 @@ def trust_the_disk() -> None:
 
 def full_after(rank: int, count: int) -> None:
     """Every file of a rank takes `count` bytes."""
-    from megaswift.hf.output import HashedFile
+    from megaswift.store.files import HashedFile
 
     trust_the_disk()
     plain = HashedFile.write
@@ -140,15 +140,16 @@ def test_a_full_disk_under_the_cache_of_rows(
 
 def test_a_full_disk_where_nobody_looks_for_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """In a command, and in a rank."""
-    from megaswift import cli, verify
-    from megaswift.engine.launch import report_from_rank
+    from megaswift import cli
+    from megaswift.commands import verify
+    from megaswift.launch.agent import report_from_rank
 
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/data/x")
 
     monkeypatch.setattr(verify, "verify_main", full)
     assert cli.main(["verify", "--directory", "x"]) == 2
-    monkeypatch.setattr("megaswift.engine.launch._die_with_launcher", full)
+    monkeypatch.setattr("megaswift.launch.agent._die_with_launcher", full)
     assert report_from_rank(lambda: None) == 2
     told = capsys.readouterr().err
     assert told.count("error: the disk is full: No space left on device.\n  where: /data/x") == 2 and "Traceback" not in told
@@ -166,7 +167,7 @@ def test_a_disk_that_fills_up_while_converting_to_megatron(tmp_path: Path, monke
         return real(handle, data)
 
     monkeypatch.setattr(os, "write", failing)
-    monkeypatch.setattr("megaswift.hf.output.SLOT", 4096)  # as a large model: the disk fills up in the middle of a tensor
+    monkeypatch.setattr("megaswift.store.files.SLOT", 4096)  # as a large model: the disk fills up in the middle of a tensor
     words = dict(model_type="tiny", model_id_or_path=str(tmp_path / "hf"), megatron_output_dir=str(tmp_path / "out" / "m"))
     with pytest.raises(UserError, match="the disk is full"):
         export_main(ExportArguments(to_megatron=True, verify=False, **words))
@@ -231,7 +232,7 @@ def test_each_file_of_a_run_is_one_error(
 
 def test_the_lock_of_a_run_that_lives_is_not_taken_away(tmp_path: Path) -> None:
     """Another process that comes, and goes with its error, at the same time."""
-    from megaswift.checkpoint.lock import LOCK, in_use, locked
+    from megaswift.store.lock import LOCK, in_use, locked
 
     run = tmp_path / "a" / "run"
     with locked(run):
@@ -274,9 +275,10 @@ def test_a_disk_that_cannot_hold_the_packaged_model(
     """Seen before a byte is written, or in the middle of a file: nothing is left, and the way out is the cache's own."""
     import torch
 
-    from megaswift import cli, verify
-    from megaswift.hf import packaged
-    from megaswift.hf.shards import PlannedTensor
+    from megaswift import cli
+    from megaswift.commands import verify
+    from megaswift.hub import packaged
+    from megaswift.weights.hf.shards import PlannedTensor
 
     tensors = [PlannedTensor(f"x{number}", torch.float32, (400_000,), lambda: torch.zeros(400_000)) for number in range(6)]
     parts = {"_open": None, "_metadata": {}, "_tensors": tensors, "side_contents": {"config.json": b"{}"}}

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from megaswift import sft
-from megaswift.arguments import SftArguments
 from megaswift.cli import main
-from megaswift.engine import launch, versions
-from megaswift.engine.job import Job
+from megaswift.commands import sft
+from megaswift.config.options import SftArguments
 from megaswift.errors import UserError
+from megaswift.launch import agent as launch
+from megaswift.launch import versions
+from megaswift.run.job import Job
 from tests.faults.harness import FaultRun
 
 KNOBS = ("--batch_size", "--max_length", "--gradient_checkpointing true", "--tp")
@@ -77,14 +78,14 @@ def test_a_gpu_that_torch_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def beyond_the_host() -> None:
     """Each step asks the allocator for more than any machine has."""
-    from megaswift.engine.step import Trainer
+    from megaswift.train.trainer import Trainer
 
     Trainer.step = lambda self, batches: torch.empty(10**15)  # type: ignore[method-assign]
 
 
 def beyond_the_gpu() -> None:
     """As CUDA's allocator says it."""
-    from megaswift.engine.step import Trainer
+    from megaswift.train.trainer import Trainer
 
     def step(self: Any, batches: Any) -> Any:
         raise torch.OutOfMemoryError(
@@ -113,11 +114,11 @@ def test_out_of_memory_on_ranks(prepare: Any, words: str, base: Job, straight: F
 
 def test_out_of_memory_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """One process has no launcher beside it: the error is the same."""
-    monkeypatch.setattr("megaswift.engine.loop.run", lambda job: torch.empty(10**15))
+    monkeypatch.setattr("megaswift.train.loop.run", lambda job: torch.empty(10**15))
     with pytest.raises(UserError, match="this machine is out of memory") as caught:
         sft._run_here(None)
     assert all(knob in caught.value.fix for knob in KNOBS)
-    monkeypatch.setattr("megaswift.engine.loop.run", lambda job: torch.zeros(2) @ torch.zeros(3))
+    monkeypatch.setattr("megaswift.train.loop.run", lambda job: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError):  # a defect is not called memory
         sft._run_here(None)
 
@@ -152,7 +153,7 @@ def test_environments_that_cannot_be(
 
 def lose(directory: str) -> None:
     """In this process: remove a directory while the first step is made."""
-    from megaswift.engine.step import Trainer
+    from megaswift.train.trainer import Trainer
 
     plain = Trainer.gradients
 

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from megaswift.arguments import SftArguments
-from megaswift.checkpoint.optimizer_state import shards as shards_of
-from megaswift.checkpoint.resume import newest_whole
-from megaswift.checkpoint.save import CONTENT
-from megaswift.engine import ranks
-from megaswift.engine.job import Job
-from megaswift.engine.setup import restore_trainer
+from megaswift.config.options import SftArguments
+from megaswift.megatron import process_groups as ranks
+from megaswift.run.job import Job
+from megaswift.run.resume import newest_whole
+from megaswift.train.checkpoint.optimizer_state import shards as shards_of
+from megaswift.train.checkpoint.save import CONTENT
+from megaswift.train.setup import restore_trainer
 from tests.faults import table
 from tests.faults.conftest import ALL, make_base
 from tests.faults.harness import FaultRun, with_plan

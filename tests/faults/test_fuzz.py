@@ -13,15 +13,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megaswift.checkpoint.guard import load_index, load_object
-from megaswift.checkpoint.keep import clean, delete_beyond
-from megaswift.checkpoint.layout import find_checkpoint
-from megaswift.checkpoint.manifest import MANIFEST, check_hashes, quick_check
-from megaswift.checkpoint.reader import Reader
-from megaswift.checkpoint.resume import newest_whole
-from megaswift.checkpoint.torch_dist import INDEX_FILE
-from megaswift.engine.log import forget_after
 from megaswift.errors import MegaswiftError
+from megaswift.run.resume import newest_whole
+from megaswift.store.manifest import MANIFEST, check_hashes, quick_check
+from megaswift.store.paths import find_checkpoint
+from megaswift.store.retention import clean, delete_beyond
+from megaswift.train.log import forget_after
+from megaswift.weights.torch_dist.guard import load_index, load_object
+from megaswift.weights.torch_dist.reader import Reader
+from megaswift.weights.torch_dist.writer import INDEX_FILE
 from tests.checkpoint.test_choice import checkpoint
 from tests.faults.conftest import ALL
 

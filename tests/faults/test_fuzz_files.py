@@ -14,18 +14,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from megaswift.args_file import DATASET_OPTIONS, EXPORT_ARGS, LAYOUT_OPTIONS, MODEL_OPTIONS, fill_from_file, read_args_file
-from megaswift.arguments import ExportArguments, InferArguments, SftArguments, parse
+from megaswift.config.files import DATASET_OPTIONS, EXPORT_ARGS, LAYOUT_OPTIONS, MODEL_OPTIONS, fill_from_file, read_args_file
+from megaswift.config.options import ExportArguments, InferArguments, SftArguments, parse
 from megaswift.errors import MegaswiftError
 from megaswift.evaluation.custom import read_config as read_benchmarks
 from megaswift.evaluation.custom import read_custom
-from megaswift.families import family_of
-from megaswift.hf.config import load_config
-from megaswift.hf.header import read_header
-from megaswift.hf.names import check_source
-from megaswift.hf.pickled import read_pickle
-from megaswift.hf.read import HFCheckpoint
-from megaswift.plan import check_layout, check_numbers, parameter_count, usable_length
+from megaswift.models import family_of
+from megaswift.run.plan import check_layout, check_numbers, parameter_count, usable_length
+from megaswift.weights.hf.config import load_config
+from megaswift.weights.hf.header import read_header
+from megaswift.weights.hf.names import check_source
+from megaswift.weights.hf.pickled import read_pickle
+from megaswift.weights.hf.read import HFCheckpoint
 from tests import tiny
 from tests.faults.test_fuzz import MANY, changed, survives
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from megaswift.checkpoint.reader import Reader
-from megaswift.engine.job import Job
+from megaswift.run.job import Job
+from megaswift.weights.torch_dist.reader import Reader
 from tests.faults.conftest import make_base
 from tests.ranks import RankPool
 
@@ -27,10 +27,10 @@ def job(start: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> P
 
 def _step(job: str, target: str, pp: int, which: str, left_out: bool) -> dict[str, Any]:
     """One step; some of its micro batches have no label, or are left out. Micro batch k of the step belongs to rank k modulo dp."""
-    from megaswift.arguments import SftArguments
-    from megaswift.checkpoint.save import save
-    from megaswift.engine import ranks
-    from megaswift.engine.setup import open_batches, restore_trainer
+    from megaswift.config.options import SftArguments
+    from megaswift.megatron import process_groups as ranks
+    from megaswift.train.checkpoint.save import save
+    from megaswift.train.setup import open_batches, restore_trainer
 
     found = Job.read(Path(job))
     args = SftArguments(**found.options)

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from megaswift.arguments import SftArguments
-from megaswift.engine.job import Job
-from megaswift.engine.spikes import FEWEST, NormHistory
-from megaswift.engine.step_guard import StepGuard
+from megaswift.config.options import SftArguments
+from megaswift.run.job import Job
+from megaswift.train.spikes import FEWEST, NormHistory
+from megaswift.train.step_guard import StepGuard
 from tests.faults.conftest import make_base
 from tests.faults.harness import FaultRun, with_plan
 
@@ -23,7 +23,7 @@ def poison(step: int, rank: int, factor: float, gradient_only: bool) -> None:
     """In this process: multiply gradients and loss of a step counted from 1; `gradient_only`: set one gradient, leave the loss."""
     import os
 
-    from megaswift.engine.step import Trainer
+    from megaswift.train.trainer import Trainer
 
     plain, steps = Trainer.gradients, [0]
 

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import torch
 
-from megaswift.checkpoint import zipped
-from megaswift.checkpoint.guard import load_index
 from megaswift.errors import DataError
-from megaswift.hf import pickled
-from megaswift.hf.pickled import read_pickle
+from megaswift.weights.hf import pickled
+from megaswift.weights.hf.pickled import read_pickle
+from megaswift.weights.torch_dist import zipped
+from megaswift.weights.torch_dist.guard import load_index
 
 
 def text(value: str) -> bytes:

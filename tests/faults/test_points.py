@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from megaswift.checkpoint.faults import POINTS
-from megaswift.checkpoint.layout import candidates
-from megaswift.checkpoint.manifest import quick_check
-from megaswift.engine.job import Job
+from megaswift.run.job import Job
+from megaswift.store.faults import POINTS
+from megaswift.store.manifest import quick_check
+from megaswift.store.paths import candidates
 from tests.faults import table
 from tests.faults.conftest import ALL
 from tests.faults.harness import GONE_S, FaultRun

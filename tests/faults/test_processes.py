@@ -22,8 +22,8 @@ from typing import Any
 
 import pytest
 
-from megaswift.checkpoint.layout import iteration_of
-from megaswift.checkpoint.resume import newest_whole
+from megaswift.run.resume import newest_whole
+from megaswift.store.paths import iteration_of
 from tests.faults import table
 from tests.faults.conftest import ALL
 from tests.faults.live import LOOPBACK, PATIENCE_S, Live, alive, children, listening, send
@@ -103,7 +103,7 @@ def test_a_stopped_rank(live: Callable[..., Live]) -> None:
     assert run.text().count("error:") == 1
     stacks = sorted(path.name for path in run.run_dir.glob("hang-rank*.txt"))
     assert stacks == ["hang-rank0.txt", "hang-rank1.txt"]
-    assert "engine/step.py" in (run.run_dir / "hang-rank0.txt").read_text()
+    assert "train/trainer.py" in (run.run_dir / "hang-rank0.txt").read_text()
 
 
 @thorough

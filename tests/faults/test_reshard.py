@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from megaswift.checkpoint.reader import Reader
-from megaswift.convert import Precisions, planned_hf_tensors
-from megaswift.hf.config import load_config
-from megaswift.hf.read import HFCheckpoint
+from megaswift.weights.convert import Precisions, planned_hf_tensors
+from megaswift.weights.hf.config import load_config
+from megaswift.weights.hf.read import HFCheckpoint
+from megaswift.weights.torch_dist.reader import Reader
 from tests import tiny
 from tests.faults import table
 from tests.faults.conftest import ALL
@@ -33,11 +33,11 @@ def chain(tmp_path: Path, first: Path) -> list[tuple[Path, Path, int, int]]:
 
 def _weights(config_dir: str, source: str, target: str, tp: int, pp: int) -> None:
     """Load at a layout, save again."""
-    from megaswift.checkpoint.load import load_weights
-    from megaswift.checkpoint.save import save
-    from megaswift.engine import ranks
-    from megaswift.engine.model import ModelOptions, build
-    from megaswift.plan import padded_vocab
+    from megaswift.megatron import process_groups as ranks
+    from megaswift.megatron.model import ModelOptions, build
+    from megaswift.run.plan import padded_vocab
+    from megaswift.train.checkpoint.load import load_weights
+    from megaswift.train.checkpoint.save import save
 
     with ranks.joined(tp, pp, 42):
         config = load_config(Path(config_dir))
@@ -68,11 +68,11 @@ def test_weights_come_back_from_every_layout(name: str, tied: bool, pool: RankPo
 
 def _state(run: str, source: str, target: str, tp: int, pp: int) -> None:
     """Load weights, optimizer and schedule at a layout, save again."""
-    from megaswift.arguments import SftArguments
-    from megaswift.checkpoint.save import save
-    from megaswift.engine import ranks
-    from megaswift.engine.job import Job
-    from megaswift.engine.setup import restore_trainer
+    from megaswift.config.options import SftArguments
+    from megaswift.megatron import process_groups as ranks
+    from megaswift.run.job import Job
+    from megaswift.train.checkpoint.save import save
+    from megaswift.train.setup import restore_trainer
 
     job = Job.read(Path(run) / "job.json")
     plan = replace(job.plan, tp=tp, pp=pp, dp=1, world_size=tp * pp)

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from megaswift.arguments import SftArguments
-from megaswift.checkpoint.manifest import older_links, read_manifest, sha256_of
-from megaswift.checkpoint.reader import Reader
+from megaswift.config.options import SftArguments
+from megaswift.config.parse import parse
 from megaswift.data.batches import Batches
 from megaswift.data.store import TokenRows
 from megaswift.errors import DataError, MegaswiftError, UserError
-from megaswift.option_parser import parse
+from megaswift.store.manifest import older_links, read_manifest, sha256_of
+from megaswift.weights.torch_dist.reader import Reader
 from tests.faults import table
 from tests.ranks import RankPool
 from tests.training import Run, tiny_start, train
@@ -131,11 +131,11 @@ def test_moments_survive_another_layout(whole: Run, start: tuple[Path, Path], po
 def _load_and_save(run: str, target: str) -> None:
     from dataclasses import replace
 
-    from megaswift.arguments import SftArguments
-    from megaswift.checkpoint.save import save
-    from megaswift.engine import ranks
-    from megaswift.engine.job import Job
-    from megaswift.engine.setup import restore_trainer
+    from megaswift.config.options import SftArguments
+    from megaswift.megatron import process_groups as ranks
+    from megaswift.run.job import Job
+    from megaswift.train.checkpoint.save import save
+    from megaswift.train.setup import restore_trainer
 
     job = Job.read(Path(run) / "job.json")
     job = replace(job, plan=replace(job.plan, tp=2, pp=2, dp=1, world_size=4), checkpoint=run + "/iter_0000003", first_step=3)

@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megaswift.arguments import ExportArguments, InferArguments, SftArguments
 from megaswift.cli import main
+from megaswift.commands.export import export_main
+from megaswift.config.options import ExportArguments, InferArguments, SftArguments
 from megaswift.data.store import TokenRows
 from megaswift.errors import DataError, MegaswiftError, UserError
-from megaswift.export import export_main
-from megaswift.run_model import choose
-from megaswift.start import find_start
+from megaswift.inference.model_ref import choose
+from megaswift.run.source import resolve_source
 from tests.checkpoint.test_guard import Payload
 from tests.faults.conftest import ALL
 from tests.faults.live import LOOPBACK, Live, listening
@@ -92,7 +92,7 @@ def test_a_model_type_from_a_file_leads_nowhere_else(name: str, start: tuple[Pat
     for attempt in (
         lambda: export_main(ExportArguments(to_hf=True, ckpt_dir=str(root), verify=False)),
         lambda: choose(InferArguments(ckpt_dir=str(root))).locate(),
-        lambda: find_start(SftArguments(resume_from_checkpoint=str(root))),
+        lambda: resolve_source(SftArguments(resume_from_checkpoint=str(root))),
     ):
         with pytest.raises(MegaswiftError) as caught:
             attempt()
@@ -106,7 +106,7 @@ def test_a_model_type_from_a_file_leads_nowhere_else(name: str, start: tuple[Pat
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "..", "a/../../secret"])
 def test_a_manifest_names_files_of_its_own_directory(name: str, start: tuple[Path, Path], tmp_path: Path) -> None:
     """A file outside, named with its true size and hash, does not stand in for one inside."""
-    from megaswift.checkpoint.manifest import check_hashes, quick_check, sha256_of
+    from megaswift.store.manifest import check_hashes, quick_check, sha256_of
 
     root = Path(shutil.copytree(start[0], tmp_path / "m"))
     (tmp_path / "m" / "secret").write_text("secret")
@@ -118,7 +118,7 @@ def test_a_manifest_names_files_of_its_own_directory(name: str, start: tuple[Pat
     with pytest.raises(DataError):
         check_hashes(root / "release")
     with pytest.raises(DataError):
-        find_start(SftArguments(resume_from_checkpoint=str(root)))
+        resolve_source(SftArguments(resume_from_checkpoint=str(root)))
 
 
 @pytest.mark.parametrize("file", ["offsets.npy", "order.npy", "bounds.npy", "index.json", "ids.bin"])
@@ -147,8 +147,8 @@ def test_one_process_listens_on_the_loopback_address_only(live: Callable[..., Li
 
 def test_the_server_listens_on_the_loopback_address_only(start: tuple[Path, Path]) -> None:
     """The socket of swift deploy as it is made, and what is refused before one is made."""
-    from megaswift.arguments import DeployArguments
-    from megaswift.deploy import _listen, check
+    from megaswift.commands.deploy import _listen, check
+    from megaswift.config.options import DeployArguments
 
     defaults = DeployArguments(ckpt_dir=str(start[0]))
     listener = _listen(defaults.host, 0)
@@ -164,8 +164,8 @@ def test_the_server_listens_on_the_loopback_address_only(start: tuple[Path, Path
 def test_the_server_of_vllm_gets_the_same_address_and_no_key_in_its_words(
     start: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megaswift import deploy
-    from megaswift.arguments import DeployArguments
+    from megaswift.commands import deploy
+    from megaswift.config.options import DeployArguments
     from megaswift.inference.gate import GATE_VARIABLE, KEY_VARIABLE
 
     words: list[str] = []

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from megaswift.engine.job import Job
+from megaswift.commands.sft import sft_main
 from megaswift.errors import Stopped
-from megaswift.sft import sft_main
+from megaswift.run.job import Job
 from tests.faults.conftest import ALL
 from tests.faults.harness import FaultRun, signalled, with_plan
 
@@ -73,7 +73,7 @@ def test_a_signal_that_a_library_takes_for_its_own_error(
             pass
 
     monkeypatch.setenv("NPROC_PER_NODE", processes)
-    monkeypatch.setattr("megaswift.sft._print_plan", swallow)
+    monkeypatch.setattr("megaswift.commands.sft._print_plan", swallow)
     words = [
         "--resume_from_checkpoint",
         str(start[0]),

@@ -14,14 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megaswift.arguments import ExportArguments, InferArguments, SftArguments
-from megaswift.checkpoint.reader import Reader
+from megaswift.commands.export import export_main
+from megaswift.config.options import ExportArguments, InferArguments, SftArguments
 from megaswift.errors import DataError, MegaswiftError, UserError
-from megaswift.export import export_main
-from megaswift.hf.pickled import read_pickle
-from megaswift.hf.read import HFCheckpoint
-from megaswift.run_model import choose
-from megaswift.start import find_start
+from megaswift.inference.model_ref import choose
+from megaswift.run.source import resolve_source
+from megaswift.weights.hf.pickled import read_pickle
+from megaswift.weights.hf.read import HFCheckpoint
+from megaswift.weights.torch_dist.reader import Reader
 from tests import tiny
 from tests.checkpoint.test_guard import Dotted, Payload
 
@@ -122,7 +122,7 @@ def test_pickles_are_refused_everywhere_and_read_only_when_asked_for(good: Path,
     folder = pickled(good, tmp_path / "hf")
     for attempt in (
         lambda: there(folder, tmp_path / "no"),
-        lambda: find_start(SftArguments(model_type="t", model_id_or_path=str(folder))),
+        lambda: resolve_source(SftArguments(model_type="t", model_id_or_path=str(folder))),
         lambda: choose(InferArguments(model_type="t", model_id_or_path=str(folder))).locate(),
     ):
         with pytest.raises(DataError, match=r"the weights are pickles \(pytorch_model.bin\)") as caught:

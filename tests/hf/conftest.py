@@ -1,4 +1,4 @@
-"""Settings for the tests of megaswift.hf: one thread, and no cache, hub or option of the machine they run on."""
+"""Settings for the tests of megaswift.weights.hf: one thread, and no cache, hub or option of the machine they run on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Model directories for the tests of megaswift.hf: sound ones, and files with any fault that a test asks for."""
+"""Model directories for the tests of megaswift.weights.hf: sound ones, and files with any fault that a test asks for."""
 
 from __future__ import annotations
 

@@ -16,8 +16,9 @@ import pytest
 from hf_files import CONFIG, make_folder, two_shards
 
 from megaswift.errors import DataError, UserError
-from megaswift.hf import hubs, locate, packaged
-from megaswift.hf.locate import Located
+from megaswift.hub import locate, packaged
+from megaswift.hub import remote as hubs
+from megaswift.hub.locate import Located
 
 QWEN = CONFIG | {"model_type": "qwen2"}
 SHARD = "model.safetensors"
@@ -263,7 +264,7 @@ def test_hub_download_with_the_real_library(tmp_path: Path) -> None:
     for name in ("tokenizer.json", "modeling_x.py", "pytorch_model.bin", "chat_template.jinja", "consolidated.safetensors"):
         (source / name).write_text("{}")
     code = (
-        "import sys, json; from megaswift.hf.locate import locate; found = locate(None, 'me/tiny');"
+        "import sys, json; from megaswift.hub.locate import locate; found = locate(None, 'me/tiny');"
         "print(json.dumps([str(found.path), found.model_type, found.origin, found.revision, found.kind]))"
     )
     with subprocess.Popen(

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from megaswift.errors import DataError, UserError
-from megaswift.hf import packaged
-from megaswift.hf.locate import locate
-from megaswift.hf.read import HFCheckpoint
+from megaswift.hub import packaged
+from megaswift.hub.locate import locate
+from megaswift.weights.hf.read import HFCheckpoint
 
 # SHA-256 of tokenizer.json in the published repository HuggingFaceTB/SmolLM2-135M-Instruct
 PUBLISHED_TOKENIZER = "9ca9acddb6525a194ec8ac7a87f24fbba7232a9a15ffa1af0c1224fcd888e47c"
@@ -34,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     home = tmp_path_factory.mktemp("packaged")
     environment = os.environ | {"HOME": str(home), "MEGASWIFT_CACHE": str(home / "m"), "PYTHONPATH": os.pathsep.join(sys.path)}
     environment |= {"OMP_NUM_THREADS": "1", "HF_HOME": str(home / "hf")}
-    code = "from megaswift.hf.locate import locate; print(locate('smollm2-135m-instruct'))"
+    code = "from megaswift.hub.locate import locate; print(locate('smollm2-135m-instruct'))"
     begin = time.perf_counter()
     both = [
         subprocess.Popen(

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from megaswift.errors import DataError, ExitCode, MegaswiftError, UserError
-from megaswift.hf.folder import incomplete, side_files
-from megaswift.hf.header import read_header
-from megaswift.hf.read import HFCheckpoint, nonfinite
+from megaswift.weights.hf.folder import incomplete, side_files
+from megaswift.weights.hf.header import read_header
+from megaswift.weights.hf.read import HFCheckpoint, nonfinite
 
 DTYPES = [
     torch.float64,

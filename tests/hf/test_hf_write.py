@@ -20,10 +20,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from megaswift.errors import DataError, UserError
-from megaswift.hf import write
-from megaswift.hf.read import HFCheckpoint
-from megaswift.hf.shards import plan_shards, write_shard
-from megaswift.hf.write import PlannedTensor, dtype_override, remove_leftovers, write_checkpoint
+from megaswift.weights.hf import write
+from megaswift.weights.hf.read import HFCheckpoint
+from megaswift.weights.hf.shards import plan_shards, write_shard
+from megaswift.weights.hf.write import PlannedTensor, dtype_override, remove_leftovers, write_checkpoint
 
 
 def planned(tensors: dict[str, torch.Tensor]) -> list[PlannedTensor]:

@@ -11,8 +11,8 @@ import pytest
 from tests import tiny
 
 from megaswift.errors import DataError, UserError
-from megaswift.hf.new_tokens import listed_tokens, with_new_tokens
-from megaswift.hf.tokenizer import has_tokenizer, load_tokenizer, read_tokenizer
+from megaswift.weights.hf.new_tokens import listed_tokens, with_new_tokens
+from megaswift.weights.hf.tokenizer import has_tokenizer, load_tokenizer, read_tokenizer
 
 OWN = 277  # tokens of the tiny tokenizer
 

@@ -110,7 +110,7 @@ def run_infer(
     code = (
         "import sys, torch; torch.set_num_threads(1)\n"
         "from megaswift.errors import MegaswiftError\n"
-        "from megaswift.infer import infer_main\n"
+        "from megaswift.commands.infer import infer_main\n"
         "try: infer_main(sys.argv[1:])\n"
         "except MegaswiftError as error: print(error.text(), file=sys.stderr); sys.exit(int(error.exit_code))\n"
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megaswift.infer import infer_main
+from megaswift.commands.infer import infer_main
 
 QUESTIONS = [f"question {number}" for number in range(5)]
 

@@ -22,8 +22,8 @@ from typing import Any
 
 import pytest
 
-from megaswift.arguments import DeployArguments
-from megaswift.deploy import check, deploy_main, is_loopback
+from megaswift.commands.deploy import check, deploy_main, is_loopback
+from megaswift.config.options import DeployArguments
 from megaswift.errors import UserError
 from megaswift.inference.gate import GATE_VARIABLE, KEY_VARIABLE, Gate, Rules
 from megaswift.inference.objects import CHAT_FORM

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from megaswift import deploy, eval
-from megaswift.arguments import DeployArguments, EvalArguments, InferArguments, parse
+from megaswift.commands import deploy, eval
+from megaswift.commands.infer import infer_main, prepare
+from megaswift.config.options import DeployArguments, EvalArguments, InferArguments, parse
 from megaswift.errors import DataError, UserError
-from megaswift.infer import infer_main, prepare
 from megaswift.inference.backends import check_backend
 from megaswift.inference.text import printable
 

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from tests.inference.test_run_model import race
 from tests.tiny import save_tiny, write_tokenizer
 
-from megaswift import run_model
-from megaswift.arguments import DeployArguments, InferArguments
+from megaswift.commands.infer import infer_main, prepare
+from megaswift.config.options import DeployArguments, InferArguments
 from megaswift.errors import DataError, MegaswiftError, UserError
-from megaswift.infer import infer_main, prepare
-from megaswift.run_model import KEPT, choose
+from megaswift.inference import model_ref as run_model
+from megaswift.inference.model_ref import KEPT, choose
 
 MODULES = {"model.layers.0.self_attn.q_proj": 4, "model.layers.3.mlp.down_proj": 8}
 

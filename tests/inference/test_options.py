@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megaswift.arguments import InferArguments, parse
+from megaswift.config.options import InferArguments, parse
 from megaswift.errors import UserError
 from megaswift.inference.options import GenerationOptions
 

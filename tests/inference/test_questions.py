@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megaswift.arguments import InferArguments
+from megaswift.config.options import InferArguments
 from megaswift.data.conversation import BadRow
 from megaswift.errors import DataError
 from megaswift.inference.options import GenerationOptions

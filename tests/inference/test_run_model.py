@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from tests.tiny import save_tiny, write_tokenizer
 
-from megaswift import run_model
-from megaswift.arguments import ExportArguments, InferArguments
+from megaswift.commands.export import export_main
+from megaswift.commands.infer import infer_main, prepare
+from megaswift.config.options import ExportArguments, InferArguments
 from megaswift.errors import DataError, UserError
-from megaswift.export import export_main
-from megaswift.infer import infer_main, prepare
-from megaswift.run_model import KEPT, exported
+from megaswift.inference import model_ref as run_model
+from megaswift.inference.model_ref import KEPT, exported
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_the_export_is_made_once_for_each_checkpoint(run: Path, monkeypatch: pyt
     first, name = exported(run, "my-tiny")
     assert name == "iter_0000002"
     with monkeypatch.context() as patch:
-        patch.setattr("megaswift.export.export_main", lambda *_: pytest.fail("it was exported again"))
+        patch.setattr("megaswift.commands.export.export_main", lambda *_: pytest.fail("it was exported again"))
         assert exported(run, "my-tiny")[0] == first
     (first / "config.json").unlink()
     assert (exported(run, "my-tiny")[0] / "config.json").is_file(), "a damaged export is made again"

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from megaswift.errors import DataError, NonFiniteError, UserError
-from megaswift.families.base import context_length
 from megaswift.inference import decoding
 from megaswift.inference.loading import load_model
 from megaswift.inference.options import GenerationOptions, PromptTooLongError
 from megaswift.inference.text import decode, whole_text
 from megaswift.inference.transformers_backend import TransformersBackend
+from megaswift.models.family import context_length
 
 QUESTIONS = ["who are you", "你是谁", "a", "What is the capital of France? " * 3, "晚上睡不着觉怎么办"]
 CONVERSATIONS = [[{"role": "user", "content": text}] for text in QUESTIONS]

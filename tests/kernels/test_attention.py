@@ -6,8 +6,8 @@ import pytest
 import torch
 from tests.kernels.conftest import check, double, leaf
 
-from megaswift.engine.kernels import attention
-from megaswift.engine.kernels.attention import Lengths, _by_sample, dense_causal, packed_causal, varlen_causal
+from megaswift.megatron.kernels import attention
+from megaswift.megatron.kernels.attention import Lengths, _by_sample, dense_causal, packed_causal, varlen_causal
 
 
 def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:

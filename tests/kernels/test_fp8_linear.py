@@ -12,9 +12,9 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from tests.kernels.conftest import check, leaf, off
 
-from megaswift.engine.kernels import fp8_linear, swiglu
-from megaswift.engine.kernels.fp8_linear import Fp8Products
-from megaswift.engine.kernels.fp8_quantize import (
+from megaswift.megatron.kernels import fp8_linear, swiglu
+from megaswift.megatron.kernels.fp8_linear import Fp8LinearOps
+from megaswift.megatron.kernels.fp8_quantize import (
     E4M3,
     LARGEST,
     SMALLEST,
@@ -23,12 +23,12 @@ from megaswift.engine.kernels.fp8_quantize import (
     quantize_rows,
     quantize_swiglu,
 )
-from megaswift.engine.kernels.products import PLAIN
-from megaswift.engine.kernels.swiglu_linear import swiglu_linear
-from megaswift.engine.kernels.triton_support import INTERPRETED
-from megaswift.engine.kernels.weight_grad import linear
+from megaswift.megatron.kernels.linear_ops import PLAIN
+from megaswift.megatron.kernels.swiglu_linear import swiglu_linear
+from megaswift.megatron.kernels.triton_support import INTERPRETED
+from megaswift.megatron.kernels.weight_grad import linear
 
-FP8 = Fp8Products()
+FP8 = Fp8LinearOps()
 FP8_CARD = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
 DEVICES = ["cpu"] + (["cuda"] if FP8_CARD else [])
 ON_A_CARD = pytest.mark.skipif(not FP8_CARD, reason="needs a GPU of compute capability 8.9")
@@ -140,7 +140,7 @@ def test_linear(device, tokens):
     for one, two in ((weight, plain[1]), (bias, plain[2])):
         for tensor in (one, two):
             tensor.main_grad, tensor.grad_added_to_main_grad = torch.zeros(tensor.shape, device=device), False
-    y, exact = linear(x, weight, bias, products=FP8), linear(*plain)
+    y, exact = linear(x, weight, bias, linear_ops=FP8), linear(*plain)
     assert y.shape == exact.shape and y.dtype == torch.bfloat16
     assert TYPICAL[0] < off(y - bias, exact - plain[2]) < TYPICAL[1]
     grad = torch.randn_like(y)
@@ -162,10 +162,10 @@ def test_swiglu_linear(device, recompute, add):
     x, weight = leaf(37, 2, 2 * 48, like=case), leaf(32, 48, like=case, scale=0.1)
     residual = leaf(37, 2, 32, like=case) if add else None
     results = []
-    for products in (FP8, PLAIN):
+    for linear_ops in (FP8, PLAIN):
         source, main = x.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
         main.main_grad, main.grad_added_to_main_grad = torch.zeros(32, 48, device=device), False
-        y = swiglu_linear(source * 1, main, recompute=recompute, overlap=True, residual=residual, products=products)
+        y = swiglu_linear(source * 1, main, recompute=recompute, overlap=True, residual=residual, linear_ops=linear_ops)
         y.backward(torch.ones_like(y) + 0.1 * y.detach())
         results.append((y if residual is None else y - residual, source.grad, main.main_grad))
     for got, want in zip(*results):
@@ -180,7 +180,7 @@ def _rank(rank: int, store: str, result: str) -> None:
     x, w = torch.randn(12, 2, 32).bfloat16(), torch.randn(64, 32).bfloat16()
     mine, shard = x.chunk(2)[rank].clone().requires_grad_(), w.chunk(2)[rank].clone().requires_grad_()
     shard.main_grad, shard.grad_added_to_main_grad = torch.zeros(32, 32), False
-    y = linear(mine, shard, sequence_parallel=True, tp_group=dist.group.WORLD, products=FP8)
+    y = linear(mine, shard, sequence_parallel=True, tp_group=dist.group.WORLD, linear_ops=FP8)
     y.backward(y.detach())
     torch.save((y.detach(), mine.grad, shard.main_grad), f"{result}/{rank}")
     dist.destroy_process_group()
@@ -193,7 +193,7 @@ def test_column_parallel_with_sequence_parallelism():
         parts = [torch.load(f"{folder}/{rank}") for rank in range(2)]
     torch.manual_seed(3)
     x, w = torch.randn(12, 2, 32).bfloat16().requires_grad_(), torch.randn(64, 32).bfloat16().requires_grad_()
-    y = linear(x, w, products=FP8)
+    y = linear(x, w, linear_ops=FP8)
     y.backward(y.detach())
     check(torch.cat([part[0] for part in parts], -1), y, torch.bfloat16)  # a token and an output channel are whole on a rank
     assert off(torch.cat([part[1] for part in parts]), x.grad) < TYPICAL[1]  # scales of dy and W are those of the rank's part
@@ -206,14 +206,14 @@ def test_weights_are_quantised_once_while_they_do_not_change(monkeypatch):
     for name in ("quantize_rows", "quantize_columns"):
         real = getattr(fp8_linear, name)
         monkeypatch.setattr(fp8_linear, name, lambda x, *more, name=name, real=real: made.append(name) or real(x, *more))
-    products, weight, x = Fp8Products(), torch.randn(32, 16).bfloat16(), torch.randn(3, 16).bfloat16()
+    linear_ops, weight, x = Fp8LinearOps(), torch.randn(32, 16).bfloat16(), torch.randn(3, 16).bfloat16()
 
     def a_pass(micro_batches: int) -> tuple[int, torch.Tensor]:
         made.clear()
-        with products.unchanged_weights(micro_batches):
+        with linear_ops.unchanged_weights(micro_batches):
             for _ in range(2):
-                y = products.forward(x, weight)
-                dx = products.input_grad(y, weight)
+                y = linear_ops.forward(x, weight)
+                dx = linear_ops.input_grad(y, weight)
         return len(made) - 4, dx  # x and y are quantised each time
 
     first, second = a_pass(2), a_pass(2)
@@ -222,7 +222,7 @@ def test_weights_are_quantised_once_while_they_do_not_change(monkeypatch):
     weight.data.mul_(2)  # as the fused optimizer's kernel does: no version counts it
     assert weight._version == version
     assert torch.equal(a_pass(2)[1], 4 * first[1])
-    products._room = False
+    linear_ops._room = False
     assert a_pass(2)[0] == 4
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from tests.kernels.conftest import check
 
-from megaswift.engine.kernels.fused_adamw import AddressTable, FusedAdamW, sum_of_squares
-from megaswift.engine.kernels.triton_support import INTERPRETED
+from megaswift.megatron.kernels.fused_adamw import AddressTable, FusedAdamW, sum_of_squares
+from megaswift.megatron.kernels.triton_support import INTERPRETED
 
 SIZES = (1, 17, 4096, 40000)
 

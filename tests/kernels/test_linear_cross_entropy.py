@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from tests.kernels.conftest import check, double, leaf
 
-from megaswift.engine.kernels.linear_cross_entropy import linear_cross_entropy
+from megaswift.megatron.kernels.linear_cross_entropy import linear_cross_entropy
 
 
 def batch(case, tokens=301, hidden=24, rows=130, real=117, keep=0.6):

@@ -27,9 +27,9 @@ def _model(fused: bool, tp: int, sequence_parallel: bool, qk_norm: bool) -> Any:
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from megaswift.engine import backend
-    from megaswift.engine.kernels.megatron_fuse import fuse_embedding
-    from megaswift.families.kinds import Kind
+    from megaswift.megatron import layer_specs as backend
+    from megaswift.megatron.kernels.megatron_fuse import fuse_embedding
+    from megaswift.models.kinds import Kind
 
     config = TransformerConfig(
         **SETTINGS, tensor_model_parallel_size=tp, sequence_parallel=sequence_parallel, qk_layernorm=qk_norm
@@ -92,7 +92,7 @@ def _loss(model: Any, fused: bool, ids: torch.Tensor, labels: torch.Tensor, layo
     from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
     from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
-    from megaswift.engine.kernels.linear_cross_entropy import linear_cross_entropy
+    from megaswift.megatron.kernels.linear_cross_entropy import linear_cross_entropy
 
     hidden = model.decoder(
         hidden_states=model.embedding(input_ids=ids, position_ids=None), attention_mask=None, packed_seq_params=layout
@@ -125,9 +125,10 @@ def _train(
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from tests.kernels.test_rope import tables
 
-    from megaswift.engine import backend, compat
-    from megaswift.engine.kernels.main_grad import settle_main_grads, zero_main_grads
-    from megaswift.engine.kernels.megatron_optimizer import FusedOptimizer, fuse_optimizer
+    from megaswift.megatron import compat
+    from megaswift.megatron import layer_specs as backend
+    from megaswift.megatron.kernels.main_grad import settle_main_grads, zero_main_grads
+    from megaswift.megatron.kernels.megatron_optimizer import FusedOptimizer, fuse_optimizer
 
     model = _model(fused, tp, sequence_parallel, qk_norm)
     ddp = DistributedDataParallel(
@@ -147,7 +148,7 @@ def _train(
     edges = torch.tensor([0, 5, 12], dtype=torch.int32) if packed else None
     layout = backend.SequenceLayout(
         tables={"main": (cos.unsqueeze(2), sin.unsqueeze(2))},
-        segments=lengths,
+        seq_lens=lengths,
         cu_seqlens_q=edges,
         max_seqlen_q=7 if packed else None,
     )
@@ -196,7 +197,7 @@ def _rank(rank: int, folder: str, tp: int, sequence_parallel: bool, packed: bool
     warnings.filterwarnings("ignore")
     from megatron.core import parallel_state
 
-    from megaswift.engine.compat import cpu_engine
+    from megaswift.megatron.compat import cpu_engine
 
     dist.init_process_group("gloo", init_method=f"file://{os.path.join(folder, 'store')}", rank=rank, world_size=2)
     with cpu_engine():

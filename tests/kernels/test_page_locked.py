@@ -7,8 +7,8 @@ import gc
 import pytest
 import torch
 
-from megaswift.engine.kernels.fused_adamw import FusedAdamW
-from megaswift.engine.kernels.page_locked import HostTensors, PageLocked
+from megaswift.megatron.kernels.fused_adamw import FusedAdamW
+from megaswift.megatron.kernels.pinned import HostTensors, PageLocked
 
 SIZES = (1, 17, 4096, 40000, 3_000_001)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")

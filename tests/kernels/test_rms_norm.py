@@ -6,7 +6,7 @@ import pytest
 import torch
 from tests.kernels.conftest import check, double, leaf
 
-from megaswift.engine.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_keep
+from megaswift.megatron.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_keep
 
 SHAPES = [(5, 3, 48), (7, 1, 129), (3, 2, 896), (2, 3, 5, 16)]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tests.kernels.conftest import check, double, leaf
 
-from megaswift.engine.kernels.rope import rotate, split_rotate_qkv
+from megaswift.megatron.kernels.rope import rotate, split_rotate_qkv
 
 
 def tables(positions: torch.Tensor, dim: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,9 +7,9 @@ import copy
 import pytest
 import torch
 
-from megaswift.engine.kernels.fused_adamw import FusedAdamW
-from megaswift.engine.kernels.small_moments import GROUP, new_moments, noise_of, read_moments, write_moments
-from megaswift.engine.kernels.triton_support import INTERPRETED
+from megaswift.megatron.kernels.fused_adamw import FusedAdamW
+from megaswift.megatron.kernels.small_moments import GROUP, new_moments, noise_of, read_moments, write_moments
+from megaswift.megatron.kernels.triton_support import INTERPRETED
 
 KINDS = ("bf16", "8bit")
 
@@ -87,7 +87,7 @@ def test_kernel_is_its_twin(kind, weighted, device):
             p.low_precision_weight = torch.zeros(p.shape, dtype=torch.bfloat16, device=p.device)
     ours = optimizer_of(mine, kind, lr=1e-2, weight_decay=0.1)
     twin = optimizer_of(theirs, kind, lr=1e-2, weight_decay=0.1)
-    from megaswift.engine.kernels import fused_adamw
+    from megaswift.megatron.kernels import fused_adamw
 
     for _ in range(3):
         for a, b in zip(mine, theirs):

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from tests.kernels.conftest import check, double, leaf
 
-from megaswift.engine.kernels import swiglu_linear as module
-from megaswift.engine.kernels.swiglu import backward_in_place, swiglu
-from megaswift.engine.kernels.swiglu_linear import FirstProduct, swiglu_linear
-from megaswift.engine.kernels.triton_support import HAS_TRITON, use_triton
-from megaswift.engine.kernels.weight_grad import linear
+from megaswift.megatron.kernels import swiglu_linear as module
+from megaswift.megatron.kernels.swiglu import backward_in_place, swiglu
+from megaswift.megatron.kernels.swiglu_linear import FirstProduct, swiglu_linear
+from megaswift.megatron.kernels.triton_support import HAS_TRITON, use_triton
+from megaswift.megatron.kernels.weight_grad import linear
 
 SHAPES = [(5, 3, 33), (2, 1, 1030), (1, 4, 7)]
 

@@ -12,9 +12,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from tests.kernels.conftest import check, double, leaf
 
-from megaswift.engine.kernels.embedding import embedding
-from megaswift.engine.kernels.main_grad import add_product, settle_main_grads, zero_main_grads
-from megaswift.engine.kernels.weight_grad import linear
+from megaswift.megatron.kernels.embedding import embedding
+from megaswift.megatron.kernels.main_grad import add_product, settle_main_grads, zero_main_grads
+from megaswift.megatron.kernels.weight_grad import linear
 
 
 def with_main_grad(weight, value=0.0):

@@ -1,6 +1,6 @@
 """The list of planted faults: one YAML file a room under `rooms/`, each fault a text that stands once and what replaces it.
 
-families/rules.py:                  # the file, below src/megaswift: stated once for all of its faults in this room
+models/rules.py:                  # the file, below src/megaswift: stated once for all of its faults in this room
   - name: gate-and-up-change-places # unique in all rooms
     old: torch.cat(parts, 0)        # stands exactly once in the file; `edits: [{old, new}, ...]` where one change is not enough
     new: torch.cat(parts[::-1], 0)

@@ -22,8 +22,8 @@ def planted(fault: str) -> Iterator[None]:
 
 def run_rank(job: str, fault: str) -> None:
     """One rank of a parity run with a fault planted."""
-    from megaswift.engine.job import Job
     from megaswift.parity.rank import run
+    from megaswift.run.job import Job
 
     with planted(fault):
         run(Job.read(Path(job)))
@@ -31,15 +31,15 @@ def run_rank(job: str, fault: str) -> None:
 
 def run_sft_rank(job: str, fault: str) -> None:
     """One rank of a whole run with a fault planted."""
-    from megaswift.engine.job import Job
-    from megaswift.engine.loop import run
+    from megaswift.run.job import Job
+    from megaswift.train.loop import run
 
     with planted(fault):
         run(Job.read(Path(job)))
 
 
 def _shifted_labels() -> Any:
-    from megaswift.engine import step
+    from megaswift.train import trainer as step
 
     honest = step.run_micro_batch
     return mock.patch.object(
@@ -52,7 +52,8 @@ def _shifted_labels() -> Any:
 def _mean_over_micro_batches() -> Any:
     import torch
 
-    from megaswift.engine import model, step
+    from megaswift.megatron import model
+    from megaswift.train import trainer as step
 
     honest_loss, honest_step = model.linear_cross_entropy, step.forward_step
 
@@ -73,7 +74,7 @@ def _mean_over_micro_batches() -> Any:
 
 
 def _norm_gradient_not_reduced() -> Any:
-    from megaswift.engine import model
+    from megaswift.megatron import model
 
     honest = model.build
 
@@ -88,7 +89,7 @@ def _norm_gradient_not_reduced() -> Any:
 
 
 def _untied_head() -> Any:
-    from megaswift.engine.model import ChatModel
+    from megaswift.megatron.model import ChatModel
 
     honest = ChatModel.shared_embedding_or_output_weight
     return mock.patch.object(ChatModel, "shared_embedding_or_output_weight", lambda self: _detached(honest(self), self))
@@ -104,7 +105,7 @@ def _detached(weight: Any, model: Any) -> Any:
 
 
 def _rope_base_off_by_one() -> Any:
-    from megaswift.engine.model import RotaryTable
+    from megaswift.megatron.model import RotaryTable
 
     honest = RotaryTable.__init__
 

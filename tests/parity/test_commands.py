@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 
-from megaswift.parity.command import parity_main
+from megaswift.commands.parity import parity_main
 from tests.parity.planted import run_rank, run_sft_rank
 from tests.ranks import RankPool
 from tests.test_readme import blocks, commands
@@ -50,7 +50,7 @@ def done(work: Path, pool: RankPool) -> list[tuple[list[str], Path, str]]:
         with (
             contextlib.chdir(work),
             contextlib.redirect_stdout(said),
-            mock.patch("megaswift.engine.launch.start_ranks", start_ranks),
+            mock.patch("megaswift.launch.agent.start_ranks", start_ranks),
             mock.patch.dict(os.environ, {"NPROC_PER_NODE": "1", "COLUMNS": "300", **environment}),
         ):
             found.append((words[1:], parity_main([*words[1:], "--output_dir", f"out{len(found)}"]), said.getvalue()))

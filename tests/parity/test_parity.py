@@ -13,10 +13,10 @@ from unittest import mock
 import pytest
 import torch
 
-from megaswift.arguments import ParityArguments, SftArguments
+from megaswift.commands.parity import parity_main
+from megaswift.config.options import ParityArguments, SftArguments
 from megaswift.errors import DataError, UserError
 from megaswift.parity import noise
-from megaswift.parity.command import parity_main
 from megaswift.parity.compare import StepDifference, beyond, verdict, worst
 from megaswift.parity.layouts import parse_layouts
 from tests import tiny
@@ -44,7 +44,7 @@ def parity(
         pool.run(place.world_size, run_rank, str(job), fault)
 
     with (
-        mock.patch("megaswift.engine.launch.start_ranks", start_ranks),
+        mock.patch("megaswift.launch.agent.start_ranks", start_ranks),
         mock.patch.dict(os.environ, {"NPROC_PER_NODE": str(world)}),
     ):
         parity_main(args)
@@ -101,7 +101,7 @@ def one_faulty(pool: RankPool, start: tuple[Path, Path], output: Path, fault: st
     def start_ranks(place: Any, job: Path, module: str = "") -> None:
         pool.run(place.world_size, run_rank, str(job), fault if place.world_size == 2 else "")
 
-    with mock.patch("megaswift.engine.launch.start_ranks", start_ranks):
+    with mock.patch("megaswift.launch.agent.start_ranks", start_ranks):
         parity_main(args)
 
 
@@ -153,7 +153,7 @@ def learning(pool: RankPool, start: tuple[Path, Path], output: Path, fault: str,
         pool.run(place.world_size, run_sft_rank, str(job), fault)
 
     with (
-        mock.patch("megaswift.engine.launch.start_ranks", start_ranks),
+        mock.patch("megaswift.launch.agent.start_ranks", start_ranks),
         mock.patch.dict(os.environ, {"NPROC_PER_NODE": "2"}),
     ):
         parity_main(args)

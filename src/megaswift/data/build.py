@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from megaswift.arguments import DataArguments
+from megaswift.config.options import DataArguments
 from megaswift.data.chat import ChatTemplate
 from megaswift.data.conversation import BadRow
 from megaswift.data.encoding import refuse_encoding
@@ -22,8 +22,8 @@ from megaswift.data.sampling import sample_validation, split_and_sample
 from megaswift.data.store import RowWriter
 from megaswift.data.workers import Workers
 from megaswift.errors import DataError, UserError
-from megaswift.hf.tokenizer import no_rows
 from megaswift.terminal import LiveLine
+from megaswift.weights.hf.tokenizer import no_rows
 
 T = TypeVar("T")
 

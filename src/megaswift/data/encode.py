@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megaswift.arguments import DataArguments, SftArguments
-from megaswift.cache import published
+from megaswift.config.options import DataArguments, SftArguments
 from megaswift.data.build import Build, Table
 from megaswift.data.chat import ChatTemplate
 from megaswift.data.pipeline import Pipeline, Recipe
@@ -29,6 +28,7 @@ from megaswift.data.store import TokenRows
 from megaswift.data.stream import resolve_stream
 from megaswift.data.workers import Workers
 from megaswift.errors import DataError, UserError
+from megaswift.store.cache import published
 
 
 @dataclass

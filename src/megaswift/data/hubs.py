@@ -8,7 +8,7 @@ from typing import Any
 
 from megaswift.data.tables import Joined, Source, TableRows
 from megaswift.errors import DataError
-from megaswift.hf.hubs import offline, probe, read_text_error
+from megaswift.hub.remote import offline, probe, read_text_error
 
 HUB_NAMES = {"hf": "Hugging Face", "ms": "ModelScope"}
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megaswift.arguments import DataArguments
+from megaswift.config.options import DataArguments
 from megaswift.data.registry import SAME
 from megaswift.data.spec import DatasetSpec, parse_specs
 from megaswift.errors import UserError

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from megaswift.data.report import Dropped
+from megaswift.data.report import Dropped, remarks
 from megaswift.errors import UserError
 
 if TYPE_CHECKING:
@@ -72,8 +72,6 @@ def draw_lengths(sizes: np.ndarray, max_length: int, path: Path) -> None:
 
 
 def _page(report: DataReport, inspected: Inspected, lines: list[str], picture: bytes) -> str:
-    from megaswift.data.report import remarks
-
     names = ("dataset", "rows", "usable", "train", "validation", "tokens", "with loss")
     head = "".join(f"<th>{name}</th>" for name in names)
     body = "".join(

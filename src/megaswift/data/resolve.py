@@ -12,7 +12,7 @@ from megaswift.data.read import files_of, open_path
 from megaswift.data.registry import Entry, entries
 from megaswift.data.spec import DatasetSpec
 from megaswift.errors import DataError, UserError, nearest
-from megaswift.hf.hubs import hubs as preferred
+from megaswift.hub.remote import hubs as preferred
 
 SELF_COGNITION = "self-cognition"
 SELF_COGNITION_CONVERTERS = {"default": None, "qwen3": "no_think", "empty_think": "empty_think"}

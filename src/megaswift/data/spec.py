@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megaswift.config.parse import exists, split_commas
 from megaswift.errors import UserError
-from megaswift.option_parser import exists, split_commas
 
 HUBS = ("hf", "ms")
 

@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from megaswift.evaluation.scoring import Asked, Scorer, Verdict
+from megaswift.launch.agent import safe_path
 
 DEADLINE = 30.0  # seconds for one answer; EvalScope's own
 _START = 300.0  # seconds for importing EvalScope, from a cold disk on a busy machine
@@ -68,8 +69,6 @@ class JudgeProcess:
     def _start(self) -> Connection:
         # Neither forked nor spawned by multiprocessing: the asking process has threads, perhaps a GPU, and a user's script
         # may be its main module, which must not run again. A session of its own, so that Ctrl-C is the asking process's alone.
-        from megaswift.engine.launch import safe_path
-
         self._pipe, theirs = multiprocessing.Pipe()
         with theirs:
             self._process = subprocess.Popen(

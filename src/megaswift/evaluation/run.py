@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import Any
 
+from megaswift import __version__
 from megaswift.errors import UserError
 from megaswift.evaluation.answers import AnswerStore, answer_key
+from megaswift.evaluation.evalscope_scorer import EvalScopeScorer
 from megaswift.evaluation.items import LETTERS, Bench, Item
-from megaswift.evaluation.scoring import Asked, Scorer, Verdict, make_scorer
+from megaswift.evaluation.scoring import Asked, OwnScorer, Scorer, Verdict
 from megaswift.inference.options import Answer, GenerationOptions, PromptError
 from megaswift.inference.thoughts import apart, opens_thought
 
@@ -208,7 +211,6 @@ class _Likelihoods(_Work):
     version = "1"
 
     def __init__(self, backend: Any, bench: Bench, settings: Settings) -> None:
-        from megaswift import __version__
         from megaswift.evaluation.likelihood import LikelihoodScorer, texts
 
         if not hasattr(backend, "model"):
@@ -240,3 +242,10 @@ class _Likelihoods(_Work):
                     "log_likelihoods": [round(value, 4) for value in found.sums],
                 },
             )
+
+
+def make_scorer(bench: Bench, few_shot: int, seed: int) -> Scorer:
+    """EvalScope for its own benchmarks where it is installed; ours for custom ones and everywhere else."""
+    if not bench.custom and find_spec("evalscope") is not None:
+        return EvalScopeScorer(bench, few_shot, seed)
+    return OwnScorer(bench, few_shot)

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from megaswift import __version__
 from megaswift.evaluation.items import LETTERS, Bench, Item
 from megaswift.evaluation.reading import normal, own_words, read_letter, read_number
 
@@ -76,8 +77,6 @@ class OwnScorer:
     version = "3"
 
     def __init__(self, bench: Bench, few_shot: int) -> None:
-        from megaswift import __version__
-
         self.title = f"megaswift {__version__}"
         self.max_new_tokens = {"gsm8k": 512, "general_qa": 512}.get(bench.kind, 32)
         self._bench, self._few_shot = bench, few_shot
@@ -151,14 +150,3 @@ def rouge_l(text: str, reference: str) -> float:
 
 def _units(text: str) -> list[str]:
     return re.findall(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+", text.lower())
-
-
-def make_scorer(bench: Bench, few_shot: int, seed: int) -> Scorer:
-    """EvalScope for its own benchmarks where it is installed; ours for custom ones and everywhere else."""
-    from importlib.util import find_spec
-
-    if not bench.custom and find_spec("evalscope") is not None:
-        from megaswift.evaluation.evalscope_scorer import EvalScopeScorer
-
-        return EvalScopeScorer(bench, few_shot, seed)
-    return OwnScorer(bench, few_shot)

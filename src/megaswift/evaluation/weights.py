@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megaswift.hf.read import dtype_name, tensor_table, torch_dtype
+from megaswift.weights.hf.read import dtype_name, tensor_table, torch_dtype
 
 if TYPE_CHECKING:
     import torch
 
-    from megaswift.hf.header import TensorEntry
+    from megaswift.weights.hf.header import TensorEntry
 
 _PIECE = 1 << 22  # bytes read at once; a multiple of every element's size
 

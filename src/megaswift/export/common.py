@@ -11,15 +11,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megaswift.args_file import EXPORT_ARGS
-from megaswift.checkpoint import layout
+from megaswift.config.files import EXPORT_ARGS
 from megaswift.errors import UserError
+from megaswift.proof.page import print_proof, round_trip
+from megaswift.store import paths
+from megaswift.store.manifest import MANIFEST
+from megaswift.store.sign import load_private_key, sign_manifest
 from megaswift.terminal import say, shown
+from megaswift.weights.hf.tokenizer import has_tokenizer, load_tokenizer
 
 THREADS = 2  # files written at the same time
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _ITERATION = r"iter_\d+"
-_CHECKPOINT = re.compile(rf"{layout.RELEASE}|{_ITERATION}|mp_rank_\d+\w*")  # a directory of weights in a Megatron directory
+_CHECKPOINT = re.compile(rf"{paths.RELEASE}|{_ITERATION}|mp_rank_\d+\w*")  # a directory of weights in a Megatron directory
 
 
 def parse_size(text: str) -> int:
@@ -48,7 +52,7 @@ def require_free_name(target: Path, overwrite: bool, *sources: Path) -> None:
             where=str(target),
             fix="use --overwrite true to replace it, or name another one",
         )
-    known = (layout.TRACKER, layout.MANIFEST, EXPORT_ARGS)
+    known = (paths.TRACKER, MANIFEST, EXPORT_ARGS)
     if not target.is_dir() or (any(target.iterdir()) and not any((target / name).exists() for name in known)):
         raise UserError(
             "this was not made by swift export, so it is not replaced.",
@@ -125,7 +129,7 @@ def report_nonfinite(names: set[str]) -> None:
 def report_rounded(found: dict[str, str], count: int) -> None:
     """Say which of a model's tensors hold less than in the source."""
     if found:
-        from megaswift.convert.precision import rounded_text
+        from megaswift.weights.convert.precision import rounded_text
 
         say(f"  [yellow]{rounded_text(found, count)}[/yellow]")
 
@@ -136,27 +140,19 @@ def report_proof(proof: dict[str, Any] | None) -> None:
         say("  [yellow]not verified (--verify false)[/yellow]")
         return
     if "logits" not in proof:
-        from megaswift.proof.page import round_trip
-
         say(f"  round trip: {round_trip(proof)}")
         return
-    from megaswift.proof.page import print_proof
-
     print_proof(proof)
 
 
 def sign(directory: Path, key: str | None) -> None:
     """Sign a manifest with --sign KEY, if that was given."""
     if key:
-        from megaswift.checkpoint.sign import load_private_key, sign_manifest
-
         sign_manifest(directory, load_private_key(Path(key)))
 
 
 def check_tokenizer(model_dir: Path) -> None:
     """Raise DataError where the tokenizer is damaged or has tokens without a row in the embedding; say where there is none."""
-    from megaswift.hf.tokenizer import has_tokenizer, load_tokenizer
-
     if has_tokenizer(model_dir):
         load_tokenizer(model_dir)
     else:

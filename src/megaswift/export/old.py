@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megaswift.args_file import MODEL_OPTIONS, fill_from_file, read_args_file
-from megaswift.arguments import ExportArguments
-from megaswift.checkpoint import classic
-from megaswift.checkpoint.classic import Classic, ClassicReader
+from megaswift.config.files import MODEL_OPTIONS, fill_from_file, read_args_file
+from megaswift.config.options import ExportArguments
 from megaswift.errors import UserError
+from megaswift.hub.locate import locate
 from megaswift.terminal import say
+from megaswift.weights import classic
+from megaswift.weights.classic import Classic, ClassicReader
+from megaswift.weights.hf.config import load_config
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,6 @@ def open_classic(found: Classic, root: Path, args: ExportArguments) -> Old:
 
     Raises UserError where nothing says which model it is.
     """
-    from megaswift.hf.config import load_config
-
     given = args.explicit()
     classic.check_flags(found, args.tp if "tp" in given else None, args.pp if "pp" in given else None)
     # Options that the original system kept here have names of its own for what is not filled in.
@@ -54,8 +54,6 @@ def open_classic(found: Classic, root: Path, args: ExportArguments) -> Old:
                 where=str(root),
                 fix="give --model_type NAME or --model_id_or_path DIR of the original model",
             )
-        from megaswift.hf.locate import locate
-
         located = locate(args.model_type, args.model_id_or_path, args.model_revision)
         model_dir, args = located.path, args.changed(model_type=args.model_type or located.model_type)
     if not args.model_type:

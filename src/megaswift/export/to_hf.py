@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megaswift.args_file import LAYOUT_OPTIONS, MODEL_OPTIONS, SFT_ARGS, args_file_in, fill_from_file, read_args_file
-from megaswift.arguments import ExportArguments
-from megaswift.checkpoint import layout
+from megaswift.config.files import LAYOUT_OPTIONS, MODEL_OPTIONS, SFT_ARGS, args_file_in, fill_from_file, read_args_file
+from megaswift.config.options import ExportArguments
 from megaswift.errors import DataError, UserError
 from megaswift.export.common import (
     THREADS,
@@ -25,16 +24,26 @@ from megaswift.export.common import (
     require_free_name,
     sign,
 )
-from megaswift.hf.output import start_reading
-from megaswift.hf.publish import refuse_unfinished
+from megaswift.models import parameters_of
+from megaswift.models.parameters import hf_shapes
+from megaswift.proof.chain import require_whole
+from megaswift.proof.prove import PAGE, prove, summary, write_page
+from megaswift.store import paths
+from megaswift.store.files import start_reading
+from megaswift.store.manifest import MANIFEST, ancestry, read_manifest, sha256_of, versions, write_manifest
+from megaswift.store.publish import refuse_unfinished
 from megaswift.terminal import say, shown, typed
+from megaswift.weights.hf.config import load_config
+from megaswift.weights.hf.folder import check_config, read_config, side_files
+from megaswift.weights.hf.read import HFCheckpoint
+from megaswift.weights.hf.write import dtype_override, write_checkpoint
 
 if TYPE_CHECKING:
     import torch
 
-    from megaswift.convert import Precisions
-    from megaswift.convert.model import MegatronReader
-    from megaswift.hf.write import WriteResult
+    from megaswift.weights.convert import Precisions
+    from megaswift.weights.convert.model import MegatronReader
+    from megaswift.weights.hf.write import WriteResult
 
 
 @dataclass(frozen=True)
@@ -114,10 +123,8 @@ class _Form:
 
 def _form(weights: _Weights) -> _Form:
     """--dtype for all tensors; without it each tensor's own precision, of the source and of the training, the wider."""
-    from megaswift.convert import DTYPES, Precisions, precisions_of_checkpoint
-    from megaswift.convert.precision import chosen, other_dtypes, rounded, wider, with_masters
-    from megaswift.families import parameters_of
-    from megaswift.families.parameters import hf_shapes
+    from megaswift.weights.convert import DTYPES, Precisions, precisions_of_checkpoint
+    from megaswift.weights.convert.precision import chosen, other_dtypes, rounded, wider, with_masters
 
     parameters, args = parameters_of(weights.config), weights.args
     stored, recorded = precisions_of_checkpoint(weights.reader, parameters), other_dtypes(weights.manifest)
@@ -134,14 +141,12 @@ def _form(weights: _Weights) -> _Form:
 
 def _own_weights(root: Path, args: ExportArguments) -> _Weights:
     """Weights in a directory that export or sft made."""
-    checkpoint = layout.find_checkpoint(root, args.iteration)
+    checkpoint = paths.find_checkpoint(root, args.iteration)
     start_reading(sorted(checkpoint.glob("*.distcp"), key=lambda path: (len(path.name), path.name)))
     args = fill_from_file(args, read_args_file(root), (*MODEL_OPTIONS, *LAYOUT_OPTIONS))
     if not args.model_type:
         raise UserError("the directory does not say its model_type.", where=str(root), fix="give --model_type NAME")
-    from megaswift.checkpoint.manifest import read_manifest
-    from megaswift.checkpoint.reader import Reader
-    from megaswift.hf.config import load_config
+    from megaswift.weights.torch_dist.reader import Reader
 
     return _Weights(
         Reader(checkpoint), checkpoint, load_config(root), root, read_manifest(checkpoint), {}, args, shown(checkpoint)
@@ -150,7 +155,7 @@ def _own_weights(root: Path, args: ExportArguments) -> _Weights:
 
 def _old_weights(root: Path, args: ExportArguments) -> _Weights | None:
     """Weights in the classic layout (mp_rank_XX/model_optim_rng.pt), or None where the directory is another kind."""
-    from megaswift.checkpoint import classic
+    from megaswift.weights import classic
 
     found = classic.find(root, args.iteration)
     if found is None:
@@ -164,17 +169,12 @@ def _old_weights(root: Path, args: ExportArguments) -> _Weights | None:
 
 def _require_untouched(weights: _Weights, root: Path) -> None:
     """Raise DataError unless config.json and every file of the checkpoint are those that were written."""
-    from megaswift.checkpoint.manifest import check_config
-    from megaswift.proof.chain import require_whole
-
     check_config(root, weights.manifest)
     require_whole(weights.directory)
 
 
 def _write(weights: _Weights, form: _Form, target: Path, root: Path) -> tuple[WriteResult, dict[str, Any] | None]:
-    from megaswift.convert import FiniteCheck, planned_hf_tensors
-    from megaswift.hf.folder import read_config, side_files
-    from megaswift.hf.write import dtype_override, write_checkpoint
+    from megaswift.weights.convert import FiniteCheck, planned_hf_tensors
 
     values = read_config(weights.model_dir)
     named = str(values.get("dtype", values.get("torch_dtype"))).removeprefix("torch.")
@@ -213,28 +213,19 @@ def _write(weights: _Weights, form: _Form, target: Path, root: Path) -> tuple[Wr
 
 
 def _shapes(config: Any) -> list[tuple[int, ...]]:
-    from megaswift.families import parameters_of
-    from megaswift.families.parameters import hf_shapes
-
     return list(hf_shapes(parameters_of(config)).values())
 
 
 def _identity(weights: _Weights) -> Any:
     """What tells this checkpoint from another one under the same name."""
     if weights.manifest:
-        from megaswift.checkpoint.manifest import sha256_of
-
-        return sha256_of(weights.directory / layout.MANIFEST)
+        return sha256_of(weights.directory / MANIFEST)
     return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(weights.directory.rglob("*.pt"))]
 
 
 def _prove(written: Path, weights: _Weights, form: _Form, logits: bool) -> dict[str, Any]:
     """Read the folder back, compare it with the Megatron weights, and both models' logits unless a weight is not finite."""
-    from megaswift.convert import verify_written
-    from megaswift.families import parameters_of
-    from megaswift.hf.config import load_config
-    from megaswift.hf.read import HFCheckpoint
-    from megaswift.proof.prove import prove
+    from megaswift.weights.convert import verify_written
 
     source = HFCheckpoint.open(written)
     equal = verify_written(source, form.reader, weights.config, form.precisions)
@@ -259,14 +250,9 @@ class _Rounded:
 
 def _finish(written: WriteResult, weights: _Weights, target: Path, form: _Form, proof: dict[str, Any] | None) -> None:
     """conversion.html, and last the manifest, which names the checkpoint's."""
-    from megaswift.checkpoint.manifest import ancestry, sha256_of, versions, write_manifest
-    from megaswift.hf.folder import read_config
-
     files = {name: {"size": record.size, "sha256": record.sha256} for name, record in written.files.items()}
     verified: dict[str, Any] = {}
     if proof is not None:
-        from megaswift.proof.prove import PAGE, summary, write_page
-
         verified = summary(proof)
     if proof is not None and "logits" in proof:
         facts = [("made from", weights.label), ("precision", str(form.precisions)), ("tensors", str(len(written.tensors)))]

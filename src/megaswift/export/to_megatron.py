@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megaswift.args_file import EXPORT_ARGS, write_args_file
-from megaswift.arguments import ExportArguments
-from megaswift.checkpoint import layout
+from megaswift.config.files import EXPORT_ARGS, write_args_file
+from megaswift.config.options import ExportArguments
 from megaswift.errors import UserError
 from megaswift.export.common import (
     THREADS,
@@ -25,13 +24,25 @@ from megaswift.export.common import (
     require_free_name,
     sign,
 )
-from megaswift.hf.new_tokens import NewTokens, listed_tokens, with_new_tokens
+from megaswift.hub.locate import locate
+from megaswift.models import parameters_of
+from megaswift.models.family import is_tied
+from megaswift.proof.prove import prove, summary, write_page
+from megaswift.run.plan import check_layout
+from megaswift.store import paths
+from megaswift.store.files import start_reading
+from megaswift.store.manifest import digest_files, versions, write_manifest
+from megaswift.store.publish import publish, workspace
 from megaswift.terminal import say, shown, typed
+from megaswift.weights.hf.config import load_config
+from megaswift.weights.hf.folder import read_config, side_files
+from megaswift.weights.hf.new_tokens import NewTokens, listed_tokens, with_new_tokens
+from megaswift.weights.hf.read import HFCheckpoint
 
 if TYPE_CHECKING:
-    from megaswift.checkpoint.classic import Classic
-    from megaswift.convert import Conversion, Precisions
-    from megaswift.hf.publish import Workspace
+    from megaswift.store.publish import Workspace
+    from megaswift.weights.classic import Classic
+    from megaswift.weights.convert import Conversion, Precisions
 
 
 @dataclass(frozen=True)
@@ -68,19 +79,14 @@ def to_megatron(args: ExportArguments) -> Path:
     """Hugging Face folder -> {model_type}-tp{tp}-pp{pp}, with config, tokenizer and export_args.json beside the weights."""
     if not args.model_type and not args.model_id_or_path:
         raise UserError("no model is named.", where="swift export", fix="give --model_type NAME or --model_id_or_path DIR")
-    from megaswift.hf.locate import locate
-    from megaswift.hf.output import start_reading
-    from megaswift.hf.read import HFCheckpoint
-
     located = locate(args.model_type, args.model_id_or_path, args.model_revision, args.allow_pickle)
     source = HFCheckpoint.open(located.path, args.allow_pickle)
     files = sorted({source.file_of(name) for name in source.names})
     start_reading(files)
-    from megaswift.checkpoint.reader import Reader
-    from megaswift.convert import hf_to_megatron, precisions_of_folder, verify_round_trip
-    from megaswift.convert.new_rows import GrownFolder, require_old_rows
-    from megaswift.convert.precision import chosen
-    from megaswift.hf.config import load_config
+    from megaswift.weights.convert import hf_to_megatron, precisions_of_folder, verify_round_trip
+    from megaswift.weights.convert.new_rows import GrownFolder, require_old_rows
+    from megaswift.weights.convert.precision import chosen
+    from megaswift.weights.torch_dist.reader import Reader
 
     args, added, model_dir = _with_new_tokens(args, located.path)
     config = load_config(model_dir)
@@ -89,8 +95,6 @@ def to_megatron(args: ExportArguments) -> Path:
     grown = GrownFolder(source, added.rows_before, added.rows_after) if added else source
 
     def proof(release: Path, done: Conversion) -> dict[str, Any]:
-        from megaswift.proof.prove import prove
-
         written = Reader(release)
         equal = verify_round_trip(written, config, done.tensors, precisions)
         if added:
@@ -130,12 +134,11 @@ def classic_to_megatron(args: ExportArguments) -> Path:
     """
     root = Path(str(args.ckpt_dir)).absolute()
     found = _classic_in(root, args.iteration)
-    from megaswift.checkpoint.reader import Reader
-    from megaswift.convert import megatron_to_megatron, precisions_of_checkpoint, verify_round_trip
-    from megaswift.convert.new_rows import GrownReader, require_old_rows
-    from megaswift.convert.precision import chosen
     from megaswift.export.old import open_classic
-    from megaswift.families import parameters_of
+    from megaswift.weights.convert import megatron_to_megatron, precisions_of_checkpoint, verify_round_trip
+    from megaswift.weights.convert.new_rows import GrownReader, require_old_rows
+    from megaswift.weights.convert.precision import chosen
+    from megaswift.weights.torch_dist.reader import Reader
 
     old = open_classic(found, root, args)
     had = precisions_of_checkpoint(old.reader, parameters_of(old.config))
@@ -180,7 +183,7 @@ def classic_to_megatron(args: ExportArguments) -> Path:
 
 def _classic_in(root: Path, iteration: int | None) -> Classic:
     """The old checkpoint in a directory. Raises UserError where there is none."""
-    from megaswift.checkpoint import classic
+    from megaswift.weights import classic
 
     found = classic.find(root, iteration)
     if found is None:
@@ -206,10 +209,7 @@ def _with_new_tokens(args: ExportArguments, model_dir: Path) -> tuple[ExportArgu
 
 def _write(args: ExportArguments, source: _Source) -> Path:
     """Convert, prove, and publish the whole directory."""
-    from megaswift.convert.precision import rounded
-    from megaswift.families.base import is_tied
-    from megaswift.hf.publish import publish, workspace
-    from megaswift.plan import check_layout
+    from megaswift.weights.convert.precision import rounded
 
     check_layout(source.config, args.tp, args.pp)
     target = Path(args.megatron_output_dir or f"{source.model_type}-tp{args.tp}-pp{args.pp}").absolute()
@@ -218,7 +218,7 @@ def _write(args: ExportArguments, source: _Source) -> Path:
     rows = source.new_tokens and [source.new_tokens.rows_before, source.new_tokens.rows_after]
     plan = json.dumps(["megatron", source.precisions.record(), source.identity, *([rows] if rows else [])])
     with replacing(target) as fresh, workspace(fresh, source.nbytes + (64 << 20), plan=plan, resume=args.resume) as work:
-        release = work.path / layout.RELEASE
+        release = work.path / paths.RELEASE
         release.mkdir(exist_ok=True)
         say(f"{source.label} -> Megatron weights, {source.precisions}")
         if source.new_tokens:
@@ -246,10 +246,7 @@ def _finish(
     root: Path, args: ExportArguments, source: _Source, done: Conversion, lost: dict[str, str], proof: dict[str, Any] | None
 ) -> None:
     """Everything beside the weights, and last the manifest."""
-    from megaswift.checkpoint.manifest import digest_files, versions, write_manifest
-    from megaswift.hf.folder import read_config, side_files
-
-    release = root / layout.RELEASE
+    release = root / paths.RELEASE
     for file in side_files(source.model_dir):
         shutil.copyfile(file, root / file.name)
     if source.config_overrides:
@@ -258,11 +255,9 @@ def _finish(
     precisions = source.precisions.record()
     extra = {"model_type": source.model_type, "dtype": precisions["dtype"]}
     write_args_file(root, args, extra, name=EXPORT_ARGS)
-    (root / layout.TRACKER).write_text(layout.RELEASE, encoding="utf-8")
+    (root / paths.TRACKER).write_text(paths.RELEASE, encoding="utf-8")
     verified: dict[str, Any] = {}
     if proof is not None:
-        from megaswift.proof.prove import summary, write_page
-
         verified = summary(proof)
     if proof is not None and "logits" in proof:
         facts = [
@@ -298,8 +293,6 @@ def _finish(
 
 def _bytes(config: Any, precisions: Precisions) -> int:
     """Size of a model's Megatron tensors."""
-    from megaswift.families import parameters_of
-
     parameters = parameters_of(config)
     stored = precisions.stored(parameters)
     return sum(parameter.size * stored[parameter.key].itemsize for parameter in parameters)

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from megaswift.arguments import BackendArguments
+from megaswift.config.options import BackendArguments
 from megaswift.data.conversation import Conversation
 from megaswift.errors import UserError
 from megaswift.inference.options import Answer, GenerationOptions, Message

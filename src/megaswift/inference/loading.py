@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
-from megaswift.engine.versions import has_bf16
 from megaswift.errors import DataError, UserError
-from megaswift.hf.read import UNTIED
-from megaswift.hf.tokenizer import load_tokenizer, quiet_transformers
+from megaswift.launch.versions import has_bf16
+from megaswift.models import families
+from megaswift.weights.hf.names import check_source
+from megaswift.weights.hf.read import UNTIED, HFCheckpoint
+from megaswift.weights.hf.tokenizer import load_tokenizer, quiet_transformers
 
 __all__ = ["load_model", "load_tokenizer", "pick_dtype", "quiet_transformers"]
 
@@ -32,8 +34,6 @@ def load_model(path: Path, dtype: str = "AUTO") -> Any:
     Raises DataError where a weight is missing, left over or of another shape, UserError where memory is too small.
     """
     from transformers import AutoModelForCausalLM
-
-    from megaswift.hf.read import HFCheckpoint
 
     source = HFCheckpoint.open(path)  # names the damaged file; transformers' errors do not
     _require_tensors(source)
@@ -67,9 +67,6 @@ def _require_tensors(source: Any) -> None:
     Only for families whose tensors we know; transformers compares the names of the others after it has built the model.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    from megaswift.families import families
-    from megaswift.hf.names import check_source
 
     if source.config.get("model_type") not in list(families()):
         return

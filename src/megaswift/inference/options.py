@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megaswift.arguments import InferArguments
+from megaswift.config.options import InferArguments
 from megaswift.errors import UserError
 
 Message = dict[str, Any]  # role and content, and what else the chat template reads

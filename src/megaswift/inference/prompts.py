@@ -9,8 +9,8 @@ from typing import Any
 from megaswift.data.chat import ChatTemplate
 from megaswift.data.conversation import BadRow, Conversation
 from megaswift.data.messages import read_messages
-from megaswift.families.model_types import MODEL_TYPES
 from megaswift.inference.options import PromptError
+from megaswift.models.registry import MODEL_TYPES
 
 _MARK = "\ue0e0"  # a private-use character, which no template writes
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-from megaswift.arguments import InferArguments
+from megaswift.config.options import InferArguments
 from megaswift.data.conversation import BadRow, Conversation, Message
 from megaswift.data.encode import recipe_of
 from megaswift.data.encoding import refuse_encoding

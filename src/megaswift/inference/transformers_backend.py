@@ -13,12 +13,12 @@ import torch
 
 from megaswift.data.conversation import Conversation
 from megaswift.errors import NonFiniteError, UserError
-from megaswift.families.base import context_length
 from megaswift.inference import decoding
 from megaswift.inference.loading import load_model, load_tokenizer
 from megaswift.inference.options import Answer, FinishReason, GenerationOptions, Message, fit_prompt, limited_context
 from megaswift.inference.prompts import Prompts
 from megaswift.inference.text import StopWords, TextAssembler, first_stop, whole_text
+from megaswift.models.family import context_length
 
 _WINDOW = 32  # batches that are sorted by length together: short enough that results keep coming
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from megaswift.data.conversation import Conversation
 from megaswift.errors import RankLostError, UserError
-from megaswift.inference.loading import load_tokenizer
+from megaswift.inference.loading import load_tokenizer, pick_dtype
 from megaswift.inference.options import Answer, FinishReason, GenerationOptions, Message, fit_prompt
 from megaswift.inference.prompts import Prompts
 from megaswift.inference.text import StopWords, TextAssembler, first_stop, whole_text
@@ -70,8 +70,6 @@ class VllmBackend:
 
         Raises UserError where vLLM cannot load the model: too little memory, or an architecture that it does not know.
         """
-        from megaswift.inference.loading import pick_dtype
-
         tokenizer = load_tokenizer(path)
         prompts = Prompts(tokenizer, template_type=template_type, model_type=model_type)
         precision = str(pick_dtype(dtype)).removeprefix("torch.")

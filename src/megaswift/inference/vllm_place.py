@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from megaswift.cache import cache_root
+from megaswift.store.cache import cache_root
 
 NAME = "model"
 

@@ -11,7 +11,7 @@ from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megaswift.arguments import DeployArguments
+from megaswift.config.options import DeployArguments
 from megaswift.errors import UserError
 from megaswift.inference.backends import note, usable_dtype
 from megaswift.inference.gate import GATE_VARIABLE, KEY_VARIABLE, Rules

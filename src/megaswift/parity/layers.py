@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megaswift.engine.kernels.context_parallel import share_of
+from megaswift.megatron.kernels.context_parallel import shard_batch
 
 if TYPE_CHECKING:
     from megaswift.data.batches import MicroBatch
@@ -92,7 +92,7 @@ def _own_tokens(batch: MicroBatch, rows: TokenRows) -> Tensor:
     real = _real_tokens(batch, rows)
     if parallel_state.get_context_parallel_world_size() == 1:
         return real
-    return share_of(batch, parallel_state.get_context_parallel_group()).share.take(real)
+    return shard_batch(batch, parallel_state.get_context_parallel_group()).share.take(real)
 
 
 def _real_tokens(batch: MicroBatch, rows: TokenRows) -> Tensor:

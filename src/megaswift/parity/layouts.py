@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from megaswift.arguments import SftArguments
+from megaswift.config.options import SftArguments
 from megaswift.errors import UserError
 
 _SIZES = re.compile(r"(tp|pp|cp|dp|mbs)(\d+)")

@@ -11,9 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megaswift.arguments import SftArguments
+from megaswift.config.options import SftArguments
 from megaswift.parity.compare import relative
+from megaswift.run.job import Job
 from megaswift.terminal import console, say
+from megaswift.weights.hf.folder import side_files
 
 LIMIT = 5e-3  # largest relative difference of the final validation losses
 
@@ -65,7 +67,6 @@ def follow(run_dir: Path, folder: Path, save_to: Path | None) -> Curves:
     """
     from megaswift.data.batches import Batches
     from megaswift.data.store import TokenRows
-    from megaswift.engine.job import Job
     from megaswift.parity.reference import Reference
 
     job = Job.read(run_dir / "job.json")
@@ -96,8 +97,6 @@ def follow(run_dir: Path, folder: Path, save_to: Path | None) -> Curves:
 def save_model(reference: Any, folder: Path, target: Path) -> None:
     """The reference's model with tokenizer and config of the one that it started from."""
     import shutil
-
-    from megaswift.hf.folder import side_files
 
     reference.save(target)
     for file in side_files(folder):

@@ -11,15 +11,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megaswift.arguments import SftArguments
+from megaswift.config.options import SftArguments
 from megaswift.data.batches import MicroBatch
-from megaswift.engine import ranks
-from megaswift.engine.determinism import deterministic
-from megaswift.engine.gradients import Gradients
-from megaswift.engine.job import Job
-from megaswift.engine.setup import open_batches, restore_trainer, to_device
+from megaswift.launch.agent import report_from_rank
+from megaswift.megatron import process_groups
 from megaswift.parity.layers import of_engine
 from megaswift.parity.noise import perturb
+from megaswift.run.job import Job
+from megaswift.train.checkpoint.save import save
+from megaswift.train.determinism import deterministic
+from megaswift.train.gradients import Gradients
+from megaswift.train.setup import open_batches, restore_trainer, to_device
 
 GRADIENTS, WEIGHTS, LOG = "gradients", "weights", "steps.jsonl"
 STOP_AFTER, STATE = "stop_after", "state"  # a file with a number of steps, and where the whole state is saved then
@@ -31,7 +33,7 @@ def run(job: Job) -> None:
     """The steps of a job; losses go to steps.jsonl in the job's directory, gradients and weights beside it if asked for."""
     plan, args = job.plan, SftArguments(**job.options)
     out = Path(plan.megatron["save"])
-    with deterministic(args.deterministic), ranks.joined(plan.tp, plan.pp, args.seed, plan.cp) as rank:
+    with deterministic(args.deterministic), process_groups.joined(plan.tp, plan.pp, args.seed, plan.cp) as rank:
         trainer, _ = restore_trainer(job, args)
         try:
             batches, _ = open_batches(job, args, rank)
@@ -85,15 +87,11 @@ def dumps(out: Path) -> bool:
 
 
 def _save(root: Path, step: int, state: Any, *, only_model: bool = True, manifest: dict[str, Any] | None = None) -> None:
-    from megaswift.checkpoint.save import save
-
     save(root, step, state, only_model=only_model, extra={}, manifest=manifest or {})
 
 
 def main(argv: list[str]) -> int:
     """Entry point of one rank."""
-    from megaswift.engine.launch import report_from_rank
-
     return report_from_rank(lambda: run(Job.read(Path(argv[0]))))
 
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megaswift.errors import DataError
-from megaswift.families.base import NEUTRAL_FIELDS, attention_window, is_tied
-from megaswift.families.kinds import MAIN
+from megaswift.models.family import NEUTRAL_FIELDS, attention_window, is_tied
+from megaswift.models.kinds import MAIN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megaswift.checkpoint.layout import MANIFEST
-from megaswift.checkpoint.manifest import check_config, older_links, quick_check, read_manifest, sha256_of
-from megaswift.checkpoint.sign import SIGNATURE, check_signature
 from megaswift.errors import DataError, MegaswiftError
+from megaswift.models import parameters_of
+from megaswift.store.manifest import MANIFEST, older_links, quick_check, read_manifest, sha256_of
+from megaswift.store.sign import SIGNATURE, check_signature
+from megaswift.weights.hf.config import load_config
+from megaswift.weights.hf.folder import check_config
+from megaswift.weights.hf.read import HFCheckpoint
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -69,18 +72,15 @@ def changed_tensors(directory: Path, content: dict[str, Any]) -> list[str]:
 
 
 def _digests_of_folder(directory: Path) -> dict[str, str]:
-    from megaswift.convert import digest
-    from megaswift.hf.read import HFCheckpoint
+    from megaswift.weights.convert.model import digest
 
     source = HFCheckpoint.open(directory)
     return {name: digest(source.tensor(name)) for name in source.names}
 
 
 def _digests_of_checkpoint(directory: Path) -> dict[str, str]:
-    from megaswift.checkpoint.reader import Reader
-    from megaswift.convert.model import digest, read_hf
-    from megaswift.families import parameters_of
-    from megaswift.hf.config import load_config
+    from megaswift.weights.convert.model import digest, read_hf
+    from megaswift.weights.torch_dist.reader import Reader
 
     reader = Reader(directory)
     found: dict[str, str] = {}

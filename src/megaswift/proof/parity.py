@@ -16,18 +16,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from megaswift.convert.model import MegatronReader
-from megaswift.convert.precision import Precisions
-from megaswift.families import parameters_of
-from megaswift.families.parameters import Parameter
+from megaswift.models import parameters_of
+from megaswift.models.family import trained_length
+from megaswift.models.parameters import Parameter
 from megaswift.proof.audit import Finding, audit
 from megaswift.proof.prompts import token_rows
 from megaswift.proof.streams import Streamed, hf_stream, local_name, megatron_stream, one_process
+from megaswift.weights.convert.model import MegatronReader
+from megaswift.weights.convert.precision import Precisions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from megaswift.hf.read import HFCheckpoint
+    from megaswift.weights.hf.read import HFCheckpoint
 
 # Two correct fp32 implementations differ by rounding: some 1e-6 of a token's state a layer. What is wrong shows far above.
 MAX_LOGIT = 1e-4  # largest difference of a logit, as a share of the largest logit
@@ -84,8 +85,6 @@ def compare(
         precisions: of the stored Megatron weights; the folder's values are rounded to them.
         model_dir: where the tokenizer is.
     """
-    from megaswift.families.base import trained_length
-
     begin = time.perf_counter()
     rows = token_rows(model_dir, config.vocab_size, trained_length(config)[0])
     result = Parity()

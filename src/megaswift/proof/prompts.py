@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megaswift.errors import DataError
-from megaswift.hf.tokenizer import has_tokenizer, read_tokenizer
+from megaswift.weights.hf.tokenizer import has_tokenizer, read_tokenizer
 
 _LONG = (
     "The harbour town had three bridges, and each of them told a different story about the people who had built it. "

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megaswift.errors import DataError
+from megaswift.proof.page import page
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from megaswift.convert.model import MegatronReader
-    from megaswift.convert.precision import Precisions
-    from megaswift.hf.read import HFCheckpoint
+    from megaswift.weights.convert.model import MegatronReader
+    from megaswift.weights.convert.precision import Precisions
+    from megaswift.weights.hf.read import HFCheckpoint
 
 PAGE = "conversion.html"
 
@@ -60,8 +61,6 @@ def prove(
 
 def write_page(directory: Path, title: str, facts: list[tuple[str, str]], proof: dict[str, Any]) -> None:
     """Write conversion.html."""
-    from megaswift.proof.page import page
-
     (directory / PAGE).write_text(page(title, facts, proof), encoding="utf-8")
 
 

@@ -16,15 +16,16 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from megaswift.convert.model import MegatronReader
-from megaswift.convert.precision import Precisions
-from megaswift.families import family_of, parameters_of
-from megaswift.families.base import is_tied
+from megaswift.megatron import process_groups
+from megaswift.models import family_of, parameters_of
+from megaswift.models.family import is_tied
+from megaswift.weights.convert.model import MegatronReader
+from megaswift.weights.convert.precision import Precisions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from megaswift.hf.read import HFCheckpoint
+    from megaswift.weights.hf.read import HFCheckpoint
 
 # Names in a checkpoint (those of TransformerEngine's fused modules) -> names of the local modules.
 _LOCAL = {
@@ -85,8 +86,8 @@ def hf_stream(config: PreTrainedConfig, source: HFCheckpoint, precisions: Precis
 
 def megatron_stream(config: PreTrainedConfig, reader: MegatronReader) -> Streamed:
     """The GPTModel of a Megatron checkpoint; needs the process groups of `one_process`."""
-    from megaswift.engine.backend import block_spec
-    from megaswift.engine.model import ChatModel, ModelOptions, rotary_tables, transformer_config
+    from megaswift.megatron.layer_specs import block_spec
+    from megaswift.megatron.model import ChatModel, ModelOptions, rotary_tables, transformer_config
 
     rows = reader.shape("embedding.word_embeddings.weight")[0]
     settings = transformer_config(config, ModelOptions(tp=1, pp=1, dtype="fp32", padded_vocab=rows))
@@ -182,8 +183,6 @@ def _block_mask(lengths: list[int]) -> Tensor:
 @contextlib.contextmanager
 def one_process() -> Iterator[None]:
     """Megatron-Core's process groups for this process alone, on the CPU, whatever the machine has and torchrun said."""
-    from megaswift.engine import ranks
-
     clean = {
         name: value
         for name, value in os.environ.items()
@@ -192,7 +191,7 @@ def one_process() -> Iterator[None]:
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     with mock.patch.dict(os.environ, clean, clear=True), mock.patch.object(torch.cuda, "is_available", lambda: False):
         try:
-            with ranks.joined(1, 1, seed=0), torch.no_grad():
+            with process_groups.joined(1, 1, seed=0), torch.no_grad():
                 yield
         finally:
             torch.set_rng_state(state)

@@ -1,0 +1,174 @@
+"""`swift data`: what training would read, shown without a model in memory.
+
+swift data --model_type smollm2-135m-instruct --dataset rows.jsonl#500 --output page/
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megaswift.config.options import InspectArguments, parse
+from megaswift.data.chat import ChatTemplate
+from megaswift.data.encode import prepare
+from megaswift.data.packing import pack
+from megaswift.data.page import write_page
+from megaswift.data.report import print_example, print_report, stretches
+from megaswift.errors import UserError
+from megaswift.hub.locate import locate
+from megaswift.launch.agent import cluster
+from megaswift.models.registry import MODEL_TYPES
+from megaswift.run.plan import usable_length
+from megaswift.run.setup import streamed_rows
+from megaswift.store.cache import cache_root
+from megaswift.store.paths import gguf_fix, is_megatron_directory
+from megaswift.terminal import console, say
+from megaswift.weights.hf.config import load_config
+from megaswift.weights.hf.new_tokens import listed_tokens, with_new_tokens
+from megaswift.weights.hf.tokenizer import read_tokenizer, require_embedding_rows, table_rows
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from megaswift.data.chat import ChatTemplate
+    from megaswift.data.encode import PreparedData
+    from megaswift.data.store import TokenRows
+
+BINS = 16
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is known about the training data beyond its report.
+
+    Attributes:
+        sizes: tokens of each sample, repeats included.
+        duplicates: samples whose tokens equal those of an earlier one; repeats by #N do not count.
+        fill: share of max_length that packs would use; None without a limit.
+        padding: share of padded tokens in random micro batches of batch_size rows, 0 when they are laid end to end.
+        shown: samples as (text, has loss) stretches.
+    """
+
+    data: PreparedData
+    sizes: np.ndarray
+    duplicates: int
+    fill: float | None
+    padding: float
+    shown: list[list[tuple[str, bool]]]
+
+
+def data_main(args: InspectArguments | list[str]) -> Inspection:
+    """Read, check and tokenize the data as `swift sft` does, and show what comes out."""
+    if isinstance(args, list):
+        args = parse(InspectArguments, args)
+    directory, tokens = _directory(args), listed_tokens(args.new_special_tokens)
+    if (grown := with_new_tokens(directory, tokens)) is not None:
+        say(grown.note())
+        directory = grown.directory
+    args = args.changed(max_length=usable_length(load_config(directory), args.max_length, "max_length" in args.explicit()))
+    template, table = _template(args, directory), table_rows(directory)
+    rows = streamed_rows(args, cluster().world_size) if args.streaming else None
+    data = prepare(args, template, cache_dir=cache_root(), packing=args.packing, stream_rows=rows, table=table)
+    require_embedding_rows(template.vocabulary, table, directory)
+    inspection = inspect(data, template, args)
+    lines = facts(inspection, args.max_length, args.batch_size)
+    _print(inspection, lines, console())
+    if args.output:
+        say(f"page: {write_page(Path(args.output).expanduser(), data.report, inspection, lines)}")
+    return inspection
+
+
+def inspect(data: PreparedData, template: ChatTemplate, args: InspectArguments) -> Inspection:
+    """Lengths, duplicates, fill rate and examples of prepared data."""
+    rows = data.train
+    sizes = rows.sizes
+    fill = data.report.fill
+    if fill is None and args.max_length > 0:
+        fill = float(sizes.sum() / (len(pack(sizes, args.max_length)) * args.max_length))
+    random = np.random.default_rng(args.seed)
+    chosen = random.choice(rows.count_stored, min(args.examples, rows.count_stored), replace=False)
+    shown = [stretches(template, rows.stored(int(number))) for number in sorted(chosen)]
+    return Inspection(data, sizes, _duplicates(rows), fill, _padding(sizes, args.batch_size, random), shown)
+
+
+def histogram(sizes: np.ndarray) -> list[tuple[int, int, int]]:
+    """(first length, last length, samples) of about BINS equal ranges."""
+    longest = int(sizes.max())
+    width = max(-(-longest // BINS), 1)
+    counts = np.bincount((sizes - 1) // width, minlength=-(-longest // width))
+    return [(k * width + 1, (k + 1) * width, int(count)) for k, count in enumerate(counts)]
+
+
+def _template(args: InspectArguments, directory: Path) -> ChatTemplate:
+    entry = MODEL_TYPES.get(args.model_type or "")
+    return ChatTemplate(
+        read_tokenizer(directory),
+        args.template_type,
+        args.system,
+        fallback=entry.template if entry else None,
+        date=args.template_date or date.today().isoformat(),
+    )
+
+
+def _directory(args: InspectArguments) -> Path:
+    """Where the tokenizer is: the Megatron directory that training would start from, else the model's own."""
+    start = Path(args.resume_from_checkpoint or f"{args.model_type}-tp{args.tp}-pp{args.pp}").expanduser()
+    if is_megatron_directory(start):
+        return start
+    if args.resume_from_checkpoint:
+        raise UserError(
+            f"{start} is not a directory of Megatron weights.",
+            where="--resume_from_checkpoint",
+            fix=gguf_fix(start) or "give --model_type or --model_id_or_path instead",
+        )
+    return locate(args.model_type, args.model_id_or_path, args.model_revision).path
+
+
+def _duplicates(rows: TokenRows) -> int:
+    seen = {hashlib.blake2b(rows.stored(number).ids.tobytes(), digest_size=12).digest() for number in range(rows.count_stored)}
+    return rows.count_stored - len(seen)
+
+
+def _padding(sizes: np.ndarray, batch_size: int, random: np.random.Generator) -> float:
+    """Share of padding if rows were padded to the longest of their micro batch, in random order."""
+    count = len(sizes) // batch_size * batch_size
+    if not count:
+        return 0.0
+    batches = random.permutation(sizes)[:count].reshape(-1, batch_size)
+    return 1 - float(batches.sum() / (batches.max(axis=1).sum() * batch_size))
+
+
+def _print(inspection: Inspection, lines: list[str], console: Console) -> None:
+    report = inspection.data.report
+    print_report(report, console, example=False)
+    bars = histogram(inspection.sizes)
+    most = max(count for _, _, count in bars)
+    console.print("\nlength in tokens, samples", markup=False)
+    for first, last, count in bars:
+        console.print(f"{first:>7,} to {last:>6,} {'#' * -(-40 * count // most):40} {count:,}", markup=False, highlight=False)
+    for line in lines:
+        console.print(line, markup=False, highlight=False)
+    for number, example in enumerate(inspection.shown, 1):
+        console.print()
+        print_example(example, console, f"Sample {number}")
+
+
+def facts(inspection: Inspection, max_length: int, batch_size: int) -> list[str]:
+    """The figures below the histogram, one a line."""
+    report, sizes = inspection.data.report, inspection.sizes
+    middle, high = np.percentile(sizes, [50, 95])
+    lines = [
+        f"length: median {middle:,.0f}, 95 % up to {high:,.0f}, longest {int(sizes.max()):,} tokens",
+        f"supervised: {report.supervised / max(report.tokens, 1):.1%} of {report.tokens:,} tokens",
+        f"duplicates: {inspection.duplicates:,} samples equal an earlier one",
+    ]
+    if inspection.fill is not None:
+        lines.append(f"packing to {max_length:,} tokens fills {inspection.fill:.1%}")
+    if batch_size > 1:
+        lines.append(f"padding micro batches of {batch_size} to their longest row would waste {inspection.padding:.1%}")
+    return lines

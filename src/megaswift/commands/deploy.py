@@ -1,0 +1,160 @@
+"""`swift deploy`: a model behind the OpenAI API, on this machine only unless --host says otherwise.
+
+swift deploy --ckpt_dir DIR
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import socket
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+from megaswift.config.options import DeployArguments, parse
+from megaswift.errors import UserError
+from megaswift.inference.gate import KEY_VARIABLE, Rules
+from megaswift.inference.model_ref import choose
+from megaswift.inference.options import GenerationOptions
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_LOOPBACK_NAMES = ["localhost", "127.0.0.1", "[::1]"]
+
+
+def deploy_main(arguments: DeployArguments | list[str]) -> None:
+    """Serve a model until Ctrl-C or SIGTERM.
+
+    Args:
+        arguments: options, or the words of the command line.
+
+    Raises UserError for options that cannot work, before the model is loaded.
+    """
+    given = parse(DeployArguments, arguments) if isinstance(arguments, list) else arguments
+    key = given.api_key or os.environ.get(KEY_VARIABLE) or None
+    size = check(given, key)
+    chosen = choose(given)
+    args: DeployArguments = chosen.args
+    from megaswift.inference.backends import pick_backend
+
+    by_vllm = pick_backend(args.infer_backend) == "vllm"
+    if not by_vllm:
+        _require_packages()
+    located = chosen.locate()
+    name = args.served_model_name or located.model_type
+    listening = _listen(args.host, args.port)  # a port that is taken is told before the model is loaded
+    hosts = tuple(dict.fromkeys([*_LOOPBACK_NAMES, _in_url(args.host).lower()])) if is_loopback(args.host) else None
+    rules = Rules(size, args.max_concurrency, hosts, model=name)
+    if by_vllm:
+        from megaswift.inference.vllm_server import VllmServer
+
+        server = VllmServer(args, located.path, located.model_type, name)
+        greeting = _greeting(name, server.description, args.host, listening, key)
+        server.become(replace(rules, greeting=greeting), key, listening)
+    _serve(args, located.path, located.model_type, name, rules, key, listening)
+
+
+def check(args: DeployArguments, key: str | None) -> int:
+    """Raise UserError for options that cannot be; returns --max_body_size in bytes."""
+    from megaswift.inference.backends import check_backend
+
+    check_backend(args)
+    checks = (
+        ("port", 0 <= args.port <= 65535, "0 to 65535"),
+        ("max_new_tokens", args.max_new_tokens >= 1, "1 or more"),
+        ("max_concurrency", args.max_concurrency >= 1, "1 or more"),
+        ("infer_batch_size", args.infer_batch_size >= 1, "1 or more"),
+    )
+    for name, good, legal in checks:
+        if not good:
+            raise UserError(f"--{name} {getattr(args, name)} is not possible.", where=f"--{name}", fix=f"legal values: {legal}")
+    if not key and not is_loopback(args.host):
+        raise UserError(
+            f"--host {args.host} lets other machines in, and there is no API key.",
+            where="--host",
+            fix=f"give --api_key KEY, or set {KEY_VARIABLE}",
+        )
+    return _bytes(args.max_body_size)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", text)
+    if not match or match.group(2).upper() not in _UNITS or float(match.group(1)) <= 0:
+        raise UserError(f"--max_body_size {text!r} is no size.", where="--max_body_size", fix="use for example 500KB or 4MB")
+    return int(float(match.group(1)) * _UNITS[match.group(2).upper()])
+
+
+def _require_packages() -> None:
+    missing = [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"the server needs {' and '.join(missing)}.", where="swift deploy", fix="in the checkout: pip install '.[deploy]'"
+        )
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host.strip("[]"), port))
+        listening.listen(128)
+    except OSError as error:
+        listening.close()
+        raise UserError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}.", where="--port", fix="use another --port, or --port 0"
+        ) from error
+    return listening
+
+
+def _serve(
+    args: DeployArguments, path: Path, model_type: str, name: str, rules: Rules, key: str | None, listening: socket.socket
+) -> None:
+    """Load the model into transformers and serve it."""
+    import uvicorn
+
+    from megaswift.inference.backends import load_backend
+    from megaswift.inference.server import Limits, Service, make_app
+
+    backend = load_backend(args, path, model_type)
+    options = GenerationOptions(
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        repetition_penalty=args.repetition_penalty,
+        seed=args.seed,
+    )
+    service = Service(backend, name, options, Limits(args.max_new_tokens), args.infer_batch_size, args.system)
+    rules = replace(rules, greeting=_greeting(name, backend.description, args.host, listening, key))
+    config = uvicorn.Config(
+        make_app(service, rules, key),
+        log_level="warning",
+        access_log=False,
+        limit_concurrency=4 * args.max_concurrency + 16,  # a request whose body never comes holds a connection
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=5,
+    )
+    uvicorn.Server(config).run(sockets=[listening])
+    service.line.close()
+
+
+def _in_url(host: str) -> str:
+    """An address as it stands in a URL, and in the Host header of a request."""
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
+
+
+def _greeting(name: str, description: str, host: str, listening: socket.socket, key: str | None) -> str:
+    address = f"http://{_in_url(host)}:{listening.getsockname()[1]}/v1"
+    return f"{name} ({description}) answers at {address}{'' if key else ', without an API key'}; Ctrl-C ends it"

@@ -1,0 +1,1 @@
+"""Where models come from: a local folder, the hubs, a packaged file."""

@@ -1,0 +1,1 @@
+"""All that knows Megatron-Core: the parts that we bring to it, the model, process groups, kernels."""

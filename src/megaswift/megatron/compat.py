@@ -1,0 +1,195 @@
+"""Every change that we make to third parties, each with its reason and what would remove it.
+
+Megatron-Core 0.16.1 names the CUDA device in about 130 places. On a machine without a GPU the `cpu_engine` context
+answers those calls with the CPU, so that the same engine code runs over gloo. `quiet` silences messages about optional
+packages, which a user of this product can do nothing about.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+
+from megaswift.megatron.optimizer import AdamW
+from megaswift.weights.torch_dist.guard import load_index, load_object
+
+_DTYPE_NAMES = {
+    torch.float32: "torch.cuda.FloatTensor",
+    torch.bfloat16: "torch.cuda.BFloat16Tensor",
+    torch.float16: "torch.cuda.HalfTensor",
+}
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Rewrites device="cuda" to the CPU in every torch call.
+
+    Reason: schedules, gradient scaler, clipping and buffers of Megatron-Core allocate with the literal "cuda".
+    Removed by: a Megatron-Core release that takes its device from one place.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        device = kwargs.get("device")
+        if device is not None and (device == "cuda" or getattr(device, "type", None) == "cuda"):
+            kwargs = {**kwargs, "device": "cpu"}
+        return func(*args, **kwargs)
+
+
+class _NullStream:
+    """Stands in for a CUDA stream or event: on the CPU everything already runs in order."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __enter__(self) -> _NullStream:
+        return self
+
+    def __exit__(self, *exc: Any) -> None: ...
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: None
+
+
+def _type_name(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """Tensor.type() under the CUDA names: the distributed optimizer sorts parameters by them."""
+    if dtype is None and self.dtype in _DTYPE_NAMES:
+        return _DTYPE_NAMES[self.dtype]
+    return _TENSOR_TYPE(self, dtype, *args, **kwargs) if dtype is not None else _TENSOR_TYPE(self)
+
+
+_TENSOR_TYPE = torch.Tensor.type
+
+
+def _unless_alone(collective: Any) -> Any:
+    """A collective on a view of its own result: with one rank in the group there is nothing to do."""
+
+    def call(output: torch.Tensor, source: torch.Tensor, *, group: Any, async_op: bool = False, **options: Any) -> Any:
+        if dist.get_world_size(group) == 1 and not async_op:
+            return None
+        return collective(output, source, group=group, async_op=async_op, **options)
+
+    return call
+
+
+@contextlib.contextmanager
+def cpu_engine() -> Iterator[None]:
+    """Run Megatron-Core on the CPU inside this context; everything is put back at its end."""
+    cpu = torch.device("cpu")
+    null = _NullStream()
+    replacements: list[tuple[Any, str, Any]] = [
+        # The device that buffers are made on (param_and_grad_buffer.py, p2p_communication.py, rotary_pos_embedding.py).
+        (torch.cuda, "current_device", lambda: cpu),
+        # Waiting for a device (timers.py, p2p_communication.py); on the CPU there is nothing to wait for.
+        (torch.cuda, "synchronize", lambda *args, **kwargs: None),
+        (torch.cuda, "empty_cache", lambda: None),
+        # Streams (param_and_grad_buffer.py, distributed_data_parallel.py).
+        (torch.cuda, "Stream", _NullStream),
+        (torch.cuda, "Event", _NullStream),
+        (torch.cuda, "stream", lambda stream: contextlib.nullcontext()),
+        (torch.cuda, "current_stream", lambda *args: null),
+        (torch.cuda, "default_stream", lambda *args: null),
+        # Random states (tensor_parallel/random.py): one generator serves the whole process on the CPU.
+        (torch.cuda, "manual_seed", torch.manual_seed),
+        (torch.cuda.random, "get_rng_state", lambda device=None: torch.get_rng_state()),
+        (torch.cuda, "get_rng_state", lambda device=None: torch.get_rng_state()),
+        # Copies to the device (language_module.py, grad_scaler.py).
+        (torch.Tensor, "cuda", lambda self, *args, **kwargs: self),
+        (torch.Tensor, "type", _type_name),
+    ]
+    import megatron.core.distributed.param_and_grad_buffer as buffers
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    replacements.append((megatron_random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state)))
+    # The distributed optimizer's reduction and gathering: of one rank gloo copies all gradients, and all weights, twice,
+    # into memory that it asks for anew in every step. NCCL does nothing then.
+    for name in ("dist_reduce_scatter_func", "dist_all_gather_func"):
+        replacements.append((buffers, name, _unless_alone(getattr(buffers, name))))
+    saved = [(owner, name, getattr(owner, name)) for owner, name, _ in replacements]
+    for owner, name, value in replacements:
+        setattr(owner, name, value)
+    try:
+        with _CudaMeansCpu():
+            yield
+    finally:
+        for owner, name, value in saved:
+            setattr(owner, name, value)
+
+
+def use_our_adamw() -> None:
+    """Let Megatron-Core build engine.optimizer.AdamW where it would look for apex's FusedAdam.
+
+    Reason: without apex and TransformerEngine it builds an unfused torch.optim.AdamW, whose reshardable state it cannot
+    load again (`step` is taken for a weight: KeyError in distrib_optimizer._set_main_param_and_optimizer_states).
+    Removed by: a Megatron-Core release that takes the optimizer class as an argument.
+    """
+    import megatron.core.optimizer as megatron_optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    if megatron_optimizer.Adam is AdamW:
+        return
+    megatron_optimizer.Adam = AdamW
+    megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.Adam = AdamW
+    distrib_optimizer.HAVE_APEX_OR_TE = True
+    distrib_optimizer.USING_APEX_OPTIMIZER = True
+
+
+def guard_checkpoint_reads() -> None:
+    """Let every load of a torch_dist checkpoint go through checkpoint.guard.
+
+    Reason: torch 2.13 unpickles `.metadata` and byte items without restriction, so a checkpoint could run code.
+    Removed by: a torch release whose FileSystemReader and DefaultLoadPlanner restrict both.
+    """
+    from pathlib import Path
+
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, set_element
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import StorageMeta
+
+    def read_metadata(self: FileSystemReader, *args: Any, **kwargs: Any) -> Any:
+        metadata = load_index(Path(self._get_metadata_path(kwargs.get("rank"))))
+        if getattr(metadata, "storage_meta", None) is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+    def load_bytes(self: DefaultLoadPlanner, read_item: Any, value: Any) -> None:
+        name = read_item.dest_index.fqn
+        loaded = load_object(value.getvalue(), name)
+        if self.flatten_state_dict:
+            set_element(self.original_state_dict, self.mappings[name], loaded)
+        else:
+            self.state_dict[name] = loaded
+
+    FileSystemReader.read_metadata = read_metadata  # type: ignore[method-assign]
+    DefaultLoadPlanner.load_bytes = load_bytes  # type: ignore[method-assign]
+
+
+def quiet() -> None:
+    """Silence, at their source, messages about packages that this product does not need."""
+    for message in (
+        r".*Apex is not installed.*",
+        r".*Transformer Engine and Apex are not installed.*",
+        r".*transformer_engine.*not.*installed.*",
+        r".*nvidia_modelopt.*",
+        r".*torch_npu.*",
+        r".*(reduce_scatter_tensor|all_gather_into_tensor|_all_gather_base|_reduce_scatter_base).*",
+        r".*\.grad attribute of a Tensor that is not a leaf.*",
+        r".*TypedStorage is deprecated.*",
+        r".*`load_state_dict` is deprecated.*",
+        r".*CUDA_DEVICE_MAX_CONNECTIONS.*",
+        r".*deprecating ShardedTensor.*",
+        r".*full scope is deprecated.*",
+        r".*pynvml package is deprecated.*",
+        r".*is a no-op on.*CPU.*|.*CUDA is not available.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    # torch.utils.cpp_extension: "No CUDA runtime is found", in the processes that are kept off the GPUs on purpose.
+    for name in ("megatron", "torch.distributed", "torch.distributed.checkpoint", "nv_one_logger", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)

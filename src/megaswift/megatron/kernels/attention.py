@@ -1,0 +1,198 @@
+"""Causal attention, dense and packed, with grouped key-value heads as they are (never expanded on the GPU).
+
+FlashAttention 4 is the fastest on Hopper where it is installed. Of the kernels that PyTorch ships, cuDNN's is the fastest there
+for whole rows; elsewhere, and for packed rows, its flash kernel. Packed rows hold several samples, told apart by
+`cu_seqlens`; each attends within itself.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megaswift.megatron.kernels.flash_attention_4 import flash_attention_4, refusal
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return (
+        torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0) and torch.backends.cudnn.is_available()
+    )
+
+
+@functools.cache
+def _has_flash(device: torch.device) -> bool:
+    """Whether PyTorch's flash kernel runs on a GPU: Ampere is the first that it was written for."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _takes_packed(query: Tensor) -> bool:
+    """Whether there is a kernel for packed rows; else each sample is a row of its own."""
+    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and _has_flash(query.device)
+
+
+def _cudnn_takes(query: Tensor) -> bool:
+    """What the cuDNN kernel asks of its input, beside the GPU's age."""
+    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return query.shape[-1] % 8 == 0 and query.shape[-1] <= 128 and query.shape[0] > 1 and _is_hopper(query.device)
+
+
+def dense_causal(
+    query: Tensor, key: Tensor, value: Tensor, softmax_scale: float | None = None, *, backend: str = "auto"
+) -> Tensor:
+    """Causal attention of whole rows.
+
+    Args:
+        query: [s, b, heads, d]; key, value: [s, b, kv heads, d].
+        softmax_scale: factor on the scores, 1 / sqrt(d) when None.
+        backend: "auto" (the fastest measured), or "torch": PyTorch's own choice among the kernels that are enabled there.
+    Returns:
+        [s, b, heads * d].
+    """
+    s, b, heads, dim = query.shape
+    q, k, v = (part.permute(1, 2, 0, 3) for part in (query, key, value))
+    if backend == "auto" and refusal(query, key.shape[2], packed=False) is None:
+        rows = [part.transpose(0, 1) for part in (query, key, value)]
+        mixed = flash_attention_4(rows[0], rows[1], rows[2], softmax_scale=softmax_scale)
+        return mixed.transpose(0, 1).reshape(s, b, heads * dim)
+    if backend == "auto" and _cudnn_takes(query):
+        needs = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+        mixed = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, needs, 0.0, True, False, scale=softmax_scale)[
+            0
+        ]
+    else:
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=softmax_scale, enable_gqa=heads != key.shape[2])
+    return mixed.permute(2, 0, 1, 3).reshape(s, b, heads * dim)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Samples that lie one after the other, and for each how many queries and how many keys it has.
+
+    The last query sees all keys of its sample, the one before it all but the last, and so on.
+
+    Args:
+        queries, keys: the numbers; equal where whole samples attend to themselves.
+        cu_queries, cu_keys: int32 [n + 1] on the device, where they begin; the last entry is their sum.
+    """
+
+    queries: list[int]
+    keys: list[int]
+    cu_queries: Tensor
+    cu_keys: Tensor
+
+    @classmethod
+    def of(cls, queries: list[int], keys: list[int], device: torch.device) -> Lengths:
+        borders = [torch.tensor([0, *part], dtype=torch.int32).cumsum(0, dtype=torch.int32) for part in (queries, keys)]
+        return cls(queries, keys, *(part.to(device, non_blocking=True) for part in borders))
+
+
+def describe(query: Tensor, kv_heads: int, *, packed: bool) -> str:
+    """Which kernel `packed_causal`, or else `dense_causal`, takes for such a query on its GPU, in words for the user."""
+    reason = refusal(query, kv_heads, packed=packed)
+    if reason is None:
+        return "FlashAttention 4"
+    if query.dtype == torch.float32:
+        return "PyTorch's own choice for fp32" + (", sample by sample" if packed else "")
+    if not _has_flash(query.device):
+        return "PyTorch's own choice for this GPU" + (", sample by sample" if packed else "")
+    used = "PyTorch's flash kernel" if packed or not _cudnn_takes(query) else "cuDNN"
+    if reason:
+        return f"{used}, for FlashAttention 4 does not work here: {reason.splitlines()[0]}"
+    return used
+
+
+def _packed(
+    q: Tensor, k: Tensor, v: Tensor, cu: tuple[Tensor, Tensor], longest: tuple[int, int], scale: float | None
+) -> Tensor:
+    """The fastest kernel for packed half-precision rows on a GPU: [t, heads, d], kv heads as they are."""
+    if refusal(q, k.shape[1], packed=True) is None:
+        return flash_attention_4(q, k, v, cu, longest, scale)
+    return _FlashVarlen.apply(q, k, v, cu, longest, scale)
+
+
+class _FlashVarlen(torch.autograd.Function):
+    """PyTorch's flash attention over packed rows: [t, heads, d], kv heads as they are."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu: tuple[Tensor, Tensor], longest: tuple[int, int], scale: float | None
+    ) -> Tensor:
+        out, lse, state, unused, _ = torch.ops.aten._flash_attention_forward(
+            q, k, v, *cu, *longest, 0.0, True, False, scale=scale
+        )
+        ctx.save_for_backward(q, k, v, out, lse, *cu, state, unused)
+        ctx.longest, ctx.scale = longest, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, cu_q, cu_k, state, unused = ctx.saved_tensors
+        dq, dk, dv = torch.ops.aten._flash_attention_backward(
+            grads[0].contiguous(), q, k, v, out, lse, cu_q, cu_k, *ctx.longest, 0.0, True, state, unused, scale=ctx.scale
+        )
+        return dq, dk, dv, None, None, None
+
+
+def _by_sample(q: Tensor, k: Tensor, v: Tensor, queries: list[int], keys: list[int], scale: float | None) -> Tensor:
+    """The twin: one attention a sample. `split` and `cat` keep the backward pass linear in the row's length."""
+    parts = []
+    for one in zip(q.split(queries), k.split(keys), v.split(keys)):
+        a, b, c = (x.transpose(0, 1).unsqueeze(0) for x in one)
+        before = b.shape[2] - a.shape[2]  # keys that all queries see
+        mask = torch.ones(a.shape[2], b.shape[2], dtype=torch.bool, device=q.device).tril(before) if before else None
+        mixed = F.scaled_dot_product_attention(
+            a, b, c, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        parts.append(mixed.squeeze(0).transpose(0, 1))
+    return torch.cat(parts)
+
+
+def varlen_causal(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, softmax_scale: float | None = None) -> Tensor:
+    """Causal attention within each of several samples, from their last tokens to all of them.
+
+    Args:
+        q: [queries, heads, d]; k, v: [keys, kv heads, d].
+    Returns:
+        [queries, heads, d].
+    """
+    if _takes_packed(q):
+        cu, longest = (lengths.cu_queries, lengths.cu_keys), (max(lengths.queries), max(lengths.keys))
+        return _packed(q, k, v, cu, longest, softmax_scale)
+    return _by_sample(q, k, v, lengths.queries, lengths.keys, softmax_scale)
+
+
+def packed_causal(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    softmax_scale: float | None = None,
+    *,
+    lengths: list[int] | None = None,
+) -> Tensor:
+    """Causal attention within each of the samples that share one row.
+
+    Args:
+        query: [t, 1, heads, d]; key, value: [t, 1, kv heads, d].
+        cu_seqlens: int32 [n + 1], where samples begin; the last entry is t.
+        max_seqlen: length of the longest sample.
+        lengths: the samples' lengths as numbers, if the caller has them (used where there is no kernel for packed rows).
+    Returns:
+        [t, 1, heads * d].
+    """
+    t, _, heads, dim = query.shape
+    q, k, v = (part.squeeze(1) for part in (query, key, value))
+    if _takes_packed(query):
+        mixed = _packed(q, k, v, (cu_seqlens, cu_seqlens), (max_seqlen, max_seqlen), softmax_scale)
+    else:
+        lengths = lengths or cu_seqlens.diff().tolist()
+        mixed = _by_sample(q, k, v, lengths, lengths, softmax_scale)
+    return mixed.reshape(t, 1, heads * dim)

@@ -1,0 +1,54 @@
+"""The two products of a linear layer that its precision decides: forward, and the input's gradient.
+
+The weight's gradient is no part of this: it is always accumulated in the precision of its buffer (`main_grad.add_product`).
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megaswift.megatron.kernels import swiglu
+
+
+class LinearOps:
+    """Products in the precision that the tensors have. `kernels.fp8_linear` has the other way."""
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., k] @ weight [n, k]^T + bias [n]."""
+        return F.linear(x, weight, bias)
+
+    def swiglu_forward(
+        self, gate_up: Tensor, weight: Tensor, residual: Tensor | None, *, keep: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """swiglu(gate_up) @ weight [n, f]^T, plus residual [..., n] if given; and swiglu(gate_up) [..., f] if it is to be kept.
+
+        Here the product itself adds the residual.
+        """
+        hidden = swiglu.forward(gate_up)
+        if residual is None:
+            result = torch.matmul(hidden, weight.t())
+        else:
+            flat = torch.addmm(residual.reshape(-1, weight.shape[0]), hidden.view(-1, hidden.shape[-1]), weight.t())
+            result = flat.view(residual.shape)
+        return result, hidden if keep else None
+
+    def input_grad(self, grad: Tensor, weight: Tensor) -> Tensor:
+        """grad [..., n] @ weight [n, k]."""
+        return torch.matmul(grad, weight)
+
+    def unchanged_weights(self, micro_batches: int) -> AbstractContextManager[None]:
+        """A context in which so many micro batches run forward and backward and no weight changes."""
+        return nullcontext()
+
+
+PLAIN = LinearOps()
+
+
+def linear_ops_of(config: Any) -> LinearOps:
+    """The products of the linear layers of a model's blocks; model.py sets others than PLAIN."""
+    return getattr(config, "products", PLAIN)

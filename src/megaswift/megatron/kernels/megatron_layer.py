@@ -1,0 +1,297 @@
+"""Megatron-Core's norm, embedding, attention, MLP and layer with this folder's operations in them.
+
+Every class keeps its parent's parameters, names and checkpoints, and hands over to the parent wherever a setting asks for
+something that the fused path does not do (dropout, selective recompute, inference, cross attention, activation offload),
+and wherever a part is not exactly of the class that the path computes: a subclass may have another formula, so every
+fused path asks for `type(...) is`. What is not fused goes the general way, through the modules' own forward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
+from megatron.core.tensor_parallel.mappings import (
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from megaswift.megatron.kernels.attention import dense_causal, packed_causal
+from megaswift.megatron.kernels.context_parallel import shared_causal
+from megaswift.megatron.kernels.embedding import embedding
+from megaswift.megatron.kernels.linear_ops import linear_ops_of
+from megaswift.megatron.kernels.parallel_linear import ColumnParallel, RowParallel
+from megaswift.megatron.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_keep
+from megaswift.megatron.kernels.rope import rotate, split_rotate_qkv
+from megaswift.megatron.kernels.swiglu import swiglu
+from megaswift.megatron.kernels.swiglu_linear import FirstProduct, swiglu_linear
+from megaswift.models.kinds import MAIN
+
+
+class RMSNorm(torch.nn.Module):
+    """Root mean square norm over the last axis; its weight is marked for Megatron-Core's sum under sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__()
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., hidden] to its norm."""
+        return rms_norm(x, self.weight, self.eps)
+
+
+class FusedEmbedding(VocabParallelEmbedding):
+    """Token embedding whose gradient is added to `main_grad` row by row. Set it as the class of an existing module."""
+
+    def forward(self, input_: Tensor) -> Tensor:
+        """ids [b, s] to [b, s, h], or to [s / tp, b, h] where the parent scatters the sequence."""
+        world = self.tp_group.size()
+        if self.reduce_scatter_embeddings:
+            input_ = input_.t()
+        output = embedding(input_, self.weight, first_row=self.vocab_start_index, partial=world > 1)
+        if self.reduce_scatter_embeddings:
+            return reduce_scatter_to_sequence_parallel_region(output, group=self.tp_group)
+        return reduce_from_tensor_model_parallel_region(output, group=self.tp_group)
+
+
+class CoreAttention(torch.nn.Module):
+    """Causal attention by a kernel that the user chose or that is deterministic, after rotating query and key.
+
+    Otherwise FusedSelfAttention calls the fastest kernel itself and this module is not used. Query is [s, b, heads, d],
+    key and value are [s, b, kv heads, d] of this tensor-parallel rank; the result is [s, b, heads * d]. Scores are kept
+    in fp32 by all kernels, so apply_query_key_layer_scaling, which guards fp16 scores, has nothing to do here.
+
+    Args:
+        rotation: which of the layout's tables rotate query and key; None: none does.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, softmax_scale: float | None = None, rotation: str | None = MAIN, **_: Any
+    ) -> None:
+        super().__init__()
+        self.kernels = _kernels(config)
+        self.softmax_scale, self.rotation = softmax_scale, rotation
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> Tensor:
+        layout = packed_seq_params
+        if layout is not None and self.rotation is not None:
+            cos, sin = layout.tables[self.rotation]
+            query, key = _rotated(query, cos, sin), _rotated(key, cos, sin)
+        if layout is not None and layout.share is not None:
+            return shared_causal(query, key, value, layout.share, self.softmax_scale)
+        query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))  # [b, heads, s, d]
+        if layout is None or layout.seq_lens is None:
+            mixed = self._attend(query, key, value)
+        else:
+            pieces = zip(*(part.split(layout.seq_lens, dim=2) for part in (query, key, value)))
+            mixed = torch.cat([self._attend(*piece) for piece in pieces], dim=2)
+        return mixed.permute(2, 0, 1, 3).reshape(mixed.shape[2], mixed.shape[0], -1)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        grouped = query.shape[1] != key.shape[1]
+        with sdpa_kernel(self.kernels, set_priority=True):
+            return F.scaled_dot_product_attention(
+                query, key, value, is_causal=True, enable_gqa=grouped, scale=self.softmax_scale
+            )
+
+
+def _kernels(config: TransformerConfig) -> list[SDPBackend]:
+    """The attention kernels that may be used, the preferred one first."""
+    choice = getattr(config, "flash_attention", None)
+    if choice is True:
+        return [SDPBackend.FLASH_ATTENTION]
+    if choice is False:
+        return [SDPBackend.MATH]
+    return [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding, halves convention (https://arxiv.org/abs/2104.09864): x * cos + (-x2, x1) * sin."""
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+
+
+class FusedSelfAttention(SelfAttention):
+    """Self attention with split, rotation and core attention fused. The layout travels as `packed_seq_params`:
+
+    `tables`, by name cos and sin [s, b or 1, (1,) d]; for packed rows also `cu_seqlens_q`, `max_seqlen_q` and, on the CPU,
+    `segments`; for rows that several ranks share `share`.
+    """
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states [s, b, h] to ([s, b, h], bias)."""
+        layout: Any = kwargs.get("packed_seq_params")
+        if not self._takes(layout, kwargs):
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        query, key, value = self._query_key_value(hidden_states, layout)
+        scale = self.core_attention.softmax_scale
+        if getattr(layout, "share", None) is not None:
+            context = shared_causal(query, key, value, layout.share, scale)
+        elif getattr(layout, "segments", None) is None and layout.cu_seqlens_q is None:
+            context = dense_causal(query, key, value, scale)
+        else:
+            context = packed_causal(
+                query, key, value, layout.cu_seqlens_q, layout.max_seqlen_q, scale, lengths=getattr(layout, "segments", None)
+            )
+        return self.linear_proj(context)
+
+    def _query_key_value(self, hidden_states: Tensor, layout: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Query [s, b, heads, d], key and value [s, b, kv heads, d] of this rank, normalised and rotated."""
+        heads, groups = self.num_attention_heads_per_partition, self.num_query_groups_per_partition
+        rotation: str | None = self.core_attention.rotation
+        normed = self.q_layernorm is not None and type(self.q_layernorm) is not IdentityOp
+        if rotation is not None and not normed:
+            mixed, bias = self._product_and_bias(hidden_states)
+            return split_rotate_qkv(mixed, *layout.tables[rotation], heads=heads, groups=groups, bias=bias)
+        mixed, _ = self.linear_qkv(hidden_states)
+        s, b, _ = mixed.shape
+        view = mixed.view(s, b, groups, -1, self.hidden_size_per_attention_head)
+        query, key, value = view[..., :-2, :].reshape(s, b, heads, -1), view[..., -2, :], view[..., -1, :]
+        if normed:
+            query, key = self.q_layernorm(query), self.k_layernorm(key)
+        if rotation is not None:
+            query, key = (rotate(part, *layout.tables[rotation]) for part in (query, key))
+        return query, key, value
+
+    def _product_and_bias(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The query-key-value product without its bias, and the bias, which the split adds."""
+        layer = self.linear_qkv
+        if type(layer) is not ColumnParallel:  # an adapter, for example, adds the bias itself
+            return layer(hidden_states)[0], None
+        before, layer.skip_bias_add = layer.skip_bias_add, True
+        try:
+            return layer(hidden_states)
+        finally:
+            layer.skip_bias_add = before
+
+    def _takes(self, layout: Any, arguments: dict[str, Any]) -> bool:
+        exact = type(self) is FusedSelfAttention and type(self.core_attention) is CoreAttention
+        wanted = exact and getattr(layout, "tables", None) is not None and layout.qkv_format == "sbhd"
+        asks = any(
+            arguments.get(name) is not None
+            for name in ("inference_context", "inference_params", "key_value_states", "attention_bias")
+        )
+        off = self.checkpoint_core_attention or self.offload_qkv_linear or self.offload_core_attention or self.offload_attn_proj
+        shared = self.config.num_query_groups < self.world_size  # key-value heads repeated over ranks
+        # A kernel that the user named, or a deterministic one, is CoreAttention's to choose.
+        named = getattr(self.config, "flash_attention", None) is not None or self.config.deterministic_mode
+        return wanted and not (_plain(self) or asks or off or shared or named or self.config.attention_output_gate)
+
+
+class FusedMLP(MLP):
+    """An MLP whose SwiGLU is fused with the second product (see `swiglu_linear` for the options)."""
+
+    recompute_activation = True
+    recompute_first = False  # the first product, too
+    overlap = False
+
+    def forward(
+        self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states [s, b, h] to ([s, b, h], bias)."""
+        if not self._takes() or per_token_scale is not None:
+            return super().forward(hidden_states, per_token_scale, **kwargs)
+        both, _ = self.linear_fc1(hidden_states)
+        second = self.linear_fc2
+        if not self._fuses_second():
+            return second(swiglu(both))
+        output = swiglu_linear(both, second.weight, **self._options(hidden_states))
+        if second.sequence_parallel:
+            return reduce_scatter_to_sequence_parallel_region(output, group=second.tp_group), None
+        return reduce_from_tensor_model_parallel_region(output, group=second.tp_group), None
+
+    def forward_and_add(self, hidden_states: Tensor, residual: Tensor) -> Tensor:
+        """residual + this MLP of hidden_states; without tensor parallelism the second product adds it itself."""
+        second = self.linear_fc2
+        if self._takes() and self._fuses_second() and second.tp_group.size() == 1:
+            both, _ = self.linear_fc1(hidden_states)
+            return swiglu_linear(both, second.weight, **self._options(hidden_states), residual=residual)
+        output, bias = self.forward(hidden_states)
+        return residual + (output if bias is None else output + bias)
+
+    def _options(self, hidden_states: Tensor) -> dict[str, Any]:
+        layer, first = self.linear_fc1, None
+        plain = type(layer) is ColumnParallel and layer.weight.requires_grad
+        if self.recompute_first and plain:
+            first = FirstProduct(hidden_states, layer.weight, layer.tp_group if layer.sequence_parallel else None)
+        linear_ops = linear_ops_of(self.config)
+        return dict(recompute=self.recompute_activation, overlap=self.overlap, linear_ops=linear_ops, first=first)
+
+    def _takes(self) -> bool:
+        config = self.config
+        silu = config.gated_linear_unit and self.activation_func is F.silu and config.activation_func_clamp_value is None
+        return type(self) is FusedMLP and silu and not (_plain(self) or config.add_bias_linear or config.glu_linear_offset)
+
+    def _fuses_second(self) -> bool:
+        """Whether the second product is a plain one; an adapter around it, for example, is not."""
+        second = self.linear_fc2
+        return type(second) is RowParallel and not second.explicit_expert_comm and second.weight.requires_grad
+
+
+class FusedTransformerLayer(TransformerLayer):
+    """A pre-norm layer whose residual additions happen inside the norms, forward and backward."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """hidden_states [s, b, h] to ([s, b, h], context)."""
+        if not self._takes(kwargs) or args:
+            return super().forward(hidden_states, *args, **kwargs)
+        first, second = self.input_layernorm, self.pre_mlp_layernorm
+        residual, x = rms_norm_keep(hidden_states, first.weight, first.eps)
+        names = ("attention_mask", "rotary_pos_emb", "packed_seq_params")
+        delta, bias = self.self_attention(x, **{name: kwargs.get(name) for name in names})
+        if bias is not None:
+            delta = delta + bias
+        residual, x = add_rms_norm(residual, delta, second.weight, second.eps)
+        if type(self.mlp) is FusedMLP:
+            return self.mlp.forward_and_add(x, residual), kwargs.get("context")
+        delta, bias = self.mlp(x)
+        return residual + (delta if bias is None else delta + bias), kwargs.get("context")
+
+    def _takes(self, arguments: dict[str, Any]) -> bool:
+        norms = type(self.input_layernorm) is RMSNorm and type(self.pre_mlp_layernorm) is RMSNorm
+        added = self.self_attn_bda is get_bias_dropout_add and self.mlp_bda is get_bias_dropout_add
+        exact = type(self) is FusedTransformerLayer and norms and added
+        asks = any(
+            arguments.get(name) is not None
+            for name in ("inference_context", "inference_params", "context_mask", "attention_bias")
+        )
+        off = (
+            self.recompute_input_layernorm
+            or self.recompute_pre_mlp_layernorm
+            or self.recompute_mlp
+            or self.offload_attn_norm
+            or self.offload_mlp_norm
+        )
+        dropout = self.training and self.hidden_dropout > 0.0
+        single = type(self.cross_attention) is IdentityOp
+        return exact and single and not (_plain(self) or asks or off or dropout or self.is_moe_layer)
+
+
+def _plain(module: Any) -> bool:
+    """Whether the config asks for Megatron-Core's own way through every module, as a check that watches modules does."""
+    return bool(getattr(module.config, "plain_layers", False))

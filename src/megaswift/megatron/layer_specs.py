@@ -1,0 +1,114 @@
+"""Our parts for Megatron-Core's layers, and the specification of a stage's layers built from what each is made of.
+
+TransformerEngine and apex are not needed. What Megatron-Core lacks without them stands in kernels/: attention that takes
+packed rows and is not quadratic in memory, a norm that works under sequence parallelism, and fused operations whose
+weight gradients go straight into the fp32 buffers. Each has a Triton or cuDNN form and a plain PyTorch one for CPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from torch import Tensor
+
+from megaswift.megatron.kernels.context_parallel import Share
+from megaswift.megatron.kernels.megatron_layer import (
+    CoreAttention,
+    FusedMLP,
+    FusedSelfAttention,
+    FusedTransformerLayer,
+    RMSNorm,
+)
+from megaswift.megatron.kernels.parallel_linear import ColumnParallel, RowParallel
+from megaswift.models.kinds import Kind
+
+# The modules behind the names in a Kind.
+ATTENTIONS: dict[str, type] = {"grouped_query": FusedSelfAttention}
+MLPS: dict[str, type] = {"gated": FusedMLP}
+NORMS: dict[str, type] = {"rms": RMSNorm}
+
+
+@dataclass
+class SequenceLayout(PackedSeqParams):
+    """Where the tokens of a micro batch stand; it travels to every attention layer as Megatron's packed_seq_params.
+
+    Args:
+        tables: rotation name -> cos and sin, [s, b or 1, 1, head_dim], already scaled by the RoPE type's attention factor.
+        segments: lengths of the samples that share the one row, or None for plain causal rows; with them `cu_seqlens_q`
+            (int32 on the device) and `max_seqlen_q` are set.
+        share: this rank's part of the rows, where several ranks share them (context parallelism).
+    """
+
+    qkv_format: str = "sbhd"
+    tables: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    seq_lens: list[int] | None = None
+    share: Share | None = None
+
+
+def block_spec(kinds: Sequence[Kind]) -> TransformerBlockSubmodules:
+    """The specification of this pipeline stage's layers.
+
+    Args:
+        kinds: of the layers, from the first to the last. The norm behind the last one is of that layer's kind.
+
+    Raises ValueError for a name that no module stands for.
+    """
+    specs = {kind: layer_spec(kind) for kind in set(kinds)}
+    return TransformerBlockSubmodules(
+        layer_specs=[specs[kind] for kind in kinds], layer_norm=_named(NORMS, "norm", kinds[-1].norm)
+    )
+
+
+def layer_spec(kind: Kind) -> ModuleSpec:
+    """The specification of a layer.
+
+    The key map saves the norms under the names of TransformerEngine's fused modules, so that checkpoints load there.
+    """
+    norm = _named(NORMS, "norm", kind.norm)
+    qk_norm = norm if kind.qk_norm else IdentityOp
+    return ModuleSpec(
+        module=FusedTransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=ModuleSpec(
+                module=_named(ATTENTIONS, "attention", kind.attention),
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallel,
+                    core_attention=partial(CoreAttention, rotation=kind.rotation),
+                    linear_proj=RowParallel,
+                    q_layernorm=qk_norm,
+                    k_layernorm=qk_norm,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=ModuleSpec(
+                module=_named(MLPS, "mlp", kind.mlp),
+                submodules=MLPSubmodules(linear_fc1=ColumnParallel, linear_fc2=RowParallel),
+            ),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map={
+                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+            },
+        ),
+    )
+
+
+def _named(modules: dict[str, Any], part: str, name: str) -> Any:
+    if name not in modules:
+        raise ValueError(f"a layer's {part} is {name!r}; there are modules for: {', '.join(modules)}")
+    return modules[name]

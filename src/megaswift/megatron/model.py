@@ -1,0 +1,353 @@
+"""The Megatron-Core model of one pipeline stage: built from a family's settings, judged by an objective."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megaswift.megatron.kernels.activation_offload import offload_activations
+from megaswift.megatron.kernels.attention import describe
+from megaswift.megatron.kernels.fp8_linear import Fp8LinearOps
+from megaswift.megatron.kernels.linear_cross_entropy import IGNORED, linear_cross_entropy
+from megaswift.megatron.kernels.linear_ops import PLAIN
+from megaswift.megatron.kernels.megatron_fuse import fuse_embedding
+from megaswift.megatron.kernels.sequence_log_probability import sequence_log_probabilities
+from megaswift.megatron.layer_specs import SequenceLayout, block_spec
+from megaswift.models import family_of
+from megaswift.models.family import is_tied
+from megaswift.models.kinds import MAIN, Kind
+from megaswift.models.stages import stage_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from megaswift.data.batches import MicroBatch
+    from megaswift.megatron.graphs import Graphs
+    from megaswift.megatron.kernels.context_parallel import Share
+    from megaswift.train.objectives import Loss, Objective
+
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What a run decides about its model, beyond the Hugging Face config."""
+
+    tp: int
+    pp: int
+    dtype: str
+    padded_vocab: int
+    cp: int = 1
+    sequence_parallel: bool = False
+    recompute: bool = False
+    deterministic: bool = False
+    flash_attention: bool | None = None
+    variable_lengths: bool = False
+    fp8: bool = False
+    offloaded_layers: int = 0  # of this stage, from its first on: their activations go to host memory
+
+
+class ChatModel(GPTModel):
+    """GPTModel whose forward takes a micro batch's fields and returns what an objective makes of its hidden states.
+
+    Args:
+        ropes: the tables that its layers rotate by, by name.
+        true_vocab: tokens of the vocabulary, without padding.
+    """
+
+    def __init__(self, *args: Any, ropes: Mapping[str, RotaryTable], true_vocab: int, **kwargs: Any) -> None:
+        super().__init__(*args, position_embedding_type="none", **kwargs)
+        self.ropes = ropes
+        self.true_vocab = true_vocab
+        self.graphs: Graphs | None = None  # set by the trainer
+
+    def forward(  # type: ignore[override]
+        self,
+        tokens: Tensor,
+        position_ids: Tensor,
+        seq_lens: list[int] | None = None,
+        share: Share | None = None,
+        worth: Callable[[ChatModel, Tensor], Any] | None = None,
+    ) -> Any:
+        """One micro batch through this stage.
+
+        Args:
+            tokens, position_ids: [b, s].
+            segments: lengths of the samples packed into the one row.
+            share: what part of the rows these are, where several ranks share them; it knows the samples itself.
+            worth: what to make of the last stage's hidden states, called with this model; None asks for logits.
+
+        Returns:
+            Hidden states [s, b, h] before the last stage; on it what `worth` returns, or logits [b, s, vocab of this rank].
+        """
+        hidden = self.embedding(input_ids=tokens, position_ids=position_ids) if self.pre_process else None
+        tables = {name: rope(position_ids, self.config.params_dtype) for name, rope in self.ropes.items()}
+        layout = SequenceLayout(tables=tables, seq_lens=seq_lens, share=share)
+        if seq_lens is not None:
+            borders = torch.tensor([0, *seq_lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+            layout.cu_seqlens_q, layout.max_seqlen_q = borders.to(tokens.device, non_blocking=True), max(seq_lens)
+        if self.graphs is None or hidden is None:
+            hidden = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=layout)
+        else:
+            hidden = self.graphs(hidden, layout)
+        if not self.post_process:
+            return hidden
+        return self._logits(hidden) if worth is None else worth(self, hidden)
+
+    def attention_kernel(self, packed: bool) -> str:
+        """What attends on this GPU, in words; `packed`: rows hold several samples. Compiles the kernels where that is needed."""
+        config = self.config
+        if config.deterministic_mode or config.flash_attention is not None:
+            return "PyTorch's " + ("plain operations" if config.flash_attention is False else "flash kernel")
+        heads, groups = (
+            max(n // config.tensor_model_parallel_size, 1) for n in (config.num_attention_heads, config.num_query_groups)
+        )
+        query = torch.empty((2, 2, heads, config.kv_channels), dtype=config.params_dtype, device="cuda")
+        return describe(query, groups, packed=packed or config.context_parallel_size > 1)
+
+    def _weight(self) -> Tensor:
+        return (
+            self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+        )
+
+    def summed_loss(self, hidden: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Summed cross entropy, without ever holding the logits of all tokens; vocabulary padding takes no part.
+
+        Args:
+            hidden: [s, b, h] of the last stage, this rank's part under sequence parallelism.
+            labels: [b, s], -100 where nothing is supervised.
+            weights: [b, s] fp32, what the loss at each label is multiplied by; None: 1.
+
+        Returns:
+            fp32 scalar. It must be the loss itself: its gradient is made at once, as one of a plain sum.
+        """
+        config = self.config
+        # What the schedule multiplies the loss by: Megatron's loss scale under fp16, else nothing.
+        scale = config.grad_scale_func(torch.ones((), device=hidden.device)) if config.fp16 and config.grad_scale_func else 1.0
+        factors = None if weights is None else weights.t()
+        loss, _ = linear_cross_entropy(
+            self._head_inputs(hidden), self._weight(), labels.t(), grad_scale=scale, factors=factors, **self._head()
+        )
+        return loss
+
+    def sequence_log_probabilities(
+        self, hidden: Tensor, batch: MicroBatch, sequences: Tensor, count: int
+    ) -> tuple[Tensor, Tensor]:
+        """What any loss of whole sequences is a function of; the logits are never held, nor what is not supervised computed.
+
+        Args:
+            hidden: [s, b, h] of the last stage, this rank's part under sequence parallelism.
+            batch: this rank's part under context parallelism.
+            sequences: int64 [b, s], the sequence that each token belongs to; `count`: how many there are in the whole rows.
+
+        Returns:
+            fp32 [count], the log-probability of each sequence's labels, and fp32 [count], how many labels these are; both by
+            the weights of the batch, and whole on every rank that shares the rows.
+        """
+        group = None if batch.share is None else batch.share.group
+        numbers, factors = sequences.t().reshape(-1), None if batch.weights is None else batch.weights.t().reshape(-1)
+        labels = batch.labels.t().reshape(-1)
+        counted = (labels != IGNORED).double() if factors is None else factors.double()
+        tokens = torch.zeros(count, dtype=torch.float64).index_add_(0, numbers, counted).to(hidden.device)
+        if group is not None:
+            dist.all_reduce(tokens, group=group)
+        inputs, numbers = self._head_inputs(hidden), numbers.to(hidden.device, non_blocking=True)
+        made = sequence_log_probabilities(
+            inputs, self._weight(), labels, numbers, count, factors=factors, group=group, **self._head()
+        )
+        return made, tokens.float()
+
+    def _head_inputs(self, hidden: Tensor) -> Tensor:
+        """[s * b, h], the same on every tensor-parallel rank."""
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden)  # its backward pass sums and scatters
+        return hidden.reshape(-1, hidden.shape[-1])
+
+    def _head(self) -> dict[str, Any]:
+        """What the head's kernel is told about this rank's part of the output layer."""
+        return dict(
+            vocab_start=self.tp_group.rank() * self._weight().shape[0],
+            vocab_size=self.true_vocab,
+            tp_group=self.tp_group if self.tp_group.size() > 1 else None,
+            reduce_hidden_grad=not self.config.sequence_parallel,
+            shared_with_embedding=self.share_embeddings_and_output_weights and self.pre_process,
+        )
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Logits [b, s, vocabulary of this rank]; those of vocabulary padding are the smallest number."""
+        tied = self.share_embeddings_and_output_weights
+        logits, _ = self.output_layer(hidden, weight=self.shared_embedding_or_output_weight() if tied else None)
+        padding = (
+            torch.arange(logits.shape[-1], device=logits.device) + self.tp_group.rank() * logits.shape[-1] >= self.true_vocab
+        )
+        return logits.masked_fill(padding, torch.finfo(logits.dtype).min).transpose(0, 1)
+
+
+class RotaryTable:
+    """Rotation angles of the Hugging Face config's RoPE type (default, linear, dynamic, llama3, yarn).
+
+    The frequencies come from transformers itself, so that every type means here what it means there. `dynamic` changes
+    them only beyond max_position_embeddings, and the plan refuses samples that long.
+
+    Args:
+        name: MAIN, or the layer type whose entry of rope_parameters is meant.
+    """
+
+    dtype: torch.dtype | None = None  # of cos and sin, where it is not the model's
+
+    def __init__(self, config: PreTrainedConfig, device: torch.device, name: str = MAIN) -> None:
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+        parameters = config.rope_parameters if name == MAIN else config.rope_parameters[name]
+        rope_type = parameters.get("rope_type", "default")
+        if rope_type == "default":
+            size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+            exponents = torch.arange(0, size, 2, dtype=torch.int64).float() / size
+            inverse, self.scale = 1.0 / (parameters["rope_theta"] ** exponents), 1.0
+        else:
+            layer_type = None if name == MAIN else name
+            inverse, self.scale = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"), layer_type=layer_type)
+        self.inverse = inverse.to(device)
+
+    def __call__(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin, each [s, b, 1, head_dim], for positions [b, s]."""
+        angles = position_ids.transpose(0, 1).float().unsqueeze(-1) * self.inverse
+        angles, dtype = torch.cat((angles, angles), dim=-1).unsqueeze(2), self.dtype or dtype
+        return (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)
+
+
+def rotary_tables(config: PreTrainedConfig, kinds: Sequence[Kind], device: torch.device) -> dict[str, RotaryTable]:
+    """Every table that layers of these kinds rotate by."""
+    names = sorted({kind.rotation for kind in kinds if kind.rotation is not None})
+    tables = {name: RotaryTable(config, device, name) for name in names}
+    for table in tables.values() if family_of(config.model_type).rotates_in_fp32 else ():
+        table.dtype = torch.float32
+    return tables
+
+
+def transformer_config(config: PreTrainedConfig, options: ModelOptions) -> TransformerConfig:
+    """Megatron-Core's config of a model in a layout: what holds for all its layers."""
+    family = family_of(config.model_type)
+    dtype = TORCH_DTYPES[options.dtype]
+    recompute = (
+        dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1) if options.recompute else {}
+    )
+    built = TransformerConfig(
+        **family.settings(config),
+        **recompute,
+        # Where any layer has these norms their gradients are summed over tensor-parallel ranks.
+        qk_layernorm=any(kind.qk_norm for kind in family.layers(config)),
+        hetereogenous_dist_checkpoint=family.is_mixed(config),
+        pipeline_model_parallel_layout=pipeline_layout(config, options.pp),
+        activation_func=F.silu,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        tensor_model_parallel_size=options.tp,
+        pipeline_model_parallel_size=options.pp,
+        context_parallel_size=options.cp,
+        sequence_parallel=options.sequence_parallel,
+        variable_seq_lengths=options.variable_lengths,
+        moe_token_dispatcher_type="alltoall",  # Megatron-Core asks for it with variable lengths, experts or not
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=options.dtype == "bf16",
+        fp16=options.dtype == "fp16",
+        apply_query_key_layer_scaling=options.dtype == "fp16",
+        use_cpu_initialization=not torch.cuda.is_available(),
+        perform_initialization=False,
+        calculate_per_token_loss=True,
+        deterministic_mode=options.deterministic,
+        batch_p2p_comm=torch.cuda.is_available(),
+    )
+    built.flash_attention = options.flash_attention  # read by backend.CoreAttention
+    # Not Megatron-Core's own `fp8`, which asks for TransformerEngine. Read by ColumnParallel, RowParallel and FusedMLP.
+    built.linear_ops = Fp8LinearOps() if options.fp8 else PLAIN
+    return built
+
+
+def pipeline_layout(config: PreTrainedConfig, pp: int) -> list[list[str]] | None:
+    """Megatron-Core's description of stages that have different numbers of layers; None where all have as many."""
+    counts = stage_layers(config, pp)
+    if len(set(counts)) == 1:
+        return None
+    stages = [["decoder"] * count for count in counts]
+    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
+
+
+def build(config: PreTrainedConfig, options: ModelOptions) -> ChatModel:
+    """The model of this process's pipeline stage and tensor-parallel part, its weights not yet loaded (zeros).
+
+    Needs the process groups of `ranks.joined`.
+    """
+    from megatron.core import parallel_state
+
+    megatron_config = transformer_config(config, options)
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    stage, counts = parallel_state.get_pipeline_model_parallel_rank(), stage_layers(config, options.pp)
+    first = sum(counts[:stage])
+    kinds = family_of(config.model_type).layers(config)[first : first + counts[stage]]
+    model = ChatModel(
+        config=megatron_config,
+        transformer_layer_spec=block_spec(kinds),
+        vocab_size=options.padded_vocab,
+        max_sequence_length=config.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=is_tied(config),
+        ropes=rotary_tables(config, kinds, device),
+        true_vocab=config.vocab_size,
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()  # rows of vocabulary padding stay zero, whatever the checkpoint brings
+    _mark_split_weights(model)
+    if options.offloaded_layers:
+        offload_activations(model.decoder, options.offloaded_layers)
+    return fuse_embedding(model.to(device))
+
+
+def _mark_split_weights(model: torch.nn.Module) -> None:
+    """Tell the gradient norm which weights are split over tensor-parallel ranks.
+
+    Megatron-Core marks them while it initialises them, which is skipped here since every value comes from a checkpoint.
+    It is the weight that is split, whatever a subclass computes with it: subclasses are meant too.
+    """
+    for module in model.modules():
+        if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)) and module.weight is not None:
+            set_tensor_model_parallel_attributes(module.weight, True, 0, 1)
+        elif isinstance(module, RowParallelLinear):
+            set_tensor_model_parallel_attributes(module.weight, True, 1, 1)
+
+
+def run_micro_batch(model: Any, batch: MicroBatch, objective: Objective) -> Any:
+    """A micro batch through (a wrapper of) ChatModel: hidden states before the last stage, on it the objective's Loss."""
+    seq_lens = None if batch.cu_seqlens is None else batch.cu_seqlens.diff().tolist()
+    worth = partial(_worth, objective, batch)
+    return model(batch.tokens, batch.position_ids, seq_lens, batch.share, worth)
+
+
+def _worth(objective: Objective, batch: MicroBatch, model: ChatModel, hidden: Tensor) -> Loss:
+    return objective.micro_batch(model, hidden, batch)
+
+
+__all__ = ["ChatModel", "ModelOptions", "RotaryTable", "build", "rotary_tables", "run_micro_batch", "transformer_config"]

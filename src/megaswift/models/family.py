@@ -1,0 +1,251 @@
+"""A model family: its Hugging Face type names, its tensor rules, and what its config means to Megatron-Core.
+
+A config field that changes the computation is honoured (it reaches the settings) or refused; none is ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from megaswift.errors import UserError
+from megaswift.models.kinds import Kind
+from megaswift.models.parameters import Parameter
+from megaswift.models.rules import Rule, Sizes, expanded, is_mixed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+OUTPUT_LAYER = "output_layer.weight"
+
+# Fields of decoder configs that say nothing about the computation of a training step.
+NEUTRAL_FIELDS = frozenset(
+    "transformers_version architectures output_hidden_states return_dict dtype torch_dtype chunk_size_feed_forward "
+    "is_encoder_decoder id2label label2id problem_type initializer_range use_cache pad_token_id bos_token_id eos_token_id "
+    "_name_or_path name_or_path output_attentions max_window_layers auto_map attn_implementation _attn_implementation "
+    "unsloth_fixed unsloth_version transformers.js_config is_llama_config rope_interleaved use_mrope "
+    "tokenizer_class language task_specific_params finetuning_task "
+    # Bookkeeping of transformers 4 and 5: how a model was loaded, saved, spread over devices or compiled.
+    "_attn_implementation_autoset _attn_implementation_internal attn_implementation_internal _attn_was_changed "
+    "_experts_implementation _experts_implementation_internal experts_implementation _flash_attn_2_enabled "
+    "_pre_quantization_dtype _commit_hash _auto_class _from_auto _from_pipeline _configuration_file "
+    "base_model_tp_plan base_model_pp_plan base_model_ep_plan base_model_fsdp_plan distributed_config compile_config "
+    "cache_implementation gradient_checkpointing torchscript use_bfloat16 tf_legacy_loss return_dict_in_generate "
+    "ignore_keys_at_rope_validation keys_to_ignore_at_inference output_scores custom_pipelines "
+    # Of tasks and generation: a training step has none of it.
+    "num_labels classifier_dropout prefix sep_token_id decoder_start_token_id is_decoder is_composition "
+    # Of other tools: what a tokenizer may do, what a model was made from.
+    "max_sequence_length model_max_length tokenizer_model_max_length tokenizer_padding_side pad_token model_name".split()
+)
+# Fields whose meaning every family honours through `decoder_settings`, `Sizes` or the rope code.
+HONOURED_FIELDS = frozenset(
+    "model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+    "hidden_act max_position_embeddings rms_norm_eps tie_word_embeddings rope_parameters rope_scaling rope_theta "
+    "attention_bias attention_dropout mlp_bias sliding_window use_sliding_window layer_types pretraining_tp "
+    "partial_rotary_factor is_causal".split()
+)
+LAYER_TYPES = ("full_attention", "sliding_attention")
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family.
+
+    Args:
+        name: short name, for messages.
+        hf_types: values of `model_type` in config.json.
+        rules: tensor rules, output layer included (it is left out for tied models).
+        settings: Hugging Face config -> settings of Megatron-Core's TransformerConfig.
+        tiny: config values of a tiny model of this family, on which the parity tests run.
+        kind: config and number of a layer, from 0 -> what that layer is made of.
+        rotates_in_fp32: whether query and key rotate in fp32 whatever the model's precision.
+        attention_bias: what `attention_bias` in the config may say (None: any value is honoured by `settings`).
+        extra_fields: config fields that only this family honours, in `settings` or `kind`.
+    """
+
+    name: str
+    hf_types: tuple[str, ...]
+    rules: tuple[Rule, ...]
+    settings: Callable[[Any], dict[str, Any]]
+    tiny: dict[str, Any]
+    kind: Callable[[Any, int], Kind] = lambda config, layer: Kind()
+    rotates_in_fp32: bool = False
+    attention_bias: bool | None = False
+    extra_fields: frozenset[str] = field(default_factory=frozenset)
+
+    def rules_for(self, tied: bool) -> tuple[Rule, ...]:
+        """The rules of a model with tied or separate output weights."""
+        return tuple(rule for rule in self.rules if not (tied and rule.megatron == OUTPUT_LAYER))
+
+    def layers(self, config: PreTrainedConfig) -> list[Kind]:
+        """What the layers of a model of this family are made of, from the first to the last."""
+        return [self.kind(config, layer) for layer in range(config.num_hidden_layers)]
+
+    def is_mixed(self, config: PreTrainedConfig) -> bool:
+        """Whether layers of this model differ in the tensors that they have."""
+        return is_mixed(self.rules, self.layers(config))
+
+    def parameters(self, config: PreTrainedConfig) -> list[Parameter]:
+        """All tensors of a model of this family, in the order of the computation."""
+        return expanded(self.rules_for(is_tied(config)), sizes_of(config), self.layers(config))
+
+    def audit(self, config: PreTrainedConfig, where: str = "config.json") -> None:
+        """Raise UserError for a config field that this family neither honours nor knows as neutral."""
+        values = config.to_dict()
+        unknown = [
+            name
+            for name, value in values.items()
+            if name not in NEUTRAL_FIELDS | HONOURED_FIELDS | self.extra_fields and not _says_nothing(value)
+        ]
+        if unknown:
+            raise UserError(
+                f"config fields that the {self.name} family does not know and that may change the computation: {', '.join(sorted(unknown))}.",
+                where=where,
+                fix="remove them from config.json if they mean nothing to the model",
+            )
+        _require(values, "hidden_act", ("silu", "swish"), where)
+        _require(values, "attention_dropout", (0, 0.0, None), where)
+        _require(values, "mlp_bias", (False, None), where)
+        _require(values, "pretraining_tp", (1, None), where)
+        _require(values, "partial_rotary_factor", (1, 1.0, None), where)
+        _require(values, "is_causal", (True, None), where)
+        kinds = {str(kind) for kind in values.get("layer_types") or ()}
+        if not kinds <= set(LAYER_TYPES):
+            raise UserError(
+                f"layer_types names {', '.join(sorted(kinds - set(LAYER_TYPES)))}, which is not supported (only {', '.join(LAYER_TYPES)}).",
+                where=f"{where}: layer_types",
+                fix="train this model elsewhere; nothing was converted",
+            )
+        if self.attention_bias is not None:
+            _require(values, "attention_bias", (self.attention_bias, None), where)
+        window = values.get("sliding_window")
+        if window is not None and (type(window) is not int or window < 0):
+            raise UserError(
+                f"sliding_window = {window!r} is not a number of tokens.", where=where, fix="fetch config.json again"
+            )
+        rope = values.get("rope_parameters") or {}
+        if rope.get("rope_type", "default") not in ROPE_TYPES:
+            raise UserError(
+                f"RoPE type {rope.get('rope_type')!r} is not supported.",
+                where=f"{where}: rope_parameters",
+                fix=f"known types: {', '.join(ROPE_TYPES)}",
+            )
+        _require(rope, "partial_rotary_factor", (1, 1.0, None), f"{where}: rope_parameters")
+        numbers = {f"rope_parameters: {name}": value for name, value in rope.items() if name not in ("rope_type", "type")}
+        for name, value in numbers.items():
+            if value is not None and not isinstance(value, (int, float)):
+                raise UserError(f"{name} = {value!r} is not a number.", where=where, fix="fetch config.json again")
+        self.layers(config)
+
+
+def _says_nothing(value: Any) -> bool:
+    """Whether a field is there, but off: null, false, an empty list or object."""
+    return value is None or value is False or value == [] or value == {}
+
+
+def _require(values: dict[str, Any], name: str, allowed: tuple[Any, ...], where: str) -> None:
+    if values.get(name) not in allowed:
+        raise UserError(
+            f"{name} = {values.get(name)!r} is not supported (only {allowed[0]!r}).",
+            where=f"{where}: {name}",
+            fix="train this model elsewhere; nothing was converted",
+        )
+
+
+def sizes_of(config: PreTrainedConfig) -> Sizes:
+    """Sizes of a decoder from its Hugging Face config."""
+    heads = config.num_attention_heads
+    return Sizes(
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        ffn=config.intermediate_size,
+        vocab=config.vocab_size,
+    )
+
+
+def decoder_settings(config: PreTrainedConfig) -> dict[str, Any]:
+    """Settings that all pre-norm RMSNorm SwiGLU decoders share."""
+    sizes = sizes_of(config)
+    return {
+        "num_layers": sizes.layers,
+        "hidden_size": sizes.hidden,
+        "num_attention_heads": sizes.heads,
+        "num_query_groups": sizes.kv_heads,
+        "kv_channels": sizes.head_dim,
+        "ffn_hidden_size": sizes.ffn,
+        "layernorm_epsilon": config.rms_norm_eps,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "add_bias_linear": False,
+        "add_qkv_bias": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
+
+
+def attention_window(config: PreTrainedConfig) -> int | None:
+    """Sliding window in tokens where some layer uses one, else None.
+
+    Training attends to everything before a token, so samples may not be longer than the window.
+    """
+    window = getattr(config, "sliding_window", None)
+    if not window or getattr(config, "use_sliding_window", True) is False:
+        return None
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and "sliding_attention" not in kinds:
+        return None
+    return int(window)
+
+
+def context_length(config: Any) -> int:
+    """Most tokens that a model can hold, as its config means it; the one place where that is worked out.
+
+    max_position_embeddings, for llama3 too, whose scaling is counted in already. Where linear, dynamic or yarn RoPE widens
+    it, `factor` times original_max_position_embeddings, which transformers takes for max_position_embeddings where only
+    yarn's may be given; a max_position_embeddings that is larger was written after the scaling.
+    """
+    length = getattr(config, "max_position_embeddings", None) or 2**20
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if rope.get("rope_type", rope.get("type")) in ("linear", "dynamic", "yarn") and rope.get("factor"):
+        original = rope.get("original_max_position_embeddings") or length
+        length = max(length, int(original * rope["factor"]))
+    return int(length)
+
+
+def trained_length(config: Any) -> tuple[int, str]:
+    """Most tokens of a sample that training can hold, and what sets the limit.
+
+    Less than `context_length` under a sliding window, and under dynamic RoPE, whose angles beyond max_position_embeddings
+    are others for each length of a row.
+    """
+    limit, reason = context_length(config), "max_position_embeddings and its RoPE scaling"
+    positions = getattr(config, "max_position_embeddings", None) or limit
+    rope = getattr(config, "rope_parameters", None) or {}
+    if limit == positions:
+        reason = "max_position_embeddings"
+    elif rope.get("rope_type") == "dynamic":
+        limit, reason = positions, "dynamic RoPE, which training holds up to max_position_embeddings"
+    window = attention_window(config)
+    return (window, "its sliding window") if window is not None and window <= limit else (limit, reason)
+
+
+def is_tied(config: PreTrainedConfig) -> bool:
+    """Whether input embedding and output layer are one matrix."""
+    return bool(getattr(config, "tie_word_embeddings", False))
+
+
+__all__ = [
+    "OUTPUT_LAYER",
+    "Family",
+    "attention_window",
+    "context_length",
+    "decoder_settings",
+    "is_tied",
+    "sizes_of",
+    "trained_length",
+]

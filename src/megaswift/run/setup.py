@@ -1,0 +1,108 @@
+"""What a run is made of before any rank starts: chat template, tokenized data, plan, and the job that ranks read.
+
+start = find_start(args)
+template = template_of(start.args, start)
+data = prepared(start.args, template, start)
+job = job_of(start.args, start, data, plan_of(start.args, start, data, place, run_dir), template.pad_id)
+"""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megaswift.config.files import read_args_file
+from megaswift.config.options import SftArguments
+from megaswift.errors import UserError
+from megaswift.models.registry import MODEL_TYPES
+from megaswift.run import table
+from megaswift.run.job import Job
+from megaswift.run.plan import Plan, make_plan
+from megaswift.run.source import TrainingSource
+from megaswift.store.cache import cache_root
+from megaswift.terminal import typed
+from megaswift.weights.hf.tokenizer import read_tokenizer, require_embedding_rows
+
+if TYPE_CHECKING:
+    from megaswift.data.chat import ChatTemplate
+    from megaswift.data.encode import PreparedData
+    from megaswift.launch.agent import Cluster
+
+
+def template_of(args: SftArguments, start: TrainingSource) -> ChatTemplate:
+    """The chat template of the run."""
+    if not args.dataset:
+        fix = "for example: --dataset self-cognition#500 my_rows.jsonl"
+        if start.run_dir is not None:
+            run, options = typed(start.run_dir), typed(start.run_dir / "sft_args.json")
+            fix = f"the same data as before; all options of the run: swift sft {options} --resume_from_checkpoint {run}"
+        raise UserError("no training data is named.", where="--dataset", fix=fix)
+    from megaswift.data.chat import ChatTemplate
+
+    tokenizer = read_tokenizer(start.root)
+    began = (
+        read_args_file(start.root).get("template_date") if start.run_dir else None
+    )  # else the rows would be others every day
+    date = args.template_date or began or datetime.date.today().isoformat()
+    return ChatTemplate(tokenizer, args.template_type, args.system, fallback=_registered_template(args), date=date)
+
+
+def _registered_template(args: SftArguments) -> str | None:
+    entry = MODEL_TYPES.get(args.model_type or "")
+    return entry.template if entry else None
+
+
+def streamed_rows(args: SftArguments, world_size: int, batch: int | None = None) -> int | None:
+    """Training rows that a streamed run needs, `batch` a step where that is kept; None where all data is read."""
+    if not args.streaming:
+        return None
+    if args.max_steps <= 0:
+        raise UserError(
+            "streamed data has no length, so the number of steps must be given.", where="--streaming", fix="add --max_steps N"
+        )
+    return args.max_steps * (batch or table.accumulation(args, world_size) * args.batch_size * world_size)
+
+
+def prepared(args: SftArguments, template: ChatTemplate, start: TrainingSource, stream_rows: int | None = None) -> PreparedData:
+    """The data of a run. Raises DataError for a token without a row in the embedding, in the rows or in the tokenizer alone."""
+    from megaswift.data.encode import prepare
+
+    table = start.config.vocab_size
+    data = prepare(args, template, cache_dir=cache_root(), packing=args.packing, stream_rows=stream_rows, table=table)
+    require_embedding_rows(template.vocabulary, table, start.root)
+    return data
+
+
+def plan_of(
+    args: SftArguments, start: TrainingSource, data: PreparedData, place: Cluster, run_dir: Path, batch: int | None = None
+) -> Plan:
+    """Everything that follows from options, model, rows and processes; `batch`: rows of a step where an earlier run fixed them."""
+    return make_plan(
+        args,
+        start.config,
+        model_type=str(args.model_type),
+        dtype=start.dtype,
+        world_size=place.world_size,
+        train_rows=len(data.train),
+        val_rows=len(data.val) if data.val is not None else 0,
+        load=str(start.new_tokens.source if start.new_tokens else start.root),
+        save=str(run_dir),
+        kept_batch=batch,
+    )
+
+
+def job_of(args: SftArguments, start: TrainingSource, data: PreparedData, plan: Plan, pad_id: int) -> Job:
+    """What every rank is told."""
+    return Job(
+        plan=plan,
+        options=args.to_dict(),
+        checkpoint=str(start.checkpoint),
+        model_dir=str(start.root),
+        train_data=str(data.train.path),
+        val_data=str(data.val.path) if data.val is not None else None,
+        pad_id=pad_id,
+        first_step=start.first_step,
+        other_dtypes=start.manifest.get("other_dtypes") or {},
+        rows_before=start.new_tokens.rows_before if start.new_tokens else None,
+    )

@@ -1,0 +1,255 @@
+"""What a run starts from: Megatron weights, a run to go on with, or a Hugging Face folder that needs no conversion."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megaswift.config.files import LAYOUT_OPTIONS, MODEL_OPTIONS, fill_from_file, read_args_file, with_home
+from megaswift.config.options import SftArguments
+from megaswift.errors import UserError
+from megaswift.hub.locate import locate
+from megaswift.launch.versions import has_bf16
+from megaswift.models import parameters_of
+from megaswift.run.plan import check_fp8, check_layout, check_numbers, check_offload, usable_length
+from megaswift.run.resume import check_same_base, check_same_model, newest_run, newest_whole
+from megaswift.store import paths
+from megaswift.store.lock import filling, refuse_if_in_use
+from megaswift.store.manifest import read_manifest
+from megaswift.store.paths import gguf_fix
+from megaswift.store.publish import refuse_unfinished
+from megaswift.terminal import say, shown
+from megaswift.weights.hf.config import load_config
+from megaswift.weights.hf.folder import check_config
+from megaswift.weights.hf.names import check_source
+from megaswift.weights.hf.new_tokens import NewTokens, listed_tokens, with_new_tokens
+from megaswift.weights.hf.read import HFCheckpoint
+
+
+@dataclass(frozen=True)
+class TrainingSource:
+    """What training starts from."""
+
+    args: SftArguments  # options, those of the directory filled in
+    root: Path  # directory with config.json and tokenizer; with new tokens those of the cache
+    checkpoint: Path  # torch_dist directory, or the Hugging Face folder itself where that is the start
+    config: Any
+    dtype: str
+    manifest: dict[str, Any]  # of the checkpoint
+    run_dir: Path | None  # the run to go on with, if it is one
+    first_step: int
+    new_tokens: NewTokens | None = None
+
+
+def resolve_source(args: SftArguments, leads: bool = True) -> TrainingSource:
+    """Find and check what training starts from: with --resume true the newest run, else --resume_from_checkpoint.
+
+    Args:
+        leads: whether this machine holds the lock of the run; on the others the leading one may have it already.
+    """
+    from megaswift.weights.load_hf import is_hf_folder
+
+    args = with_home(args)
+    root = _newest_run(args, leads) if args.resume else None
+    if root is None:
+        root, args = _start_root(args)
+    refuse_unfinished(root)
+    values = read_args_file(root)
+    # A run that goes on in another layout is given one: then the old one's other half means nothing.
+    relaid = args.explicit() & {"tp", "pp"} and _is_run(root)
+    # A Hugging Face folder has no layout: its options file tells the one that it was exported from.
+    own_layout = () if relaid or is_hf_folder(root) else LAYOUT_OPTIONS
+    args = fill_from_file(args, values, (*MODEL_OPTIONS, *own_layout))
+    if not args.model_type:
+        raise UserError("the directory does not say its model_type.", where=str(root), fix="give --model_type NAME")
+    converted = not is_hf_folder(root)
+    checkpoint = _checkpoint(args, root, leads) if converted else root
+
+    config = load_config(root)
+    args = args.changed(new_special_tokens=listed_tokens(args.new_special_tokens))
+    check_numbers(args)
+    _check_device(args)
+    check_layout(config, args.tp, args.pp, None, args.sequence_parallel, args.cp)
+    check_offload(args, config)
+    _check_tensors(root, checkpoint if converted else None, config)
+    manifest = read_manifest(checkpoint) if converted else _folder_precisions(root, config)
+    goes_on = bool(manifest.get("optimizer")) and paths.iteration_of(checkpoint) > 0
+    if goes_on:
+        check_same_model(args, values, manifest, shown(root))
+        check_config(root, manifest)
+        check_same_base(_named(args), checkpoint, manifest)
+    dtype = str(manifest["dtype"]) if goes_on and manifest.get("dtype") else _dtype(args, str(manifest.get("dtype")))
+    if args.fp8:
+        check_fp8(config, args.tp, dtype)
+    if not goes_on:
+        _tell_rounded(manifest, dtype, args.save_only_model)
+    new_tokens = _new_tokens(args.new_special_tokens, root, goes_on)
+    if new_tokens is not None:
+        root, config = new_tokens.directory, load_config(new_tokens.directory)
+    return TrainingSource(
+        args=args.changed(max_length=usable_length(config, args.max_length, given="max_length" in args.explicit())),
+        root=root,
+        checkpoint=checkpoint,
+        config=config,
+        dtype=dtype,
+        manifest=manifest,
+        run_dir=root if goes_on else None,
+        first_step=paths.iteration_of(checkpoint) if goes_on else 0,
+        new_tokens=new_tokens,
+    )
+
+
+def _new_tokens(tokens: list[str], root: Path, goes_on: bool) -> NewTokens | None:
+    """The files with --new_special_tokens, said aloud; None where the model has them. A run keeps those that it began with."""
+    found = with_new_tokens(root, tokens)
+    if found is None:
+        return None
+    if goes_on:
+        raise UserError(
+            f"this run began without the special tokens {', '.join(found.tokens)}, and its optimizer knows nothing of their rows.",
+            where=f"--new_special_tokens, {shown(root)}",
+            fix="leave the option out to go on; to add them, export the run (--to_hf true) and begin a new one from that",
+        )
+    say(found.note())
+    return found
+
+
+def _start_root(args: SftArguments) -> tuple[Path, SftArguments]:
+    """The directory to start from, and the options with the model type that it tells.
+
+    --resume_from_checkpoint names it; else it is the converted model in {model_type}-tp{tp}-pp{pp}, or without one the
+    Hugging Face model itself, whose weights are then loaded straight into the ranks.
+    """
+    from megaswift.weights.load_hf import is_hf_folder
+
+    named = args.resume_from_checkpoint
+    if named is None and not args.model_type and not args.model_id_or_path:
+        raise UserError(
+            "nothing says which weights to train.",
+            where="swift sft",
+            fix="give --resume_from_checkpoint DIR, --model_type NAME or --model_id_or_path DIR",
+        )
+    default = Path(f"{args.model_type}-tp{args.tp}-pp{args.pp}")
+    if named is None and (args.model_id_or_path or not paths.is_megatron_directory(default)):
+        found = locate(args.model_type, args.model_id_or_path, args.model_revision)
+        say(f"starting from {found.model_type} ({found.origin}), without a conversion")
+        return found.path, args.changed(model_type=found.model_type)
+    root = Path(named or default).absolute()
+    if paths.is_megatron_directory(root) or is_hf_folder(root):
+        return root, args
+    if fix := gguf_fix(root):
+        raise UserError(f"{shown(root)} is no model that can be trained.", where="--resume_from_checkpoint", fix=fix)
+    name = args.model_type or "NAME"
+    raise UserError(
+        f"{shown(root)} is not a directory of Megatron weights.",
+        where="--resume_from_checkpoint",
+        fix=f"make one with: swift export --model_type {name} --to_megatron true --tp {args.tp} --pp {args.pp}",
+    )
+
+
+def _newest_run(args: SftArguments, leads: bool) -> Path | None:
+    """What --resume true goes on with; None, said aloud, where a new run must start."""
+    model_type = args.model_type or _model_type(args)
+    with filling(Path(args.output_dir)):
+        found = newest_run(Path(args.output_dir).absolute(), str(model_type), args.add_output_dir_suffix, live=leads)
+    if found is None:
+        say(f"--resume true: no run of {model_type} under {args.output_dir} has saved a checkpoint; starting at step 0.")
+    elif leads:
+        refuse_if_in_use(found)
+    return found
+
+
+def _model_type(args: SftArguments) -> str | None:
+    root, args = _start_root(args)
+    return read_args_file(root).get("model_type") or args.model_type
+
+
+def _named(args: SftArguments) -> Path | None:
+    """The directory of weights that the command names."""
+    given = args.resume_from_checkpoint or args.model_id_or_path
+    return Path(given).absolute() if given else None
+
+
+def _is_run(root: Path) -> bool:
+    """Whether training saved something in a directory, as opposed to converted weights."""
+    return any(paths.iteration_of(path) > 0 for path in paths.candidates(root))
+
+
+def _checkpoint(args: SftArguments, root: Path, leads: bool) -> Path:
+    """The checkpoint in `root` to start from; what is passed over is said."""
+    if not _is_run(root):
+        return paths.find_checkpoint(root)
+    if leads:
+        refuse_if_in_use(root)
+    checkpoint, notes = newest_whole(root, args.verify, need_optimizer=args.resume)
+    for note in notes:
+        say(f"[yellow]{note}[/yellow]")
+    say(f"going on from {shown(checkpoint)}")
+    return checkpoint
+
+
+def _check_tensors(root: Path, checkpoint: Path | None, config: Any) -> None:
+    """Raise DataError unless names and shapes of the weights are those of config.json: before a rank builds that model."""
+    if checkpoint is None:
+        check_source(HFCheckpoint.open(root), config)
+        return
+    from megaswift.weights.convert import check_megatron
+    from megaswift.weights.torch_dist.reader import Reader
+
+    check_megatron(Reader(checkpoint), parameters_of(config))
+
+
+def _folder_precisions(folder: Path, config: Any) -> dict[str, Any]:
+    """Precisions of a Hugging Face folder's weights, as a manifest would tell them."""
+    from megaswift.weights.convert import DTYPE_NAMES, precisions_of_folder
+
+    found = precisions_of_folder(HFCheckpoint.open(folder), config)
+    return found.record() | {"dtype": DTYPE_NAMES.get(found.main, "fp32")}
+
+
+def _tell_rounded(manifest: dict[str, Any], dtype: str, only_model: bool) -> None:
+    """Say which tensors the source has in more precision than they are trained in."""
+    from megaswift.weights.convert import DTYPES, Precisions
+    from megaswift.weights.convert.precision import grouped, other_dtypes, wider
+
+    names = wider(other_dtypes(manifest), Precisions(DTYPES[dtype]))
+    if names:
+        later = "is saved in it, too (--save_only_model true)" if only_model else "is exported as its fp32 master copy has it"
+        say(
+            f"[yellow]rounded to {dtype} for training, though the source has more precision ({len(names)} tensors): "
+            f"{grouped(names)}. What is learnt {later}.[/yellow]"
+        )
+
+
+def _check_device(args: SftArguments) -> None:
+    """Raise UserError for options that need a GPU where there is none."""
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    if args.cuda_graphs == "true":
+        raise UserError("--cuda_graphs true needs an NVIDIA GPU, and none is here.", where="--cuda_graphs", fix="leave it out")
+    for name in ("optimizer_cpu_offload", "cpu_offloading_num_layers"):
+        if getattr(args, name):
+            raise UserError(
+                f"--{name} needs a GPU: this run is on the CPU, whose memory is the host's already.",
+                where=f"--{name}",
+                fix="leave it out",
+            )
+
+
+def _dtype(args: SftArguments, stored: str) -> str:
+    """The training precision: the flag, else bf16 on a GPU that has it and fp32 on a CPU."""
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    if "dtype" in args.explicit() and args.dtype != "AUTO":
+        if not on_gpu and args.dtype != "fp32":
+            say(f"[yellow]{args.dtype} on a CPU is many times slower than fp32; leave --dtype out for fp32.[/yellow]")
+        return args.dtype
+    if not on_gpu:
+        return "fp32"
+    if stored == "fp32" and args.dtype == "fp32":
+        return "fp32"
+    return "bf16" if has_bf16() else "fp16"

@@ -1,0 +1,1 @@
+"""Files that appear whole: publishing, manifests, locks, retention, the cache."""

@@ -1,0 +1,1 @@
+"""Training: the loop of one rank, its step, what it logs and saves."""

@@ -1,0 +1,156 @@
+"""The training loop of one rank: load, step, evaluate, save, log. `swift sft` starts it on every rank.
+
+python -m megaswift.train.loop JOB.json      (what torchrun runs; swift sft writes the file)
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+from megaswift.config.options import SftArguments
+from megaswift.data.batches import Batches, EvalBatches, prefetch
+from megaswift.errors import Stopped
+from megaswift.launch import agent
+from megaswift.launch.signals import StopSignals
+from megaswift.launch.watchdog import Watchdog
+from megaswift.megatron import process_groups
+from megaswift.run.job import Job
+from megaswift.run.plan import Plan
+from megaswift.store.faults import fault_point
+from megaswift.train.callbacks import Callbacks, GraphNotes, Heartbeat, StopOnSignal
+from megaswift.train.determinism import CostOfDeterminism, deterministic
+from megaswift.train.evaluation import Evaluation
+from megaswift.train.log import RunLog
+from megaswift.train.saving import Checkpoints, saves_after
+from megaswift.train.setup import open_batches, restore_trainer, to_device
+from megaswift.train.step_guard import StepGuard
+
+if TYPE_CHECKING:
+    from megaswift.train.trainer import Trainer
+
+
+def run(job: Job) -> None:
+    """Train as the job says, as one rank. Raises MegaswiftError; all ranks raise alike."""
+    plan, args = job.plan, SftArguments(**job.options)
+    # The watchdog ends a rank that stands still, and leaves its stacks; the limit of the process groups is only the last resort.
+    patience = max(args.start_timeout, args.step_timeout) + 60
+    with (
+        StopSignals(agent.stop_file()) as signals,
+        deterministic(args.deterministic),
+        process_groups.joined(plan.tp, plan.pp, args.seed, plan.cp, start_timeout_s=patience) as rank,
+    ):
+        run_dir = _agreed_run_dir(plan)
+        with Watchdog(run_dir, rank.rank, args.start_timeout, args.step_timeout) as watchdog:
+            trainer, extra = restore_trainer(job, args)
+            train, validation = open_batches(job, args, rank)
+            with (
+                closing(trainer),
+                closing(RunLog(run_dir, plan, rank.is_first, rank.on_gpu, job.first_step)) as log,
+                Callbacks(rank.device) as callbacks,
+            ):
+                if rank.on_gpu:
+                    log.note(f"attention: {trainer.bare_model.attention_kernel(args.padding_free or args.packing)}")
+                training = Training(job, args, rank, run_dir, trainer, train, callbacks, signals)
+                training.attend(log, watchdog, validation, extra)
+                training.run()
+
+
+class Training:
+    """The steps of one rank from the first to the last, or to a signal."""
+
+    def __init__(
+        self,
+        job: Job,
+        args: SftArguments,
+        rank: process_groups.Rank,
+        run_dir: Path,
+        trainer: Trainer,
+        train: Batches,
+        callbacks: Callbacks,
+        signals: StopSignals,
+    ) -> None:
+        self.job, self.plan, self.args, self.rank, self.run_dir = job, job.plan, args, rank, run_dir
+        self.trainer, self.train, self.callbacks, self.signals = trainer, train, callbacks, signals
+
+    def attend(self, log: RunLog, watchdog: Watchdog, validation: EvalBatches | None, extra: dict[str, Any]) -> None:
+        """Have everything beside the steps done, in this order."""
+        args, trainer, callbacks, last = self.args, self.trainer, self.callbacks, self.plan.train_iters
+        checkpoints = Checkpoints(
+            self.job, args, self.rank, trainer, self.train.fingerprint, self.run_dir, log, watchdog, callbacks
+        )
+        callbacks.add(StopOnSignal(self.signals))
+        callbacks.add(Heartbeat(watchdog))
+        if args.deterministic:
+            callbacks.add(CostOfDeterminism(trainer, self.train, self.rank.device, log))
+        callbacks.add(
+            StepGuard(
+                args, trainer, self.train, self.run_dir, log, extra,
+                last=last, before_the_end=checkpoints.finish, active=self.rank.is_first,
+            )
+        )  # fmt: skip
+        callbacks.add(log)
+        callbacks.add(GraphNotes(trainer.graphs, log))
+        if validation is not None:
+            callbacks.add(
+                Evaluation(trainer, validation, self.rank.device, callbacks, watchdog, every=args.eval_steps, last=last)
+            )
+        callbacks.add(checkpoints)
+
+    def run(self) -> None:
+        """Raises NonFiniteError, Stopped or DataError, on all ranks alike."""
+        first, last = self.job.first_step, self.plan.train_iters
+        fault_point("loop.start")
+        if self.callbacks.agree().stop:
+            raise self._stopped(first)
+        self.callbacks.begin(first)
+        started = time.perf_counter()
+        for place, micro_batches in prefetch(self.train, first, last, self.args.dataloader_num_workers):
+            step = place + 1
+            fault_point("loop.step")
+            result = self.trainer.step(to_device(micro_batches, self.rank.device))
+            result.tokens = int(self.train.rows.lengths[self.train.sample_ids(place)].sum())
+            seconds, started = time.perf_counter() - started, time.perf_counter()
+            self.callbacks.step(step, result, seconds)
+            fault_point("loop.boundary")
+            verdict = self.callbacks.agree()
+            self.callbacks.boundary(step, verdict)
+            if verdict.stop and step < last:
+                raise self._stopped(step)
+            if saves_after(self.plan, step):
+                started = time.perf_counter()  # saving is no part of a step
+
+    def _stopped(self, step: int) -> Stopped:
+        what = f"stopped by {self.signals.asked or 'a signal to another rank'} "
+        if step == self.job.first_step:
+            return Stopped(
+                what + "before a step was made.",
+                where=str(self.run_dir),
+                fix="the same command with --resume true starts again",
+            )
+        return Stopped(
+            what + f"after step {step}, whose checkpoint is saved.",
+            where=str(self.run_dir),
+            fix="the same command with --resume true goes on from there",
+        )
+
+
+def _agreed_run_dir(plan: Plan) -> Path:
+    """The run's directory as rank 0 names it; on several machines the others learn it here."""
+    name = [plan.megatron["save"]]
+    dist.broadcast_object_list(name, src=0)
+    return Path(name[0])
+
+
+def main(argv: list[str]) -> int:
+    """Entry point of one rank: errors go to a file that the launcher prints once."""
+    return agent.report_from_rank(lambda: run(Job.read(Path(argv[0]))))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

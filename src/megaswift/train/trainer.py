@@ -1,0 +1,361 @@
+"""One training step: forward and backward over the micro batches by Megatron-Core's pipeline schedule, then the update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megaswift.megatron import compat
+from megaswift.megatron.graphs import Graphs
+from megaswift.megatron.kernels.context_parallel import shard_batch
+from megaswift.megatron.kernels.linear_ops import linear_ops_of
+from megaswift.megatron.kernels.main_grad import settle_main_grads, zero_main_grads
+from megaswift.megatron.kernels.megatron_layer import FusedMLP
+from megaswift.megatron.kernels.megatron_optimizer import FusedOptimizer, fuse_optimizer, gradient_norm
+from megaswift.megatron.model import TORCH_DTYPES, ChatModel, run_micro_batch
+
+if TYPE_CHECKING:
+    from megaswift.data.batches import MicroBatch
+    from megaswift.run.plan import Plan
+    from megaswift.train.objectives import Loss, Objective
+
+# fp16: losses are sums over tokens, so the usual 2^16 and 1 for means over some 256 tokens are 2^8 and 2^-8 here.
+INITIAL_LOSS_SCALE, MIN_LOSS_SCALE = 2.0**8, 2.0**-8
+# Gradients that are reduced at a time while the backward pass goes on; None: what Megatron-Core takes, 40 million or more.
+BUCKET_SIZE: int | None = None
+# A model smaller than this has little to reduce, and gains more from CUDA graphs, which exclude overlapping.
+OVERLAP_FROM = 1_000_000_000
+
+
+@dataclass
+class StepResult:
+    """What one step gave; equal on all ranks."""
+
+    loss: float  # of the global batch: the sum of its losses over the sum of their weights
+    grad_norm: float | None  # before clipping; None if the step was skipped
+    learning_rate: float
+    weight: float  # what the losses were divided by
+    metrics: dict[str, float]  # the objective's own figures, summed over the global batch
+    tokens: int = 0  # all its tokens, padding left out
+    skipped: bool = False  # fp16 only: gradients overflowed, no update
+    loss_scale: float | None = None  # fp16 only: what the next step's loss is multiplied by
+    nonfinite: bool = False  # loss or gradient norm is NaN or infinite, and in fp16 no lower loss scale can help; no update
+    spike: bool = False  # the gradient norm is beyond Trainer.norm_limit; no update
+
+
+class Trainer:
+    """The model of this process with its gradients' buffers, optimizer and schedule, and the objective that it is trained by."""
+
+    def __init__(
+        self,
+        model: ChatModel,
+        plan: Plan,
+        objective: Objective,
+        *,
+        cuda_graphs: str = "false",
+        overlap_grad_reduce: bool | None = False,
+        overlap_param_gather: bool | None = None,
+        recompute_modules: str = "auto",
+    ) -> None:
+        self.bare_model, self.objective = model, objective
+        compat.use_our_adamw()
+        config = model.config
+        wrapped = Float16Module(config, model) if config.bf16 or config.fp16 else model
+        overlap = overlaps(model, overlap_grad_reduce, cuda_graphs)
+        model.graphs = self.graphs = Graphs(model.decoder, cuda_graphs, overlap)
+        with self.graphs.stream_of_step():  # the wrapper's hooks belong to the stream that is current here
+            self.model = DistributedDataParallel(
+                config,
+                DistributedDataParallelConfig(
+                    use_distributed_optimizer=True,
+                    grad_reduce_in_fp32=True,
+                    check_for_nan_in_grad=False,
+                    overlap_grad_reduce=overlap,
+                    overlap_param_gather=overlap and overlap_param_gather is not False,
+                    bucket_size=BUCKET_SIZE,
+                ),
+                wrapped,
+            )
+        config.no_sync_func = self.model.no_sync if overlap else None
+        if self.model.ddp_config.overlap_param_gather:
+            wait_for_whole_layers(self.model, model)
+        options = optimizer_config(plan)
+        optimizer = get_megatron_optimizer(options, [self.model], get_standard_config_overrides(options))
+        # Under fp16 it stays as it was: the loss scaler needs Megatron's own step.
+        self.optimizer = fuse_optimizer(optimizer, plan.moments, on_host=plan.optimizer_cpu_offload)
+        for chained in optimizer.chained_optimizers:
+            chained.optimizer.allocate()
+        self.fused = isinstance(self.optimizer, FusedOptimizer)
+        self.scheduler = schedule(self.optimizer, plan)
+        config.grad_scale_func = self.optimizer.scale_loss
+        config.finalize_model_grads_func = self._finalize
+        self.run_schedule = get_forward_backward_func()
+        recompute(model, plan, recompute_modules)
+        self.norm_limit = math.inf  # a step with a larger gradient norm changes nothing
+
+    def close(self) -> None:
+        """Let go of model, optimizer and process groups, which would otherwise live as long as this process.
+
+        The wrapper and its gradient hooks hold each other out of Python's sight, and Megatron-Core keeps every config alive,
+        whose functions are bound to the trainer.
+        """
+        self.model.grad_accs.clear()
+        self.bare_model.graphs = None
+        config = self.bare_model.config
+        for name in ("grad_scale_func", "finalize_model_grads_func", "no_sync_func", "grad_sync_func", "param_sync_func"):
+            setattr(config, name, None)
+
+    def settle_weights(self) -> None:
+        """Wait until this rank has all new weights; all ranks call it, before anything but a forward pass reads them."""
+        if self.model.ddp_config.overlap_param_gather:
+            self.model.start_param_sync(force_sync=True)
+
+    def step(self, batches: list[MicroBatch]) -> StepResult:
+        """Update the weights once from this rank's micro batches of one global batch."""
+        return self.update(self.gradients(batches))
+
+    def gradients(self, batches: list[MicroBatch]) -> Tensor:
+        """Forward and backward over the micro batches.
+
+        Returns the sums of the global batch, fp64 on the device: losses, weights, and the objective's metrics in their order.
+        `gradient_divisor` tells what the gradient buffers must be divided by to be gradients of the mean loss.
+        """
+        self.model.train()
+        zero_main_grads(self.model)
+        self.optimizer.zero_grad()
+        with self.graphs.step(), linear_ops_of(self.bare_model.config).unchanged_weights(len(batches)):
+            sums = self._forward_backward(batches, forward_only=False)
+        if self.fused:
+            self.optimizer.divisor = divisor(sums).float()
+        else:
+            self.model.scale_gradients(divisor(sums).float().reciprocal())
+        return sums
+
+    def gradient_divisor(self, sums: Tensor) -> float:
+        """1 where the buffers are divided already, else the sum of weights: the update does it then."""
+        return float(divisor(sums)) if self.fused else 1.0
+
+    def update(self, sums: Tensor) -> StepResult:
+        """One step of schedule and optimizer with the gradients at hand, unless something is not finite or a spike."""
+        self.scheduler.step(increment=1)  # before the update: step k of n uses the rate of step k, so the last one uses min_lr
+        rate = max(group["lr"] for group in self.optimizer.param_groups)
+        before = self._loss_scale()
+        skipped = self.optimizer.prepare_grads()  # fp16: gradients of a rank overflowed; all ranks have agreed on it
+        mean = sums[0] / divisor(sums)
+        if skipped:
+            return self._overflowed(self._result(float(mean), None, rate, sums[1:].tolist()), before)
+        norm = (self.optimizer.get_grad_norm() if self.fused else gradient_norm(self.optimizer)).to(sums)
+        if self.fused:  # the device decides whether the update happens; the host only reads it afterwards
+            self.optimizer.update(torch.where(mean.isfinite(), norm, math.nan).float(), limit=self.norm_limit)
+        loss, grad_norm, *others = torch.cat((torch.stack((mean, norm)), sums[1:])).tolist()
+        result = self._result(loss, grad_norm, rate, others)
+        result.nonfinite = not _all_finite(loss, grad_norm)
+        result.spike = not result.nonfinite and grad_norm > self.norm_limit
+        if self.fused:
+            if result.nonfinite or result.spike:
+                self.optimizer.forget_step()
+        elif not (result.nonfinite or result.spike):
+            self._clip(grad_norm)
+            self.optimizer.step_with_ready_grads()
+        return result
+
+    def _loss_scale(self) -> float | None:
+        """What fp16 losses are multiplied by, so that small gradients do not vanish; None in other precisions."""
+        return float(self.optimizer.get_loss_scale()) if self.bare_model.config.fp16 else None
+
+    def _result(self, loss: float, grad_norm: float | None, rate: float, others: list[float]) -> StepResult:
+        """`others`: the sum of weights and the sums of metrics."""
+        weight, *sums = others
+        metrics = dict(zip(self.objective.metrics, sums, strict=True))
+        return StepResult(loss, grad_norm, rate, weight, metrics, loss_scale=self._loss_scale())
+
+    def _overflowed(self, result: StepResult, scale: float | None) -> StepResult:
+        """A step without update. The scaler lowers its scale after two such steps; at its floor that cannot help any more."""
+        result.skipped = True
+        hopeless = scale is None or scale <= MIN_LOSS_SCALE
+        if hopeless or not _all_finite(result.loss, 0.0):
+            result.nonfinite, result.grad_norm = True, math.inf
+        return result
+
+    def _clip(self, grad_norm: float) -> None:
+        """Scale the gradients down to --max_grad_norm; 0 leaves them."""
+        for part in self.optimizer.chained_optimizers:
+            parameters = part.get_parameters()
+            if part.config.clip_grad > 0 and parameters:
+                clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=grad_norm)
+
+    def _finalize(self, chunks: list[Any], num_tokens: Tensor | None = None, **options: Any) -> None:
+        """After the last backward pass: reduce the gradients over ranks; they are divided later, by the sum of weights."""
+        settle_main_grads(self.model)
+        finalize_model_grads(chunks, None, **options)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterator[list[MicroBatch]]) -> float:
+        """The loss of all batches together: the sum of their losses over the sum of their weights."""
+        self.model.eval()
+        total, weight = 0.0, 0.0
+        for group in batches:
+            summed, more, *_ = self._forward_backward(group, forward_only=True).tolist()
+            total, weight = total + summed, weight + more
+        return total / weight if weight > 0 else 0.0
+
+    def _forward_backward(self, batches: list[MicroBatch], forward_only: bool) -> Tensor:
+        """Run Megatron-Core's schedule; the sums of losses, weights and metrics over the whole global batch (fp64)."""
+        if parallel_state.get_context_parallel_world_size() > 1:
+            batches = [shard_batch(batch, parallel_state.get_context_parallel_group()) for batch in batches]
+        reports = self.run_schedule(
+            forward_step_func=partial(forward_step, self.objective),
+            data_iterator=iter(batches),
+            model=[self.model],
+            num_microbatches=len(batches),
+            seq_length=batches[0].tokens.shape[1],
+            micro_batch_size=batches[0].tokens.shape[0],
+            forward_only=forward_only,
+        )
+        sums = torch.zeros(2 + len(self.objective.metrics), dtype=torch.float64, device=batches[0].tokens.device)
+        for report in reports:  # empty before the last pipeline stage
+            sums += report["sums"].to(torch.float64)
+        dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+            dist.broadcast(
+                sums,
+                parallel_state.get_pipeline_model_parallel_last_rank(),
+                group=parallel_state.get_pipeline_model_parallel_group(),
+            )
+        return sums
+
+
+def divisor(sums: Tensor) -> Tensor:
+    """What a summed loss and its gradients are divided by: the sum of weights, or 1 where no token has any."""
+    return torch.where(sums[1] > 0, sums[1], torch.ones_like(sums[1]))
+
+
+def overlaps(model: ChatModel, wanted: bool | None, cuda_graphs: str) -> bool:
+    """Whether gradients are reduced over data-parallel ranks while the backward pass goes on.
+
+    None leaves the choice to us: on GPUs, for large models; gloo's threads would take the processor from the backward pass.
+    """
+    if parallel_state.get_data_parallel_world_size(with_context_parallel=True) == 1:
+        return False
+    if wanted is not None:
+        return wanted
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return torch.cuda.is_available() and cuda_graphs != "true" and parameters >= OVERLAP_FROM
+
+
+def wait_for_whole_layers(ddp: DistributedDataParallel, model: ChatModel) -> None:
+    """Let a layer wait for all its weights that are under way, and the last norm for those of the output layer.
+
+    Megatron-Core's hooks wait when a module is called; our fused operations take weights from modules that are not.
+    """
+    wait = ddp._make_forward_pre_hook()
+
+    def hook(parts: list[torch.nn.Module]) -> Any:
+        def wait_for_all(*_: Any) -> None:
+            for part in parts:
+                wait(part)
+
+        return wait_for_all
+
+    for layer in model.decoder.layers:
+        layer.register_forward_pre_hook(hook(list(layer.modules())))
+    if model.post_process:
+        model.decoder.final_layernorm.register_forward_pre_hook(hook(list(model.output_layer.modules())))
+
+
+def _all_finite(loss: float, grad_norm: float) -> bool:
+    """Whether loss and norm are finite on every rank; agreed, so that all of them update or none does."""
+    bad = torch.tensor(float(not (math.isfinite(loss) and math.isfinite(grad_norm))), device=torch.cuda.current_device())
+    dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+    return not bad.item()
+
+
+def forward_step(objective: Objective, batches: Iterator[MicroBatch], model: Any) -> tuple[Any, Any]:
+    """Megatron-Core's forward_step_func, the objective bound: the output of one micro batch, and what takes its loss from it."""
+    output = run_micro_batch(model, next(batches), objective)
+
+    def loss_function(loss: Loss, *_: Any) -> tuple[Tensor, int, dict[str, Tensor]]:
+        # Three values ask Megatron-Core for gradients of sums, which we divide once by the sum of weights in the whole global
+        # batch; its own count of tokens takes no part.
+        metrics = (loss.metrics[name] for name in objective.metrics)
+        return loss.total, 0, {"sums": torch.stack((loss.total.detach().float(), loss.weight, *metrics))}
+
+    return output, loss_function
+
+
+def recompute(model: ChatModel, plan: Plan, modules: str) -> None:
+    """Let the MLPs compute parts again in the backward pass.
+
+    Args:
+        modules: "none"; "swiglu" (2 x ffn bytes a token and layer less, nearly free); "mlp" (4 x ffn more, for the first
+            product again); or "auto": "swiglu" where memory is short.
+    """
+    short = modules == "auto" and short_of_memory(model.config, plan)
+    for module in model.modules():
+        if type(module) is FusedMLP:
+            module.recompute_activation = modules in ("swiglu", "mlp") or short
+            module.recompute_first = modules == "mlp"
+
+
+def short_of_memory(config: TransformerConfig, plan: Plan) -> bool:
+    """Whether SwiGLU's results do not fit beside what layers keep in any case.
+
+    That is about 6 x hidden + 2 x ffn + queries, keys and values, two bytes each.
+    """
+    if not torch.cuda.is_available() or config.recompute_granularity:
+        return False
+    ffn = config.ffn_hidden_size // config.tensor_model_parallel_size
+    heads = (config.num_attention_heads + 2 * config.num_query_groups) * config.kv_channels // config.tensor_model_parallel_size
+    tokens = plan.max_length * int(plan.megatron["micro_batch_size"]) // plan.cp
+    stage = max(plan.stages) - plan.cpu_offloading_num_layers
+    layers = stage * config.pipeline_model_parallel_size  # that stay on the device, of all micro batches in flight
+    needed = 2 * (6 * config.hidden_size + 3 * ffn + heads) * tokens * layers
+    return needed > 0.8 * torch.cuda.mem_get_info()[0]
+
+
+def optimizer_config(plan: Plan) -> OptimizerConfig:
+    """Megatron-Core's optimizer options from the filled table."""
+    table = plan.megatron
+    names = ("optimizer", "lr", "min_lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad", "bf16", "fp16")
+    return OptimizerConfig(
+        **{name: table[name] for name in names},
+        params_dtype=TORCH_DTYPES[plan.dtype],
+        use_distributed_optimizer=True,
+        initial_loss_scale=INITIAL_LOSS_SCALE,
+        min_loss_scale=MIN_LOSS_SCALE,
+    )
+
+
+def schedule(optimizer: Any, plan: Plan) -> OptimizerParamScheduler:
+    """The learning rate schedule, counted in steps: warm-up, then decay that reaches min_lr at the last step."""
+    table = plan.megatron
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=table["lr"],
+        min_lr=table["min_lr"],
+        lr_warmup_steps=table["lr_warmup_iters"],
+        lr_decay_steps=plan.decay_steps,
+        lr_decay_style=table["lr_decay_style"],
+        start_wd=table["weight_decay"],
+        end_wd=table["weight_decay"],
+        wd_incr_steps=plan.train_iters,
+        wd_incr_style="constant",
+        wsd_decay_steps=plan.wsd_decay_steps,
+        lr_wsd_decay_style="cosine" if table["lr_decay_style"] == "WSD" else None,
+    )

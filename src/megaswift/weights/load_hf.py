@@ -1,0 +1,84 @@
+"""Weights of a Hugging Face folder straight into a sharded model: each rank reads only the parts that it holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megaswift.errors import DataError
+from megaswift.models import parameters_of
+from megaswift.models.parameters import Parameter
+from megaswift.weights.hf.config import load_config
+from megaswift.weights.hf.folder import incomplete
+from megaswift.weights.hf.names import check_source
+from megaswift.weights.hf.read import HFCheckpoint, nonfinite
+
+
+def is_hf_folder(path: Path) -> bool:
+    """Whether a directory is a whole Hugging Face model folder."""
+    return path.is_dir() and not incomplete(path)
+
+
+def load_hf_weights(model: Any, folder: Path) -> None:
+    """Fill a model (of this rank's layout) from a Hugging Face folder; no converted copy is needed.
+
+    Args:
+        model: ChatModel of one pipeline stage; values are cast to its precision.
+
+    Raises DataError unless the folder holds exactly the tensors of its config, and for NaN or infinite weights.
+    """
+    source = HFCheckpoint.open(folder)
+    config = load_config(folder)
+    check_source(source, config)
+    parameters = {(parameter.key, parameter.place): parameter for parameter in parameters_of(config)}
+    unknown = []
+    for part in held_parts(model):
+        parameter = parameters.get((part.key, tuple(part.global_offset[: part.prepend_axis_num])))
+        if parameter is None:
+            unknown.append(part.key)
+            continue
+        _fill(part, parameter, source)
+    if unknown:
+        raise DataError(
+            f"the model has weights that the folder does not: {', '.join(sorted(set(unknown))[:5])}.", where=str(folder)
+        )
+
+
+def held_parts(model: Any) -> list[Any]:
+    """Megatron-Core's description of what this rank holds: names, places in the whole tensors, and the memory itself."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+    state = model.sharded_state_dict(prefix="", metadata=None)
+    apply_factories(state)
+    return [item for item in nested_values(state) if isinstance(item, ShardedTensor)]
+
+
+def _fill(part: Any, parameter: Parameter, source: HFCheckpoint) -> None:
+    """Copy one part of a tensor from the mapped files."""
+    lead = part.prepend_axis_num
+    offset, shape = part.global_offset[lead:], tuple(part.local_shape)
+    # The vocabulary may be padded.
+    stop = tuple(min(start + size, limit) for start, size, limit in zip(offset, shape, parameter.shape))
+    if any(last <= first for first, last in zip(offset, stop)):
+        return
+    pieces = [
+        parameter.hf[piece.tensor].of(source.tensor(parameter.hf[piece.tensor].name))[piece.first : piece.last : piece.step]
+        for piece in parameter.arrangement.rows(offset[0], stop[0])
+    ]
+    value = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    value = value[(slice(None), *(slice(first, last) for first, last in zip(offset[1:], stop[1:])))]
+    names = [piece.name for piece in parameter.hf]
+    if nonfinite(value.contiguous()):
+        raise DataError(
+            f"tensor {names[0]}{' or one fused with it' if names[1:] else ''} has NaN or infinite values.",
+            where=f"{source.path}: {', '.join(names)}",
+            fix="use another model",
+        )
+    with torch.no_grad():
+        part.data[tuple(slice(0, last - first) for first, last in zip(offset, stop))].copy_(value)
+    del value, pieces
+    for name in names:
+        source.release(name)
