@@ -18,18 +18,19 @@ def _groups(before: str, now: str, target: str) -> list[list[dict[str, Any]]]:
     """On one rank: the parameter groups of a run after a step, and those of a run of other options that loads what it saved."""
     from megaswift.config.options import SftArguments
     from megaswift.megatron import process_groups as ranks
-    from megaswift.train import loop
+    from megaswift.run.job import Job
     from megaswift.train.checkpoint.load import load_training_state
     from megaswift.train.checkpoint.save import save
+    from megaswift.train.setup import open_batches, restore_trainer
 
     names, found = ("betas", "eps", "max_lr", "min_lr", "wd_mult", "step"), []
     with ranks.joined(1, 1, 42) as rank:
         for path in (before, now):
-            job = loop.Job.read(Path(path))
+            job = Job.read(Path(path))
             args = SftArguments(**job.options)
-            trainer = loop._trainer(job, args)
+            trainer, _ = restore_trainer(job, args)
             if path == before:
-                trainer.step(loop._batches(job, args, rank)[0].step(0))
+                trainer.step(open_batches(job, args, rank)[0].step(0))
                 save(Path(target), 1, trainer, only_model=False, extra={}, manifest={"layout": {}})
             else:
                 load_training_state(trainer, Path(target, "iter_0000001"), layout={})
