@@ -70,6 +70,7 @@ def build_model(shape: str, seq: int, way: str) -> Any:
     from megaswift.megatron.kernels.activation_offload import offload_activations
     from megaswift.megatron.kernels.fp8_linear import Fp8LinearOps
     from megaswift.megatron.kernels.linear_cross_entropy import linear_cross_entropy
+    from megaswift.megatron.kernels.linear_ops import PLAIN
     from megaswift.megatron.kernels.megatron_fuse import fuse_embedding
     from megaswift.megatron.kernels.megatron_layer import FusedMLP
     from megaswift.models.kinds import Kind
@@ -85,8 +86,7 @@ def build_model(shape: str, seq: int, way: str) -> Any:
             return linear_cross_entropy(flat, weight, labels.t(), **options)[0]
 
     config = TransformerConfig(**SHAPES[shape], **SETTINGS)
-    if "f" in way:
-        config.products = Fp8LinearOps()  # type: ignore[attr-defined]
+    config.linear_ops = Fp8LinearOps() if "f" in way else PLAIN  # type: ignore[attr-defined]
     FusedMLP.recompute_activation, FusedMLP.recompute_first, FusedMLP.overlap = "k" not in way, "m" in way, "o" in way
     model = Model(
         config,

@@ -46,7 +46,8 @@ def test_errors_that_nobody_reads() -> None:
 
 TABLES = """
 import sys
-from megaswift import cli, verify
+from megaswift import cli
+from megaswift.commands import verify
 from megaswift.terminal import say
 
 verify.verify_main = lambda _: [say("a line") for _ in range(3)]

@@ -146,7 +146,7 @@ BAD = [
         3,
         "unanswered.jsonl:2",
     ),
-    (("sft", "--resume_from_checkpoint", "again", "--dataset", "rows.jsonl", "--pp", "3"), 2, "nearest legal values"),
+    (("sft", "--resume_from_checkpoint", "again", "--dataset", "rows.jsonl", "--pp", "3"), 2, "NPROC_PER_NODE=3"),
     (("sft", "--resume_from_checkpoint", "again"), 2, "--dataset"),
     (("sft", "--datset", "x"), 2, "did you mean: dataset"),
     (("sfr",), 2, "did you mean: sft"),

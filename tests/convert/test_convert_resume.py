@@ -26,17 +26,16 @@ SLOW = """
 import sys, time
 import torch
 torch.set_num_threads(1)
-from megaswift.checkpoint import torch_dist
-from megaswift.hf import output
-from megaswift.arguments import ExportArguments
-from megaswift.export import export_main
+from megaswift.store import files
+from megaswift.weights.torch_dist import writer
+from megaswift.commands.export import export_main
 
-write = output.HashedFile.write
+write = files.HashedFile.write
 def slowly(self, data, also=None):
     time.sleep({pause})
     return write(self, data, also)
-output.HashedFile.write = slowly
-torch_dist.FILE_BYTES = 40_000
+files.HashedFile.write = slowly
+writer.FILE_BYTES = 40_000
 print("started", flush=True)
 export_main(sys.argv[1:])
 """

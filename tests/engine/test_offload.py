@@ -351,7 +351,7 @@ def test_what_cannot_be_had_is_refused(model: tuple[Path, Path], tmp_path: Path)
                 sft.sft_main(SftArguments(**options(model, output_dir=str(tmp_path / "run"), **given)))
     assert not (tmp_path / "run").exists()
     config = tiny.tiny_config("llama", num_hidden_layers=LAYERS)
-    for pp, wanted in ((1, LAYERS + 1), (2, LAYERS // 2 + 1), (1, -1)):
+    for pp, wanted in ((1, LAYERS + 1), (2, LAYERS // 2 + 1)):
         with pytest.raises(UserError, match=f"is not between 0 and the {LAYERS // pp} layers of a process") as caught:
             check_offload(SftArguments(pp=pp, cpu_offloading_num_layers=wanted), config)
         assert caught.value.fix == f"use at most {LAYERS // pp}"

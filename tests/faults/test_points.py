@@ -48,7 +48,7 @@ def test_every_point_is_known() -> None:
     called = {
         name
         for path in SOURCE.rglob("*.py")
-        for name in re.findall(r"reached\(\"([a-z_.]+)\"\)", path.read_text(encoding="utf-8"))
+        for name in re.findall(r"fault_point\(\"([a-z_.]+)\"\)", path.read_text(encoding="utf-8"))
     }
     assert called - {"save.part_written.example"} == set(POINTS)
 

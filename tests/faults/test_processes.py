@@ -311,9 +311,9 @@ def test_two_machines_meet(start: tuple[Path, Path], tmp_path: Path) -> None:
 SCRIPT = """
 import signal, subprocess, sys, time
 from megaswift import SftArguments, sft_main
-from megaswift.engine import launch
+from megaswift.launch import agent
 
-launch.LAST_WORDS_S = 1.0
+agent.LAST_WORDS_S = 1.0
 failed = subprocess.Popen(["false"], start_new_session=True)
 sleeper = subprocess.Popen(["sleep", "600"], start_new_session=True)
 numbers = (signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM, signal.SIGINT)

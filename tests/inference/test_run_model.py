@@ -144,8 +144,8 @@ RACE = """
 import os, sys
 import torch
 torch.set_num_threads(1)
-import megaswift.export.to_hf, megaswift.convert, megaswift.proof.prove, megaswift.convert.lora
-from megaswift.infer import infer_main
+import megaswift.export.to_hf, megaswift.weights.convert, megaswift.proof.prove, megaswift.weights.convert.lora
+from megaswift.commands.infer import infer_main
 print("ready", flush=True)
 os.read(0, 1)
 infer_main(sys.argv[1:])

@@ -28,12 +28,14 @@ def _model(fused: bool, tp: int, sequence_parallel: bool, qk_norm: bool) -> Any:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megaswift.megatron import layer_specs as backend
+    from megaswift.megatron.kernels.linear_ops import PLAIN
     from megaswift.megatron.kernels.megatron_fuse import fuse_embedding
     from megaswift.models.kinds import Kind
 
     config = TransformerConfig(
         **SETTINGS, tensor_model_parallel_size=tp, sequence_parallel=sequence_parallel, qk_layernorm=qk_norm
     )
+    config.linear_ops = PLAIN  # type: ignore[attr-defined]
     spec = backend.block_spec([Kind(qk_norm=qk_norm)] * 2)
     if not fused:
         _plain(spec)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,8 @@ def test_what_is_killed_survives_and_cannot_be_judged(tree: Path, tmp_path: Path
     assert (tree / "src/megaswift/toy.py").read_text().count("a + b") == 1
 
     ranks = fault("in-a-rank", "a + b", "a - b", "tests/test_ranks.py")
-    (verdict,) = Judge(tree, known).all([ranks], tmp_path / "ranks")
+    with tempfile.TemporaryDirectory() as short:  # the name of a socket has a hundred letters at most
+        (verdict,) = Judge(tree, known).all([ranks], Path(short) / "ranks")
     assert (verdict.verdict, verdict.by) == ("killed", "tests/test_ranks.py::test_forks_of_a_server")
 
     endless = fault("no-end", "return a + b", "while True:\n        pass", *good)

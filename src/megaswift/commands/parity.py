@@ -24,7 +24,8 @@ from megaswift.config.files import with_home
 from megaswift.config.options import ExportArguments, ParityArguments, SftArguments, parse
 from megaswift.data.batches import Batches
 from megaswift.errors import DataError, UserError
-from megaswift.launch.agent import Cluster, cluster, start_ranks
+from megaswift.launch import agent
+from megaswift.launch.agent import Cluster, cluster
 from megaswift.parity import layers, learning, noise
 from megaswift.parity.compare import UPDATES, StepDifference, beyond, overall, relative, verdict, worst
 from megaswift.parity.layouts import Layout, parse_layouts
@@ -127,11 +128,11 @@ class _Runs:
         if half:
             (directory / STOP_AFTER).write_text(str(half), encoding="utf-8")
         job.write(directory / "job.json")
-        start_ranks(place, directory / "job.json", module="megaswift.parity.rank")
+        agent.start_ranks(place, directory / "job.json", module="megaswift.parity.rank")
         if half:
             saved = iteration_directory(directory / STATE, half)
             replace(job, first_step=half, checkpoint=str(saved)).write(directory / "job.json")
-            start_ranks(place, directory / "job.json", module="megaswift.parity.rank")
+            agent.start_ranks(place, directory / "job.json", module="megaswift.parity.rank")
         rows = [json.loads(line) for line in (directory / LOG).read_text(encoding="utf-8").splitlines()]
         self.batches = plan.global_batch
         return rows

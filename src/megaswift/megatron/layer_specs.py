@@ -46,7 +46,7 @@ class SequenceLayout(PackedSeqParams):
 
     Args:
         tables: rotation name -> cos and sin, [s, b or 1, 1, head_dim], already scaled by the RoPE type's attention factor.
-        segments: lengths of the samples that share the one row, or None for plain causal rows; with them `cu_seqlens_q`
+        seq_lens: lengths of the samples that share the one row, or None for plain causal rows; with them `cu_seqlens_q`
             (int32 on the device) and `max_seqlen_q` are set.
         share: this rank's part of the rows, where several ranks share them (context parallelism).
     """

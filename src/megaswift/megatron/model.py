@@ -89,7 +89,7 @@ class ChatModel(GPTModel):
 
         Args:
             tokens, position_ids: [b, s].
-            segments: lengths of the samples packed into the one row.
+            seq_lens: lengths of the samples packed into the one row.
             share: what part of the rows these are, where several ranks share them; it knows the samples itself.
             worth: what to make of the last stage's hidden states, called with this model; None asks for logits.
 

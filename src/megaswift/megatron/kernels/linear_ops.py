@@ -50,5 +50,6 @@ PLAIN = LinearOps()
 
 
 def linear_ops_of(config: Any) -> LinearOps:
-    """The products of the linear layers of a model's blocks; model.py sets others than PLAIN."""
-    return getattr(config, "products", PLAIN)
+    """The products of the linear layers of a model's blocks, as model.py set them: a config without any is a mistake."""
+    ops: LinearOps = config.linear_ops
+    return ops

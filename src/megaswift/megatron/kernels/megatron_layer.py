@@ -138,7 +138,7 @@ class FusedSelfAttention(SelfAttention):
     """Self attention with split, rotation and core attention fused. The layout travels as `packed_seq_params`:
 
     `tables`, by name cos and sin [s, b or 1, (1,) d]; for packed rows also `cu_seqlens_q`, `max_seqlen_q` and, on the CPU,
-    `segments`; for rows that several ranks share `share`.
+    `seq_lens`; for rows that several ranks share `share`.
     """
 
     def forward(
@@ -152,11 +152,11 @@ class FusedSelfAttention(SelfAttention):
         scale = self.core_attention.softmax_scale
         if getattr(layout, "share", None) is not None:
             context = shared_causal(query, key, value, layout.share, scale)
-        elif getattr(layout, "segments", None) is None and layout.cu_seqlens_q is None:
+        elif getattr(layout, "seq_lens", None) is None and layout.cu_seqlens_q is None:
             context = dense_causal(query, key, value, scale)
         else:
             context = packed_causal(
-                query, key, value, layout.cu_seqlens_q, layout.max_seqlen_q, scale, lengths=getattr(layout, "segments", None)
+                query, key, value, layout.cu_seqlens_q, layout.max_seqlen_q, scale, lengths=getattr(layout, "seq_lens", None)
             )
         return self.linear_proj(context)
 

@@ -128,7 +128,7 @@ def swiglu_linear(
             it no longer needs: f values a token less are kept, for one more write of them.
         overlap: on a GPU, run SwiGLU's gradient beside a matrix product (only where the weight has a main_grad, and with the
             products of the tensors' own precision).
-        products: how the result and the gradient of silu(gate) * up are multiplied out.
+        linear_ops: how the result and the gradient of silu(gate) * up are multiplied out.
         first: x is not kept but computed from it again: 2f values a token less, for one more product; `recompute` is implied.
     """
     inputs = None if first is None else first.inputs

@@ -88,6 +88,6 @@ def linear(
         weight: [n, k]; bias: [n] or None.
         reduce_input_grad: sum the input's gradient over `tp_group` (a column-parallel layer without sequence parallelism).
         sequence_parallel: gather the input over `tp_group` on the way in, reduce-scatter its gradient on the way back.
-        products: how the result and the input's gradient are multiplied out.
+        linear_ops: how the result and the input's gradient are multiplied out.
     """
     return _Linear.apply(x, weight, bias, reduce_input_grad, sequence_parallel, tp_group, linear_ops)
