@@ -10,6 +10,7 @@ import torch
 
 from megaswift.models import families
 
+ROUTERS = (".gate.weight", ".router.weight")  # as transformers names them once loaded
 FAMILIES = tuple(sorted({family.name for family in families().values()}))
 
 
@@ -28,11 +29,11 @@ def tiny_model(name: str, seed: int = 0, **changes: Any) -> Any:
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(name, **changes), dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
-        for parameter in model.parameters():
+        for place, parameter in model.named_parameters():
             if parameter.ndim == 1:
                 parameter.copy_(torch.rand_like(parameter) + 0.5)
-            else:
-                parameter.copy_(torch.randn_like(parameter) * 0.08)
+            else:  # routers are decided: no two experts are nearly as good for a token
+                parameter.copy_(torch.randn_like(parameter) * (0.5 if place.endswith(ROUTERS) else 0.08))
     return model.eval()
 
 

@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor
 
+from megaswift.megatron.experts import ExpertsLayer
 from megaswift.megatron.kernels.context_parallel import Share
 from megaswift.megatron.kernels.megatron_layer import (
     CoreAttention,
@@ -32,11 +33,11 @@ from megaswift.megatron.kernels.megatron_layer import (
     RMSNorm,
 )
 from megaswift.megatron.kernels.parallel_linear import ColumnParallel, RowParallel
-from megaswift.models.kinds import Kind
+from megaswift.models.kinds import EXPERTS, Kind
 
 # The modules behind the names in a Kind.
 ATTENTIONS: dict[str, type] = {"grouped_query": FusedSelfAttention}
-MLPS: dict[str, type] = {"gated": FusedMLP}
+MLPS: dict[str, type] = {"gated": FusedMLP, EXPERTS: ExpertsLayer}
 NORMS: dict[str, type] = {"rms": RMSNorm}
 
 
@@ -74,10 +75,14 @@ def block_spec(kinds: Sequence[Kind]) -> TransformerBlockSubmodules:
 def layer_spec(kind: Kind) -> ModuleSpec:
     """The specification of a layer.
 
-    The key map saves the norms under the names of TransformerEngine's fused modules, so that checkpoints load there.
+    The key map saves the norms under the names of TransformerEngine's fused modules, so that checkpoints load there; the
+    norm before experts is no part of a fused module there.
     """
     norm = _named(NORMS, "norm", kind.norm)
     qk_norm = norm if kind.qk_norm else IdentityOp
+    fused_norms = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    if kind.experts is None:
+        fused_norms["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     return ModuleSpec(
         module=FusedTransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -97,13 +102,11 @@ def layer_spec(kind: Kind) -> ModuleSpec:
             pre_mlp_layernorm=norm,
             mlp=ModuleSpec(
                 module=_named(MLPS, "mlp", kind.mlp),
+                params={} if kind.experts is None else {"experts": kind.experts},
                 submodules=MLPSubmodules(linear_fc1=ColumnParallel, linear_fc2=RowParallel),
             ),
             mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map={
-                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-            },
+            sharded_state_dict_keys_map=fused_norms,
         ),
     )
 

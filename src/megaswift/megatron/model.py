@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from megaswift.train.objectives import Loss, Objective
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,9 @@ class ModelOptions:
     variable_lengths: bool = False
     fp8: bool = False
     offloaded_layers: int = 0  # of this stage, from its first on: their activations go to host memory
+    ep: int = 1
+    etp: int = 1
+    router_dtype: str = "fp32"  # of the products by which tokens are routed; "none": the model's
 
 
 class ChatModel(GPTModel):
@@ -248,11 +252,13 @@ def transformer_config(config: PreTrainedConfig, options: ModelOptions) -> Trans
     recompute = (
         dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1) if options.recompute else {}
     )
+    kinds = family.layers(config)
     built = TransformerConfig(
         **family.settings(config),
         **recompute,
+        **_expert_settings(kinds, options),
         # Where any layer has these norms their gradients are summed over tensor-parallel ranks.
-        qk_layernorm=any(kind.qk_norm for kind in family.layers(config)),
+        qk_layernorm=any(kind.qk_norm for kind in kinds),
         hetereogenous_dist_checkpoint=family.is_mixed(config),
         pipeline_model_parallel_layout=pipeline_layout(config, options.pp),
         activation_func=F.silu,
@@ -282,7 +288,24 @@ def transformer_config(config: PreTrainedConfig, options: ModelOptions) -> Trans
     built.flash_attention = options.flash_attention  # read by backend.CoreAttention
     # Not Megatron-Core's own `fp8`, which asks for TransformerEngine. Read by ColumnParallel, RowParallel and FusedMLP.
     built.linear_ops = Fp8LinearOps() if options.fp8 else PLAIN
+    # Read by Router.
+    built.routing_dtype = dtype if options.router_dtype == "none" else ROUTER_DTYPES[options.router_dtype]
     return built
+
+
+def _expert_settings(kinds: Sequence[Kind], options: ModelOptions) -> dict[str, Any]:
+    """What Megatron-Core is told of experts; our modules have the rest from each layer's kind."""
+    experts = next((kind.experts for kind in kinds if kind.experts is not None), None)
+    if experts is None:
+        return {}
+    return dict(
+        num_moe_experts=experts.count,
+        moe_ffn_hidden_size=experts.ffn,
+        moe_router_topk=experts.chosen,
+        moe_router_dtype="fp32",
+        expert_model_parallel_size=options.ep,
+        expert_tensor_parallel_size=options.etp,
+    )
 
 
 def pipeline_layout(config: PreTrainedConfig, pp: int) -> list[list[str]] | None:

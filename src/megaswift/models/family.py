@@ -6,10 +6,11 @@ A config field that changes the computation is honoured (it reaches the settings
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from megaswift.errors import UserError
+from megaswift.models.experts import expert_sizes
 from megaswift.models.kinds import Kind
 from megaswift.models.parameters import Parameter
 from megaswift.models.rules import Rule, Sizes, expanded, is_mixed
@@ -89,7 +90,8 @@ class Family:
 
     def parameters(self, config: PreTrainedConfig) -> list[Parameter]:
         """All tensors of a model of this family, in the order of the computation."""
-        return expanded(self.rules_for(is_tied(config)), sizes_of(config), self.layers(config))
+        kinds = self.layers(config)
+        return expanded(self.rules_for(is_tied(config)), replace(sizes_of(config), more=expert_sizes(kinds)), kinds)
 
     def audit(self, config: PreTrainedConfig, where: str = "config.json") -> None:
         """Raise UserError for a config field that this family neither honours nor knows as neutral."""

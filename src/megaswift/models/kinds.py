@@ -5,6 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MAIN = "main"  # the rotation of a model that has one
+EXPERTS = "experts"  # the MLP that is many, of which a router chooses some for each token
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A layer's experts, and how its router chooses among them.
+
+    Args:
+        count: how many there are.
+        chosen: how many each token goes to.
+        ffn: rows of the gate, and of the up projection, of one expert.
+        renormalise: whether the weights of the chosen experts, softmax over all, are divided by their sum.
+        shared_ffn: the same rows of an expert beside them that every token goes to; 0: there is none.
+        shared_gate: whether each token weighs what that expert gives by a gate of its own.
+    """
+
+    count: int
+    chosen: int
+    ffn: int
+    renormalise: bool = True
+    shared_ffn: int = 0
+    shared_gate: bool = False
 
 
 @dataclass(frozen=True)
@@ -16,6 +38,7 @@ class Kind:
         rotation: which rotation tables query and key take: MAIN, or the name under which `rope_parameters` has others
             (a layer type); None: the layer knows no positions (NoPE).
         qk_norm: whether each head's query and key go through the norm, before they rotate.
+        experts: what an MLP of the name EXPERTS is made of; None with any other MLP.
     """
 
     attention: str = "grouped_query"
@@ -23,3 +46,4 @@ class Kind:
     norm: str = "rms"
     rotation: str | None = MAIN
     qk_norm: bool = False
+    experts: Experts | None = None

@@ -255,6 +255,8 @@ class Parameter:
         hf: what it is made of.
         arrangement: how.
         padded: whether Megatron may hold more rows (vocabulary padding).
+        loaded: the name under which transformers holds it once loaded (with all experts in one tensor), where that is not
+            the name of its one Hugging Face tensor.
     """
 
     name: str
@@ -265,6 +267,7 @@ class Parameter:
     hf: tuple[HFTensor, ...]
     arrangement: Arrangement
     padded: bool = False
+    loaded: str | None = None
 
     @property
     def global_shape(self) -> Shape:

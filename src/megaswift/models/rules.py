@@ -49,6 +49,8 @@ class Rule:
         layers: which kinds of layers have it; None: all.
         stacked: the folder holds the tensors of all experts as one.
         transposed: the folder holds rows and columns exchanged.
+        loaded: the name under which transformers holds it once loaded, where that is not the folder's: of all experts as one
+            tensor, each as the Megatron tensor has it.
     """
 
     megatron: str
@@ -59,6 +61,7 @@ class Rule:
     layers: Callable[[Kind], bool] | None = None
     stacked: bool = False
     transposed: bool = False
+    loaded: str | None = None
 
 
 def copy(megatron: str, hf: str, shape: tuple[str, ...], split: int | None = None) -> Rule:
@@ -136,7 +139,8 @@ def _of_layer(
 ) -> list[Parameter]:
     """One parameter, or one for each expert."""
     experts = sizes["experts"] if "{e}" in rule.megatron else None
-    place, counts, key = [], [], rule.megatron.replace(".{e}", "")
+    # Megatron-Core's name for the one expert, and for all of them in a checkpoint.
+    place, counts, key = [], [], rule.megatron.replace(".local_experts.{e}.", ".experts.").replace(".{e}", "")
     if layer is not None and uniform:
         place, counts, key = [layer], [sizes.layers], key.replace(".{i}", "")
     made = []
@@ -157,6 +161,7 @@ def _of_layer(
                 hf=hf,
                 arrangement=arrangement,
                 padded=rule.padded,
+                loaded=None if rule.loaded is None else rule.loaded.format(i=layer),
             )
         )
     return made

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,7 @@ import torch
 
 from megaswift.errors import DataError
 from megaswift.models import parameters_of
-from megaswift.models.parameters import Parameter
+from megaswift.models.parameters import Parameter, Shape
 from megaswift.weights.hf.config import load_config
 from megaswift.weights.hf.folder import incomplete
 from megaswift.weights.hf.names import check_source
@@ -33,13 +36,15 @@ def load_hf_weights(model: Any, folder: Path) -> None:
     config = load_config(folder)
     check_source(source, config)
     parameters = {(parameter.key, parameter.place): parameter for parameter in parameters_of(config)}
+    places = {parameter.key: len(parameter.place) for parameter in parameters.values()}
     unknown = []
     for part in held_parts(model):
-        parameter = parameters.get((part.key, tuple(part.global_offset[: part.prepend_axis_num])))
-        if parameter is None:
-            unknown.append(part.key)
-            continue
-        _fill(part, parameter, source)
+        for held in _single(part, places.get(part.key, 0)):
+            parameter = parameters.get((held.key, held.place))
+            if parameter is None:
+                unknown.append(held.key)
+                continue
+            _fill(held, parameter, source)
     if unknown:
         raise DataError(
             f"the model has weights that the folder does not: {', '.join(sorted(set(unknown))[:5])}.", where=str(folder)
@@ -56,10 +61,28 @@ def held_parts(model: Any) -> list[Any]:
     return [item for item in nested_values(state) if isinstance(item, ShardedTensor)]
 
 
-def _fill(part: Any, parameter: Parameter, source: HFCheckpoint) -> None:
-    """Copy one part of a tensor from the mapped files."""
+@dataclass(frozen=True)
+class _Held:
+    """What this rank holds of one parameter: where the parameter lies, where the part begins in it, and its memory."""
+
+    key: str
+    place: Shape
+    offset: Shape
+    data: torch.Tensor
+
+
+def _single(part: Any, axes: int) -> Iterator[_Held]:
+    """A part of a tensor whose first `axes` axes count layers and experts, taken apart: one rank's experts are one part."""
     lead = part.prepend_axis_num
-    offset, shape = part.global_offset[lead:], tuple(part.local_shape)
+    first, offset = part.global_offset[:axes], tuple(part.global_offset[max(axes, lead) :])
+    for index in itertools.product(*(range(count) for count in part.local_shape[: max(axes - lead, 0)])):
+        place = (*first[:lead], *(start + number for start, number in zip(first[lead:], index)))
+        yield _Held(part.key, place, offset, part.data.detach()[index])
+
+
+def _fill(part: _Held, parameter: Parameter, source: HFCheckpoint) -> None:
+    """Copy one part of a tensor from the mapped files."""
+    offset, shape = part.offset, tuple(part.data.shape)
     # The vocabulary may be padded.
     stop = tuple(min(start + size, limit) for start, size, limit in zip(offset, shape, parameter.shape))
     if any(last <= first for first, last in zip(offset, stop)):

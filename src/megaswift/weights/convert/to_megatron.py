@@ -192,8 +192,10 @@ class _FromFolder:
 
 
 def _extra_states(parameter: Parameter) -> list[str]:
-    """Names of the empty byte items that Megatron-Core keeps beside each linear layer's weight."""
+    """Names of the empty byte items that Megatron-Core keeps beside each linear layer's weight; routers and experts have none here."""
     if not parameter.key.endswith(".weight") or len(parameter.shape) != 2 or parameter.key.startswith("embedding."):
+        return []
+    if parameter.key.endswith(".router.weight") or ".experts.experts." in parameter.key:
         return []
     base = parameter.key.removesuffix("weight")
     shard = f"{parameter.place[0]}_{parameter.counts[0]}" if parameter.place else "0_1"

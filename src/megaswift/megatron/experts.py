@@ -1,0 +1,250 @@
+"""A layer's experts, spread over expert-parallel ranks: tokens go to the ranks that hold their experts, and come back.
+
+Weights are two stacked matrices a layer, [experts here, 2f, h] and [experts here, h, f]; a checkpoint holds them under the
+keys and in the shapes of Megatron-Core's SequentialMLP. Their gradients are summed over the expert-data-parallel group
+always, so their `allreduce` mark is False whatever the layout: Megatron-Core's linear layers set it by ep alone and sum over
+the wrong group where ep is 1 and etp below tp.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.tensor_parallel.mappings import (
+    all_to_all,
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megaswift.megatron.kernels.expert_mlp import expert_mlp, sum_rows, take_rows
+from megaswift.megatron.kernels.megatron_layer import FusedMLP
+from megaswift.megatron.router import Router
+from megaswift.models.kinds import Experts
+
+
+class ExpertsLayer(MegatronModule):
+    """Router, experts and, where the layer has one, the expert that every token goes to; in the place of an MLP.
+
+    Without sequence parallelism tensor-parallel ranks hold the same tokens: each then routes its part of them.
+    """
+
+    def __init__(self, config: TransformerConfig, submodules: MLPSubmodules, experts: Experts, **_: Any) -> None:
+        super().__init__(config)
+        self.tp_group = parallel_state.get_tensor_model_parallel_group()
+        self.splits = self.tp_group.size() > 1 and not config.sequence_parallel
+        self.router = Router(config, experts, self.tp_group if self.splits else None)
+        self.experts = StackedExperts(config, experts)
+        self.shared_experts = shared_experts(config, submodules, experts) if experts.shared_ffn else None
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        """hidden_states [s, b, h] to ([s, b, h], no bias)."""
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        count = tokens.shape[0]
+        if self.splits:
+            tokens = F.pad(tokens, (0, 0, 0, -count % self.tp_group.size()))
+            tokens = scatter_to_sequence_parallel_region(tokens, group=self.tp_group)
+        output = self.experts(tokens, *self.router(tokens))
+        if self.splits:
+            output = gather_from_sequence_parallel_region(output, tensor_parallel_output_grad=False, group=self.tp_group)
+        output = output[:count].view(hidden_states.shape)
+        if self.shared_experts is not None:
+            output = output + self._shared(hidden_states)
+        return output, None
+
+    def _shared(self, hidden_states: Tensor) -> Tensor:
+        assert self.shared_experts is not None
+        output, _ = self.shared_experts(hidden_states)
+        gate = getattr(self.shared_experts, "gate_weight", None)
+        return output if gate is None else torch.sigmoid(F.linear(hidden_states, gate)) * output
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict[str, Any]:
+        """Megatron-Core's description of what this rank holds; the gate is no module of its own, so it is added here."""
+        made = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        gate = getattr(self.shared_experts, "gate_weight", None)
+        if gate is not None:
+            replica = (0, self.tp_group.rank(), parallel_state.get_data_parallel_rank(with_context_parallel=True))
+            key = f"{prefix}shared_experts.gate_weight"
+            made[key] = ShardedTensor.from_rank_offsets(
+                key, gate, *sharded_offsets, replica_id=replica, prepend_axis_num=len(sharded_offsets)
+            )
+        return made
+
+
+def shared_experts(config: TransformerConfig, submodules: MLPSubmodules, experts: Experts) -> FusedMLP:
+    """The expert that every token goes to: an MLP like a dense layer's, of another size; its gate's weight hangs on it."""
+    own = copy.copy(config)
+    own.ffn_hidden_size = experts.shared_ffn  # the second product's size is read from the config
+    made = FusedMLP(own, submodules, ffn_hidden_size=experts.shared_ffn)
+    if experts.shared_gate:
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        gate = torch.nn.Parameter(torch.zeros((1, config.hidden_size), dtype=config.params_dtype, device=device))
+        gate.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        made.register_parameter("gate_weight", gate)
+    return made
+
+
+@dataclass(frozen=True)
+class _Exchange:
+    """How tokens get to their experts: rows to send and where they come from, and how many go from which rank to which.
+
+    Attributes:
+        slot: int64 [rows], which choice of which token (token * chosen + number) each row to be sent is.
+        places: int64 [tokens * chosen, copies], where each choice's rows stand among those sent.
+        sent, received: rows for, and from, each rank of the group.
+        order: int64 [rows received], their order by expert; back: the other direction.
+        ends: int32 [experts here], the row after each expert's last.
+    """
+
+    slot: Tensor
+    places: Tensor
+    sent: list[int]
+    received: list[int]
+    order: Tensor
+    back: Tensor
+    ends: Tensor
+
+
+class _Linear(torch.nn.Module):
+    """The matrices of one product of all experts here."""
+
+    def __init__(self, weight: Tensor, split: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight)
+        self.weight.allreduce = False  # type: ignore[attr-defined]  # see the head of this file
+        # Each rank's part counts in the gradient norm, also where etp is 1: the optimizer shares it out over ranks.
+        self.weight.tensor_model_parallel = True  # type: ignore[attr-defined]
+        self.weight.partition_dim, self.weight.partition_stride = split, 1  # type: ignore[attr-defined]
+
+
+class StackedExperts(MegatronModule):
+    """The experts of this rank, and the way of the tokens to all experts and back.
+
+    Ranks that share the experts (ep) and the columns of each (etp) form one group. A row goes to each rank that holds a
+    part of its expert, so one exchange serves both; the parts are added up where the token came from.
+    """
+
+    def __init__(self, config: TransformerConfig, experts: Experts) -> None:
+        super().__init__(config)
+        self.ep, self.etp = parallel_state.get_expert_model_parallel_group(), parallel_state.get_expert_tensor_parallel_group()
+        self.edp = parallel_state.get_expert_data_parallel_group()
+        self.group = parallel_state.get_expert_tensor_and_model_parallel_group()
+        if self.group.rank() != self.ep.rank() * self.etp.size() + self.etp.rank():
+            raise ValueError(
+                "Megatron-Core numbers the ranks of a tensor- and expert-parallel group in another way than expected"
+            )
+        self.all, self.here, self.chosen = experts.count, experts.count // self.ep.size(), experts.chosen
+        ffn, hidden = experts.ffn // self.etp.size(), config.hidden_size
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        made = dict(dtype=config.params_dtype, device=device)
+        self.linear_fc1 = _Linear(torch.zeros((self.here, 2 * ffn, hidden), **made), 1)
+        self.linear_fc2 = _Linear(torch.zeros((self.here, hidden, ffn), **made), 2)
+
+    def forward(self, tokens: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """What the chosen experts make of each token, added up by weight.
+
+        Args:
+            tokens: [t, h], of this rank alone.
+            weights, chosen: fp32 and int64 [t, chosen], the router's.
+        """
+        flat = chosen.flatten()
+        order = flat.argsort(stable=True)
+        ends = torch.searchsorted(flat[order], torch.arange(self.all, device=flat.device), right=True).to(torch.int32)
+        first, second, each = self.linear_fc1.weight, self.linear_fc2.weight, self.chosen
+        if self.group.size() == 1:
+            places = _inverse(order).view(-1, each)
+            rows = take_rows(tokens, order // each, places)
+            own = take_rows(weights.flatten(), order, places.view(-1, 1))
+            return sum_rows(expert_mlp(rows, own, first, second, ends), places, order // each)
+        plan = self._exchange(order, ends)
+        source, places = plan.slot // each, plan.places.view(len(tokens), -1)
+        rows = take_rows(tokens, source, places)
+        own = take_rows(weights.flatten(), plan.slot, plan.places)
+        rows, own = (all_to_all(self.group, part, plan.received, plan.sent) for part in (rows, own))
+        order, back = plan.order, plan.back
+        rows, own = take_rows(rows, order, back.unsqueeze(1)), take_rows(own, order, back.unsqueeze(1))
+        output = take_rows(expert_mlp(rows, own, first, second, plan.ends), back, order.unsqueeze(1))
+        return sum_rows(all_to_all(self.group, output, plan.sent, plan.received), places, source)
+
+    def _exchange(self, order: Tensor, ends: Tensor) -> _Exchange:
+        """Agree with all ranks of the group who sends how many rows to whom; the host has to know."""
+        size, copies = self.group.size(), self.etp.size()
+        counts = ends.diff(prepend=ends.new_zeros(1))
+        table = torch.empty(size * self.all, dtype=counts.dtype, device=counts.device)
+        dist.all_gather_into_tensor(table, counts.contiguous(), group=self.group)
+        coming = table.view(size, -1, self.here)[:, self.ep.rank()]  # [rank, expert here]
+        going = counts.view(-1, self.here).sum(1).tolist()  # rows for the experts of each expert-parallel rank
+        received = coming.sum(1).tolist()
+        blocks = [block for part in order.split(going) for block in (part,) * copies]
+        slot = order if copies == 1 else torch.cat(blocks)
+        expert = torch.arange(self.here, device=order.device).repeat(size)
+        expert = expert.repeat_interleave(coming.flatten(), output_size=sum(received))
+        arranged = expert.argsort(stable=True)
+        return _Exchange(
+            slot=slot,
+            places=slot.argsort(stable=True).view(-1, copies),
+            sent=[len(block) for block in blocks],
+            received=received,
+            order=arranged,
+            back=_inverse(arranged),
+            ends=coming.sum(0).cumsum(0).to(torch.int32),
+        )
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict[str, Any]:
+        """All experts here as one block of the checkpoint's tensor; where etp cuts gate and up, a block for each half of each."""
+        axis, replica = len(sharded_offsets), (0, 0, self.edp.rank())
+        here = (axis, self.ep.rank(), self.ep.size())
+        first, second = f"{prefix}linear_fc1.weight", f"{prefix}linear_fc2.weight"
+        keys = f"{prefix}experts.linear_fc1.weight", f"{prefix}experts.linear_fc2.weight"
+        rank, size = self.etp.rank(), self.etp.size()
+        more: dict[str, Any] = dict(replica_id=replica, prepend_axis_num=axis)
+        made: dict[str, Any] = {
+            second: ShardedTensor.from_rank_offsets(
+                keys[1], self.linear_fc2.weight, *sharded_offsets, here, (axis + 2, rank, size), **more
+            )
+        }
+        if size == 1:
+            made[first] = ShardedTensor.from_rank_offsets(keys[0], self.linear_fc1.weight, *sharded_offsets, here, **more)
+        else:
+            build, merge = self._halves(sharded_offsets), lambda parts: _whole(parts, self.here)
+            made[first] = ShardedTensorFactory(keys[0], self.linear_fc1.weight, build, merge, replica)
+        return made
+
+    def _halves(self, sharded_offsets: tuple) -> Any:
+        """Megatron-Core's build function: gate and up of each expert, of which this rank holds a part each."""
+        axis, rank, size = len(sharded_offsets), self.etp.rank(), self.etp.size()
+        first, total = self.ep.rank() * self.here, self.all
+
+        def build(key: str, weight: Tensor, replica_id: Any, flattened_range: Any) -> list[ShardedTensor]:
+            return [
+                ShardedTensor.from_rank_offsets(
+                    key, half, *sharded_offsets, (axis, first + expert, total), (axis + 1, number * size + rank, 2 * size),
+                    replica_id=replica_id, prepend_axis_num=axis + 1,
+                )
+                for expert, matrix in enumerate(weight)
+                for number, half in enumerate(matrix.chunk(2))
+            ]  # fmt: skip
+
+        return build
+
+
+def _whole(parts: list[Tensor], experts: int) -> Tensor:
+    """Megatron-Core's merge function: gate and up of each expert back into one tensor."""
+    return torch.cat(parts).view(experts, -1, parts[0].shape[-1])
+
+
+def _inverse(order: Tensor) -> Tensor:
+    """Where each number stands in a permutation."""
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(len(order), device=order.device)
+    return inverse

@@ -1,0 +1,146 @@
+"""The products of many experts at once, and tokens laid out for them: rows of one expert stand together.
+
+torch's grouped product serves CPUs and GPUs alike, and its offsets stay on the device: nothing waits for the host. Weight
+gradients go into the fp32 buffers, as everywhere (`main_grad`). Rows are moved by gathering in both directions, so the
+result does not depend on the order in which a device adds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megaswift.megatron.kernels.main_grad import buffer, has_main_grad, placeholder, take_stale
+
+
+def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Each expert's rows times its matrix: x [t, k] sorted by expert, weight [e, k, n] -> [t, n].
+
+    Args:
+        ends: int32 [e], the row after each expert's last; an expert may have none.
+    """
+    if x.is_cuda and x.dtype != torch.bfloat16:  # the kernel of GPUs takes bf16 alone
+        parts = x.split(ends.diff(prepend=ends.new_zeros(1)).tolist())
+        return torch.cat([part @ matrix for part, matrix in zip(parts, weight)])
+    return F.grouped_mm(x, weight, offs=ends)
+
+
+def grouped_outer(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    """The gradient of each expert's matrix: grad [t, n], x [t, k], both sorted by expert -> [e, n, k]; zeros where it has no row."""
+    if x.is_cuda and x.dtype != torch.bfloat16:
+        counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
+        return torch.stack([g.t() @ part for g, part in zip(grad.split(counts), x.split(counts))])
+    return F.grouped_mm(grad.t(), x, offs=ends)
+
+
+def _weight_grad(weight: Tensor, grad: Tensor, x: Tensor, ends: Tensor) -> Tensor | None:
+    """The gradient of all experts' matrices into `main_grad`; what autograd shall receive."""
+    product = grouped_outer(grad, x, ends)
+    if not has_main_grad(weight):
+        return product
+    if take_stale(weight):
+        buffer(weight).copy_(product)
+    else:
+        buffer(weight).add_(product)
+    return placeholder(weight)
+
+
+def weighted_swiglu(both: Tensor, weights: Tensor) -> Tensor:
+    """silu(gate) * up * weight of both = [gate, up] [t, 2f] and fp32 weights [t] -> [t, f]."""
+    gate, up = both.chunk(2, -1)
+    return (F.silu(gate) * up * weights.unsqueeze(-1)).to(both.dtype)
+
+
+def weighted_swiglu_grads(grad: Tensor, both: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of `weighted_swiglu`, from its result's gradient [t, f]: the gradients of `both` and of `weights` (fp32), and the result again."""
+    gate, up = both.chunk(2, -1)
+    silu = F.silu(gate)
+    hidden, scaled = silu * up, (grad * weights.unsqueeze(-1)).to(grad.dtype)
+    grad_weights = (grad.float() * hidden.float()).sum(-1)
+    grad_gate = torch.ops.aten.silu_backward(scaled * up, gate)
+    return torch.cat((grad_gate, scaled * silu), -1), grad_weights, (hidden * weights.unsqueeze(-1)).to(both.dtype)
+
+
+class _ExpertMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Tensor, first: Tensor, second: Tensor, ends: Tensor) -> Tensor:
+        both = grouped(x, first.transpose(1, 2), ends)
+        ctx.save_for_backward(x, both, weights, ends)
+        ctx.first, ctx.second = first, second  # as they are: through saved-tensor hooks they would lose main_grad
+        return grouped(weighted_swiglu(both, weights), second.transpose(1, 2), ends)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x, both, weights, ends), first, second = ctx.saved_tensors, ctx.first, ctx.second
+        grad = grads[0].contiguous()
+        grad_both, grad_weights, hidden = weighted_swiglu_grads(grouped(grad, second, ends), both, weights)
+        grad_second = _weight_grad(second, grad, hidden, ends) if ctx.needs_input_grad[3] else None
+        grad_first = _weight_grad(first, grad_both, x, ends) if ctx.needs_input_grad[2] else None
+        grad_x = grouped(grad_both, first, ends) if ctx.needs_input_grad[0] else None
+        return grad_x, grad_weights, grad_first, grad_second, None
+
+
+def expert_mlp(x: Tensor, weights: Tensor, first: Tensor, second: Tensor, ends: Tensor) -> Tensor:
+    """Every row through its expert's gated MLP, times the row's weight; what SwiGLU makes is made again on the way back.
+
+    Args:
+        x: [t, h], sorted by expert.
+        weights: fp32 [t], what the router gives each row.
+        first: [e, 2f, h], gate over up; second: [e, h, f].
+        ends: int32 [e], the row after each expert's last.
+
+    Returns:
+        [t, h]
+    """
+    return _ExpertMLP.apply(x, weights, first, second, ends)
+
+
+class _Take(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, source: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        return x[source]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (places,) = ctx.saved_tensors
+        return _summed(grads[0].contiguous(), places), None, None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, places: Tensor, source: Tensor) -> Tensor:
+        ctx.save_for_backward(source)
+        return _summed(y, places)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (source,) = ctx.saved_tensors
+        return grads[0][source], None, None
+
+
+def _summed(y: Tensor, places: Tensor) -> Tensor:
+    if places.shape[1] == 1:
+        return y[places[:, 0]]
+    total = y[places[:, 0]].float() if y.dtype != torch.float64 else y[places[:, 0]]
+    for number in range(1, places.shape[1]):
+        total += y[places[:, number]]
+    return total.to(y.dtype)
+
+
+def take_rows(x: Tensor, source: Tensor, places: Tensor) -> Tensor:
+    """Rows of x [t, ...] in another order, each as often as it is wanted.
+
+    Args:
+        source: int64 [r], which row of x stands at each place of the result.
+        places: int64 [t, r / t], at which places each row of x stands: the other direction of the same.
+    """
+    return _Take.apply(x, source, places)
+
+
+def sum_rows(y: Tensor, places: Tensor, source: Tensor) -> Tensor:
+    """For each row of [t, ...] the sum of those rows of y [r, ...] that stand at its places, added up in fp32; undoes `take_rows`."""
+    return _Sum.apply(y, places, source)

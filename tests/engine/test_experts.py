@@ -1,0 +1,143 @@
+"""Families with experts against transformers: loss, gradient norm and the update of every weight, however tokens and experts are spread."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megaswift.models import families
+from megaswift.models.experts import has_experts
+from megaswift.run.plan import padded_vocab
+from megaswift.weights.hf.config import load_config
+from tests import tiny
+from tests.ranks import RankPool
+
+NAMES = tuple(name for name in tiny.FAMILIES if any(has_experts(kind) for kind in next(
+    family for family in families().values() if family.name == name).layers(tiny.tiny_config(name))))  # fmt: skip
+# Adam's first step is nearly linear in the gradient where eps is far above it.
+RATE, EPS, LENGTH = 1e-1, 1.0, 40
+LAYOUTS: dict[str, dict[str, int]] = {
+    "one": {},
+    "dp2": {"world": 2},
+    "ep2": {"world": 2, "ep": 2},
+    "tp2, sp": {"world": 2, "tp": 2, "sp": 1},
+    "tp2": {"world": 2, "tp": 2},
+    "tp2, etp2, sp": {"world": 2, "tp": 2, "etp": 2, "sp": 1},
+    "tp2, etp2": {"world": 2, "tp": 2, "etp": 2},
+    "tp2, ep2, sp": {"world": 2, "tp": 2, "ep": 2, "sp": 1},
+    "tp2, ep2": {"world": 2, "tp": 2, "ep": 2},
+    "tp2, ep2, etp2, sp": {"world": 4, "tp": 2, "ep": 2, "etp": 2, "sp": 1},
+    "pp2, ep2": {"world": 4, "pp": 2, "ep": 2},
+    "cp2": {"world": 2, "cp": 2},
+    "cp2, ep2": {"world": 2, "cp": 2, "ep": 2},
+    "ep2, dp4": {"world": 4, "ep": 2},
+    "tp2, pp2, ep2, sp": {"world": 4, "tp": 2, "pp": 2, "ep": 2, "sp": 1},
+}  # fmt: skip
+
+
+def rows(vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Four rows of tokens, and labels of which some carry no loss."""
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(0, vocab, (4, LENGTH), generator=generator)
+    labels = tokens.roll(-1, dims=1)
+    labels[:, ::5] = labels[:, -1] = -100
+    labels[0, :9] = -100
+    return tokens, labels
+
+
+def plan() -> Any:
+    """Of one step with Adam and without clipping."""
+    table = dict(
+        optimizer="adam", lr=RATE, min_lr=RATE, weight_decay=0.0, adam_beta1=0.9, adam_beta2=0.95, adam_eps=EPS, clip_grad=0.0,
+        bf16=False, fp16=False, lr_warmup_iters=0, lr_decay_style="constant", micro_batch_size=1,
+    )  # fmt: skip
+    return SimpleNamespace(
+        megatron=table, moments="fp32", optimizer_cpu_offload=False, dtype="fp32", train_iters=10, decay_steps=10,
+        wsd_decay_steps=None, cp=1, max_length=LENGTH, cpu_offloading_num_layers=0,
+    )  # fmt: skip
+
+
+def reference(folder: Path, updated: Path) -> tuple[float, float]:
+    """Loss and gradient norm of transformers; the weights after a step of torch's AdamW are written as a folder."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    tokens, labels = rows(model.config.vocab_size)
+    logits = model(tokens, use_cache=False).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+    loss.backward()
+    norm = math.sqrt(sum(float(parameter.grad.double().square().sum()) for parameter in model.parameters()))
+    torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), eps=EPS, weight_decay=0.0).step()
+    model.save_pretrained(updated)
+    return float(loss.detach()), norm
+
+
+def built(folder: str, release: str, layout: dict[str, int]) -> Any:
+    """On one rank: the model of a layout with the weights of a checkpoint."""
+    from megaswift.megatron.model import ModelOptions, build
+    from megaswift.train.checkpoint.load import load_weights
+
+    config = load_config(Path(folder))
+    tp, pp = layout.get("tp", 1), layout.get("pp", 1)
+    options = ModelOptions(
+        tp, pp, "fp32", padded_vocab(config.vocab_size, tp), cp=layout.get("cp", 1), ep=layout.get("ep", 1),
+        etp=layout.get("etp", 1), sequence_parallel=bool(layout.get("sp")), variable_lengths=pp > 1,
+        recompute=bool(layout.get("recompute")),
+    )  # fmt: skip
+    model = build(config, options)
+    load_weights(model, Path(release))
+    return model
+
+
+def join(layout: dict[str, int]) -> Any:
+    from megaswift.megatron import process_groups
+
+    names = ("tp", "pp", "cp", "ep", "etp")
+    return process_groups.joined(seed=0, **{name: layout.get(name, 1) for name in names})
+
+
+def one_step(folder: str, release: str, updated: str, layout: dict[str, int]) -> dict[str, Any]:
+    """On one rank: loss, gradient norm, and the largest error of an update in parts of the largest update of its weight."""
+    with join(layout) as rank:
+        from megaswift.data.batches import MicroBatch
+        from megaswift.train.objectives import SupervisedTokens
+        from megaswift.train.trainer import Trainer
+
+        model, wanted = built(folder, release, layout), built(folder, updated, layout)
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        tokens, labels = rows(load_config(Path(folder)).vocab_size)
+        positions = torch.arange(LENGTH)[None]
+        trainer = Trainer(model, plan(), SupervisedTokens(), recompute_modules="none")
+        mine = range(rank.dp_rank, len(tokens), rank.dp)
+        step = trainer.step([MicroBatch(tokens[k : k + 1], labels[k : k + 1], positions, None, (k,)) for k in mine])
+        errors = {
+            name: float((new - goal).abs().max() / (goal - old).abs().max().clamp_min(1e-6))
+            for (name, new), goal, old in zip(model.named_parameters(), wanted.parameters(), before, strict=True)
+        }
+        trainer.close()
+    worst = max(errors, key=lambda name: errors[name])
+    return {"loss": step.loss, "norm": step.grad_norm, "worst": (errors[worst], worst)}
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def family(request: pytest.FixtureRequest, tiny_folders: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Folder, checkpoint, checkpoint after transformers' step, its loss and its gradient norm."""
+    root = tmp_path_factory.mktemp(request.param)
+    folder, release = tiny_folders(request.param, tie_word_embeddings=False)
+    loss, norm = reference(folder, root / "updated")
+    return str(folder), str(release), str(tiny.to_megatron(root / "updated", root / "megatron")), loss, norm
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_step_is_that_of_transformers(name: str, family: Any, pool: RankPool) -> None:
+    folder, release, updated, loss, norm = family
+    layout = LAYOUTS[name]
+    for result in pool.run(layout.get("world", 1), one_step, folder, release, updated, layout):
+        assert result["loss"] == pytest.approx(loss, abs=2e-6)
+        assert result["norm"] == pytest.approx(norm, rel=1e-5)
+        assert result["worst"][0] < 5e-4, result["worst"]
