@@ -6,7 +6,9 @@ import argparse
 import os
 import pickle
 import shutil
+import tempfile
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from megaswift.commands.export import export_main
 from megaswift.config.options import ExportArguments
 from megaswift.errors import DataError, UserError
 from megaswift.models import family_of
+from megaswift.models.experts import expert_sizes
 from megaswift.models.family import is_tied, sizes_of
 from megaswift.models.rules import expanded
 from megaswift.weights import classic
@@ -29,16 +32,19 @@ def write_classic(
 ) -> Path:
     """Write a model as the original system did: release/mp_rank_XX[_YYY]/model_optim_rng.pt."""
     family, sizes = family_of(model.config.model_type), sizes_of(model.config)
-    tensors = model.state_dict()
+    with tempfile.TemporaryDirectory() as folder:  # experts are loaded into other tensors than a folder has
+        model.save_pretrained(folder)
+        tensors = load_file(Path(folder) / "model.safetensors")
     parts: dict[tuple[int, int], OrderedDict[str, Any]] = {(t, p): OrderedDict() for t in range(tp) for p in range(pp)}
     each = sizes.layers // pp
     rules = family.rules_for(is_tied(model.config) and not separate_output)
-    for parameter in expanded(rules, sizes, family.layers(model.config)):
+    kinds = family.layers(model.config)
+    for parameter in expanded(rules, replace(sizes, more=expert_sizes(kinds)), kinds):
         source = [tensors.get(part.name, tensors["model.embed_tokens.weight"]) for part in parameter.hf]
         layered = parameter.name.startswith("decoder.layers.")
         layer = int(parameter.name.split(".")[2]) if layered else 0
         stage = layer // each if layered else (0 if parameter.name.startswith("embedding") else pp - 1)
-        name = parameter.name.replace(f".{layer}.", f".{layer % each}.")
+        name = parameter.name.replace(f".layers.{layer}.", f".layers.{layer % each}.")
         if local_names:
             name = name.replace("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight").replace(
                 "mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"
@@ -65,7 +71,7 @@ def equal_folders(one: Path, other: Path) -> bool:
 
 @pytest.mark.parametrize(
     ("name", "tp", "pp", "local"),
-    [("llama", 2, 1, False), ("qwen2", 2, 2, True), ("qwen3", 1, 4, False), ("mistral", 4, 1, True)],
+    [("llama", 2, 1, False), ("qwen2", 2, 2, True), ("qwen3", 1, 4, False), ("mistral", 4, 1, True), ("mixtral", 2, 2, False), ("qwen2_moe", 2, 1, True)],
 )
 def test_every_layout_comes_back_bit_for_bit(name: str, tp: int, pp: int, local: bool, tmp_path: Path) -> None:
     model = tiny.save_tiny(tmp_path / "hf", name, vocab_size=132)

@@ -27,7 +27,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megaswift.megatron.kernels.expert_mlp import expert_mlp, sum_rows, take_rows
+from megaswift.megatron.kernels.expert_mlp import expert_mlp, grouped, sum_rows, take_rows, weighted_swiglu
 from megaswift.megatron.kernels.megatron_layer import FusedMLP
 from megaswift.megatron.router import Router
 from megaswift.models.kinds import Experts
@@ -45,7 +45,8 @@ class ExpertsLayer(MegatronModule):
         self.splits = self.tp_group.size() > 1 and not config.sequence_parallel
         self.router = Router(config, experts, self.tp_group if self.splits else None)
         self.experts = StackedExperts(config, experts)
-        self.shared_experts = shared_experts(config, submodules, experts) if experts.shared_ffn else None
+        self.shared_experts = _shared_expert(config, submodules, experts.shared_ffn) if experts.shared_ffn else None
+        self.shared_gate = _Gate(config) if experts.shared_ffn and experts.shared_gate else None
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         """hidden_states [s, b, h] to ([s, b, h], no bias)."""
@@ -59,39 +60,30 @@ class ExpertsLayer(MegatronModule):
             output = gather_from_sequence_parallel_region(output, tensor_parallel_output_grad=False, group=self.tp_group)
         output = output[:count].view(hidden_states.shape)
         if self.shared_experts is not None:
-            output = output + self._shared(hidden_states)
+            shared, _ = self.shared_experts(hidden_states)
+            output = output + (shared if self.shared_gate is None else self.shared_gate(hidden_states) * shared)
         return output, None
 
-    def _shared(self, hidden_states: Tensor) -> Tensor:
-        assert self.shared_experts is not None
-        output, _ = self.shared_experts(hidden_states)
-        gate = getattr(self.shared_experts, "gate_weight", None)
-        return output if gate is None else torch.sigmoid(F.linear(hidden_states, gate)) * output
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict[str, Any]:
-        """Megatron-Core's description of what this rank holds; the gate is no module of its own, so it is added here."""
-        made = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        gate = getattr(self.shared_experts, "gate_weight", None)
-        if gate is not None:
-            replica = (0, self.tp_group.rank(), parallel_state.get_data_parallel_rank(with_context_parallel=True))
-            key = f"{prefix}shared_experts.gate_weight"
-            made[key] = ShardedTensor.from_rank_offsets(
-                key, gate, *sharded_offsets, replica_id=replica, prepend_axis_num=len(sharded_offsets)
-            )
-        return made
+class _Gate(torch.nn.Module):
+    """How much each token takes of the expert that all go to."""
 
-
-def shared_experts(config: TransformerConfig, submodules: MLPSubmodules, experts: Experts) -> FusedMLP:
-    """The expert that every token goes to: an MLP like a dense layer's, of another size; its gate's weight hangs on it."""
-    own = copy.copy(config)
-    own.ffn_hidden_size = experts.shared_ffn  # the second product's size is read from the config
-    made = FusedMLP(own, submodules, ffn_hidden_size=experts.shared_ffn)
-    if experts.shared_gate:
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
-        gate = torch.nn.Parameter(torch.zeros((1, config.hidden_size), dtype=config.params_dtype, device=device))
-        gate.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        made.register_parameter("gate_weight", gate)
-    return made
+        self.weight = torch.nn.Parameter(torch.zeros((1, config.hidden_size), dtype=config.params_dtype, device=device))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., h] to [..., 1], between 0 and 1."""
+        return torch.sigmoid(F.linear(x, self.weight))
+
+
+def _shared_expert(config: TransformerConfig, submodules: MLPSubmodules, ffn: int) -> FusedMLP:
+    """The expert that every token goes to: an MLP like a dense layer's, of another size."""
+    own = copy.copy(config)
+    own.ffn_hidden_size = ffn  # the second product's size is read from the config
+    return FusedMLP(own, submodules, ffn_hidden_size=ffn)
 
 
 @dataclass(frozen=True)
@@ -116,7 +108,7 @@ class _Exchange:
 
 
 class _Linear(torch.nn.Module):
-    """The matrices of one product of all experts here."""
+    """The matrices of one product of all experts here, [experts, rows, columns]."""
 
     def __init__(self, weight: Tensor, split: int) -> None:
         super().__init__()
@@ -125,6 +117,10 @@ class _Linear(torch.nn.Module):
         # Each rank's part counts in the gradient norm, also where etp is 1: the optimizer shares it out over ranks.
         self.weight.tensor_model_parallel = True  # type: ignore[attr-defined]
         self.weight.partition_dim, self.weight.partition_stride = split, 1  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        """x [t, columns], sorted by expert, to [t, rows]; training makes both products at once (`expert_mlp`)."""
+        return grouped(x, self.weight.transpose(1, 2), ends)
 
 
 class StackedExperts(MegatronModule):
@@ -160,12 +156,12 @@ class StackedExperts(MegatronModule):
         flat = chosen.flatten()
         order = flat.argsort(stable=True)
         ends = torch.searchsorted(flat[order], torch.arange(self.all, device=flat.device), right=True).to(torch.int32)
-        first, second, each = self.linear_fc1.weight, self.linear_fc2.weight, self.chosen
+        each = self.chosen
         if self.group.size() == 1:
             places = _inverse(order).view(-1, each)
             rows = take_rows(tokens, order // each, places)
             own = take_rows(weights.flatten(), order, places.view(-1, 1))
-            return sum_rows(expert_mlp(rows, own, first, second, ends), places, order // each)
+            return sum_rows(self._mlp(rows, own, ends), places, order // each)
         plan = self._exchange(order, ends)
         source, places = plan.slot // each, plan.places.view(len(tokens), -1)
         rows = take_rows(tokens, source, places)
@@ -173,8 +169,13 @@ class StackedExperts(MegatronModule):
         rows, own = (all_to_all(self.group, part, plan.received, plan.sent) for part in (rows, own))
         order, back = plan.order, plan.back
         rows, own = take_rows(rows, order, back.unsqueeze(1)), take_rows(own, order, back.unsqueeze(1))
-        output = take_rows(expert_mlp(rows, own, first, second, plan.ends), back, order.unsqueeze(1))
+        output = take_rows(self._mlp(rows, own, plan.ends), back, order.unsqueeze(1))
         return sum_rows(all_to_all(self.group, output, plan.sent, plan.received), places, source)
+
+    def _mlp(self, rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+        if getattr(self.config, "plain_layers", False):  # every module is called, as a check that watches modules wants it
+            return self.linear_fc2(weighted_swiglu(self.linear_fc1(rows, ends), weights), ends)
+        return expert_mlp(rows, weights, self.linear_fc1.weight, self.linear_fc2.weight, ends)
 
     def _exchange(self, order: Tensor, ends: Tensor) -> _Exchange:
         """Agree with all ranks of the group who sends how many rows to whom; the host has to know."""

@@ -80,9 +80,11 @@ def layer_spec(kind: Kind) -> ModuleSpec:
     """
     norm = _named(NORMS, "norm", kind.norm)
     qk_norm = norm if kind.qk_norm else IdentityOp
-    fused_norms = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    renamed = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     if kind.experts is None:
-        fused_norms["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+        renamed["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    else:
+        renamed["mlp.shared_gate.weight"] = "mlp.shared_experts.gate_weight"
     return ModuleSpec(
         module=FusedTransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -106,7 +108,7 @@ def layer_spec(kind: Kind) -> ModuleSpec:
                 submodules=MLPSubmodules(linear_fc1=ColumnParallel, linear_fc2=RowParallel),
             ),
             mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map=fused_norms,
+            sharded_state_dict_keys_map=renamed,
         ),
     )
 

@@ -54,13 +54,12 @@ def audit(config: PreTrainedConfig, reference: Streamed, measured: Streamed) -> 
             attention.num_query_groups_per_partition,
         ),
         ("head_dim", twin.self_attn.head_dim, attention.hidden_size_per_attention_head),
-        ("intermediate_size", twin.mlp.gate_proj.weight.shape[0], layer.mlp.linear_fc1.weight.shape[0] // 2),
+        *_mlps(theirs.model.layers, ours.decoder.layers),
         ("vocab_size", shape[0], ours.true_vocab),
         ("rms_norm_eps", _epsilons(theirs, "variance_epsilon"), _epsilons(ours, "eps")),
-        ("hidden_act", _name(twin.mlp.act_fn), _name(settings.activation_func) if settings.gated_linear_unit else "not gated"),
+        ("hidden_act", _activation(twin.mlp), _name(settings.activation_func) if settings.gated_linear_unit else "not gated"),
         ("attention_bias (q, k, v)", twin.self_attn.q_proj.bias is not None, attention.linear_qkv.bias is not None),
         ("attention_bias (o)", twin.self_attn.o_proj.bias is not None, attention.linear_proj.bias is not None),
-        ("mlp_bias", twin.mlp.gate_proj.bias is not None, layer.mlp.linear_fc1.bias is not None),
         (
             "q/k norm",
             _layers(theirs.model.layers, lambda one: hasattr(one.self_attn, "q_norm")),
@@ -105,6 +104,43 @@ def _epsilons(model: torch.nn.Module, attribute: str) -> list[float]:
             if "Norm" in type(module).__name__ and hasattr(module, attribute)
         }
     )
+
+
+def _mlps(theirs: Any, ours: Any) -> list[tuple[str, Any, Any]]:
+    """Rows on the MLPs: which layers have experts, how many, how large, how they are chosen; sizes and biases of dense ones."""
+    rows: list[tuple[str, Any, Any]] = []
+    experts = [hasattr(layer.mlp, "experts") for layer in theirs]
+    if any(experts):
+        twin, mlp = theirs[experts.index(True)].mlp, ours[experts.index(True)].mlp
+        router = mlp.router.experts
+        shared, gate = getattr(twin, "shared_expert", None), getattr(twin, "shared_expert_gate", None)
+        rows += [
+            (
+                "layers with experts",
+                _layers(theirs, lambda one: hasattr(one.mlp, "experts")),
+                _layers(ours, lambda one: hasattr(one.mlp, "experts")),
+            ),
+            ("experts, rows of one", list(twin.experts.gate_up_proj.shape[:2]), list(mlp.experts.linear_fc1.weight.shape[:2])),
+            ("num_experts_per_tok", int(twin.gate.top_k), router.chosen),
+            ("norm_topk_prob", bool(getattr(twin.gate, "norm_topk_prob", True)), router.renormalise),
+            (
+                "shared expert",
+                None if shared is None else shared.gate_proj.weight.shape[0],
+                None if mlp.shared_experts is None else mlp.shared_experts.linear_fc1.weight.shape[0] // 2,
+            ),
+            ("gate of the shared expert", gate is not None, mlp.shared_gate is not None),
+        ]
+    if not all(experts):
+        twin, mlp = theirs[experts.index(False)].mlp, ours[experts.index(False)].mlp
+        rows += [
+            ("intermediate_size", twin.gate_proj.weight.shape[0], mlp.linear_fc1.weight.shape[0] // 2),
+            ("mlp_bias", twin.gate_proj.bias is not None, mlp.linear_fc1.bias is not None),
+        ]
+    return rows
+
+
+def _activation(mlp: Any) -> str:
+    return _name(getattr(mlp, "experts", mlp).act_fn)
 
 
 def _layers(layers: Any, has: Callable[[Any], bool]) -> str:

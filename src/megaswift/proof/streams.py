@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -19,6 +20,7 @@ from torch import Tensor
 from megaswift.megatron import process_groups
 from megaswift.models import family_of, parameters_of
 from megaswift.models.family import is_tied
+from megaswift.models.parameters import HFTensor, Parameter
 from megaswift.weights.convert.model import MegatronReader
 from megaswift.weights.convert.precision import Precisions
 
@@ -31,7 +33,9 @@ if TYPE_CHECKING:
 _LOCAL = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+    "mlp.shared_experts.gate_weight": "mlp.shared_gate.weight",
 }
+_EXPERT = re.compile(r"\.local_experts\.\d+")
 _META = torch.device("meta")
 
 
@@ -64,14 +68,25 @@ def hf_stream(config: PreTrainedConfig, source: HFCheckpoint, precisions: Precis
     _real_buffers(model, config)
     model.eval()
     tied = is_tied(config)
+    loaded: dict[str, list[Parameter]] = {}
+    for parameter in parameters_of(config):
+        if parameter.loaded is not None:
+            loaded.setdefault(parameter.loaded, []).append(parameter)
 
     def load(name: str) -> Tensor:
+        if name in loaded:
+            made = [one.arrangement.pack([_rounded(part) for part in one.hf]) for one in loaded[name]]
+            return torch.stack(made) if name.endswith("_proj") else made[0]
         stored = "model.embed_tokens.weight" if tied and name == "lm_head.weight" else name  # a copy may have another precision
         return source.tensor(stored).to(precisions.of(stored))
 
+    def _rounded(part: HFTensor) -> Tensor:
+        return part.of(source.tensor(part.name)).to(precisions.of(part.name))
+
     def release(name: str) -> None:
-        if name in source.names:
-            source.release(name)
+        for one in [part.name for parameter in loaded[name] for part in parameter.hf] if name in loaded else [name]:
+            if one in source.table:
+                source.release(one)
 
     for name, module in model.named_modules():
         own = {part: f"{name}.{part}" for part, _ in module.named_parameters(recurse=False)}
@@ -105,13 +120,17 @@ def megatron_stream(config: PreTrainedConfig, reader: MegatronReader) -> Streame
             true_vocab=config.vocab_size,
         )
     model.eval()
-    parameters = {local_name(parameter.name): parameter for parameter in parameters_of(config)}
+    parameters: dict[str, list[Parameter]] = {}  # all experts of a layer are one parameter of the model
+    for parameter in parameters_of(config):
+        parameters.setdefault(local_name(parameter.name), []).append(parameter)
 
     def load(name: str) -> Tensor:
-        return reader.read(parameters[name].key, parameters[name].place)
+        made = [reader.read(parameter.key, parameter.place) for parameter in parameters[name]]
+        return torch.stack(made) if ".local_experts." in parameters[name][0].name else made[0]
 
     def release(name: str) -> None:
-        reader.release(parameters[name].key, parameters[name].place)
+        for parameter in parameters[name]:
+            reader.release(parameter.key, parameter.place)
 
     for name, module in model.named_modules():
         own = {part: f"{name}.{part}" for part, _ in module.named_parameters(recurse=False)}
@@ -130,7 +149,7 @@ def local_name(name: str) -> str:
     """The parameter of the built model that a checkpoint name stands for."""
     for stored, local in _LOCAL.items():
         name = name.replace(stored, local)
-    return name
+    return _EXPERT.sub("", name)
 
 
 def _stream(

@@ -151,15 +151,15 @@ class ClassicReader:
 
     def _place(self, name: str, stage: int) -> tuple[str, Shape]:
         """Key and place of a stage's tensor; one that the model does not have is placed as if layers were stacked."""
-        for plain, fused in _FUSED.items():
-            if name.endswith(f".{plain}"):
-                name = name.removesuffix(plain) + fused
         match = _LAYER.match(name)
         if match is None:
-            return name, ()
+            return _fused(name), ()
         layer = int(match.group(1)) + stage * (self._sizes.layers // self.pp)
         rest = name[match.end() :]
-        return self._places.get(f"decoder.layers.{layer}.{rest}", ("decoder.layers." + rest, (layer,)))
+        for one in (rest, _fused(rest)):  # a norm before experts is in no fused module
+            if f"decoder.layers.{layer}.{one}" in self._places:
+                return self._places[f"decoder.layers.{layer}.{one}"]
+        return "decoder.layers." + _fused(rest), (layer,)
 
     def _drop_tied_copies(self) -> None:
         """With several stages the last one keeps a copy of a tied embedding; more than one per tensor part is not another weight."""
@@ -184,7 +184,7 @@ class ClassicReader:
     def shape(self, key: str) -> tuple[int, ...]:
         layers = self._entry(key)
         one = tuple(self.read(key, next(iter(layers))).shape)
-        return one if () in layers else (len(layers), *one)
+        return (*(len(set(axis)) for axis in zip(*layers)), *one)
 
     def dtype(self, key: str, place: Shape = ()) -> torch.dtype:
         """The precision of a tensor or of one layer of it: one that holds the values of all its parts."""
@@ -223,6 +223,14 @@ class ClassicReader:
                 fix="it was made for another model, or it is incomplete",
             )
         return self._parts[key]
+
+
+def _fused(name: str) -> str:
+    """The name that a plain module's norm has in TransformerEngine's fused ones."""
+    for plain, fused in _FUSED.items():
+        if name == plain or name.endswith(f".{plain}"):
+            return name.removesuffix(plain) + fused
+    return name
 
 
 def check_flags(found: Classic, tp: int | None, pp: int | None) -> None:
