@@ -71,7 +71,14 @@ def equal_folders(one: Path, other: Path) -> bool:
 
 @pytest.mark.parametrize(
     ("name", "tp", "pp", "local"),
-    [("llama", 2, 1, False), ("qwen2", 2, 2, True), ("qwen3", 1, 4, False), ("mistral", 4, 1, True), ("mixtral", 2, 2, False), ("qwen2_moe", 2, 1, True)],
+    [
+        ("llama", 2, 1, False),
+        ("qwen2", 2, 2, True),
+        ("qwen3", 1, 4, False),
+        ("mistral", 4, 1, True),
+        ("mixtral", 2, 2, False),
+        ("qwen2_moe", 2, 1, True),
+    ],
 )
 def test_every_layout_comes_back_bit_for_bit(name: str, tp: int, pp: int, local: bool, tmp_path: Path) -> None:
     model = tiny.save_tiny(tmp_path / "hf", name, vocab_size=132)

@@ -33,6 +33,7 @@ from megaswift.megatron.kernels.megatron_layer import (
     RMSNorm,
 )
 from megaswift.megatron.kernels.parallel_linear import ColumnParallel, RowParallel
+from megaswift.megatron.layers import ScaledLayer, WidthNorm
 from megaswift.models.kinds import EXPERTS, Kind
 
 # The modules behind the names in a Kind.
@@ -79,14 +80,20 @@ def layer_spec(kind: Kind) -> ModuleSpec:
     norm before experts is no part of a fused module there.
     """
     norm = _named(NORMS, "norm", kind.norm)
-    qk_norm = norm if kind.qk_norm else IdentityOp
+    q_norm: Any = norm if kind.qk_norm else IdentityOp
+    k_norm = q_norm
+    if kind.qk_norm and kind.qk_norm_over_heads:
+        q_norm, k_norm = (
+            ModuleSpec(module=WidthNorm, params={"heads": heads}) for heads in ("num_attention_heads", "num_query_groups")
+        )
     renamed = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     if kind.experts is None:
         renamed["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     else:
         renamed["mlp.shared_gate.weight"] = "mlp.shared_experts.gate_weight"
     return ModuleSpec(
-        module=FusedTransformerLayer,
+        module=FusedTransformerLayer if kind.residual_factor == 1.0 else ScaledLayer,
+        params={} if kind.residual_factor == 1.0 else {"residual_factor": kind.residual_factor},
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=ModuleSpec(
@@ -96,8 +103,8 @@ def layer_spec(kind: Kind) -> ModuleSpec:
                     linear_qkv=ColumnParallel,
                     core_attention=partial(CoreAttention, rotation=kind.rotation),
                     linear_proj=RowParallel,
-                    q_layernorm=qk_norm,
-                    k_layernorm=qk_norm,
+                    q_layernorm=q_norm,
+                    k_layernorm=k_norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,

@@ -73,12 +73,21 @@ class ChatModel(GPTModel):
     Args:
         ropes: the tables that its layers rotate by, by name.
         true_vocab: tokens of the vocabulary, without padding.
+        factors: what embeddings, and what logits are multiplied by.
     """
 
-    def __init__(self, *args: Any, ropes: Mapping[str, RotaryTable], true_vocab: int, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        ropes: Mapping[str, RotaryTable],
+        true_vocab: int,
+        factors: tuple[float, float] = (1.0, 1.0),
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, position_embedding_type="none", **kwargs)
         self.ropes = ropes
         self.true_vocab = true_vocab
+        self.embedding_factor, self.logits_factor = factors
         self.graphs: Graphs | None = None  # set by the trainer
 
     def forward(  # type: ignore[override]
@@ -101,6 +110,8 @@ class ChatModel(GPTModel):
             Hidden states [s, b, h] before the last stage; on it what `worth` returns, or logits [b, s, vocab of this rank].
         """
         hidden = self.embedding(input_ids=tokens, position_ids=position_ids) if self.pre_process else None
+        if hidden is not None and self.embedding_factor != 1.0:
+            hidden = hidden * self.embedding_factor
         tables = {name: rope(position_ids, self.config.params_dtype) for name, rope in self.ropes.items()}
         layout = SequenceLayout(tables=tables, seq_lens=seq_lens, share=share)
         if seq_lens is not None:
@@ -179,6 +190,8 @@ class ChatModel(GPTModel):
 
     def _head_inputs(self, hidden: Tensor) -> Tensor:
         """[s * b, h], the same on every tensor-parallel rank."""
+        if self.logits_factor != 1.0:
+            hidden = hidden * self.logits_factor
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden)  # its backward pass sums and scatters
         return hidden.reshape(-1, hidden.shape[-1])
@@ -196,6 +209,8 @@ class ChatModel(GPTModel):
     def _logits(self, hidden: Tensor) -> Tensor:
         """Logits [b, s, vocabulary of this rank]; those of vocabulary padding are the smallest number."""
         tied = self.share_embeddings_and_output_weights
+        if self.logits_factor != 1.0:
+            hidden = hidden * self.logits_factor
         logits, _ = self.output_layer(hidden, weight=self.shared_embedding_or_output_weight() if tied else None)
         padding = (
             torch.arange(logits.shape[-1], device=logits.device) + self.tp_group.rank() * logits.shape[-1] >= self.true_vocab
@@ -258,7 +273,7 @@ def transformer_config(config: PreTrainedConfig, options: ModelOptions) -> Trans
         **recompute,
         **_expert_settings(kinds, options),
         # Where any layer has these norms their gradients are summed over tensor-parallel ranks.
-        qk_layernorm=any(kind.qk_norm for kind in kinds),
+        qk_layernorm=any(kind.qk_norm and not kind.qk_norm_over_heads for kind in kinds),
         hetereogenous_dist_checkpoint=family.is_mixed(config),
         pipeline_model_parallel_layout=pipeline_layout(config, options.pp),
         activation_func=F.silu,
@@ -339,6 +354,7 @@ def build(config: PreTrainedConfig, options: ModelOptions) -> ChatModel:
         share_embeddings_and_output_weights=is_tied(config),
         ropes=rotary_tables(config, kinds, device),
         true_vocab=config.vocab_size,
+        factors=family_of(config.model_type).factors(config),
     )
     with torch.no_grad():
         for parameter in model.parameters():

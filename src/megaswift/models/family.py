@@ -63,7 +63,8 @@ class Family:
         kind: config and number of a layer, from 0 -> what that layer is made of.
         rotates_in_fp32: whether query and key rotate in fp32 whatever the model's precision.
         attention_bias: what `attention_bias` in the config may say (None: any value is honoured by `settings`).
-        extra_fields: config fields that only this family honours, in `settings` or `kind`.
+        extra_fields: config fields that only this family honours, in `settings`, `kind` or `factors`.
+        factors: config -> what embeddings, and what logits are multiplied by.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Family:
     rotates_in_fp32: bool = False
     attention_bias: bool | None = False
     extra_fields: frozenset[str] = field(default_factory=frozenset)
+    factors: Callable[[Any], tuple[float, float]] = lambda config: (1.0, 1.0)
 
     def rules_for(self, tied: bool) -> tuple[Rule, ...]:
         """The rules of a model with tied or separate output weights."""

@@ -38,6 +38,8 @@ class Kind:
         rotation: which rotation tables query and key take: MAIN, or the name under which `rope_parameters` has others
             (a layer type); None: the layer knows no positions (NoPE).
         qk_norm: whether each head's query and key go through the norm, before they rotate.
+        qk_norm_over_heads: whether that norm goes over all heads together.
+        residual_factor: what the results of attention and MLP are multiplied by before they are added.
         experts: what an MLP of the name EXPERTS is made of; None with any other MLP.
     """
 
@@ -46,4 +48,6 @@ class Kind:
     norm: str = "rms"
     rotation: str | None = MAIN
     qk_norm: bool = False
+    qk_norm_over_heads: bool = False
+    residual_factor: float = 1.0
     experts: Experts | None = None

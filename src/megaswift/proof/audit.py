@@ -54,10 +54,11 @@ def audit(config: PreTrainedConfig, reference: Streamed, measured: Streamed) -> 
             attention.num_query_groups_per_partition,
         ),
         ("head_dim", twin.self_attn.head_dim, attention.hidden_size_per_attention_head),
-        *_mlps(theirs.model.layers, ours.decoder.layers),
+        *_mlps([_mlp(one) for one in theirs.model.layers], [one.mlp for one in ours.decoder.layers]),
+        *_factors(config, theirs, ours),
         ("vocab_size", shape[0], ours.true_vocab),
         ("rms_norm_eps", _epsilons(theirs, "variance_epsilon"), _epsilons(ours, "eps")),
-        ("hidden_act", _activation(twin.mlp), _name(settings.activation_func) if settings.gated_linear_unit else "not gated"),
+        ("hidden_act", _activation(_mlp(twin)), _name(settings.activation_func) if settings.gated_linear_unit else "not gated"),
         ("attention_bias (q, k, v)", twin.self_attn.q_proj.bias is not None, attention.linear_qkv.bias is not None),
         ("attention_bias (o)", twin.self_attn.o_proj.bias is not None, attention.linear_proj.bias is not None),
         (
@@ -106,37 +107,54 @@ def _epsilons(model: torch.nn.Module, attribute: str) -> list[float]:
     )
 
 
-def _mlps(theirs: Any, ours: Any) -> list[tuple[str, Any, Any]]:
+def _mlp(layer: Any) -> Any:
+    """The MLP of a layer of transformers."""
+    return layer.block_sparse_moe if hasattr(layer, "block_sparse_moe") else layer.mlp
+
+
+def _mlps(theirs: list[Any], ours: list[Any]) -> list[tuple[str, Any, Any]]:
     """Rows on the MLPs: which layers have experts, how many, how large, how they are chosen; sizes and biases of dense ones."""
     rows: list[tuple[str, Any, Any]] = []
-    experts = [hasattr(layer.mlp, "experts") for layer in theirs]
+    experts = [hasattr(mlp, "experts") for mlp in theirs]
     if any(experts):
-        twin, mlp = theirs[experts.index(True)].mlp, ours[experts.index(True)].mlp
-        router = mlp.router.experts
-        shared, gate = getattr(twin, "shared_expert", None), getattr(twin, "shared_expert_gate", None)
+        twin, mlp = theirs[experts.index(True)], ours[experts.index(True)]
+        gate, router = getattr(twin, "gate", None) or twin.router, mlp.router.experts
+        shared, shared_gate = getattr(twin, "shared_expert", None), getattr(twin, "shared_expert_gate", None)
         rows += [
             (
                 "layers with experts",
-                _layers(theirs, lambda one: hasattr(one.mlp, "experts")),
-                _layers(ours, lambda one: hasattr(one.mlp, "experts")),
+                _layers(theirs, lambda one: hasattr(one, "experts")),
+                _layers(ours, lambda one: hasattr(one, "experts")),
             ),
             ("experts, rows of one", list(twin.experts.gate_up_proj.shape[:2]), list(mlp.experts.linear_fc1.weight.shape[:2])),
-            ("num_experts_per_tok", int(twin.gate.top_k), router.chosen),
-            ("norm_topk_prob", bool(getattr(twin.gate, "norm_topk_prob", True)), router.renormalise),
+            ("num_experts_per_tok", int(gate.top_k), router.chosen),
+            ("norm_topk_prob", bool(getattr(gate, "norm_topk_prob", True)), router.renormalise),
             (
                 "shared expert",
                 None if shared is None else shared.gate_proj.weight.shape[0],
                 None if mlp.shared_experts is None else mlp.shared_experts.linear_fc1.weight.shape[0] // 2,
             ),
-            ("gate of the shared expert", gate is not None, mlp.shared_gate is not None),
+            ("gate of the shared expert", shared_gate is not None, mlp.shared_gate is not None),
         ]
     if not all(experts):
-        twin, mlp = theirs[experts.index(False)].mlp, ours[experts.index(False)].mlp
+        twin, mlp = theirs[experts.index(False)], ours[experts.index(False)]
         rows += [
             ("intermediate_size", twin.gate_proj.weight.shape[0], mlp.linear_fc1.weight.shape[0] // 2),
             ("mlp_bias", twin.gate_proj.bias is not None, mlp.linear_fc1.bias is not None),
         ]
     return rows
+
+
+def _factors(config: Any, theirs: Any, ours: Any) -> list[tuple[str, Any, Any]]:
+    """Rows on what is multiplied in: embeddings, results of each layer's halves, logits; none for a model without factors."""
+    layers = {float(getattr(layer, "residual_multiplier", 1.0)) for layer in theirs.model.layers}
+    mine = {float(getattr(layer, "residual_factor", 1.0)) for layer in ours.decoder.layers}
+    rows: list[tuple[str, Any, Any]] = [
+        ("embedding_multiplier", float(getattr(theirs.model, "embedding_multiplier", 1.0)), ours.embedding_factor),
+        ("residual_multiplier", sorted(layers), sorted(mine)),
+        ("logits_scaling", 1 / float(getattr(config, "logits_scaling", 1.0) or 1.0), ours.logits_factor),
+    ]
+    return [row for row in rows if row[1] not in (1.0, [1.0]) or row[1] != row[2]]
 
 
 def _activation(mlp: Any) -> str:

@@ -118,6 +118,7 @@ def megatron_stream(config: PreTrainedConfig, reader: MegatronReader) -> Streame
             share_embeddings_and_output_weights=is_tied(config),
             ropes=ropes,
             true_vocab=config.vocab_size,
+            factors=family_of(config.model_type).factors(config),
         )
     model.eval()
     parameters: dict[str, list[Parameter]] = {}  # all experts of a layer are one parameter of the model
