@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -60,6 +61,43 @@ WRONG: dict[str, Callable[[Any, Any], tuple[Any, str, Any]]] = {
     "rope_parameters (number)": lambda model, layer: (model.ropes["main"], "inverse", model.ropes["main"].inverse[:-1]),
     "rope_parameters (yarn's attention factor)": lambda model, layer: (model.ropes["main"], "scale", model.ropes["main"].scale * 1.01),
 }  # fmt: skip
+
+
+def routed(layer: Any, **changes: Any) -> tuple[Any, str, Any]:
+    return layer.mlp.router, "experts", replace(layer.mlp.router.experts, **changes)
+
+
+# The same for a model with experts in its first layer but not in all.
+WRONG_EXPERTS: dict[str, Callable[[Any, Any], tuple[Any, str, Any]]] = {
+    "layers with experts": lambda model, layer: (model.decoder.layers[2], "mlp", model.decoder.layers[1].mlp),
+    "experts, rows of one": lambda model, layer: (layer.mlp.experts.linear_fc1, "weight", meta(4, 40, 64)),
+    "num_experts_per_tok": lambda model, layer: routed(layer, chosen=3),
+    "norm_topk_prob": lambda model, layer: routed(layer, renormalise=True),
+    "shared expert": lambda model, layer: (layer.mlp.shared_experts.linear_fc1, "weight", meta(48, 64)),
+    "gate of the shared expert": lambda model, layer: (layer.mlp, "shared_gate", None),
+    "intermediate_size": lambda model, layer: (model.decoder.layers[1].mlp.linear_fc1, "weight", meta(190, 64)),
+}
+WRONG_FACTORS: dict[str, Callable[[Any, Any], tuple[Any, str, Any]]] = {
+    "embedding_multiplier": lambda model, layer: (model, "embedding_factor", 1.0),
+    "residual_multiplier": lambda model, layer: (model.decoder.layers[2], "residual_factor", 1.0),
+    "logits_scaling": lambda model, layer: (model, "logits_factor", 2.0),
+    "attention scale": lambda model, layer: (layer.self_attention.core_attention, "softmax_scale", None),
+}
+
+
+@pytest.mark.parametrize(("family", "cases"), [("qwen2_moe", WRONG_EXPERTS), ("granitemoe", WRONG_FACTORS)])
+def test_experts_and_factors_built_wrong_are_seen(family: str, cases: dict[str, Any], tiny_folders: Any) -> None:
+    folder, release = tiny_folders(family, tie_word_embeddings=False)
+    config = load_config(folder)
+    with one_process():
+        reference, measured = (
+            hf_stream(config, HFCheckpoint.open(folder), Precisions(torch.float32)),
+            megatron_stream(config, Reader(release)),
+        )
+        assert all(item.equal for item in audit(config, reference, measured))
+        for name, wrong in cases.items():
+            with mock.patch.object(*wrong(measured.module, measured.module.decoder.layers[0])):
+                assert name in {item.field for item in audit(config, reference, measured) if not item.equal}, name
 
 
 def row_of(name: str, rows: set[str]) -> str:

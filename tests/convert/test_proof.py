@@ -73,6 +73,15 @@ HONOURED: dict[str, tuple[str, dict[str, Any]]] = {
     "sizes": ("llama", {"intermediate_size": 40, "num_hidden_layers": 3, "vocab_size": 77}),
     "sliding_window": ("mistral", {"sliding_window": 48}),
     "no_rope_layers": ("smollm3", {"no_rope_layers": [0, 1, 1, 0]}),
+    "num_experts": ("qwen3_moe", {"num_experts": 3}),
+    "num_experts_per_tok": ("qwen3_moe", {"num_experts_per_tok": 5}),
+    "norm_topk_prob": ("qwen3_moe", {"norm_topk_prob": False}),
+    "decoder_sparse_step": ("qwen3_moe", {"decoder_sparse_step": 2}),
+    "mlp_only_layers": ("qwen2_moe", {"mlp_only_layers": [0, 3]}),
+    "shared_expert_intermediate_size": ("qwen2_moe", {"shared_expert_intermediate_size": 24}),
+    "moe_intermediate_size": ("qwen2_moe", {"moe_intermediate_size": 8}),
+    "factors": ("granitemoe", {"embedding_multiplier": 7.0, "logits_scaling": 0.3, "residual_multiplier": 0.2}),
+    "attention_multiplier": ("granitemoe", {"attention_multiplier": 0.5}),
 }
 
 

@@ -51,6 +51,7 @@ _AIM = "AI-ModelScope/"
 _META = "meta-llama/"
 _MISTRAL = "mistralai/"
 _SMOL = "HuggingFaceTB/"
+_GRANITE = "ibm-granite/granite-3.1-"
 
 
 def _llama(name: str, ms_id: str, hf_id: str, template: str = BASE_TEMPLATE) -> ModelType:
@@ -67,6 +68,14 @@ def _qwen2(name: str, repo: str, template: str = BASE_TEMPLATE) -> ModelType:
 
 def _qwen3(name: str, repo: str, template: str = "qwen3") -> ModelType:
     return ModelType(name, f"Qwen/{repo}", f"Qwen/{repo}", template, "qwen3")
+
+
+def _moe(name: str, ms_id: str, hf_id: str, family: str, template: str = BASE_TEMPLATE) -> ModelType:
+    return ModelType(name, ms_id, hf_id, template, family)
+
+
+def _qwen3_moe(name: str, repo: str, template: str = "qwen3") -> ModelType:
+    return _moe(name, f"Qwen/{repo}", f"Qwen/{repo}", "qwen3_moe", template)
 
 
 _REGISTERED = (
@@ -214,12 +223,41 @@ _REGISTERED = (
         _MISTRAL + "Mistral-Small-Instruct-2409",
         "mistral-nemo",
     ),
+    # Experts. The tokenizers of OLMoE's and Granite's chat models bring their templates.
+    _qwen3_moe("qwen3-30b-a3b", "Qwen3-30B-A3B"),
+    _qwen3_moe("qwen3-30b-a3b-base", "Qwen3-30B-A3B-Base", BASE_TEMPLATE),
+    _qwen3_moe("qwen3-30b-a3b-instruct-2507", "Qwen3-30B-A3B-Instruct-2507", "qwen3_nothinking"),
+    _qwen3_moe("qwen3-30b-a3b-thinking-2507", "Qwen3-30B-A3B-Thinking-2507", "qwen3_thinking"),
+    _qwen3_moe("qwen3-235b-a22b", "Qwen3-235B-A22B"),
+    _qwen3_moe("qwen3-235b-a22b-instruct-2507", "Qwen3-235B-A22B-Instruct-2507", "qwen3_nothinking"),
+    _qwen3_moe("qwen3-235b-a22b-thinking-2507", "Qwen3-235B-A22B-Thinking-2507", "qwen3_thinking"),
+    _moe("qwen1half-moe-a2_7b", "qwen/Qwen1.5-MoE-A2.7B", "Qwen/Qwen1.5-MoE-A2.7B", "qwen2_moe"),
+    _moe("qwen1half-moe-a2_7b-chat", "qwen/Qwen1.5-MoE-A2.7B-Chat", "Qwen/Qwen1.5-MoE-A2.7B-Chat", "qwen2_moe", "qwen"),
+    _moe("qwen2-57b-a14b", "qwen/Qwen2-57B-A14B", "Qwen/Qwen2-57B-A14B", "qwen2_moe"),
+    _moe("qwen2-57b-a14b-instruct", "qwen/Qwen2-57B-A14B-Instruct", "Qwen/Qwen2-57B-A14B-Instruct", "qwen2_moe", "qwen"),
+    _moe("mixtral-moe-7b", _AIM + "Mixtral-8x7B-v0.1", _MISTRAL + "Mixtral-8x7B-v0.1", "mixtral"),
+    _moe(
+        "mixtral-moe-7b-instruct",
+        _AIM + "Mixtral-8x7B-Instruct-v0.1",
+        _MISTRAL + "Mixtral-8x7B-Instruct-v0.1",
+        "mixtral",
+        "llama",
+    ),
+    _moe("mixtral-moe-8x22b-v1", _AIM + "Mixtral-8x22B-v0.1", "mistral-community/Mixtral-8x22B-v0.1", "mixtral"),
+    _moe("olmoe-1b-7b-0125", "allenai/OLMoE-1B-7B-0125", "allenai/OLMoE-1B-7B-0125", "olmoe"),
+    _moe("olmoe-1b-7b-0125-instruct", "allenai/OLMoE-1B-7B-0125-Instruct", "allenai/OLMoE-1B-7B-0125-Instruct", "olmoe"),
+    _moe("granite3_1-1b-a400m-base", _GRANITE + "1b-a400m-base", _GRANITE + "1b-a400m-base", "granitemoe"),
+    _moe("granite3_1-1b-a400m-instruct", _GRANITE + "1b-a400m-instruct", _GRANITE + "1b-a400m-instruct", "granitemoe"),
+    _moe("granite3_1-3b-a800m-base", _GRANITE + "3b-a800m-base", _GRANITE + "3b-a800m-base", "granitemoe"),
+    _moe("granite3_1-3b-a800m-instruct", _GRANITE + "3b-a800m-instruct", _GRANITE + "3b-a800m-instruct", "granitemoe"),
 )
 
 MODEL_TYPES: dict[str, ModelType] = {entry.name: entry for entry in _REGISTERED}
 
 # Second spellings, after the name on the hub. The name that a user typed is the name that directories get.
 _ALIASES = {
+    "mixtral-8x7b": "mixtral-moe-7b",
+    "mixtral-8x7b-instruct": "mixtral-moe-7b-instruct",
     "mistral-7b-v0.1": "mistral-7b",
     "mistral-7b-v0.2": "mistral-7b-v2",
     "mistral-7b-instruct-v0.1": "mistral-7b-instruct",
