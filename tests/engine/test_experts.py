@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -141,3 +142,49 @@ def test_a_step_is_that_of_transformers(name: str, family: Any, pool: RankPool) 
         assert result["loss"] == pytest.approx(loss, abs=2e-6)
         assert result["norm"] == pytest.approx(norm, rel=1e-5)
         assert result["worst"][0] < 5e-4, result["worst"]
+
+
+def test_experts_recomputed_with_their_layers(tiny_folders: Any, pool: RankPool, tmp_path: Path) -> None:
+    """Tokens are sent anew in the backward pass, by all ranks alike."""
+    folder, release = tiny_folders("qwen3_moe", tie_word_embeddings=False)
+    loss, norm = reference(folder, tmp_path / "updated")
+    updated = tiny.to_megatron(tmp_path / "updated", tmp_path / "megatron")
+    for result in pool.run(2, one_step, str(folder), str(release), str(updated), {"ep": 2, "recompute": 1}):
+        assert result["loss"] == pytest.approx(loss, abs=2e-6) and result["norm"] == pytest.approx(norm, rel=1e-5)
+        assert result["worst"][0] < 5e-4, result["worst"]
+
+
+def test_a_stage_without_experts(pool: RankPool, tmp_path: Path) -> None:
+    """Its ranks hold no expert, but take part in what those of the other stage do with theirs."""
+    tiny.save_tiny(tmp_path / "hf", "qwen3_moe", tie_word_embeddings=False, mlp_only_layers=[0, 1])
+    release = tiny.to_megatron(tmp_path / "hf", tmp_path / "release")
+    loss, norm = reference(tmp_path / "hf", tmp_path / "updated")
+    updated = tiny.to_megatron(tmp_path / "updated", tmp_path / "megatron")
+    for result in pool.run(4, one_step, str(tmp_path / "hf"), str(release), str(updated), {"pp": 2, "ep": 2}):
+        assert result["loss"] == pytest.approx(loss, abs=2e-6) and result["norm"] == pytest.approx(norm, rel=1e-5)
+        assert result["worst"][0] < 5e-4, result["worst"]
+
+
+def marked_by_ep(*arguments: Any) -> dict[str, Any]:
+    """A step with weights marked as Megatron-Core's linear layers mark them: for the common data-parallel group where ep is 1."""
+    from megaswift.megatron import experts
+
+    made = experts.StackedExperts.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        for module in (self.linear_fc1, self.linear_fc2):
+            module.weight.allreduce = self.ep.size() == 1
+
+    with mock.patch.object(experts.StackedExperts, "__init__", init):
+        return one_step(*arguments)
+
+
+def test_the_trap_of_ep_1_with_etp_below_tp(tiny_folders: Any, pool: RankPool, tmp_path: Path) -> None:
+    """Gradients of experts summed over the wrong group leave the loss as it is; the checks above see it by norm and updates."""
+    folder, release = tiny_folders("qwen3_moe", tie_word_embeddings=False)
+    loss, norm = reference(folder, tmp_path / "updated")
+    updated = tiny.to_megatron(tmp_path / "updated", tmp_path / "megatron")
+    result = pool.run(2, marked_by_ep, str(folder), str(release), str(updated), {"tp": 2, "sp": 1})[0]
+    assert result["loss"] == pytest.approx(loss, abs=2e-6)
+    assert abs(result["norm"] / norm - 1) > 1e-4 and result["worst"][0] > 0.1
