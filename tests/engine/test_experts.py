@@ -63,15 +63,35 @@ def plan() -> Any:
     )  # fmt: skip
 
 
-def reference(folder: Path, updated: Path) -> tuple[float, float]:
-    """Loss and gradient norm of transformers; the weights after a step of torch's AdamW are written as a folder."""
+def router_losses(logits: tuple[torch.Tensor, ...], chosen: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Balancing and z loss of a micro batch, summed over layers, by hand."""
+    balance, z_loss = torch.zeros(()), torch.zeros(())
+    for layer in logits:
+        scores = layer.softmax(-1)
+        share = torch.nn.functional.one_hot(scores.topk(chosen, -1).indices, scores.shape[-1]).sum((0, 1)) / len(scores)
+        balance = balance + scores.shape[-1] / chosen * (share * scores.mean(0)).sum()
+        z_loss = z_loss + layer.logsumexp(-1).square().mean()
+    return balance, z_loss
+
+
+def reference(folder: Path, updated: Path, balance: float = 0.0, z_loss: float = 0.0) -> tuple[float, float]:
+    """Loss and gradient norm of transformers; the weights after a step of torch's AdamW are written as a folder.
+
+    Args:
+        balance, z_loss: coefficients of losses of the routers; each row is a micro batch.
+    """
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     tokens, labels = rows(model.config.vocab_size)
     logits = model(tokens, use_cache=False).logits
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
-    loss.backward()
+    more: Any = 0.0
+    for row, label in zip(tokens, labels) if balance or z_loss else ():
+        found = model(row[None], use_cache=False, output_router_logits=True).router_logits
+        parts = router_losses(found, model.config.num_experts_per_tok)
+        more = more + (balance * parts[0] + z_loss * parts[1]) * (label != -100).sum() / (labels != -100).sum()
+    (loss + more).backward()
     norm = math.sqrt(sum(float(parameter.grad.double().square().sum()) for parameter in model.parameters()))
     torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), eps=EPS, weight_decay=0.0).step()
     model.save_pretrained(updated)
@@ -88,7 +108,7 @@ def built(folder: str, release: str, layout: dict[str, int]) -> Any:
     options = ModelOptions(
         tp, pp, "fp32", padded_vocab(config.vocab_size, tp), cp=layout.get("cp", 1), ep=layout.get("ep", 1),
         etp=layout.get("etp", 1), sequence_parallel=bool(layout.get("sp")), variable_lengths=pp > 1,
-        recompute=bool(layout.get("recompute")),
+        recompute=bool(layout.get("recompute")), balance_loss=layout.get("balance", 0) / 100, z_loss=layout.get("z", 0) / 100,
     )  # fmt: skip
     model = build(config, options)
     load_weights(model, Path(release))
@@ -188,3 +208,19 @@ def test_the_trap_of_ep_1_with_etp_below_tp(tiny_folders: Any, pool: RankPool, t
     result = pool.run(2, marked_by_ep, str(folder), str(release), str(updated), {"tp": 2, "sp": 1})[0]
     assert result["loss"] == pytest.approx(loss, abs=2e-6)
     assert abs(result["norm"] / norm - 1) > 1e-4 and result["worst"][0] > 0.1
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [{}, {"world": 2, "ep": 2}, {"world": 2, "tp": 2, "sp": 1}, {"world": 2, "tp": 2}, {"world": 2, "cp": 2, "recompute": 1}],
+    ids=str,
+)
+def test_losses_of_the_routers(layout: dict[str, int], tiny_folders: Any, pool: RankPool, tmp_path: Path) -> None:
+    """Balancing and z loss: their gradients are the same at every layout, and they are no part of the loss that is shown."""
+    folder, release = tiny_folders("qwen3_moe", tie_word_embeddings=False)
+    loss, norm = reference(folder, tmp_path / "updated", balance=0.5, z_loss=0.02)
+    updated = tiny.to_megatron(tmp_path / "updated", tmp_path / "megatron")
+    options = {**layout, "balance": 50, "z": 2}
+    for result in pool.run(layout.get("world", 1), one_step, str(folder), str(release), str(updated), options):
+        assert result["loss"] == pytest.approx(loss, abs=2e-6) and result["norm"] == pytest.approx(norm, rel=1e-5)
+        assert result["worst"][0] < 5e-4, result["worst"]

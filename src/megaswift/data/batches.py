@@ -7,7 +7,7 @@ for step, micros in prefetch(batches, first_step, last_step, threads=1): ...
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,7 @@ class MicroBatch:
         position_ids: int64 [b, s]; they restart at 0 in each sample.
         cu_seqlens: int32 [n + 1], borders of the samples that share the one row (b == 1); None for plain causal rows.
         sample_ids: rows of the data in it.
+        padding: bool [b, s], True at tokens that only fill up; None: there are none.
         share: where several ranks share each row, which part these tokens are: a Share of engine.kernels.context_parallel, made there.
     """
 
@@ -44,6 +45,7 @@ class MicroBatch:
     sample_ids: tuple[int, ...]
     weights: Tensor | None = None
     share: Any = None
+    padding: Tensor | None = None
 
 
 class Batches:
@@ -192,7 +194,9 @@ def make_micro_batch(rows: TokenRows, group: list[int], padding_free: bool, pad_
     """The tensors of some rows. Packed rows share one row of tokens even when padding_free is False."""
     samples = [sample for row in group for sample in rows.samples(row)]
     if not samples:
-        samples = [Encoded(np.full(1, pad_id, np.int32), np.zeros(1, bool))]
+        empty = Encoded(np.full(1, pad_id, np.int32), np.zeros(1, bool))
+        batch = _end_to_end([empty], tuple(group), pad_multiple, pad_id)
+        return replace(batch, padding=batch.labels == IGNORED)
     if padding_free or len(samples) > len(group):
         return _end_to_end(samples, tuple(group), pad_multiple, pad_id)
     return _padded(samples, tuple(group), pad_multiple, pad_id)
@@ -276,7 +280,8 @@ def _end_to_end(samples: list[Encoded], group: tuple[int, ...], pad_multiple: in
     weights = None
     if _weighted(samples):
         weights = torch.from_numpy(np.concatenate([*map(_weights, samples), np.zeros(tail, np.float32)])[None])
-    return MicroBatch(row[0], row[1], row[2], borders, group, weights)
+    padding = torch.arange(len(tokens))[None] >= sum(sizes) if tail else None
+    return MicroBatch(row[0], row[1], row[2], borders, group, weights, padding=padding)
 
 
 def _padded(samples: list[Encoded], group: tuple[int, ...], pad_multiple: int, pad_id: int) -> MicroBatch:
@@ -296,4 +301,6 @@ def _padded(samples: list[Encoded], group: tuple[int, ...], pad_multiple: int, p
             weights[k, : len(sample.ids)] = torch.from_numpy(_weights(sample))
     positions = np.broadcast_to(np.arange(width), tokens.shape).copy()
     numbers = [torch.from_numpy(array) for array in (tokens, labels, positions)]
-    return MicroBatch(numbers[0], numbers[1], numbers[2], None, group, weights)
+    lengths = torch.tensor([len(sample.ids) for sample in samples])
+    padding = None if lengths.min() == width else torch.arange(width)[None] >= lengths[:, None]
+    return MicroBatch(numbers[0], numbers[1], numbers[2], None, group, weights, padding=padding)

@@ -9,6 +9,7 @@ the wrong group where ep is 1 and etp below tp.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from megaswift.megatron.kernels.expert_mlp import expert_mlp, grouped, sum_rows, take_rows, weighted_swiglu
 from megaswift.megatron.kernels.megatron_layer import FusedMLP
-from megaswift.megatron.router import Router
+from megaswift.megatron.router import Counted, Router
 from megaswift.models.kinds import Experts
 
 
@@ -47,6 +48,7 @@ class ExpertsLayer(MegatronModule):
         self.experts = StackedExperts(config, experts)
         self.shared_experts = _shared_expert(config, submodules, experts.shared_ffn) if experts.shared_ffn else None
         self.shared_gate = _Gate(config) if experts.shared_ffn and experts.shared_gate else None
+        self.counted: Counted | None = None  # of the micro batch that comes now
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         """hidden_states [s, b, h] to ([s, b, h], no bias)."""
@@ -55,7 +57,8 @@ class ExpertsLayer(MegatronModule):
         if self.splits:
             tokens = F.pad(tokens, (0, 0, 0, -count % self.tp_group.size()))
             tokens = scatter_to_sequence_parallel_region(tokens, group=self.tp_group)
-        output = self.experts(tokens, *self.router(tokens))
+        padding, weight = self._counted(count) if self.counted is not None else (None, None)
+        output = self.experts(tokens, *self.router(tokens, padding, weight))
         if self.splits:
             output = gather_from_sequence_parallel_region(output, tensor_parallel_output_grad=False, group=self.tp_group)
         output = output[:count].view(hidden_states.shape)
@@ -63,6 +66,34 @@ class ExpertsLayer(MegatronModule):
             shared, _ = self.shared_experts(hidden_states)
             output = output + (shared if self.shared_gate is None else self.shared_gate(hidden_states) * shared)
         return output, None
+
+    def _counted(self, count: int) -> tuple[Tensor | None, Tensor]:
+        """Which of this rank's tokens are padding, None where none is, and the weight of the micro batch.
+
+        Args:
+            count: tokens that came in.
+        """
+        assert self.counted is not None
+        padding, size, rank = self.counted.padding, self.tp_group.size(), self.tp_group.rank()
+        if padding is not None:
+            padding = padding.t()  # [s, b], as hidden states have it
+            padding = (padding.chunk(size)[rank] if self.config.sequence_parallel else padding).reshape(-1)
+        if self.splits and (padding is not None or count % size):
+            whole = torch.zeros(count, dtype=torch.bool) if padding is None else padding
+            padding = F.pad(whole, (0, -count % size), value=True).chunk(size)[rank]
+        device = self.router.weight.device
+        return None if padding is None else padding.to(device, non_blocking=True), self.counted.weight
+
+
+def tell_layers(layers: Iterable[torch.nn.Module]) -> None:
+    """Let every layer of experts know the micro batch that it is called with, also when it is called again in a backward pass."""
+
+    def tell(layer: Any, _: Any, arguments: dict[str, Any]) -> None:
+        layer.mlp.counted = getattr(arguments.get("packed_seq_params"), "counted", None)
+
+    for layer in layers:
+        if isinstance(getattr(layer, "mlp", None), ExpertsLayer):
+            layer.register_forward_pre_hook(tell, with_kwargs=True)
 
 
 class _Gate(torch.nn.Module):

@@ -34,6 +34,7 @@ from megaswift.megatron.kernels.megatron_layer import (
 )
 from megaswift.megatron.kernels.parallel_linear import ColumnParallel, RowParallel
 from megaswift.megatron.layers import ScaledLayer, WidthNorm
+from megaswift.megatron.router import Counted
 from megaswift.models.kinds import EXPERTS, Kind
 
 # The modules behind the names in a Kind.
@@ -51,12 +52,14 @@ class SequenceLayout(PackedSeqParams):
         seq_lens: lengths of the samples that share the one row, or None for plain causal rows; with them `cu_seqlens_q`
             (int32 on the device) and `max_seqlen_q` are set.
         share: this rank's part of the rows, where several ranks share them (context parallelism).
+        counted: what routers of experts are told; None where there are none.
     """
 
     qkv_format: str = "sbhd"
     tables: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     seq_lens: list[int] | None = None
     share: Share | None = None
+    counted: Counted | None = None
 
 
 def block_spec(kinds: Sequence[Kind]) -> TransformerBlockSubmodules:

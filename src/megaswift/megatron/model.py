@@ -21,6 +21,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megaswift.megatron.experts import tell_layers
 from megaswift.megatron.kernels.activation_offload import offload_activations
 from megaswift.megatron.kernels.attention import describe
 from megaswift.megatron.kernels.fp8_linear import Fp8LinearOps
@@ -29,6 +30,7 @@ from megaswift.megatron.kernels.linear_ops import PLAIN
 from megaswift.megatron.kernels.megatron_fuse import fuse_embedding
 from megaswift.megatron.kernels.sequence_log_probability import sequence_log_probabilities
 from megaswift.megatron.layer_specs import SequenceLayout, block_spec
+from megaswift.megatron.router import Counted
 from megaswift.models import family_of
 from megaswift.models.family import is_tied
 from megaswift.models.kinds import MAIN, Kind
@@ -65,6 +67,8 @@ class ModelOptions:
     ep: int = 1
     etp: int = 1
     router_dtype: str = "fp32"  # of the products by which tokens are routed; "none": the model's
+    balance_loss: float = 0.0  # coefficients of the routers' own losses
+    z_loss: float = 0.0
 
 
 class ChatModel(GPTModel):
@@ -97,6 +101,7 @@ class ChatModel(GPTModel):
         seq_lens: list[int] | None = None,
         share: Share | None = None,
         worth: Callable[[ChatModel, Tensor], Any] | None = None,
+        counted: Callable[[], Counted] | None = None,
     ) -> Any:
         """One micro batch through this stage.
 
@@ -105,6 +110,7 @@ class ChatModel(GPTModel):
             seq_lens: lengths of the samples packed into the one row.
             share: what part of the rows these are, where several ranks share them; it knows the samples itself.
             worth: what to make of the last stage's hidden states, called with this model; None asks for logits.
+            counted: makes what routers are told of the micro batch; called where the model has experts.
 
         Returns:
             Hidden states [s, b, h] before the last stage; on it what `worth` returns, or logits [b, s, vocab of this rank].
@@ -114,6 +120,8 @@ class ChatModel(GPTModel):
             hidden = hidden * self.embedding_factor
         tables = {name: rope(position_ids, self.config.params_dtype) for name, rope in self.ropes.items()}
         layout = SequenceLayout(tables=tables, seq_lens=seq_lens, share=share)
+        if counted is not None and self.config.num_moe_experts:
+            layout.counted = counted()
         if seq_lens is not None:
             borders = torch.tensor([0, *seq_lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
             layout.cu_seqlens_q, layout.max_seqlen_q = borders.to(tokens.device, non_blocking=True), max(seq_lens)
@@ -317,7 +325,9 @@ def _expert_settings(kinds: Sequence[Kind], options: ModelOptions) -> dict[str, 
         num_moe_experts=experts.count,
         moe_ffn_hidden_size=experts.ffn,
         moe_router_topk=experts.chosen,
-        moe_router_dtype="fp32",
+        moe_router_load_balancing_type="none",  # ours is made by our router, from these coefficients
+        moe_aux_loss_coeff=options.balance_loss,
+        moe_z_loss_coeff=options.z_loss or None,
         expert_model_parallel_size=options.ep,
         expert_tensor_parallel_size=options.etp,
     )
@@ -360,6 +370,7 @@ def build(config: PreTrainedConfig, options: ModelOptions) -> ChatModel:
         for parameter in model.parameters():
             parameter.zero_()  # rows of vocabulary padding stay zero, whatever the checkpoint brings
     _mark_split_weights(model)
+    tell_layers(model.decoder.layers)
     if options.offloaded_layers:
         offload_activations(model.decoder, options.offloaded_layers)
     return fuse_embedding(model.to(device))
@@ -382,7 +393,13 @@ def run_micro_batch(model: Any, batch: MicroBatch, objective: Objective) -> Any:
     """A micro batch through (a wrapper of) ChatModel: hidden states before the last stage, on it the objective's Loss."""
     seq_lens = None if batch.cu_seqlens is None else batch.cu_seqlens.diff().tolist()
     worth = partial(_worth, objective, batch)
-    return model(batch.tokens, batch.position_ids, seq_lens, batch.share, worth)
+    return model(batch.tokens, batch.position_ids, seq_lens, batch.share, worth, partial(_counted, batch))
+
+
+def _counted(batch: MicroBatch) -> Counted:
+    """What routers are told of a micro batch; its weight is what the supervised objective divides by."""
+    weight = (batch.labels != IGNORED).sum() if batch.weights is None else batch.weights.double().sum()
+    return Counted(batch.padding, weight.float())
 
 
 def _worth(objective: Objective, batch: MicroBatch, model: ChatModel, hidden: Tensor) -> Loss:

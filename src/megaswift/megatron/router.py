@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -40,27 +42,123 @@ class _RouterLogits(torch.autograd.Function):
         return grad_x, grad_weight, None, None
 
 
+class _WithLoss(torch.autograd.Function):
+    """Hands the routers' weights on, and lets the backward pass begin from a loss beside the objective's as well."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, loss: Tensor, scale: Any) -> Tensor:
+        ctx.scale, ctx.like = scale, loss.detach()
+        return weights
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        one = torch.ones_like(ctx.like)
+        return grads[0], one if ctx.scale is None else ctx.scale(one), None
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What routers are told of a micro batch.
+
+    Attributes:
+        padding: bool [b, s], True where a token only fills up; None: none does. This rank's under context parallelism.
+        weight: fp32 scalar, what its loss is divided by in the end, together with all others'; this rank's likewise.
+    """
+
+    padding: Tensor | None
+    weight: Tensor
+
+
+class Seen:
+    """What a layer's router did since it was last asked, on this rank: sums over tokens that are no padding.
+
+    Attributes:
+        load: fp64 [e], choices that fell on each expert.
+        figures: fp64 [5]: tokens; entropy of their scores; balancing loss and z loss, times the weight of their micro
+            batch; that weight.
+    """
+
+    def __init__(self, experts: int, device: Any) -> None:
+        self.load = torch.zeros(experts, dtype=torch.float64, device=device)
+        self.figures = torch.zeros(5, dtype=torch.float64, device=device)
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.load.zero_()
+        self.figures.zero_()
+
+
 class Router(torch.nn.Module):
     """Softmax over all experts, of which each token goes to those with the largest scores.
 
     Every tensor-parallel rank holds the whole weight and routes its own part of the tokens. Under sequence parallelism
     Megatron-Core adds up the parts of the gradient, by the mark on the weight; else this module does, over `sum_group`.
+
+    The balancing loss is that of https://arxiv.org/abs/2101.03961, as Megatron-Core has it: experts / chosen * sum over the
+    experts of (share of the tokens' choices * chosen) * (mean score), over the tokens of a micro batch and for each layer by
+    itself; the z loss that of https://arxiv.org/abs/2202.08906, the mean squared logsumexp of the logits. Micro batches
+    count by what their objective's losses are divided by, so that every layout gives the same gradients.
     """
 
     def __init__(self, config: TransformerConfig, experts: Experts, sum_group: Any = None) -> None:
         super().__init__()
-        self.experts, self.sum_group = experts, sum_group
+        self.config, self.experts, self.sum_group = config, experts, sum_group
         self.dtype: torch.dtype = config.routing_dtype
+        self.balance: float = config.moe_aux_loss_coeff if config.num_moe_experts else 0.0
+        self.z_loss: float = config.moe_z_loss_coeff or 0.0
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
         shape = (experts.count, config.hidden_size)
         self.weight = torch.nn.Parameter(torch.zeros(shape, dtype=config.params_dtype, device=device))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.seen: Seen | None = None
+        self.watching = False  # whether to note what happens outside of training as well
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [t, h] -> weights (fp32, or fp64 where the router is) and numbers of the chosen experts, each [t, chosen]."""
+    def forward(self, x: Tensor, padding: Tensor | None = None, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x [t, h] -> weights (fp32) and numbers of the chosen experts, each [t, chosen].
+
+        Args:
+            padding: bool [t], True where a token does not count for what is noted, nor for losses of the router.
+            weight: of the micro batch, see Counted; None: nothing is noted.
+        """
         logits = _RouterLogits.apply(x, self.weight, self.dtype, self.sum_group)
         scores = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
         weights, chosen = scores.topk(self.experts.chosen, dim=-1)
         if self.experts.renormalise:
             weights = weights / weights.sum(-1, keepdim=True)
-        return weights.float(), chosen
+        weights = weights.float()
+        # A layer whose activations are computed again runs twice; the second time is the one with gradients.
+        if weight is not None and (self.watching or (self.training and torch.is_grad_enabled())):
+            weights = self._noted(weights, logits, scores, chosen, padding, weight)
+        return weights, chosen
+
+    def _noted(
+        self, weights: Tensor, logits: Tensor, scores: Tensor, chosen: Tensor, padding: Tensor | None, weight: Tensor
+    ) -> Tensor:
+        """Note what was chosen, and give the weights with the router's own losses hanging on them."""
+        counts = scores.new_ones(len(scores)) if padding is None else (~padding).to(scores.dtype)
+        with torch.no_grad():
+            load = counts.new_zeros(self.experts.count)
+            load.index_add_(0, chosen.flatten(), counts.repeat_interleave(self.experts.chosen))
+            entropy = -(scores.clamp_min(1e-30).log() * scores).sum(-1)
+            if self.seen is None:
+                self.seen = Seen(self.experts.count, scores.device)
+            self.seen.load += load
+            self.seen.figures[0] += counts.sum()
+            self.seen.figures[1] += (entropy * counts).sum()
+        if not (self.balance or self.z_loss):
+            return weights
+        group = parallel_state.get_tensor_and_context_parallel_group()
+        tp = parallel_state.get_tensor_model_parallel_world_size()
+        shared = torch.cat((load, counts.sum().view(1), weight.to(scores.device, scores.dtype).view(1) / tp))
+        if group.size() > 1:
+            dist.all_reduce(shared, group=group)
+        load, tokens, whole = shared[:-2], shared[-2].clamp_min(1.0), shared[-1]
+        mean = (scores * counts.unsqueeze(-1)).sum(0) / tokens  # this rank's part of it
+        balance = (load / tokens * mean).sum() * (self.experts.count / self.experts.chosen)
+        z_loss = (logits.logsumexp(-1).square() * counts).sum() / tokens
+        with torch.no_grad():
+            self.seen.figures[2:] += torch.stack((balance * whole, z_loss * whole, whole / group.size()))
+        if not torch.is_grad_enabled():
+            return weights
+        loss = (self.balance * balance + self.z_loss * z_loss) * whole
+        return _WithLoss.apply(weights, loss, self.config.grad_scale_func if self.config.fp16 else None)
