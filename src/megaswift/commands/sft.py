@@ -207,7 +207,7 @@ def _print_plan(plan: Plan, data: PreparedData, args: SftArguments) -> None:
         out.print(f"  {megatron:38} [bold]{text:12}[/bold]  {expression}")
     out.print()
     out.print(
-        f"{plan.world_size} processes = tp {plan.tp} x pp {plan.pp}{_stages(plan)} x {f'cp {plan.cp} x ' if plan.cp > 1 else ''}dp {plan.dp}, {plan.dtype}{' with FP8 products in the blocks' if args.fp8 else ''}\n"
+        f"{plan.world_size} processes = tp {plan.tp} x pp {plan.pp}{_stages(plan)} x {f'cp {plan.cp} x ' if plan.cp > 1 else ''}dp {plan.dp}{_experts(plan)}, {plan.dtype}{' with FP8 products in the blocks' if args.fp8 else ''}\n"
         f"global batch {plan.global_batch} = {args.batch_size} rows x {_shares(plan)}\n"
         f"{_steps(plan, args)}; {plan.val_rows} validation rows\n"
         f"memory of the fullest rank without activations: {sum(plan.rank_bytes.values()) / 1e9:.2f} GB "
@@ -226,6 +226,12 @@ def _shares(plan: Plan) -> str:
         f"{plan.gradient_accumulation_steps} accumulation x {plan.world_size} processes; "
         f"each data-parallel rank runs {plan.micro_batches} micro batches a step"
     )
+
+
+def _experts(plan: Plan) -> str:
+    """How the experts are spread over the same processes, in words; nothing where they are not."""
+    parts = [f"{name} {size}" for name, size in (("ep", plan.ep), ("etp", plan.etp)) if size > 1]
+    return f" (experts: {' x '.join(parts)})" if parts else ""
 
 
 def _stages(plan: Plan) -> str:

@@ -27,7 +27,7 @@ EXPORT_ARGS = "export_args.json"
 
 # What a directory tells about itself; `tp` and `pp` are for commands on Megatron directories.
 MODEL_OPTIONS = ("model_type", "model_revision", "template_type", "dtype", "system", "custom_dataset_info")
-LAYOUT_OPTIONS = ("tp", "pp")
+LAYOUT_OPTIONS = ("tp", "pp", "ep", "etp")
 DATASET_OPTIONS = (
     "dataset",
     "val_dataset",

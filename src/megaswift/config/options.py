@@ -13,6 +13,7 @@ from megaswift.config.parse import REFUSED, BaseArguments, allowed, default_of, 
 from megaswift.config.training import (
     BatchArguments,
     EncodingArguments,
+    ExpertArguments,
     GuardArguments,
     OptimizerArguments,
     ParallelArguments,
@@ -46,6 +47,8 @@ class LayoutArguments(BaseArguments):
 
     tp: int = option(1, "Tensor parallel size: each matrix is split over this many processes.", low=1)
     pp: int = option(1, "Pipeline parallel size: the layers are split over this many stages.", low=1)
+    ep: int = option(1, "Expert parallel size: the experts of each layer are spread over this many processes.", low=1)
+    etp: int = option(1, "Expert tensor parallel size: the matrices of each expert are split over this many processes.", low=1)
 
 
 @dataclass(kw_only=True)
@@ -132,7 +135,7 @@ class VerifyArguments(BaseArguments):
 
 @dataclass(kw_only=True)
 class SftArguments(
-    SpeedArguments, GuardArguments, SavingArguments, OptimizerArguments, BatchArguments, EncodingArguments, ParallelArguments, LayoutArguments,
+    SpeedArguments, GuardArguments, SavingArguments, OptimizerArguments, BatchArguments, EncodingArguments, ExpertArguments, ParallelArguments, LayoutArguments,
     DataArguments, VocabularyArguments, ModelArguments, StartArguments,
 ):  # fmt: skip
     """`swift sft`: full fine-tuning with Megatron-Core."""
@@ -256,7 +259,7 @@ class ParityArguments(SftArguments):
     """`swift parity`: does this run compute what it should?"""
 
     MEANT: ClassVar[tuple[type, ...]] = (
-        ModelArguments, TemplateArguments, DataArguments, EncodingArguments, LayoutArguments, ParallelArguments, BatchArguments, OptimizerArguments, StartArguments, SpeedArguments,
+        ModelArguments, TemplateArguments, DataArguments, EncodingArguments, LayoutArguments, ParallelArguments, ExpertArguments, BatchArguments, OptimizerArguments, StartArguments, SpeedArguments,
     )  # fmt: skip
 
     steps: int = option(5, "Steps to compare.", low=1)

@@ -123,6 +123,16 @@ REFUSED = {
     "save_strategy": "use --save_steps",
     "lr_scheduler_kwargs": "use --min_lr, --warmup_steps and --lr_scheduler_type",
     "use_loss_scale": "every supervised token counts the same",
+    "moe_grouped_gemm": "the products of all experts are grouped always",
+    "moe_expert_capacity_factor": "experts have no capacity, so no token is dropped",
+    "moe_token_drop_policy": "experts have no capacity, so no token is dropped",
+    "moe_pad_expert_input_to_capacity": "experts have no capacity, so no token is dropped",
+    "moe_token_dispatcher_type": "tokens are exchanged all to all",
+    "moe_permute_fusion": "rows are gathered in one pass always",
+    "moe_shared_expert_overlap": "the shared expert runs beside the others only in their order",
+    "moe_router_load_balancing_type": "--moe_aux_loss_coeff balances each layer by itself; 0, the default, does not",
+    "expert_model_parallel_size": "use --ep",
+    "expert_tensor_parallel_size": "use --etp",
     "eval_batch_size": "evaluation uses --batch_size",
 }
 

@@ -45,6 +45,19 @@ class ParallelArguments(BaseArguments):
 
 
 @dataclass(kw_only=True)
+class ExpertArguments(BaseArguments):
+    """How tokens are routed, in models with experts."""
+
+    moe_aux_loss_coeff: float = option(
+        0.0, "Weight of the loss that balances the load of experts, in each layer by itself; 0: there is none.", low=0
+    )
+    moe_z_loss_coeff: float = option(0.0, "Weight of the loss that keeps routers' logits small; 0: there is none.", low=0)
+    moe_router_dtype: str = option(
+        "fp32", "Precision of the products by which tokens are routed; none: that of the model.", ("fp32", "fp64", "none")
+    )
+
+
+@dataclass(kw_only=True)
 class EncodingArguments(BaseArguments):
     """What else decides the tokens of a row."""
 

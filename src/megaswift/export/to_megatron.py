@@ -211,7 +211,7 @@ def _write(args: ExportArguments, source: _Source) -> Path:
     """Convert, prove, and publish the whole directory."""
     from megaswift.weights.convert.precision import rounded
 
-    check_layout(source.config, args.tp, args.pp)
+    check_layout(source.config, args.tp, args.pp, ep=args.ep, etp=args.etp)
     target = Path(args.megatron_output_dir or f"{source.model_type}-tp{args.tp}-pp{args.pp}").absolute()
     require_free_name(target, args.overwrite, source.directory, source.model_dir)
     check_tokenizer(source.model_dir)

@@ -169,6 +169,8 @@ def obstacle(decoder: Any, overlap_grad_reduce: bool = False) -> str | None:
     config: TransformerConfig = decoder.config
     if not torch.cuda.is_available():
         return "there is no GPU"
+    if config.num_moe_experts:
+        return "how many rows each expert gets is another number in each step"
     if config.pipeline_model_parallel_size > 1:
         return "a pipeline has several micro batches under way at once"
     if config.tensor_model_parallel_size > 1 or config.context_parallel_size > 1:

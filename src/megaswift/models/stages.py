@@ -39,11 +39,17 @@ def stage_layers(config: PreTrainedConfig, pp: int) -> tuple[int, ...]:
     return tuple(stages)
 
 
-def stage_weights(config: PreTrainedConfig, pp: int) -> list[int]:
-    """Weights of each stage; the embedding is the first one's, the output layer, or its copy of a tied embedding, the last one's."""
+def stage_weights(config: PreTrainedConfig, pp: int, experts_only: bool = False) -> list[int]:
+    """Weights of each stage; the embedding is the first one's, the output layer, or its copy of a tied embedding, the last one's.
+
+    Args:
+        experts_only: count the experts among which tokens are routed, and nothing else.
+    """
     stage_of = [stage for stage, count in enumerate(stage_layers(config, pp)) for _ in range(count)]
     weights = [0] * pp
     for parameter in parameters_of(config):
+        if experts_only and ".local_experts." not in parameter.name:
+            continue
         if parameter.name.startswith("decoder.layers."):
             weights[stage_of[int(parameter.name.split(".")[2])]] += parameter.size
             continue

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megaswift.config.options import SftArguments
 from megaswift.errors import UserError
 
-_SIZES = re.compile(r"(tp|pp|cp|dp|mbs)(\d+)")
+_SIZES = re.compile(r"(tp|pp|cp|ep|etp|dp|mbs)(\d+)")
 _SWITCHES = {
     "sp": {"sequence_parallel": True},
     "recompute": {"gradient_checkpointing": True},
@@ -33,6 +33,8 @@ class Layout:
     pp: int = 1
     cp: int = 1
     dp: int = 1
+    ep: int = 1
+    etp: int = 1
     mbs: int | None = None
     switches: tuple[str, ...] = ()
 
@@ -58,6 +60,8 @@ class Layout:
             "tp": self.tp,
             "pp": self.pp,
             "cp": self.cp,
+            "ep": self.ep,
+            "etp": self.etp,
             "batch_size": batch,
         }
         for switch in self.switches:
@@ -81,7 +85,7 @@ def parse_layouts(text: str) -> list[Layout]:
                 raise UserError(
                     f"layout {word!r}: {part!r} is not known.",
                     where="--layouts",
-                    fix=f"use tpN, ppN, cpN, dpN, mbsN and {', '.join(_SWITCHES)}, for example: tp2,pp2,sp",
+                    fix=f"use tpN, ppN, cpN, epN, etpN, dpN, mbsN and {', '.join(_SWITCHES)}, for example: tp2,pp2,sp",
                 )
         found.append(Layout(word, switches=tuple(switches), **sizes))
     if len(found) < 2:

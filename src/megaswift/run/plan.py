@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from megaswift.config.options import SftArguments
 from megaswift.errors import DataError, UserError
-from megaswift.models import parameters_of
+from megaswift.models import family_of, parameters_of
 from megaswift.models.family import sizes_of, trained_length
 from megaswift.models.stages import stage_layers, stage_weights
 from megaswift.run import table
+from megaswift.run.experts import check_expert_layout, check_expert_options, divisors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -57,6 +58,8 @@ class Plan:
         default_factory=dict
     )  # in the fullest rank's host memory: optimizer, activations at most
     stages: list[int] = field(default_factory=list)  # layers of each pipeline stage
+    ep: int = 1
+    etp: int = 1
 
     @property
     def train_iters(self) -> int:
@@ -77,15 +80,23 @@ class Plan:
 
 
 def check_layout(
-    config: PreTrainedConfig, tp: int, pp: int, world_size: int | None = None, sequence_parallel: bool = False, cp: int = 1
+    config: PreTrainedConfig,
+    tp: int,
+    pp: int,
+    world_size: int | None = None,
+    sequence_parallel: bool = False,
+    cp: int = 1,
+    ep: int = 1,
+    etp: int = 1,
 ) -> None:
     """Raise UserError unless the model can be split this way; `world_size` None leaves the processes out."""
-    sizes = sizes_of(config)
+    sizes, widths = sizes_of(config), mlp_widths(config)
     if min(tp, pp, cp) < 1:
         raise UserError(f"--tp {tp}, --pp {pp} and --cp {cp} must be at least 1.", where="--tp, --pp, --cp")
-    for name, size in (("attention heads", sizes.heads), ("key/value heads", sizes.kv_heads), ("feed-forward size", sizes.ffn)):
+    parts = [("attention heads", sizes.heads), ("key/value heads", sizes.kv_heads)]
+    for name, size in [*parts, *(("feed-forward size", width) for width in widths)]:
         if size % tp:
-            legal = _divisors(math.gcd(math.gcd(sizes.heads, sizes.kv_heads), sizes.ffn))
+            legal = divisors(math.gcd(sizes.heads, sizes.kv_heads, *widths))
             raise UserError(
                 f"--tp {tp} does not divide the model's {size} {name}.",
                 where="--tp",
@@ -110,6 +121,14 @@ def check_layout(
             where="NPROC_PER_NODE x NNODES",
             fix=f"NPROC_PER_NODE={tp * pp * cp}, or another --tp / --pp{shared} whose product divides {world_size}",
         )
+    check_expert_layout(config, pp, ep, etp, world_size)
+
+
+def mlp_widths(config: PreTrainedConfig) -> list[int]:
+    """Rows of the gates that --tp splits: of dense layers, and of experts that every token goes to."""
+    kinds = family_of(config.model_type).layers(config)
+    shared = {kind.experts.shared_ffn for kind in kinds if kind.experts is not None and kind.experts.shared_ffn}
+    return sorted(shared | {sizes_of(config).ffn for kind in kinds if kind.experts is None})
 
 
 def check_fp8(config: PreTrainedConfig, tp: int, dtype: str) -> None:
@@ -248,6 +267,7 @@ def make_plan(
     moments = table.MOMENTS.get(args.optim, "fp32")
     if dtype == "fp16":
         _check_fp16(args, moments)
+    check_expert_options(args, config, dtype)
     rank_bytes, host_bytes = _bytes(args, config, world_size, dtype, moments)
     total = parameter_count(config)
     return Plan(
@@ -258,6 +278,8 @@ def make_plan(
         pp=args.pp,
         dp=dp,
         cp=args.cp,
+        ep=args.ep,
+        etp=args.etp,
         padded_vocab=padded_vocab(config.vocab_size, args.tp),
         max_length=args.max_length,
         pad_multiple=(2 * args.cp if args.cp > 1 else 1) * (args.tp if args.sequence_parallel else 1),
@@ -283,7 +305,7 @@ def make_plan(
 def _check_run(args: SftArguments, config: PreTrainedConfig, world_size: int, train_rows: int) -> None:
     """Raise UserError or DataError unless options, model, processes and rows go together."""
     check_numbers(args)
-    check_layout(config, args.tp, args.pp, world_size, args.sequence_parallel, args.cp)
+    check_layout(config, args.tp, args.pp, world_size, args.sequence_parallel, args.cp, args.ep, args.etp)
     check_offload(args, config)
     if train_rows == 0:
         raise DataError(
@@ -316,11 +338,18 @@ def _bytes(
     args: SftArguments, config: PreTrainedConfig, world_size: int, dtype: str, moments: str
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes on the device and in the host memory of the fullest rank: its layers, and embedding and output layer."""
-    weights = max(stage_weights(config, args.pp)) // args.tp
-    data_parallel = world_size // (args.tp * args.pp)
-    # Two moments, and an fp32 copy of the weights unless they are fp32 already; shared out over data-parallel ranks.
+    # Two moments, and an fp32 copy of the weights unless they are fp32 already; shared out over data-parallel ranks, which
+    # are others for experts than for the rest.
     each = {"fp32": 8, "bf16": 4, "8bit": 2}[moments] + (0 if dtype == "fp32" else 4)
-    state = weights * each // data_parallel
+    spread, experts_spread = args.tp, args.ep * args.etp
+    stages = []
+    for whole, experts in zip(stage_weights(config, args.pp), stage_weights(config, args.pp, experts_only=True)):
+        dense, own = (whole - experts) // spread, experts // experts_spread
+        shared_out = dense * each // (world_size // (spread * args.pp)) + own * each // (
+            world_size // (experts_spread * args.pp)
+        )
+        stages.append((dense + own, shared_out))
+    weights, state = max(stages)
     device, host = {"weights": weights * BYTES[dtype], "gradients": weights * 4, "optimizer": state}, {}
     if args.optimizer_cpu_offload:
         device["optimizer"], host["optimizer"] = 0, state
@@ -337,10 +366,6 @@ def _layer_activations(args: SftArguments, config: PreTrainedConfig) -> int:
         return tokens * sizes.hidden // (args.tp if args.sequence_parallel else 1)
     qkv = (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim
     return tokens * (5 * sizes.hidden + (qkv + 3 * sizes.ffn) // args.tp)
-
-
-def _divisors(number: int) -> list[int]:
-    return [value for value in range(1, number + 1) if number % value == 0]
 
 
 def _nearest(wanted: int, legal: list[int]) -> str:

@@ -57,7 +57,7 @@ def resolve_source(args: SftArguments, leads: bool = True) -> TrainingSource:
     refuse_unfinished(root)
     values = read_args_file(root)
     # A run that goes on in another layout is given one: then the old one's other half means nothing.
-    relaid = args.explicit() & {"tp", "pp"} and _is_run(root)
+    relaid = args.explicit() & set(LAYOUT_OPTIONS) and _is_run(root)
     # A Hugging Face folder has no layout: its options file tells the one that it was exported from.
     own_layout = () if relaid or is_hf_folder(root) else LAYOUT_OPTIONS
     args = fill_from_file(args, values, (*MODEL_OPTIONS, *own_layout))
@@ -70,7 +70,7 @@ def resolve_source(args: SftArguments, leads: bool = True) -> TrainingSource:
     args = args.changed(new_special_tokens=listed_tokens(args.new_special_tokens))
     check_numbers(args)
     _check_device(args)
-    check_layout(config, args.tp, args.pp, None, args.sequence_parallel, args.cp)
+    check_layout(config, args.tp, args.pp, None, args.sequence_parallel, args.cp, args.ep, args.etp)
     check_offload(args, config)
     _check_tensors(root, checkpoint if converted else None, config)
     manifest = read_manifest(checkpoint) if converted else _folder_precisions(root, config)

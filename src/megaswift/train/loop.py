@@ -43,7 +43,7 @@ def run(job: Job) -> None:
     with (
         StopSignals(agent.stop_file()) as signals,
         deterministic(args.deterministic),
-        process_groups.joined(plan.tp, plan.pp, args.seed, plan.cp, start_timeout_s=patience) as rank,
+        process_groups.joined(plan.tp, plan.pp, args.seed, plan.cp, patience, ep=plan.ep, etp=plan.etp) as rank,
     ):
         run_dir = _agreed_run_dir(plan)
         with Watchdog(run_dir, rank.rank, args.start_timeout, args.step_timeout) as watchdog:

@@ -1,6 +1,6 @@
 """What a rank needs before its first step: the trainer as the job's checkpoint has it, and the batches.
 
-with process_groups.joined(plan.tp, plan.pp, args.seed, plan.cp) as rank:
+with process_groups.joined(plan.tp, plan.pp, args.seed, plan.cp, ep=plan.ep, etp=plan.etp) as rank:
     trainer, extra = restore_trainer(job, args)
     train, validation = open_batches(job, args, rank)
     result = trainer.step(to_device(train.step(0), rank.device))
@@ -48,6 +48,11 @@ def restore_trainer(job: Job, args: SftArguments) -> tuple[Trainer, dict[str, An
         variable_lengths=plan.pp > 1,
         fp8=args.fp8,
         offloaded_layers=plan.cpu_offloading_num_layers,
+        ep=plan.ep,
+        etp=plan.etp,
+        router_dtype=args.moe_router_dtype,
+        balance_loss=args.moe_aux_loss_coeff,
+        z_loss=args.moe_z_loss_coeff,
     )
     config = load_config(Path(job.model_dir))
     model = build(config, options)

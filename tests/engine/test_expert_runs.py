@@ -1,0 +1,136 @@
+"""Whole runs with experts: the same losses at every layout, and what one layout saved goes on at another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megaswift.commands.export import export_main
+from megaswift.config.options import ExportArguments, SftArguments
+from megaswift.errors import UserError
+from megaswift.run.experts import check_expert_layout, check_expert_options
+from megaswift.weights.convert import Precisions, planned_hf_tensors
+from megaswift.weights.hf.config import load_config
+from megaswift.weights.hf.read import HFCheckpoint
+from megaswift.weights.torch_dist.reader import Reader
+from tests import tiny
+from tests.ranks import RankPool
+from tests.training import Run, tiny_start, train, write_rows
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module", params=["qwen3_moe", "qwen2_moe"])
+def start(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A model, and rows; one model has experts in every layer, the other not, and an expert that every token goes to."""
+    root = tmp_path_factory.mktemp(request.param)
+    return str(tiny_start(root, request.param)), str(write_rows(root / "rows.jsonl"))
+
+
+def run(pool: RankPool, output: Path, start: tuple[str, str], processes: int, **layout: Any) -> Run:
+    words: dict[str, Any] = dict(resume_from_checkpoint=start[0], dataset=[start[1]], max_steps=STEPS, save_steps=2)
+    words |= dict(gradient_accumulation_steps=4 // processes, dataset_test_ratio=0.1, save_total_limit=5, eval_steps=2) | layout
+    return train(pool, output, processes, **words)
+
+
+def same(one: Run, other: Run) -> None:
+    assert one.losses == pytest.approx(other.losses, abs=1e-5)
+    assert one.norms == pytest.approx(other.norms, rel=2e-5)
+    assert one.eval_losses == pytest.approx(other.eval_losses, abs=1e-5)
+
+
+def test_what_ep_2_saved_goes_on_elsewhere(start: tuple[str, str], pool: RankPool, tmp_path: Path) -> None:
+    """At tp 2, at pp 2 with ep 2, in one process, at etp 2: weights, moments and steps as they were."""
+    plain = run(pool, tmp_path / "plain", start, 1)
+    spread = run(pool, tmp_path / "ep2", start, 2, ep=2)
+    same(spread, plain)
+    half = spread.directory / "iter_0000002"
+    whole, parts = Reader(plain.directory / "iter_0000002"), Reader(half)
+    assert set(whole.keys) == set(parts.keys)
+    for key in whole.keys:
+        assert (whole.read(key) - parts.read(key)).abs().max() < 1e-4, key
+    places: dict[str, tuple[int, dict[str, Any]]] = {
+        "tp2": (2, {"tp": 2, "sequence_parallel": True, "ep": 1}),
+        "one": (1, {"ep": 1}),
+        "pp2,ep2": (4, {"pp": 2, "ep": 2}),
+        "tp2,etp2": (2, {"tp": 2, "etp": 2}),
+    }
+    for name, (processes, layout) in places.items():
+        (spread.directory / "iter_0000004").rename(tmp_path / f"set_aside_{name}")
+        further = run(pool, tmp_path / "unused", start, processes, **layout, resume_from_checkpoint=str(spread.directory))
+        assert further.directory == spread.directory
+        same(further, plain)
+
+
+def test_ways_to_run_do_not_change_losses(start: tuple[str, str], pool: RankPool, tmp_path: Path) -> None:
+    """Packed rows, reduction beside the backward pass, recomputed layers, context parallelism."""
+    plain = run(pool, tmp_path / "plain", start, 1)
+    for name, layout in {
+        "overlap": dict(ep=2, overlap_grad_reduce=True, overlap_param_gather=True),
+        "recompute": dict(ep=2, gradient_checkpointing=True),
+        "cp2": dict(ep=2, cp=2),
+        "tp2": dict(tp=2, ep=2),
+    }.items():  # fmt: skip
+        same(run(pool, tmp_path / name, start, 2, **layout), plain)
+    packed = dict(packing=True, max_length=48, max_steps=2, save_steps=2, eval_steps=2)
+    one = run(pool, tmp_path / "packed", start, 1, **packed)
+    same(run(pool, tmp_path / "packed_ep2", start, 2, ep=2, **packed), one)
+
+
+def test_bf16_trains(start: tuple[str, str], pool: RankPool, tmp_path: Path) -> None:
+    """As near to fp32 as bf16 is, with all of its roundings in other places at ep 2."""
+    plain = run(pool, tmp_path / "plain", start, 1)
+    for name, processes, layout in (("one", 1, {}), ("ep2", 2, {"ep": 2})):
+        rounded = run(pool, tmp_path / name, start, processes, dtype="bf16", **layout)
+        assert rounded.losses == pytest.approx(plain.losses, abs=0.03)
+
+
+def test_a_run_is_exported_and_proven(pool: RankPool, tmp_path: Path) -> None:
+    """What ep 2 trained, as a Hugging Face folder that transformers loads, with what it gives there."""
+    start = str(tiny_start(tmp_path, "qwen3_moe")), str(write_rows(tmp_path / "rows.jsonl"))
+    trained = run(pool, tmp_path / "run", start, 2, ep=2)
+    folder = export_main(ExportArguments(ckpt_dir=str(trained.directory), to_hf=True, hf_output_dir=str(tmp_path / "hf_out")))
+    source, config = HFCheckpoint.open(folder), load_config(folder)
+    for planned in planned_hf_tensors(Reader(trained.directory / "iter_0000004"), config, Precisions(torch.float32)):
+        assert torch.equal(planned.produce(), source.tensor(planned.name))
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "experts": (dict(ep=3), "--ep 3 does not divide the 8 experts"),
+    "rows": (dict(etp=5), "--etp 5 does not divide the 24 rows"),
+    "processes": (dict(ep=4), "2 processes cannot hold the experts at pp 1 x ep 4 x etp 1: 4 are needed"),
+    "fp8": (dict(fp8=True, dtype="bf16"), "--fp8"),
+    "fp16": (dict(dtype="fp16"), "fp16 does not work with experts"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_cannot_be_is_told_before_a_rank_starts(name: str, pool: RankPool, tmp_path: Path) -> None:
+    start = str(tiny_start(tmp_path, "qwen3_moe")), str(write_rows(tmp_path / "rows.jsonl"))
+    options, words = WRONG[name]
+    with pytest.raises(UserError) as caught:
+        run(pool, tmp_path / "out", start, 2, **options)
+    assert words in caught.value.what and caught.value.fix
+
+
+def test_what_a_gpu_could_do_but_not_with_experts() -> None:
+    config = tiny.tiny_config("qwen3_moe")
+    for options in ({"cuda_graphs": "true"}, {"cpu_offloading_num_layers": 1}):
+        with pytest.raises(UserError, match="does not work with experts"):
+            check_expert_options(SftArguments(**options), config, "bf16")
+
+
+def test_a_model_without_experts_has_nothing_to_spread() -> None:
+    config = tiny.tiny_config("llama")
+    for options in ({"ep": 2}, {"etp": 2}):
+        with pytest.raises(UserError, match="has none"):
+            check_expert_layout(config, 1, options.get("ep", 1), options.get("etp", 1))
+
+
+def test_the_options_of_routers_need_experts(pool: RankPool, tmp_path: Path) -> None:
+    start = str(tiny_start(tmp_path, "llama")), str(write_rows(tmp_path / "rows.jsonl"))
+    with pytest.raises(UserError, match="is about routers of experts"):
+        run(pool, tmp_path / "out", start, 1, moe_aux_loss_coeff=0.1)
