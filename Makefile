@@ -1,4 +1,5 @@
 # make demo    the whole story on SmolLM2-135M-Instruct: convert, fine-tune, convert back, ask who it is
+# make demo-moe    a tiny model with experts, spread over two processes, trained, converted back and proven; nothing is fetched
 # make test    the default test suite            make check    lint and types
 # make test-long    the default suite, and the parity document made once on tiny models
 # make test-gpu     the kernels, CUDA graphs, offload, FP8 and inference on an NVIDIA GPU
@@ -17,10 +18,13 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 CPU_TORCH := 2.13.0+cpu
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test test-gpu test-long faults faults-again mutants check bench parity clean test-vllm test-eval
+.PHONY: demo demo-moe test test-gpu test-long faults faults-again mutants check bench parity clean test-vllm test-eval
 
 demo: $(VENV)/ready
 	$(BIN)/python examples/demo.py
+
+demo-moe: $(VENV)/ready
+	$(BIN)/python examples/demo_moe.py
 
 # The same on every machine: GPUs are for test-gpu.
 test: $(VENV)/ready-dev
@@ -110,4 +114,4 @@ $(BIN)/python -m venv $(1) && $(BIN)/python -c "import site; print(*['import sit
 endef
 
 clean:
-	rm -rf $(VENV) .venv-vllm .venv-eval demo
+	rm -rf $(VENV) .venv-vllm .venv-eval demo demo-moe

@@ -8,19 +8,19 @@ import tempfile
 from pathlib import Path
 
 from tests import tiny
-from tests.engine.test_golden import GOLDEN, LAYOUTS, golden_run
+from tests.engine.test_golden import GOLDEN, golden_run, layouts_of
 from tests.ranks import RankPool
 from tests.training import tiny_start, write_rows
 
 
 def main(names: list[str]) -> None:
-    """50 steps at three layouts for each family."""
+    """50 steps at each layout for each family."""
     pool = RankPool()
     for name in names or tiny.FAMILIES:
         with tempfile.TemporaryDirectory() as directory:
             root = Path(directory)
             start, rows = tiny_start(root, name), write_rows(root / "rows.jsonl")
-            runs = {layout: golden_run(pool, start, rows, root / layout, layout) for layout in LAYOUTS}
+            runs = {layout: golden_run(pool, start, rows, root / layout, layout) for layout in layouts_of(name)}
         (GOLDEN / f"losses_{name}.json").write_text(text_of(runs), encoding="utf-8")
     pool.close()
 

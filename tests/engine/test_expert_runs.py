@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from megaswift.commands.export import export_main
 from megaswift.config.options import ExportArguments, SftArguments
 from megaswift.errors import UserError
 from megaswift.run.experts import check_expert_layout, check_expert_options
+from megaswift.train.expert_health import line, summary
 from megaswift.weights.convert import Precisions, planned_hf_tensors
 from megaswift.weights.hf.config import load_config
 from megaswift.weights.hf.read import HFCheckpoint
@@ -134,3 +136,75 @@ def test_the_options_of_routers_need_experts(pool: RankPool, tmp_path: Path) -> 
     start = str(tiny_start(tmp_path, "llama")), str(write_rows(tmp_path / "rows.jsonl"))
     with pytest.raises(UserError, match="is about routers of experts"):
         run(pool, tmp_path / "out", start, 1, moe_aux_loss_coeff=0.1)
+
+
+def counted_by_transformers(folder: Path, rows: Path, seed_run: Run) -> list[list[int]]:
+    """Choices of each layer's experts on the validation rows of a run, by the routers of transformers."""
+    from transformers import AutoModelForCausalLM
+
+    from megaswift.data.store import TokenRows
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    job = json.loads((seed_run.directory / "job.json").read_text(encoding="utf-8"))
+    data = TokenRows.open(job["val_data"])
+    loads: list[torch.Tensor] = []
+    for number in range(len(data)):
+        for sample in data.samples(number):
+            tokens = torch.from_numpy(sample.ids.astype("int64"))[None]
+            found = model(tokens, output_router_logits=True, use_cache=False).router_logits
+            chosen = [layer.topk(model.config.num_experts_per_tok, -1).indices.flatten() for layer in found]
+            counts = [torch.bincount(one, minlength=model.config.num_experts) for one in chosen]
+            loads = counts if not loads else [a + b for a, b in zip(loads, counts)]
+    return [load.tolist() for load in loads]
+
+
+def test_the_health_of_experts(pool: RankPool, tmp_path: Path) -> None:
+    """The load of every expert, as transformers counts it, the same at every layout; padding does not count."""
+    start = str(tiny_start(tmp_path, "qwen3_moe")), str(write_rows(tmp_path / "rows.jsonl"))
+    found = {}
+    for name, (processes, layout) in {
+        "one": (1, {}),
+        "ep2": (2, {"ep": 2}),
+        "tp2": (2, {"tp": 2}),
+        "cp2": (2, {"cp": 2, "ep": 2}),
+        "pp2": (4, {"pp": 2, "tp": 2, "sequence_parallel": True, "ep": 2}),
+        "padded": (1, {"padding_free": False, "batch_size": 2, "gradient_accumulation_steps": 2, "gradient_checkpointing": True}),
+    }.items():  # fmt: skip
+        made = run(pool, tmp_path / name, start, processes, **{"moe_aux_loss_coeff": 0.01, "moe_z_loss_coeff": 0.001, **layout})
+        found[name] = json.loads((made.directory / "experts.json").read_text(encoding="utf-8"))
+        page = (made.directory / "experts.html").read_text(encoding="utf-8")
+        assert (
+            "before training" in page
+            and "<svg" in page
+            and "balancing loss" in "".join(map(line, [summary(found[name]["window"])]))
+        )
+        rows = [row for row in made.rows if "expert_busiest" in row]
+        assert len(rows) == STEPS and all(0 < row["aux_loss"] < 10 and row["router_entropy"] <= 1 for row in rows)
+        if name == "one":
+            assert [layer["load"] for layer in found["one"]["before"]] == counted_by_transformers(
+                tmp_path / "hf", Path(start[1]), made
+            )
+    one = found["one"]
+    for name, other in found.items():
+        assert [layer["load"] for layer in other["before"]] == [layer["load"] for layer in one["before"]], name
+        for mine, layer in zip(other["window"], one["window"], strict=True):
+            assert mine["tokens"] == layer["tokens"] and sum(mine["load"]) == 2 * mine["tokens"]
+            # A near tie may fall to the other side; with padding micro batches, and so the balancing loss, are others.
+            assert sum(abs(a - b) for a, b in zip(mine["load"], layer["load"])) <= (40 if name == "padded" else 4), name
+            assert mine["drift"] == pytest.approx(layer["drift"], rel=0.05) and mine["drift"] > 0
+            assert mine["router_entropy"] == pytest.approx(layer["router_entropy"], rel=1e-3)
+            if name != "padded":  # its micro batches are others
+                assert mine["aux_loss"] == pytest.approx(layer["aux_loss"], rel=1e-2)
+                assert mine["z_loss"] == pytest.approx(layer["z_loss"], rel=1e-3)
+
+
+def test_an_idle_expert_is_counted() -> None:
+    layer = {"layer": 3, "tokens": 10, "load": [20, 0, 0, 0], "router_entropy": 0.5, "drift": 0.01}
+    row = summary([layer])
+    assert (row["expert_busiest"], row["expert_busiest_layer"], row["experts_idle"], row["expert_load_entropy"]) == (
+        4.0,
+        3,
+        3,
+        0.0,
+    )
+    assert "busiest 4.0 x the mean (layer 3), 3 idle" in line(row) and line({}) == "experts: nothing was routed"

@@ -83,6 +83,14 @@ class RunLog(Callback):
                 f"without them, so they cost {100.0 * (with_it / without - 1.0):+.0f} %"
             )
 
+    def experts(self, step: int, row: dict[str, Any], text: str) -> None:
+        """What the routers did since the last line, as figures and in words."""
+        if self.active:
+            self._write(row | {"global_step/max_steps": f"{step}/{self.plan.train_iters}"})
+            for name, value in row.items():
+                self.board.add_scalar(f"experts/{name}", value, step)
+            self.note(text)
+
     def note(self, text: str) -> None:
         """A line that stays in the terminal."""
         if self.active:

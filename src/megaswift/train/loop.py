@@ -26,6 +26,7 @@ from megaswift.store.faults import fault_point
 from megaswift.train.callbacks import Callbacks, GraphNotes, Heartbeat, StopOnSignal
 from megaswift.train.determinism import CostOfDeterminism, deterministic
 from megaswift.train.evaluation import Evaluation
+from megaswift.train.expert_health import ExpertHealth
 from megaswift.train.log import RunLog
 from megaswift.train.saving import Checkpoints, saves_after
 from megaswift.train.setup import open_batches, restore_trainer, to_device
@@ -96,6 +97,14 @@ class Training:
         )  # fmt: skip
         callbacks.add(log)
         callbacks.add(GraphNotes(trainer.graphs, log))
+        config = trainer.bare_model.config
+        if config.num_moe_experts:
+            callbacks.add(
+                ExpertHealth(
+                    trainer, validation, self.rank.device, self.run_dir, log, extra, layers=config.num_layers,
+                    experts=config.num_moe_experts, every=args.logging_steps, last=last, active=self.rank.is_first,
+                )
+            )  # fmt: skip
         if validation is not None:
             callbacks.add(
                 Evaluation(trainer, validation, self.rank.device, callbacks, watchdog, every=args.eval_steps, last=last)
