@@ -41,6 +41,7 @@ class Reader:
         self._storage = index.storage_data
         self._maps: dict[str, zipped.Mapped] = {}
         self._lock = threading.Lock()
+        self._placed: dict[str, tuple[int, dict[tuple[int, ...], list[Any]]]] = {}
 
     @property
     def keys(self) -> list[str]:
@@ -115,13 +116,27 @@ class Reader:
     ) -> Iterator[tuple[Any, list[int], list[int]]]:
         """Chunks that hold values of a box, with the first and last global indices of what both have, axis by axis."""
         stop = [start + count for start, count in zip(offset, shape)]
-        for chunk in self._entry(key).chunks:
+        for chunk in self._near(key, offset, shape):
             if offset and not (chunk.offsets[0] < stop[0] and offset[0] < chunk.offsets[0] + chunk.sizes[0]):
                 continue  # most chunks of stacked layers end here
             begin = [max(a, c) for a, c in zip(offset, chunk.offsets)]
             end = [min(b, c + n) for b, c, n in zip(stop, chunk.offsets, chunk.sizes)]
             if all(a < b for a, b in zip(begin, end)):
                 yield chunk, begin, end
+
+    def _near(self, key: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> list[Any]:
+        """Chunks among which those of a box are: of its layer, and expert, alone where each chunk is of one."""
+        chunks: list[Any] = self._entry(key).chunks
+        if key not in self._placed:
+            axes = next((n for n in (2, 1) if len(self.shape(key)) > n and all(set(c.sizes[:n]) == {1} for c in chunks)), 0)
+            found: dict[tuple[int, ...], list[Any]] = {}
+            for chunk in chunks:
+                found.setdefault(tuple(chunk.offsets[:axes]), []).append(chunk)
+            self._placed[key] = axes, found
+        axes, found = self._placed[key]
+        if axes and set(shape[:axes]) == {1}:
+            return found.get(tuple(offset[:axes]), [])
+        return chunks
 
     def _extent(self, key: str, chunk: Any, begin: list[int], end: list[int]) -> tuple[Path, int, int]:
         """Which bytes of which file hold a part of a chunk, from its first value to its last; roughly, for the system's sake."""
