@@ -128,7 +128,7 @@ def _matrix(found: dict[str, Any]) -> str:
         f"from `tp1` at any step; the limit is {first['limits'][0]:.0e}. {verdict} The largest is {worst:.1e}; fp32 resolves "
         f"1.2e-7. Losses of `tp1`, first and last step: {ends}.\n\n"
         + table(["layout", *names], rows(plain))
-        + "\n`sp` is sequence parallelism. `mbsN` runs N rows in one micro batch, end to end with attention within each row; `padded` "
+        + "\n`sp` is sequence parallelism; `epN` and `etpN` spread experts, with enough processes beside them (`ep2,dp2`). `mbsN` runs N rows in one micro batch, end to end with attention within each row; `padded` "
         "pads them to the longest instead. `mbs4` is one big batch where `tp1` accumulates 4 micro batches. `resume` saves after half "
         "of the steps and goes on from there, with new models and process groups.\n\n"
         "The same with rows packed to 48 tokens (`--packing true`), against the packed `tp1`:\n\n"
