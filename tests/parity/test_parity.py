@@ -250,3 +250,11 @@ def test_noise_moves_weights_by_one_rounding(dtype: torch.dtype, monkeypatch: py
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
     moved = (found[0].float() - 1.5).abs()
     assert 0.1 < (moved > 0).float().mean() < 1 and moved.max() <= 2 * torch.finfo(dtype).eps
+
+
+def test_experts_spread_beside_transformers_and_beside_each_other(pool: RankPool, tmp_path: Path) -> None:
+    """Gradients and weights of every expert, by the names of the folder; a layout that spreads them has the same losses."""
+    made = tiny_start(tmp_path, "granitemoe"), write_rows(tmp_path / "rows.jsonl")
+    assert parity(pool, made, tmp_path / "out", 2, tp=1, pp=1, ep=2, steps=2)["problem"] is None
+    (layout,) = parse_layouts("tp2,ep2,etp2,dp2 tp1")[:1]
+    assert (layout.world_size, layout.apply(SftArguments(), 16).ep, layout.apply(SftArguments(), 16).etp) == (4, 2, 2)

@@ -26,6 +26,8 @@ from megaswift.data.batches import Batches
 from megaswift.errors import DataError, UserError
 from megaswift.launch import agent
 from megaswift.launch.agent import Cluster, cluster
+from megaswift.models import parameters_of
+from megaswift.models.parameters import as_stored
 from megaswift.parity import layers, learning, noise
 from megaswift.parity.compare import UPDATES, StepDifference, beyond, overall, relative, verdict, worst
 from megaswift.parity.layouts import Layout, parse_layouts
@@ -219,6 +221,7 @@ class _Runs:
         """(name, engine's tensor, reference's tensor) of every Hugging Face tensor after a step."""
         import torch
 
+        wanted = as_stored(parameters_of(self.start.config), wanted)
         reader = Reader(iteration_directory(self.out / "engine" / part, step))
         for planned in planned_hf_tensors(reader, self.start.config, Precisions(torch.float32)):
             yield planned.name, planned.produce(), wanted[planned.name].cpu()

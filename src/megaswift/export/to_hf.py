@@ -96,7 +96,7 @@ def convert_with_proof(args: ExportArguments) -> tuple[Path, str]:
     say(f"{weights.label} -> Hugging Face model, {form.precisions}")
     result, proof = _write(weights, form, target, root)
     report_proof(proof)
-    equal = _equal_to_source(result.tensors, weights.manifest, form)
+    equal = _equal_to_source(_digests(result.tensors, target, weights.config), weights.manifest, form)
     if equal:
         say(f"  {equal}")
     if (root / SFT_ARGS).exists():
@@ -279,6 +279,18 @@ def _finish(written: WriteResult, weights: _Weights, target: Path, form: _Form, 
     sign(written.path, weights.args.sign)
 
 
+def _digests(tensors: dict[str, str], target: Path, config: Any) -> dict[str, str]:
+    """SHA-256 of every tensor as a conversion notes it: experts that one tensor holds are noted one by one."""
+    from megaswift.weights.convert.model import digest
+
+    parts = [part for parameter in parameters_of(config) for part in parameter.hf if part.index is not None]
+    if not parts:
+        return tensors
+    source = HFCheckpoint.open(target)
+    apart = {part.label: digest(part.of(source.tensor(part.name))) for part in parts}
+    return {name: value for name, value in tensors.items() if name not in {part.name for part in parts}} | apart
+
+
 def _equal_to_source(tensors: dict[str, str], manifest: dict[str, Any], form: _Form) -> str | None:
     """For weights that were only converted: whether every tensor came back as it went in. Raises DataError if not.
 
@@ -290,7 +302,8 @@ def _equal_to_source(tensors: dict[str, str], manifest: dict[str, Any], form: _F
     different = sorted(name for name, value in tensors.items() if original.get(name) != value)
     if not different:
         return f"all {len(tensors)} tensors have the SHA-256 that was recorded when they were converted"
-    wrong = [name for name in different if form.precisions.of(name) == form.had.of(name)]
+    plain = {name: name.partition("[")[0] for name in different}
+    wrong = [name for name in different if form.precisions.of(plain[name]) == form.had.of(plain[name])]
     if wrong:
         raise DataError(
             f"{len(wrong)} tensors are not those that were converted.",

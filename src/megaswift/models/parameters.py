@@ -8,7 +8,7 @@ place in which a tensor is taken apart or put together.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -301,3 +301,25 @@ def by_key(parameters: Sequence[Parameter]) -> dict[str, Parameter]:
 def hf_shapes(parameters: Sequence[Parameter]) -> dict[str, Shape]:
     """Name and shape of every tensor of the Hugging Face folder."""
     return {part.name: part.stored_shape for parameter in parameters for part in parameter.hf}
+
+
+def as_stored(parameters: Sequence[Parameter], loaded: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by the names of transformers' loaded model -> the same by the names of a folder: experts apart, or as it has them."""
+    import torch
+
+    made: dict[str, Tensor] = {}
+    several: dict[str, list[Tensor]] = {}
+    taken: set[str] = set()
+    for parameter in parameters:
+        if parameter.loaded is None or parameter.loaded not in loaded:
+            continue
+        taken.add(parameter.loaded)
+        whole = loaded[parameter.loaded]
+        own = whole[parameter.place[-1]] if whole.ndim > len(parameter.shape) else whole
+        for part, value in zip(parameter.hf, parameter.arrangement.unpack(own), strict=True):
+            if part.index is None:
+                made[part.name] = part.stored(value)
+            else:
+                several.setdefault(part.name, []).append(part.stored(value))
+    rest = {name: value for name, value in loaded.items() if name not in taken}
+    return rest | made | {name: torch.stack(parts) for name, parts in several.items()}

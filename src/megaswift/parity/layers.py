@@ -73,15 +73,16 @@ def of_transformers(model: Any) -> Iterator[list[float]]:
     layers = model.model.layers
     sums = [0.0] * (1 + len(layers))
 
-    def hook(place: int) -> Any:
-        def add(_: Any, __: Any, output: Any) -> None:
-            sums[place] += float(_tensor(output).detach().double().square().sum())
-
-        return add
+    def add(place: int, hidden: Tensor) -> None:
+        sums[place] += float(hidden.detach().double().square().sum())
 
     with contextlib.ExitStack() as stack:
-        for place, module in enumerate([model.get_input_embeddings(), *layers]):
-            stack.callback(module.register_forward_hook(hook(place)).remove)
+        entry = layers[0].register_forward_pre_hook(  # embeddings with the factor that some families have
+            lambda _, args, kwargs: add(0, args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        )
+        stack.callback(entry.remove)
+        for number, layer in enumerate(layers, start=1):
+            stack.callback(layer.register_forward_hook(lambda _, __, output, place=number: add(place, _tensor(output))).remove)
         yield sums
 
 

@@ -20,15 +20,16 @@ FACTOR = 3.0  # a layout may be this many times as far from the first as the see
 def perturb(trainer: Any, seed: int) -> None:
     """Move every weight of a trainer at random by up to one unit in the last place of its type.
 
-    Parts of one model get the same noise wherever they are held twice: on data-parallel ranks, and the tied embedding on
-    the first and the last pipeline stage.
+    Parts of one model get the same noise wherever they are held twice: on data-parallel ranks, which are others for experts,
+    and the tied embedding on the first and the last pipeline stage.
     """
     from megatron.core import parallel_state
 
-    rank = parallel_state.get_tensor_model_parallel_rank()
+    rank, of_experts = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_expert_tensor_and_model_parallel_rank
     for name, weight in trainer.bare_model.named_parameters():
         shared = "embedding" if getattr(weight, "shared_embedding", False) or "word_embeddings" in name else name
         split = rank if getattr(weight, "tensor_model_parallel", False) else 0
+        split = split if getattr(weight, "allreduce", True) else of_experts()
         generator = torch.Generator(device=weight.device).manual_seed(zlib.crc32(f"{seed} {shared} {split}".encode()))
         noise = torch.rand(weight.shape, generator=generator, device=weight.device).mul_(2.0).sub_(1.0)
         weight.copy_(weight.float() * (1.0 + torch.finfo(weight.dtype).eps * noise))
