@@ -224,3 +224,62 @@ def test_losses_of_the_routers(layout: dict[str, int], tiny_folders: Any, pool: 
     for result in pool.run(layout.get("world", 1), one_step, str(folder), str(release), str(updated), options):
         assert result["loss"] == pytest.approx(loss, abs=2e-6) and result["norm"] == pytest.approx(norm, rel=1e-5)
         assert result["worst"][0] < 5e-4, result["worst"]
+
+
+def direct(folder: str, release: str, layout: dict[str, int]) -> list[str]:
+    """On one rank: parameters that differ between the folder itself and what it was converted to."""
+    from megaswift.weights.load_hf import load_hf_weights
+
+    with join(layout):
+        model, converted = built(folder, release, layout), built(folder, release, layout)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        load_hf_weights(model, Path(folder))
+        pairs = zip(model.named_parameters(), converted.parameters(), strict=True)
+        return [name for (name, left), right in pairs if not torch.equal(left, right) or not left.abs().sum()]
+
+
+@pytest.mark.parametrize("name", ["ep2", "tp2, ep2, etp2, sp", "pp2, ep2"])
+def test_a_folder_gives_each_rank_its_experts(name: str, tiny_folders: Any, pool: RankPool) -> None:
+    for family in ("qwen2_moe", "granitemoe"):
+        folder, release = tiny_folders(family, tie_word_embeddings=False)
+        assert (
+            pool.run(LAYOUTS[name].get("world", 1), direct, str(folder), str(release), LAYOUTS[name])
+            == [[]] * LAYOUTS[name]["world"]
+        )
+
+
+def saved_gradients(folder: str, release: str, target: str, layout: dict[str, int]) -> None:
+    """On one rank: the gradients of a step as a checkpoint."""
+    with join(layout) as rank:
+        from megaswift.data.batches import MicroBatch
+        from megaswift.train.checkpoint.save import save
+        from megaswift.train.gradients import Gradients
+        from megaswift.train.objectives import SupervisedTokens
+        from megaswift.train.trainer import Trainer
+
+        model = built(folder, release, layout)
+        tokens, labels = rows(load_config(Path(folder)).vocab_size)
+        trainer = Trainer(model, plan(), SupervisedTokens(), recompute_modules="none")
+        mine = range(rank.dp_rank, len(tokens), rank.dp)
+        positions = torch.arange(LENGTH)[None]
+        sums = trainer.gradients([MicroBatch(tokens[k : k + 1], labels[k : k + 1], positions, None, (k,)) for k in mine])
+        save(Path(target), 1, Gradients(trainer, trainer.gradient_divisor(sums)), only_model=True, extra={}, manifest={})
+        trainer.close()
+
+
+def test_gradients_are_whole_where_experts_are_shared_out(tiny_folders: Any, pool: RankPool, tmp_path: Path) -> None:
+    """Over data-parallel ranks, and over tensor-parallel ones, which hold the same experts."""
+    from megaswift.weights.torch_dist.reader import Reader
+
+    folder, release = tiny_folders("qwen3_moe", tie_word_embeddings=False)
+    found = {}
+    for name in ("one", "ep2, dp4", "tp2, sp"):
+        target, layout = tmp_path / name, LAYOUTS[name]
+        pool.run(layout.get("world", 1), saved_gradients, str(folder), str(release), str(target), layout)
+        found[name] = Reader(target / "iter_0000001")
+    for name in ("ep2, dp4", "tp2, sp"):
+        for key in found["one"].keys:
+            wanted, value = found["one"].read(key), found[name].read(key)
+            assert (value - wanted).abs().max() < 2e-5 * wanted.abs().max(), (name, key)
