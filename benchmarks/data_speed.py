@@ -186,11 +186,11 @@ def _transformers_step(ids: Any) -> Any:
 
 def _engine_step(ids: Any) -> Any:
     import torch
+    from megaswift.run.job import Job
 
     from megaswift.config.options import SftArguments
     from megaswift.data.batches import MicroBatch
     from megaswift.megatron import process_groups as ranks
-    from megaswift.run.job import Job
     from megaswift.run.plan import make_plan
     from megaswift.train.setup import restore_trainer
     from megaswift.weights.hf.config import load_config

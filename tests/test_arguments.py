@@ -23,8 +23,8 @@ from megaswift.config.options import (
     parse,
 )
 from megaswift.errors import UserError
-from megaswift.run.plan import check_numbers
-from megaswift.run.table import Facts, megatron_arguments
+from megaswift.run.table import megatron_arguments
+from tests.runs import resolved_run
 
 GOLDEN = Path(__file__).parent / "golden" / "options.json"
 
@@ -88,8 +88,9 @@ def test_options_of_a_run_are_wishes(tmp_path: Path) -> None:
     """Used again with another rate, a file of options does not bring the old one's default for the last rate, nor for saving."""
     file = write_args_file(tmp_path, SftArguments(learning_rate=1e-4, eval_steps=50))
     again = parse(SftArguments, [str(file), "--learning_rate", "1e-6", "--eval_steps", "7"])
-    check_numbers(again)
-    made = megatron_arguments(again, Facts(1, 100, 10, "fp32", "a", "b"))
+    made = megatron_arguments(
+        resolved_run(**{name: getattr(again, name) for name in again.explicit() - {"model_type", "max_length", "dtype"}})
+    )
     assert (made["min_lr"], made["save_interval"]) == (pytest.approx(1e-7), 7)
 
 

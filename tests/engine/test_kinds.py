@@ -21,9 +21,10 @@ from megaswift.megatron.kernels.megatron_layer import (
     RMSNorm,
 )
 from megaswift.megatron.kernels.parallel_linear import ColumnParallel, RowParallel
-from megaswift.megatron.model import ModelOptions, RotaryTable, build
+from megaswift.megatron.model import RotaryTable, build
 from megaswift.models.kinds import Kind
 from megaswift.proof.streams import one_process
+from megaswift.run.spec import Parallel, Precision
 from megaswift.weights.hf.config import load_config
 from megaswift.weights.load_hf import load_hf_weights
 from tests import tiny
@@ -107,7 +108,7 @@ def test_a_subclass_computes_by_its_own_formula(part: str, folder: Path) -> None
         if any(one in name for one in names) and (part != "norm" or "norm" in name):
             parameter.copy_(change(parameter))
     with patch:
-        model = build(load_config(folder), ModelOptions(1, 1, "fp32", 130))
+        model = build(load_config(folder), Parallel(), Precision())
     load_hf_weights(model, folder)
     found = model(tokens, torch.arange(24)[None])
     wanted = reference(tokens).logits
@@ -116,7 +117,7 @@ def test_a_subclass_computes_by_its_own_formula(part: str, folder: Path) -> None
 
 def test_the_first_product_is_not_made_again_by_another_formula(folder: Path) -> None:
     with SUBCLASSES["column"][0]:
-        model = build(load_config(folder), ModelOptions(1, 1, "fp32", 130))
+        model = build(load_config(folder), Parallel(), Precision())
     load_hf_weights(model, folder)
     mlp, found = model.decoder.layers[0].mlp, []
     for mlp.recompute_first in (False, True):
@@ -128,7 +129,7 @@ def test_the_first_product_is_not_made_again_by_another_formula(folder: Path) ->
 
 def test_the_fused_paths_are_those_that_run(folder: Path) -> None:
     """Without a subclass the norms, the second product and core attention are not called as modules."""
-    model = build(load_config(folder), ModelOptions(1, 1, "fp32", 130))
+    model = build(load_config(folder), Parallel(), Precision())
     layer = model.decoder.layers[0]
     for module in (layer.input_layernorm, layer.mlp.linear_fc2, layer.self_attention.core_attention):
         module.forward = mock.Mock(side_effect=AssertionError(type(module).__name__))
@@ -136,7 +137,7 @@ def test_the_fused_paths_are_those_that_run(folder: Path) -> None:
 
 
 def test_offloading_refuses_a_block_of_its_own(folder: Path) -> None:
-    model = build(load_config(folder), ModelOptions(1, 1, "fp32", 130))
+    model = build(load_config(folder), Parallel(), Precision())
     model.decoder.__class__ = type("OtherBlock", (type(model.decoder),), {})
     with pytest.raises(TypeError, match="OtherBlock"):
         offload_activations(model.decoder, 1)
@@ -144,7 +145,7 @@ def test_offloading_refuses_a_block_of_its_own(folder: Path) -> None:
 
 @pytest.mark.parametrize(("name", "precision"), [("ernie4_5", torch.float32), ("smollm3", torch.bfloat16)])
 def test_tables_have_the_precision_that_the_family_rotates_in(name: str, precision: torch.dtype, folder: Path) -> None:
-    model = build(tiny.tiny_config(name), ModelOptions(1, 1, "bf16", 132))
+    model = build(tiny.tiny_config(name), Parallel(), Precision(dtype="bf16"))
     cos, sin = model.ropes["main"](torch.arange(8)[None], model.config.params_dtype)
     assert cos.dtype == sin.dtype == precision
     core = model.decoder.layers[0].self_attention.core_attention

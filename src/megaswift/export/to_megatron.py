@@ -28,7 +28,8 @@ from megaswift.hub.locate import locate
 from megaswift.models import parameters_of
 from megaswift.models.family import is_tied
 from megaswift.proof.prove import prove, summary, write_page
-from megaswift.run.plan import check_layout
+from megaswift.run.problems import layout_problems, refuse
+from megaswift.run.spec import Parallel
 from megaswift.store import paths
 from megaswift.store.files import start_reading
 from megaswift.store.manifest import digest_files, versions, write_manifest
@@ -211,7 +212,7 @@ def _write(args: ExportArguments, source: _Source) -> Path:
     """Convert, prove, and publish the whole directory."""
     from megaswift.weights.convert.precision import rounded
 
-    check_layout(source.config, args.tp, args.pp)
+    refuse(layout_problems(source.config, Parallel(tp=args.tp, pp=args.pp, world_size=args.tp * args.pp)))
     target = Path(args.megatron_output_dir or f"{source.model_type}-tp{args.tp}-pp{args.pp}").absolute()
     require_free_name(target, args.overwrite, source.directory, source.model_dir)
     check_tokenizer(source.model_dir)

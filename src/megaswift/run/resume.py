@@ -8,7 +8,7 @@ from typing import Any
 
 from megaswift.config.options import SftArguments
 from megaswift.errors import DataError, UserError
-from megaswift.run.table import accumulation
+from megaswift.run.resolve import accumulation
 from megaswift.store.lock import in_use
 from megaswift.store.manifest import (
     LONGEST_CHAIN,
@@ -111,7 +111,7 @@ def kept_batch(args: SftArguments, manifest: dict[str, Any], world_size: int, wh
             where=where,
             fix="give the directory as --resume_from_checkpoint of a new run",
         )
-    model = args.tp * args.pp * args.cp  # processes that hold one copy of it; where they do not fit, make_plan says so
+    model = args.tp * args.pp * args.cp  # processes that hold one copy of it; where they do not fit, `problems` says so
     dp, uneven = divmod(world_size, model)
     if uneven or dp < 1:
         return saved, ""
