@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from megaswift.megatron import layer_specs as backend
 from megaswift.megatron.kernels.activation_offload import offload_activations
@@ -134,6 +135,17 @@ def test_the_fused_paths_are_those_that_run(folder: Path) -> None:
     for module in (layer.input_layernorm, layer.mlp.linear_fc2, layer.self_attention.core_attention):
         module.forward = mock.Mock(side_effect=AssertionError(type(module).__name__))
     model(torch.arange(8)[None], torch.arange(8)[None])
+
+
+def test_the_attention_that_was_asked_for(folder: Path) -> None:
+    """A kernel that the user named is the only one that may run, and no fused path goes past it."""
+    flash, plain = SDPBackend.FLASH_ATTENTION, SDPBackend.MATH
+    for asked, kernels in {"flash": [flash], "plain": [plain], "fastest": [flash, plain]}.items():
+        model = build(load_config(folder), Parallel(), Precision(attention=asked))  # type: ignore[arg-type]
+        attention = model.decoder.layers[0].self_attention
+        assert attention.core_attention.kernels == kernels
+        layout = backend.SequenceLayout(tables={"main": None})
+        assert attention._takes(layout, {}) is (asked == "fastest")
 
 
 def test_offloading_refuses_a_block_of_its_own(folder: Path) -> None:

@@ -32,7 +32,7 @@ from megaswift.parity.layouts import Layout, parse_layouts
 from megaswift.parity.rank import GRADIENTS, LAYERS, LOG, NOISE, STATE, STOP_AFTER, WEIGHTS
 from megaswift.parity.reference import Reference, write_samples
 from megaswift.parity.show import draw, print_layouts, print_reference
-from megaswift.run.resolve import accumulation
+from megaswift.run.resolve import global_batch_size
 from megaswift.run.setup import prepared, resolved, template_of
 from megaswift.run.source import resolve_source
 from megaswift.run.spec import RUN_FILE
@@ -185,7 +185,7 @@ class _Runs:
         args, steps = self.start.args, len(rows)
         batches = Batches(
             self.data.train, micro_batch_size=1, global_batch_size=self.spec.batch.global_batch_size, dp_rank=0, dp_size=1, seed=args.seed, pad_id=self.pad_id,
-            group_by_length=args.group_by_length,
+            group_by_length=self.spec.batch.group_by_length,
         )  # fmt: skip
         reference = Reference(folder, args, self.start.dtype, steps, self.spec.schedule.warmup_iters)
         first = batches.sample_ids(0)
@@ -253,7 +253,7 @@ class _Runs:
 
     def _global_batch(self, layout: Layout) -> int:
         args = self.start.args.changed(tp=layout.tp, pp=layout.pp)
-        return accumulation(args, layout.world_size) * args.batch_size * layout.world_size
+        return global_batch_size(args, layout.world_size)
 
     def _write(self, content: dict[str, Any]) -> None:
         (self.out / "parity.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -96,7 +96,7 @@ def _train(args: SftArguments, stop: StopSignals) -> Path:
     run = resolved(args, start, data, place.world_size, run_dir, template.pad_id, batch)
     steps = run.schedule.train_iters
     if start.run_dir is not None:
-        _check_unchanged(args, start, data, steps)
+        _check_unchanged(args, start, data, run)
     require_rows(len(data.train), run.batch.global_batch_size)
     with locked(run_dir) if place.leads else nullcontext():
         if place.leads:
@@ -155,7 +155,7 @@ def _run_here(run: Run) -> None:
         raise known from error
 
 
-def _check_unchanged(args: SftArguments, start: TrainingSource, data: PreparedData, steps: int) -> None:
+def _check_unchanged(args: SftArguments, start: TrainingSource, data: PreparedData, run: Run) -> None:
     """A run goes on only with its own data and seed; a changed number of steps is said."""
     from megaswift.data.batches import Batches
 
@@ -165,13 +165,14 @@ def _check_unchanged(args: SftArguments, start: TrainingSource, data: PreparedDa
         global_batch_size=1,
         dp_rank=0,
         dp_size=1,
-        seed=args.seed,
+        seed=run.seed,
         pad_id=0,
-        group_by_length=args.group_by_length,
+        group_by_length=run.batch.group_by_length,
     )
     for note in check_unchanged(args, start.manifest, batches.fingerprint, shown(start.root)):
         say(f"[yellow]{note}; the run goes on as --allow_data_change true asks.[/yellow]")
     before = start.manifest.get("resume", {}).get("train_iters")
+    steps = run.schedule.train_iters
     if before != steps:
         say(
             f"[yellow]the run now has {steps} steps, it had {before}: the learning rate follows the new number from here on.[/yellow]"

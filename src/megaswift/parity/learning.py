@@ -76,7 +76,7 @@ def follow(run_dir: Path, args: SftArguments, folder: Path, save_to: Path | None
     batches = Batches(
         train, micro_batch_size=1, global_batch_size=run.batch.global_batch_size, dp_rank=0, dp_size=1, seed=args.seed,
         pad_id=run.data.pad_id,
-        group_by_length=args.group_by_length,
+        group_by_length=run.batch.group_by_length,
     )  # fmt: skip
     ids = [batches.sample_ids(step) for step in range(steps)]
     logged = [json.loads(line) for line in (run_dir / "logging.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -169,9 +169,13 @@ def accumulation(args: SftArguments, world_size: int) -> int:
     return args.gradient_accumulation_steps or math.ceil(16 / args.batch_size / world_size)
 
 
+def global_batch_size(args: SftArguments, world_size: int) -> int:
+    """Rows in one step. The world size counts all processes: tp, pp and cp multiply it too, as in the document."""
+    return args.batch_size * accumulation(args, world_size) * world_size
+
+
 def _batch(args: SftArguments, world: World, earlier_batch: int | None) -> Batch:
-    """The world size counts all processes: tp, pp and cp multiply the global batch too, as in the document."""
-    rows = earlier_batch or args.batch_size * accumulation(args, world.size) * world.size
+    rows = earlier_batch or global_batch_size(args, world.size)
     steps, rest = divmod(rows, args.batch_size * world.size)
     copies = max(1, world.size // (args.tp * args.pp * args.cp))
     return Batch(

@@ -8,7 +8,7 @@ from typing import Any
 
 from megaswift.config.options import SftArguments
 from megaswift.errors import DataError, UserError
-from megaswift.run.resolve import accumulation
+from megaswift.run.resolve import global_batch_size
 from megaswift.store.lock import in_use
 from megaswift.store.manifest import (
     LONGEST_CHAIN,
@@ -139,7 +139,7 @@ def _any_of(values: list[int]) -> str:
 def _other_accumulation(args: SftArguments, saved: int, world_size: int, dp: int) -> str:
     """What keeps the global batch where the accumulation that was given, or is the default here, would not; else nothing."""
     unit = args.batch_size * world_size
-    if accumulation(args, world_size) * unit == saved:
+    if global_batch_size(args, world_size) == saved:
         return ""
     steps, rest = divmod(saved, unit)
     here = f"--gradient_accumulation_steps {steps}"

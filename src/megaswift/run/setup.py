@@ -17,7 +17,7 @@ from megaswift.config.options import SftArguments
 from megaswift.errors import UserError
 from megaswift.models.registry import MODEL_TYPES
 from megaswift.run.problems import contradictions, problems, refuse
-from megaswift.run.resolve import World, accumulation, resolve
+from megaswift.run.resolve import World, global_batch_size, resolve
 from megaswift.run.source import TrainingSource
 from megaswift.run.spec import DataRef, Run
 from megaswift.store.cache import cache_root
@@ -60,7 +60,7 @@ def streamed_rows(args: SftArguments, world_size: int, batch: int | None = None)
         raise UserError(
             "streamed data has no length, so the number of steps must be given.", where="--streaming", fix="add --max_steps N"
         )
-    return args.max_steps * (batch or accumulation(args, world_size) * args.batch_size * world_size)
+    return args.max_steps * (batch or global_batch_size(args, world_size))
 
 
 def prepared(args: SftArguments, template: ChatTemplate, start: TrainingSource, stream_rows: int | None = None) -> PreparedData:
