@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-import secrets
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,24 +86,6 @@ def _run_in(directory: Path) -> Path | None:
         if "plan.json" in files or any(re.fullmatch(_ITERATION, name) for name in folders):
             return Path(place)
     return None
-
-
-@contextlib.contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """The name to write under: `target`, or one beside it that takes its place only once it is complete."""
-    if not target.exists():
-        yield target
-        return
-    fresh = target.with_name(f".{target.name}.new")  # hidden: a plain name may be something of the user's
-    if fresh.exists():  # complete, but its process was killed before it took the place
-        shutil.rmtree(fresh)
-    yield fresh
-    old = target.with_name(f".{target.name}.old-{secrets.token_hex(4)}")
-    target.rename(old)
-    fresh.rename(target)
-    if old.is_symlink():
-        old.unlink()
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def report(parameters: int, tensors: int, size: int, seconds: float, resumed: list[str]) -> None:

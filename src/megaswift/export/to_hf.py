@@ -16,7 +16,6 @@ from megaswift.export.common import (
     THREADS,
     check_tokenizer,
     parse_size,
-    replacing,
     report,
     report_nonfinite,
     report_proof,
@@ -196,19 +195,19 @@ def _write(weights: _Weights, form: _Form, target: Path, root: Path) -> tuple[Wr
             proofs.append(_prove(written.path, weights, form, logits=not finite.found) | {"rounded": form.lost})
         _finish(written, weights, target, form, proofs[0] if proofs else None)
 
-    with replacing(target) as fresh:
-        result = write_checkpoint(
-            fresh,
-            planned_hf_tensors(form.reader, weights.config, form.precisions, finite),
-            side_files(weights.model_dir),
-            overrides or None,
-            parse_size(weights.args.max_shard_size),
-            THREADS,
-            extra_files=_args_bytes(root),
-            before_publish=finish,
-            plan=json.dumps(["huggingface", form.precisions.record(), str(weights.directory), _identity(weights)]),
-            resume=weights.args.resume,
-        )
+    result = write_checkpoint(
+        target,
+        planned_hf_tensors(form.reader, weights.config, form.precisions, finite),
+        side_files(weights.model_dir),
+        overrides or None,
+        parse_size(weights.args.max_shard_size),
+        THREADS,
+        extra_files=_args_bytes(root),
+        before_publish=finish,
+        plan=json.dumps(["huggingface", form.precisions.record(), str(weights.directory), _identity(weights)]),
+        resume=weights.args.resume,
+        replace=target.exists(),
+    )
     return result, proofs[0] if proofs else None
 
 
