@@ -21,9 +21,8 @@ from megaswift.evaluation.custom import read_config as read_benchmarks
 from megaswift.evaluation.custom import read_custom
 from megaswift.models import family_of
 from megaswift.run.plan import check_layout, check_numbers, parameter_count, usable_length
-from megaswift.weights.hf.config import load_config
+from megaswift.weights.hf.config import check_source, load_config
 from megaswift.weights.hf.header import read_header
-from megaswift.weights.hf.names import check_source
 from megaswift.weights.hf.pickled import read_pickle
 from megaswift.weights.hf.read import HFCheckpoint
 from tests import tiny

@@ -14,9 +14,9 @@ from megaswift.evaluation.items import Bench
 from megaswift.evaluation.run import BenchResult
 from megaswift.evaluation.statistics import Paired, paired, wilson
 from megaswift.evaluation.weights import WeightsHashes, is_rounded
+from megaswift.weights.dtypes import FLAG_OF
 
 _SHOWN = 200  # flipped questions on the page
-_FLAGS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def roundings(models: Sequence[Model]) -> list[str]:
                 precision = str(rounded.weights.precision)
                 found.append(
                     f"{rounded.title} has the weights of {whole.title}, rounded to {precision}: answers may differ; --dtype"
-                    f" {_FLAGS.get(precision, precision)} asks both the same"
+                    f" {FLAG_OF.get(precision, precision)} asks both the same"
                 )
                 break
     return found

@@ -122,13 +122,14 @@ class _Form:
 
 def _form(weights: _Weights) -> _Form:
     """--dtype for all tensors; without it each tensor's own precision, of the source and of the training, the wider."""
-    from megaswift.weights.convert import DTYPES, Precisions, precisions_of_checkpoint
+    from megaswift.weights.convert import Precisions, precisions_of_checkpoint
     from megaswift.weights.convert.precision import chosen, other_dtypes, rounded, wider, with_masters
+    from megaswift.weights.torch_dtypes import TORCH_DTYPES
 
     parameters, args = parameters_of(weights.config), weights.args
     stored, recorded = precisions_of_checkpoint(weights.reader, parameters), other_dtypes(weights.manifest)
     if weights.manifest and not weights.manifest.get("iteration"):  # only converted: as the source was, or as --dtype said
-        reader, own = weights.reader, Precisions(DTYPES.get(str(weights.manifest.get("dtype")), stored.main), recorded)
+        reader, own = weights.reader, Precisions(TORCH_DTYPES.get(str(weights.manifest.get("dtype")), stored.main), recorded)
         had = own
     else:
         reader, own = with_masters(weights.reader, parameters, stored, recorded)

@@ -10,19 +10,18 @@ import torch
 from megaswift.errors import DataError, UserError
 from megaswift.launch.versions import has_bf16
 from megaswift.models import families
-from megaswift.weights.hf.names import check_source
+from megaswift.weights.hf.config import check_source
 from megaswift.weights.hf.read import UNTIED, HFCheckpoint
 from megaswift.weights.hf.tokenizer import load_tokenizer, quiet_transformers
+from megaswift.weights.torch_dtypes import TORCH_DTYPES
 
 __all__ = ["load_model", "load_tokenizer", "pick_dtype", "quiet_transformers"]
-
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def pick_dtype(name: str) -> torch.dtype:
     """The torch dtype of --dtype; AUTO is bf16 on a GPU that has it (fp16 on older ones) and fp32 on a CPU."""
     if name != "AUTO":
-        return _DTYPES[name]
+        return TORCH_DTYPES[name]
     if not torch.cuda.is_available():
         return torch.float32
     return torch.bfloat16 if has_bf16() else torch.float16

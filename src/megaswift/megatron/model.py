@@ -33,6 +33,7 @@ from megaswift.models import family_of
 from megaswift.models.family import is_tied
 from megaswift.models.kinds import MAIN, Kind
 from megaswift.models.stages import stage_layers
+from megaswift.weights.torch_dtypes import TORCH_DTYPES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -41,8 +42,6 @@ if TYPE_CHECKING:
     from megaswift.megatron.graphs import Graphs
     from megaswift.megatron.kernels.context_parallel import Share
     from megaswift.train.objectives import Loss, Objective
-
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)

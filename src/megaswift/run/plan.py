@@ -18,11 +18,11 @@ from megaswift.models import parameters_of
 from megaswift.models.family import sizes_of, trained_length
 from megaswift.models.stages import stage_layers, stage_weights
 from megaswift.run import table
+from megaswift.weights.dtypes import BYTES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 FP8_MULTIPLE = 16  # torch multiplies FP8 matrices whose sides are multiples of this
 
 

@@ -27,7 +27,8 @@ from megaswift.megatron.kernels.linear_ops import linear_ops_of
 from megaswift.megatron.kernels.main_grad import settle_main_grads, zero_main_grads
 from megaswift.megatron.kernels.megatron_layer import FusedMLP
 from megaswift.megatron.kernels.megatron_optimizer import FusedOptimizer, fuse_optimizer, gradient_norm
-from megaswift.megatron.model import TORCH_DTYPES, ChatModel, run_micro_batch
+from megaswift.megatron.model import ChatModel, run_micro_batch
+from megaswift.weights.torch_dtypes import TORCH_DTYPES
 
 if TYPE_CHECKING:
     from megaswift.data.batches import MicroBatch

@@ -28,14 +28,10 @@ from torch import Tensor
 from megaswift.errors import DataError
 from megaswift.store.files import forget_pages, read_in_background
 from megaswift.weights.hf.unpickle import GuardedUnpickler
+from megaswift.weights.torch_dtypes import OF_STORAGE
 
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 _DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
-_STORAGES = {
-    "FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16, "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
-}  # fmt: skip
 # Packages whose objects stand in old checkpoints beside the weights (enums, random states): kept as inert placeholders.
 _INERT = ("megatron.", "transformer_engine.", "numpy.", "_codecs.", "_io.", "swift.", "torch.distributed.")
 
@@ -180,8 +176,8 @@ class _Unpickler(GuardedUnpickler):
         known = _KNOWN.get((module, name))
         if known is not None:
             return known
-        if module == "torch" and name in _STORAGES:
-            return _STORAGES[name]
+        if module == "torch" and name in OF_STORAGE:
+            return OF_STORAGE[name]
         if module == "torch" and name in _DTYPES:
             return _DTYPES[name]
         if f"{module}.".startswith(_INERT):
