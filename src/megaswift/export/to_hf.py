@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from megaswift.config.files import LAYOUT_OPTIONS, MODEL_OPTIONS, SFT_ARGS, args_file_in, fill_from_file, read_args_file
 from megaswift.config.options import ExportArguments
+from megaswift.config.parse import size_of
 from megaswift.errors import DataError, UserError
 from megaswift.export.common import (
     THREADS,
     check_tokenizer,
-    parse_size,
     report,
     report_nonfinite,
     report_proof,
@@ -201,7 +201,7 @@ def _write(weights: _Weights, form: _Form, target: Path, root: Path) -> tuple[Wr
         planned_hf_tensors(form.reader, weights.config, form.precisions, finite),
         side_files(weights.model_dir),
         overrides or None,
-        parse_size(weights.args.max_shard_size),
+        size_of(weights.args.max_shard_size, "max_shard_size"),
         THREADS,
         extra_files=_args_bytes(root),
         before_publish=finish,
