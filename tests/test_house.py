@@ -264,6 +264,16 @@ def test_number_formats_stand_in_one_table() -> None:
     ]
 
 
+def test_pages_are_made_by_one_kit() -> None:
+    """report/html.py escapes and has the style."""
+    makers = {
+        name
+        for name, path in modules().items()
+        if re.search(r"<style|^import html$|^from html import", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert makers == {"megaswift.report.html"}
+
+
 def locks_and_renames(text: str) -> set[str]:
     """Calls by which a file or directory gets its name, and locks."""
     calls = [ast.unparse(node.func) for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
