@@ -120,7 +120,7 @@ def start_ranks(place: Cluster, job: Path, stop: StopSignals | None = None, modu
             ) from None
         except Exception as error:  # torch raises several kinds when the other machines do not come
             raise RankLostError(
-                f"the processes could not be brought together: {(str(error) or type(error).__name__).splitlines()[0]}",
+                f"the processes could not be brought together: {errors.first_line(error)}",
                 where="MASTER_ADDR, MASTER_PORT",
                 fix="start all machines; see that they reach MASTER_ADDR",
             ) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megaswift.errors import DataError, UserError
+from megaswift.errors import DataError, UserError, first_line
 from megaswift.models import family_of, parameters_of
 from megaswift.models.family import is_tied, sizes_of
 from megaswift.models.parameters import hf_shapes
@@ -42,7 +42,7 @@ def load_config(directory: Path) -> PreTrainedConfig:
     try:
         config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
     except Exception as error:  # transformers validates with several error classes
-        reason = (str(error) or "no reason given").splitlines()[0]
+        reason = first_line(error) if str(error).strip() else "no reason given"
         raise DataError(
             f"config.json is not valid: {type(error).__name__}: {reason}", where=str(path), fix="fetch this file again"
         ) from error

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megaswift.errors import DataError
+from megaswift.errors import DataError, first_line
 from megaswift.weights.dtypes import HEADER_OF_STORAGE, ITEM_SIZE
 from megaswift.weights.hf.header import MAX_ELEMENTS, TensorEntry
 from megaswift.weights.hf.json_files import inside, read_json
@@ -60,7 +60,7 @@ def read_pickle(path: Path) -> list[TensorEntry]:
     except DataError:
         raise
     except Exception as error:  # a damaged archive or pickle raises almost anything
-        raise _refused(path, (str(error) or type(error).__name__).splitlines()[0]) from error
+        raise _refused(path, first_line(error)) from error
 
 
 def _read(path: Path) -> list[TensorEntry]:

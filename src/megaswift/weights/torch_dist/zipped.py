@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaswift.errors import DataError
+from megaswift.errors import DataError, first_line
 from megaswift.store.files import forget_pages, read_in_background
 from megaswift.weights.hf.unpickle import GuardedUnpickler
 from megaswift.weights.torch_dtypes import OF_STORAGE
@@ -95,7 +95,7 @@ def load(mapped: Mapped, start: int, length: int, where: str) -> Any:
     except DataError:
         raise
     except Exception as error:  # a damaged archive or pickle raises almost anything
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise DataError(
             f"an object in the checkpoint is damaged or not safe to read: {reason}", where=where, fix="use another checkpoint"
         ) from error
