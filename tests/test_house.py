@@ -27,7 +27,7 @@ HEAVY = frozenset(
 )
 # Modules of ours that `swift sft` can reach, its only rank in this process included; those that a step on a rank can; the
 # aims are 60 and 30, and they only fall.
-REACH = {"megaswift.commands.sft": 151, "megaswift.train.loop": 92, "megaswift.train.trainer": 46}
+REACH = {"megaswift.commands.sft": 152, "megaswift.train.loop": 92, "megaswift.train.trainer": 46}
 
 
 def modules() -> dict[str, Path]:
@@ -251,6 +251,51 @@ def run(): return sft._plan, their._restored(1), rotate._cache, self._x, sft.__n
         "megaswift.parity.command uses sft._plan",
         "megaswift.parity.command uses their._restored",
     ]
+
+
+def dtype_tables(text: str) -> list[str]:
+    """Dictionaries that say which torch dtype a name means."""
+    tables = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Dict)]
+    named = re.compile(r"torch\.(b?float|u?int)\d+\w*")
+    return [ast.unparse(node) for node in tables if sum(bool(named.fullmatch(ast.unparse(v))) for v in node.values) > 1]
+
+
+def test_number_formats_stand_in_one_table() -> None:
+    """weights/dtypes.py, and beside it the torch dtypes by the same names."""
+    found = {name: dtype_tables(path.read_text(encoding="utf-8")) for name, path in modules().items()}
+    assert not {name: tables for name, tables in found.items() if tables}
+    assert dtype_tables("x = {'bf16': torch.bfloat16, 'fp32': torch.float32}") == [
+        "{'bf16': torch.bfloat16, 'fp32': torch.float32}"
+    ]
+
+
+def test_pages_are_made_by_one_kit() -> None:
+    """report/html.py escapes and has the style."""
+    makers = {
+        name
+        for name, path in modules().items()
+        if re.search(r"<style|^import html$|^from html import", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert makers == {"megaswift.report.html"}
+
+
+def locks_and_renames(text: str) -> set[str]:
+    """Calls by which a file or directory gets its name, and locks."""
+    calls = [ast.unparse(node.func) for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+    wanted = ("flock", "lockf", "rename", "renames", "mkstemp", "mkdtemp")
+    return {call for call in calls if call.split(".")[-1] in wanted or call == "os.replace"}
+
+
+def test_one_way_to_appear_whole_and_one_lock() -> None:
+    """store/publish.py names, store/lock.py locks; store/retention.py takes names away."""
+    found = {name: locks_and_renames(path.read_text(encoding="utf-8")) for name, path in modules().items()}
+    assert {name: calls for name, calls in found.items() if calls} == {
+        "megaswift.store.lock": {"fcntl.flock"},
+        "megaswift.store.publish": {"os.replace", "os.rename"},
+        "megaswift.store.retention": {"path.rename"},
+    }
+    planted = "temporary.rename(target)\nfcntl.flock(f, 2)\nos.replace(a, b)\ntext.replace('a', 'b')"
+    assert locks_and_renames(planted) == {"temporary.rename", "fcntl.flock", "os.replace"}
 
 
 def test_every_room_is_in_the_order() -> None:

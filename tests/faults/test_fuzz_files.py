@@ -23,9 +23,8 @@ from megaswift.models import family_of
 from megaswift.run.memory import parameter_count
 from megaswift.run.problems import contradictions, layout_problems, refuse, usable_length
 from megaswift.run.spec import Parallel
-from megaswift.weights.hf.config import load_config
+from megaswift.weights.hf.config import check_source, load_config
 from megaswift.weights.hf.header import read_header
-from megaswift.weights.hf.names import check_source
 from megaswift.weights.hf.pickled import read_pickle
 from megaswift.weights.hf.read import HFCheckpoint
 from tests import tiny

@@ -16,7 +16,6 @@ from megaswift.errors import UserError
 from megaswift.export.common import (
     THREADS,
     check_tokenizer,
-    replacing,
     report,
     report_nonfinite,
     report_proof,
@@ -218,7 +217,8 @@ def _write(args: ExportArguments, source: _Source) -> Path:
     check_tokenizer(source.model_dir)
     rows = source.new_tokens and [source.new_tokens.rows_before, source.new_tokens.rows_after]
     plan = json.dumps(["megatron", source.precisions.record(), source.identity, *([rows] if rows else [])])
-    with replacing(target) as fresh, workspace(fresh, source.nbytes + (64 << 20), plan=plan, resume=args.resume) as work:
+    replaced = target.exists()
+    with workspace(target, source.nbytes + (64 << 20), plan=plan, resume=args.resume) as work:
         release = work.path / paths.RELEASE
         release.mkdir(exist_ok=True)
         say(f"{source.label} -> Megatron weights, {source.precisions}")
@@ -234,7 +234,7 @@ def _write(args: ExportArguments, source: _Source) -> Path:
         work.drop_records()
         proof = source.prove(release, done) | {"rounded": lost} if args.verify else None
         _finish(work.path, args, source, done, lost, proof)
-        publish(work.path, fresh)
+        publish(work.path, target, taken="replace" if replaced else "refuse")
     report_proof(proof)
     if rows and proof is not None:
         tables = "embedding" if is_tied(source.config) else "embedding and output layer"

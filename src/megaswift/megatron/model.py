@@ -35,6 +35,7 @@ from megaswift.models.family import is_tied, padded_vocab
 from megaswift.models.kinds import MAIN, Kind
 from megaswift.models.stages import stage_layers
 from megaswift.run.spec import Memory, Parallel, Precision
+from megaswift.weights.torch_dtypes import TORCH_DTYPES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
     from megaswift.megatron.kernels.context_parallel import Share
     from megaswift.train.objectives import Loss, Objective
 
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KEEP_ALL = Memory()
 
 

@@ -24,8 +24,7 @@ from megaswift.data.tokens import Encoded, weights_of
 from megaswift.parity.layers import of_transformers
 from megaswift.run.resolve import min_lr
 from megaswift.terminal import say
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from megaswift.weights.torch_dtypes import TORCH_DTYPES
 
 
 def write_samples(path: Path, samples: Iterable[Encoded]) -> None:
@@ -95,7 +94,7 @@ class Reference:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.args, self.steps, self.warmup, self.exact = args, steps, warmup, dtype == "fp32"
         load: Any = AutoModelForCausalLM.from_pretrained
-        self.model: Any = load(folder, dtype=DTYPES[dtype], local_files_only=True, trust_remote_code=False)
+        self.model: Any = load(folder, dtype=TORCH_DTYPES[dtype], local_files_only=True, trust_remote_code=False)
         for token in learn_every_row(self.model):
             say(f"reference: built without padding_idx; the embedding of token {token}, the pad token, gets its gradient too")
         self.model.to(self.device).train()

@@ -9,11 +9,11 @@ from megaswift.models import parameters_of
 from megaswift.models.family import sizes_of
 from megaswift.models.stages import stage_weights
 from megaswift.run.spec import Parallel, Run
+from megaswift.weights.dtypes import BYTES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # Bytes of a parameter's two moments.
 STATE_BYTES = {"fp32": 8, "bf16": 4, "8bit": 2}
 GRADIENT_BYTES = MASTER_BYTES = 4

@@ -21,9 +21,9 @@ from megaswift.store.manifest import read_manifest
 from megaswift.store.paths import gguf_fix
 from megaswift.store.publish import refuse_unfinished
 from megaswift.terminal import say, shown
-from megaswift.weights.hf.config import load_config
+from megaswift.weights.dtypes import TRAINED
+from megaswift.weights.hf.config import check_source, load_config
 from megaswift.weights.hf.folder import check_config
-from megaswift.weights.hf.names import check_source
 from megaswift.weights.hf.new_tokens import NewTokens, listed_tokens, with_new_tokens
 from megaswift.weights.hf.read import HFCheckpoint
 
@@ -209,18 +209,21 @@ def _check_tensors(root: Path, checkpoint: Path | None, config: Any) -> None:
 
 def _folder_precisions(folder: Path, config: Any) -> dict[str, Any]:
     """Precisions of a Hugging Face folder's weights, as a manifest would tell them."""
-    from megaswift.weights.convert import DTYPE_NAMES, precisions_of_folder
+    from megaswift.weights.convert import precisions_of_folder
+    from megaswift.weights.torch_dtypes import FLAGS
 
     found = precisions_of_folder(HFCheckpoint.open(folder), config)
-    return found.record() | {"dtype": DTYPE_NAMES.get(found.main, "fp32")}
+    flag = FLAGS[found.main]
+    return found.record() | {"dtype": flag if flag in TRAINED else "fp32"}
 
 
 def _tell_rounded(manifest: dict[str, Any], dtype: str, only_model: bool) -> None:
     """Say which tensors the source has in more precision than they are trained in."""
-    from megaswift.weights.convert import DTYPES, Precisions
+    from megaswift.weights.convert import Precisions
     from megaswift.weights.convert.precision import grouped, other_dtypes, wider
+    from megaswift.weights.torch_dtypes import TORCH_DTYPES
 
-    names = wider(other_dtypes(manifest), Precisions(DTYPES[dtype]))
+    names = wider(other_dtypes(manifest), Precisions(TORCH_DTYPES[dtype]))
     if names:
         later = "is saved in it, too (--save_only_model true)" if only_model else "is exported as its fp32 master copy has it"
         say(

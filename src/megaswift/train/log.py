@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from megaswift.store.publish import put
 from megaswift.terminal import LiveLine, duration
 from megaswift.train.callbacks import Callback
 from megaswift.train.objectives import SUPERVISED
@@ -150,9 +151,7 @@ def forget_after(path: Path, step: int) -> None:
         return
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     kept = [line for line in lines if 0 <= _step_of(line) <= step]
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    temporary.replace(path)
+    put(path, "".join(line + "\n" for line in kept))
 
 
 def _step_of(line: str) -> int:

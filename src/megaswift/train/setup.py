@@ -18,10 +18,11 @@ from megaswift.data.batches import Batches, EvalBatches, MicroBatch
 from megaswift.data.store import TokenRows
 from megaswift.megatron import process_groups
 from megaswift.models.stages import stage_layers
-from megaswift.run.memory import BYTES, layer_activations
+from megaswift.run.memory import layer_activations
 from megaswift.run.spec import Run
 from megaswift.train.checkpoint.load import load_training_state, load_weights
 from megaswift.train.objectives import SupervisedTokens
+from megaswift.weights.dtypes import BYTES
 from megaswift.weights.hf.config import load_config
 from megaswift.weights.load_hf import is_hf_folder, load_hf_weights
 from megaswift.weights.load_new_rows import fill_new_rows

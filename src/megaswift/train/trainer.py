@@ -25,7 +25,8 @@ from megaswift.megatron.kernels.context_parallel import shard_batch
 from megaswift.megatron.kernels.linear_ops import linear_ops_of
 from megaswift.megatron.kernels.main_grad import settle_main_grads, zero_main_grads
 from megaswift.megatron.kernels.megatron_optimizer import FusedOptimizer, fuse_optimizer, gradient_norm
-from megaswift.megatron.model import TORCH_DTYPES, ChatModel, run_micro_batch
+from megaswift.megatron.model import ChatModel, run_micro_batch
+from megaswift.weights.torch_dtypes import TORCH_DTYPES
 
 if TYPE_CHECKING:
     from megaswift.data.batches import MicroBatch
