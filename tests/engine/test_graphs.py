@@ -53,7 +53,7 @@ def uncaptured(path: str) -> tuple[int, int]:
         return made[-1]
 
     def begin(self: Graphs, decoder: Any, mode: str, overlap: bool) -> None:
-        assert mode == "auto" and not overlap
+        assert mode == "if launching is slow" and not overlap
         begin_as_it_is(self, decoder, mode)
         self.on = True
 

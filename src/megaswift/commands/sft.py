@@ -37,6 +37,7 @@ from megaswift.store.cache import cache_root
 from megaswift.store.lock import LOCK, filling, locked
 from megaswift.store.manifest import MANIFEST
 from megaswift.store.paths import hf_copy_of, iteration_directory
+from megaswift.store.publish import put
 from megaswift.store.retention import clean
 from megaswift.terminal import console, say, shown, typed
 from megaswift.train.hf_copies import copy_now
@@ -129,7 +130,7 @@ def _start(run_dir: Path, run: Run, place: Cluster, stop: StopSignals) -> None:
     path = run_dir / RUN_FILE if place.leads else cache_root() / f"run-{run_dir.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     with filling(run_dir, new=run.schedule.first_step == 0) if place.leads else nullcontext():
-        run.write(path)
+        put(path, run.text())
     if stop.name and stop.interrupt is not None:  # whatever took the exception at the time: the order stands
         stop.interrupt(stop.name)
     try:

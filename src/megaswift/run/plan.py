@@ -11,6 +11,7 @@ from megaswift.models.stages import stage_layers
 from megaswift.run.memory import MemoryEstimate
 from megaswift.run.spec import Run
 from megaswift.run.table import filled_rows, megatron_arguments
+from megaswift.store.publish import put
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -53,4 +54,4 @@ def plan_of(run: Run, config: PreTrainedConfig, memory: MemoryEstimate) -> dict[
 def write_plan(path: Path, run: Run, config: PreTrainedConfig, memory: MemoryEstimate) -> None:
     """Write plan.json."""
     text = json.dumps(plan_of(run, config, memory), indent=2, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    put(path, text + "\n")

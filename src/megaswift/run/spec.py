@@ -198,8 +198,12 @@ class Run:
         model, schedule = replace(self.model, checkpoint=str(checkpoint)), replace(self.schedule, first_step=step)
         return replace(self, model=model, schedule=schedule)
 
+    def text(self) -> str:
+        """What run.json holds."""
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+
     def write(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        path.write_text(self.text(), encoding="utf-8")
 
     @classmethod
     def read(cls, path: Path) -> Run:
