@@ -10,17 +10,20 @@ import pytest
 import torch
 
 from megaswift.commands.export import export_main
-from megaswift.config.options import ExportArguments, SftArguments
+from megaswift.config.options import ExportArguments
 from megaswift.errors import UserError
-from megaswift.run.experts import check_expert_layout, check_expert_options
+from megaswift.run.memory import estimate, parameter_count
+from megaswift.run.spec import Run
 from megaswift.train.expert_health import line, summary
 from megaswift.weights.convert import Precisions, planned_hf_tensors
 from megaswift.weights.hf.config import load_config
 from megaswift.weights.hf.read import HFCheckpoint
 from megaswift.weights.torch_dist.reader import Reader
 from tests import tiny
+from tests.engine.test_experts import LAYOUTS, built, join, run_of
 from tests.ranks import RankPool
-from tests.training import Run, tiny_start, train, write_rows
+from tests.runs import resolved_run
+from tests.training import Trained, tiny_start, train, write_rows
 
 STEPS = 4
 
@@ -32,13 +35,13 @@ def start(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return str(tiny_start(root, request.param)), str(write_rows(root / "rows.jsonl"))
 
 
-def run(pool: RankPool, output: Path, start: tuple[str, str], processes: int, **layout: Any) -> Run:
+def run(pool: RankPool, output: Path, start: tuple[str, str], processes: int, **layout: Any) -> Trained:
     words: dict[str, Any] = dict(resume_from_checkpoint=start[0], dataset=[start[1]], max_steps=STEPS, save_steps=2)
     words |= dict(gradient_accumulation_steps=4 // processes, dataset_test_ratio=0.1, save_total_limit=5, eval_steps=2) | layout
     return train(pool, output, processes, **words)
 
 
-def same(one: Run, other: Run) -> None:
+def same(one: Trained, other: Trained) -> None:
     assert one.losses == pytest.approx(other.losses, abs=1e-5)
     assert one.norms == pytest.approx(other.norms, rel=2e-5)
     assert one.eval_losses == pytest.approx(other.eval_losses, abs=1e-5)
@@ -122,31 +125,50 @@ def test_what_a_gpu_could_do_but_not_with_experts() -> None:
     config = tiny.tiny_config("qwen3_moe")
     for options in ({"cuda_graphs": "true"}, {"cpu_offloading_num_layers": 1}):
         with pytest.raises(UserError, match="does not work with experts"):
-            check_expert_options(SftArguments(**options), config, "bf16")
+            resolved_run(config=config, dtype="bf16", world_size=1, on_gpu=True, **options)
 
 
 def test_a_model_without_experts_has_nothing_to_spread() -> None:
-    config = tiny.tiny_config("llama")
     for options in ({"ep": 2}, {"etp": 2}):
         with pytest.raises(UserError, match="has none"):
-            check_expert_layout(config, 1, options.get("ep", 1), options.get("etp", 1))
+            resolved_run(**options)
+
+
+@pytest.mark.parametrize("name", ["one", "ep2", "tp2, etp2", "pp2, ep2", "tp2, ep2, sp"])
+def test_the_estimate_is_what_ranks_hold(name: str, tiny_folders: Any, pool: RankPool) -> None:
+    """Weights and gradients of the fullest rank; the optimizer's part, over all ranks, is that of every weight once."""
+    folder, release = tiny_folders("qwen2_moe", tie_word_embeddings=False, vocab_size=128)
+    held = max(pool.run(LAYOUTS[name].get("world", 1), weights_held, str(folder), str(release), LAYOUTS[name]))
+    config = load_config(folder)
+    found = estimate(run_of(LAYOUTS[name]), config)
+    # Norms and routers, which every tensor-parallel rank holds whole, are counted as if they were split.
+    assert found.device["weights"] == found.device["gradients"] == pytest.approx(4 * held, rel=0.02)
+    if LAYOUTS[name].get("pp", 1) == 1:
+        assert found.device["optimizer"] * LAYOUTS[name].get("world", 1) == pytest.approx(8 * parameter_count(config), rel=0.1)
+
+
+def weights_held(folder: str, release: str, layout: dict[str, int]) -> int:
+    """On one rank: parameters that it has."""
+    with join(layout):
+        return sum(parameter.numel() for parameter in built(folder, release, layout).parameters())
 
 
 def test_the_options_of_routers_need_experts(pool: RankPool, tmp_path: Path) -> None:
     start = str(tiny_start(tmp_path, "llama")), str(write_rows(tmp_path / "rows.jsonl"))
-    with pytest.raises(UserError, match="is about routers of experts"):
+    with pytest.raises(UserError, match="are about routers of experts"):
         run(pool, tmp_path / "out", start, 1, moe_aux_loss_coeff=0.1)
 
 
-def counted_by_transformers(folder: Path, rows: Path, seed_run: Run) -> list[list[int]]:
+def counted_by_transformers(folder: Path, rows: Path, trained: Trained) -> list[list[int]]:
     """Choices of each layer's experts on the validation rows of a run, by the routers of transformers."""
     from transformers import AutoModelForCausalLM
 
     from megaswift.data.store import TokenRows
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    job = json.loads((seed_run.directory / "job.json").read_text(encoding="utf-8"))
-    data = TokenRows.open(job["val_data"])
+    val = Run.read(trained.directory / "run.json").data.val
+    assert val is not None
+    data = TokenRows.open(val)
     loads: list[torch.Tensor] = []
     for number in range(len(data)):
         for sample in data.samples(number):
@@ -192,7 +214,7 @@ def test_the_health_of_experts(pool: RankPool, tmp_path: Path) -> None:
             # A near tie may fall to the other side; with padding micro batches, and so the balancing loss, are others.
             assert sum(abs(a - b) for a, b in zip(mine["load"], layer["load"])) <= (40 if name == "padded" else 4), name
             assert mine["drift"] == pytest.approx(layer["drift"], rel=0.05) and mine["drift"] > 0
-            assert mine["router_entropy"] == pytest.approx(layer["router_entropy"], rel=1e-3)
+            assert mine["router_entropy"] == pytest.approx(layer["router_entropy"], rel=2e-2 if name == "padded" else 1e-3)
             if name != "padded":  # its micro batches are others
                 assert mine["aux_loss"] == pytest.approx(layer["aux_loss"], rel=1e-2)
                 assert mine["z_loss"] == pytest.approx(layer["z_loss"], rel=1e-3)

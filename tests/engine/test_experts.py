@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -13,10 +12,11 @@ import torch
 
 from megaswift.models import families
 from megaswift.models.experts import has_experts
-from megaswift.run.plan import padded_vocab
+from megaswift.run.spec import Parallel, Routing, Run
 from megaswift.weights.hf.config import load_config
 from tests import tiny
 from tests.ranks import RankPool
+from tests.runs import changed, resolved_run
 
 NAMES = tuple(name for name in tiny.FAMILIES if any(has_experts(kind) for kind in next(
     family for family in families().values() if family.name == name).layers(tiny.tiny_config(name))))  # fmt: skip
@@ -51,15 +51,16 @@ def rows(vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens, labels
 
 
-def plan() -> Any:
-    """Of one step with Adam and without clipping."""
-    table = dict(
-        optimizer="adam", lr=RATE, min_lr=RATE, weight_decay=0.0, adam_beta1=0.9, adam_beta2=0.95, adam_eps=EPS, clip_grad=0.0,
-        bf16=False, fp16=False, lr_warmup_iters=0, lr_decay_style="constant", micro_batch_size=1,
-    )  # fmt: skip
-    return SimpleNamespace(
-        megatron=table, moments="fp32", optimizer_cpu_offload=False, dtype="fp32", train_iters=10, decay_steps=10,
-        wsd_decay_steps=None, cp=1, max_length=LENGTH, cpu_offloading_num_layers=0,
+def run_of(layout: dict[str, int]) -> Run:
+    """Of one step with Adam and without clipping, in a layout."""
+    names = ("tp", "pp", "cp", "ep", "etp")
+    sizes: dict[str, Any] = {name: layout.get(name, 1) for name in names} | {"sequence_parallel": bool(layout.get("sp"))}
+    return changed(
+        resolved_run(world_size=layout.get("world", 1), learning_rate=RATE, min_lr=RATE, lr_scheduler_type="constant", warmup_ratio=0.0),
+        parallel=Parallel(world_size=layout.get("world", 1), **sizes),
+        routing=Routing(balance_loss=layout.get("balance", 0) / 100, z_loss=layout.get("z", 0) / 100),
+        recompute="layers" if layout.get("recompute") else "none", weight_decay=0.0, max_grad_norm=0.0, beta1=0.9, beta2=0.95,
+        epsilon=EPS, max_length=LENGTH,
     )  # fmt: skip
 
 
@@ -100,17 +101,11 @@ def reference(folder: Path, updated: Path, balance: float = 0.0, z_loss: float =
 
 def built(folder: str, release: str, layout: dict[str, int]) -> Any:
     """On one rank: the model of a layout with the weights of a checkpoint."""
-    from megaswift.megatron.model import ModelOptions, build
+    from megaswift.megatron.model import build
     from megaswift.train.checkpoint.load import load_weights
 
-    config = load_config(Path(folder))
-    tp, pp = layout.get("tp", 1), layout.get("pp", 1)
-    options = ModelOptions(
-        tp, pp, "fp32", padded_vocab(config.vocab_size, tp), cp=layout.get("cp", 1), ep=layout.get("ep", 1),
-        etp=layout.get("etp", 1), sequence_parallel=bool(layout.get("sp")), variable_lengths=pp > 1,
-        recompute=bool(layout.get("recompute")), balance_loss=layout.get("balance", 0) / 100, z_loss=layout.get("z", 0) / 100,
-    )  # fmt: skip
-    model = build(config, options)
+    run = run_of(layout)
+    model = build(load_config(Path(folder)), run.parallel, run.precision, run.memory, run.routing)
     load_weights(model, Path(release))
     return model
 
@@ -118,8 +113,7 @@ def built(folder: str, release: str, layout: dict[str, int]) -> Any:
 def join(layout: dict[str, int]) -> Any:
     from megaswift.megatron import process_groups
 
-    names = ("tp", "pp", "cp", "ep", "etp")
-    return process_groups.joined(seed=0, **{name: layout.get(name, 1) for name in names})
+    return process_groups.joined(run_of(layout).parallel, seed=0)
 
 
 def one_step(folder: str, release: str, updated: str, layout: dict[str, int]) -> dict[str, Any]:
@@ -133,7 +127,7 @@ def one_step(folder: str, release: str, updated: str, layout: dict[str, int]) ->
         before = [parameter.detach().clone() for parameter in model.parameters()]
         tokens, labels = rows(load_config(Path(folder)).vocab_size)
         positions = torch.arange(LENGTH)[None]
-        trainer = Trainer(model, plan(), SupervisedTokens(), recompute_modules="none")
+        trainer = Trainer(model, run_of(layout), SupervisedTokens())
         mine = range(rank.dp_rank, len(tokens), rank.dp)
         step = trainer.step([MicroBatch(tokens[k : k + 1], labels[k : k + 1], positions, None, (k,)) for k in mine])
         errors = {
@@ -261,7 +255,7 @@ def saved_gradients(folder: str, release: str, target: str, layout: dict[str, in
 
         model = built(folder, release, layout)
         tokens, labels = rows(load_config(Path(folder)).vocab_size)
-        trainer = Trainer(model, plan(), SupervisedTokens(), recompute_modules="none")
+        trainer = Trainer(model, run_of(layout), SupervisedTokens())
         mine = range(rank.dp_rank, len(tokens), rank.dp)
         positions = torch.arange(LENGTH)[None]
         sums = trainer.gradients([MicroBatch(tokens[k : k + 1], labels[k : k + 1], positions, None, (k,)) for k in mine])

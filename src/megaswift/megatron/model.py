@@ -26,15 +26,18 @@ from megaswift.megatron.kernels.activation_offload import offload_activations
 from megaswift.megatron.kernels.attention import describe
 from megaswift.megatron.kernels.fp8_linear import Fp8LinearOps
 from megaswift.megatron.kernels.linear_cross_entropy import IGNORED, linear_cross_entropy
-from megaswift.megatron.kernels.linear_ops import PLAIN
+from megaswift.megatron.kernels.linear_ops import PLAIN, LinearOps
 from megaswift.megatron.kernels.megatron_fuse import fuse_embedding
+from megaswift.megatron.kernels.megatron_layer import FusedMLP
 from megaswift.megatron.kernels.sequence_log_probability import sequence_log_probabilities
 from megaswift.megatron.layer_specs import SequenceLayout, block_spec
 from megaswift.megatron.router import Counted
 from megaswift.models import family_of
-from megaswift.models.family import is_tied
+from megaswift.models.family import is_tied, padded_vocab
 from megaswift.models.kinds import MAIN, Kind
 from megaswift.models.stages import stage_layers
+from megaswift.run.spec import Memory, Parallel, Precision, Routing
+from megaswift.weights.torch_dtypes import OF_FLAG, TORCH_DTYPES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -44,31 +47,18 @@ if TYPE_CHECKING:
     from megaswift.megatron.kernels.context_parallel import Share
     from megaswift.train.objectives import Loss, Objective
 
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
+KEEP_ALL, AS_IT_IS = Memory(), Routing()
 
 
-@dataclass(frozen=True)
-class ModelOptions:
-    """What a run decides about its model, beyond the Hugging Face config."""
+@dataclass
+class EngineConfig(TransformerConfig):
+    """Megatron-Core's config, and what our layers ask for beside it."""
 
-    tp: int
-    pp: int
-    dtype: str
-    padded_vocab: int
-    cp: int = 1
-    sequence_parallel: bool = False
-    recompute: bool = False
-    deterministic: bool = False
-    flash_attention: bool | None = None
-    variable_lengths: bool = False
-    fp8: bool = False
-    offloaded_layers: int = 0  # of this stage, from its first on: their activations go to host memory
-    ep: int = 1
-    etp: int = 1
-    router_dtype: str = "fp32"  # of the products by which tokens are routed; "none": the model's
-    balance_loss: float = 0.0  # coefficients of the routers' own losses
-    z_loss: float = 0.0
+    attention: str = "fastest"  # see run.spec.Precision
+    # Not Megatron-Core's own `fp8`, which asks for TransformerEngine.
+    linear_ops: LinearOps = PLAIN
+    plain_layers: bool = False  # every module is called, none fused with another, so that its weights can come and go
+    routing_dtype: torch.dtype = torch.float32  # of the products by which tokens are routed
 
 
 class ChatModel(GPTModel):
@@ -136,8 +126,8 @@ class ChatModel(GPTModel):
     def attention_kernel(self, packed: bool) -> str:
         """What attends on this GPU, in words; `packed`: rows hold several samples. Compiles the kernels where that is needed."""
         config = self.config
-        if config.deterministic_mode or config.flash_attention is not None:
-            return "PyTorch's " + ("plain operations" if config.flash_attention is False else "flash kernel")
+        if config.deterministic_mode or config.attention != "fastest":
+            return "PyTorch's " + ("plain operations" if config.attention == "plain" else "flash kernel")
         heads, groups = (
             max(n // config.tensor_model_parallel_size, 1) for n in (config.num_attention_heads, config.num_query_groups)
         )
@@ -268,22 +258,26 @@ def rotary_tables(config: PreTrainedConfig, kinds: Sequence[Kind], device: torch
     return tables
 
 
-def transformer_config(config: PreTrainedConfig, options: ModelOptions) -> TransformerConfig:
+def transformer_config(
+    config: PreTrainedConfig,
+    parallel: Parallel,
+    precision: Precision,
+    memory: Memory = KEEP_ALL,
+    routing: Routing = AS_IT_IS,
+    plain_layers: bool = False,
+) -> EngineConfig:
     """Megatron-Core's config of a model in a layout: what holds for all its layers."""
-    family = family_of(config.model_type)
-    dtype = TORCH_DTYPES[options.dtype]
-    recompute = (
-        dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1) if options.recompute else {}
-    )
+    family, dtype = family_of(config.model_type), TORCH_DTYPES[precision.dtype]
     kinds = family.layers(config)
-    built = TransformerConfig(
+    whole_layers = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    return EngineConfig(
         **family.settings(config),
-        **recompute,
-        **_expert_settings(kinds, options),
+        **(whole_layers if memory.recompute == "layers" else {}),
+        **_expert_settings(kinds, parallel, routing),
         # Where any layer has these norms their gradients are summed over tensor-parallel ranks.
         qk_layernorm=any(kind.qk_norm and not kind.qk_norm_over_heads for kind in kinds),
         hetereogenous_dist_checkpoint=family.is_mixed(config),
-        pipeline_model_parallel_layout=pipeline_layout(config, options.pp),
+        pipeline_model_parallel_layout=pipeline_layout(config, parallel.pp),
         activation_func=F.silu,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
@@ -291,32 +285,30 @@ def transformer_config(config: PreTrainedConfig, options: ModelOptions) -> Trans
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
-        tensor_model_parallel_size=options.tp,
-        pipeline_model_parallel_size=options.pp,
-        context_parallel_size=options.cp,
-        sequence_parallel=options.sequence_parallel,
-        variable_seq_lengths=options.variable_lengths,
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        context_parallel_size=parallel.cp,
+        sequence_parallel=parallel.sequence_parallel,
+        variable_seq_lengths=parallel.pp > 1,
         moe_token_dispatcher_type="alltoall",  # Megatron-Core asks for it with variable lengths, experts or not
         pipeline_dtype=dtype,
         params_dtype=dtype,
-        bf16=options.dtype == "bf16",
-        fp16=options.dtype == "fp16",
-        apply_query_key_layer_scaling=options.dtype == "fp16",
+        bf16=precision.dtype == "bf16",
+        fp16=precision.dtype == "fp16",
+        apply_query_key_layer_scaling=precision.dtype == "fp16",
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,
         calculate_per_token_loss=True,
-        deterministic_mode=options.deterministic,
+        deterministic_mode=precision.deterministic,
         batch_p2p_comm=torch.cuda.is_available(),
+        attention=precision.attention,
+        linear_ops=Fp8LinearOps() if precision.fp8 else PLAIN,
+        plain_layers=plain_layers,
+        routing_dtype=dtype if routing.router_dtype == "none" else OF_FLAG[routing.router_dtype],
     )
-    built.flash_attention = options.flash_attention  # read by backend.CoreAttention
-    # Not Megatron-Core's own `fp8`, which asks for TransformerEngine. Read by ColumnParallel, RowParallel and FusedMLP.
-    built.linear_ops = Fp8LinearOps() if options.fp8 else PLAIN
-    # Read by Router.
-    built.routing_dtype = dtype if options.router_dtype == "none" else ROUTER_DTYPES[options.router_dtype]
-    return built
 
 
-def _expert_settings(kinds: Sequence[Kind], options: ModelOptions) -> dict[str, Any]:
+def _expert_settings(kinds: Sequence[Kind], parallel: Parallel, routing: Routing) -> dict[str, Any]:
     """What Megatron-Core is told of experts; our modules have the rest from each layer's kind."""
     experts = next((kind.experts for kind in kinds if kind.experts is not None), None)
     if experts is None:
@@ -326,10 +318,10 @@ def _expert_settings(kinds: Sequence[Kind], options: ModelOptions) -> dict[str, 
         moe_ffn_hidden_size=experts.ffn,
         moe_router_topk=experts.chosen,
         moe_router_load_balancing_type="none",  # ours is made by our router, from these coefficients
-        moe_aux_loss_coeff=options.balance_loss,
-        moe_z_loss_coeff=options.z_loss or None,
-        expert_model_parallel_size=options.ep,
-        expert_tensor_parallel_size=options.etp,
+        moe_aux_loss_coeff=routing.balance_loss,
+        moe_z_loss_coeff=routing.z_loss or None,
+        expert_model_parallel_size=parallel.ep,
+        expert_tensor_parallel_size=parallel.etp,
     )
 
 
@@ -342,22 +334,32 @@ def pipeline_layout(config: PreTrainedConfig, pp: int) -> list[list[str]] | None
     return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
 
 
-def build(config: PreTrainedConfig, options: ModelOptions) -> ChatModel:
+def build(
+    config: PreTrainedConfig,
+    parallel: Parallel,
+    precision: Precision,
+    memory: Memory = KEEP_ALL,
+    routing: Routing = AS_IT_IS,
+    vocab_rows: int | None = None,
+) -> ChatModel:
     """The model of this process's pipeline stage and tensor-parallel part, its weights not yet loaded (zeros).
 
-    Needs the process groups of `ranks.joined`.
+    Args:
+        vocab_rows: rows of the embedding over all ranks, padding included; None: the fewest that tp can split.
+
+    Needs the process groups of `process_groups.joined`.
     """
     from megatron.core import parallel_state
 
-    megatron_config = transformer_config(config, options)
+    megatron_config = transformer_config(config, parallel, precision, memory, routing)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    stage, counts = parallel_state.get_pipeline_model_parallel_rank(), stage_layers(config, options.pp)
+    stage, counts = parallel_state.get_pipeline_model_parallel_rank(), stage_layers(config, parallel.pp)
     first = sum(counts[:stage])
     kinds = family_of(config.model_type).layers(config)[first : first + counts[stage]]
     model = ChatModel(
         config=megatron_config,
         transformer_layer_spec=block_spec(kinds),
-        vocab_size=options.padded_vocab,
+        vocab_size=vocab_rows or padded_vocab(config.vocab_size, parallel.tp),
         max_sequence_length=config.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
@@ -371,8 +373,8 @@ def build(config: PreTrainedConfig, options: ModelOptions) -> ChatModel:
             parameter.zero_()  # rows of vocabulary padding stay zero, whatever the checkpoint brings
     _mark_split_weights(model)
     tell_layers(model.decoder.layers)
-    if options.offloaded_layers:
-        offload_activations(model.decoder, options.offloaded_layers)
+    if memory.offloaded_layers:
+        offload_activations(model.decoder, memory.offloaded_layers)
     return fuse_embedding(model.to(device))
 
 
@@ -387,6 +389,19 @@ def _mark_split_weights(model: torch.nn.Module) -> None:
             set_tensor_model_parallel_attributes(module.weight, True, 0, 1)
         elif isinstance(module, RowParallelLinear):
             set_tensor_model_parallel_attributes(module.weight, True, 1, 1)
+
+
+def recompute_parts(model: ChatModel, parts: str) -> None:
+    """Let the MLPs compute parts again in the backward pass.
+
+    Args:
+        parts: "swiglu": 2 x ffn bytes a token and layer less, nearly free; "mlp": 4 x ffn more, for the first product again;
+            else neither.
+    """
+    for module in model.modules():
+        if type(module) is FusedMLP:
+            module.recompute_activation = parts in ("swiglu", "mlp")
+            module.recompute_first = parts == "mlp"
 
 
 def run_micro_batch(model: Any, batch: MicroBatch, objective: Objective) -> Any:
@@ -406,4 +421,4 @@ def _worth(objective: Objective, batch: MicroBatch, model: ChatModel, hidden: Te
     return objective.micro_batch(model, hidden, batch)
 
 
-__all__ = ["ChatModel", "ModelOptions", "RotaryTable", "build", "rotary_tables", "run_micro_batch", "transformer_config"]
+__all__ = ["ChatModel", "EngineConfig", "RotaryTable", "build", "rotary_tables", "run_micro_batch", "transformer_config"]

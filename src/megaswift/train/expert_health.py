@@ -18,7 +18,8 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megaswift.megatron.experts import ExpertsLayer
-from megaswift.report.experts import page
+from megaswift.report.experts import experts_page
+from megaswift.store.publish import put
 from megaswift.train.callbacks import Callback, Verdict
 from megaswift.train.setup import to_device
 
@@ -151,12 +152,9 @@ class ExpertHealth(Callback):
         return made
 
     def _write(self, with_page: bool) -> None:
-        text = json.dumps(self.found, ensure_ascii=False) + "\n"
-        temporary = self.run_dir / f".{FILE}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(self.run_dir / FILE)
+        put(self.run_dir / FILE, json.dumps(self.found, ensure_ascii=False) + "\n", durable=False)
         if with_page:
-            (self.run_dir / PAGE).write_text(page(self.found), encoding="utf-8")
+            put(self.run_dir / PAGE, experts_page(self.found), durable=False)
 
 
 def summary(layers: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,0 +1,89 @@
+"""The one estimate of memory and disk: bytes of the fullest rank by cause, and of a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from megaswift.models import parameters_of
+from megaswift.models.family import sizes_of
+from megaswift.models.stages import stage_weights
+from megaswift.run.experts import experts_of, mlp_widths
+from megaswift.run.spec import Parallel, Run
+from megaswift.weights.dtypes import BYTES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+# Bytes of a parameter's two moments.
+STATE_BYTES = {"fp32": 8, "bf16": 4, "8bit": 2}
+GRADIENT_BYTES = MASTER_BYTES = 4
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes by cause."""
+
+    device: dict[str, int]  # of the fullest rank: weights, gradients, optimizer
+    host: dict[str, int] = field(default_factory=dict)  # page-locked, of the fullest rank: optimizer, activations at most
+
+
+def estimate(run: Run, config: PreTrainedConfig) -> MemoryEstimate:
+    """What the fullest rank holds, activations on the device left out: its layers, and embedding and output layer."""
+    dtype, parallel = run.precision.dtype, run.parallel
+    each = STATE_BYTES[run.optimizer.state_dtype] + (0 if dtype == "fp32" else MASTER_BYTES)
+    # Shared out over the ranks that have the same weights; those of experts are others than those of the rest.
+    weights, state = max(
+        (dense + experts, dense * each // (parallel.dp * parallel.cp) + experts * each // parallel.expert_dp)
+        for dense, experts in stage_parts(config, parallel)
+    )
+    device = {"weights": weights * BYTES[dtype], "gradients": weights * GRADIENT_BYTES, "optimizer": state}
+    host = {}
+    if run.memory.optimizer_on_host:
+        device["optimizer"], host["optimizer"] = 0, state
+    if run.memory.offloaded_layers:
+        host["activations"] = run.memory.offloaded_layers * layer_activations(run, config) * BYTES[dtype]
+    return MemoryEstimate(device, host)
+
+
+def rank_weights(config: PreTrainedConfig, parallel: Parallel) -> int:
+    """Parameters of the fullest rank."""
+    return max(dense + experts for dense, experts in stage_parts(config, parallel))
+
+
+def stage_parts(config: PreTrainedConfig, parallel: Parallel) -> list[tuple[int, int]]:
+    """Parameters of a rank of each stage: without the experts among which tokens are routed, and of these."""
+    pairs = zip(stage_weights(config, parallel.pp), stage_weights(config, parallel.pp, experts_only=True))
+    return [((whole - experts) // parallel.tp, experts // (parallel.ep * parallel.etp)) for whole, experts in pairs]
+
+
+def layer_activations(run: Run, config: PreTrainedConfig) -> int:
+    """The most values that a layer keeps for the backward passes of all micro batches in flight, with rows of max_length.
+
+    Without recomputation: the layer's input, what follows its two norms, attention's result and the sum after it (5 x
+    hidden), queries, keys and values, both halves of the first MLP product and their SwiGLU. Of experts, each token's row and
+    the first product for every expert that it goes to, evenly spread.
+    """
+    sizes, parallel = sizes_of(config), run.parallel
+    tokens = run.batch.micro_batch_size * run.batch.max_length // parallel.cp * parallel.pp
+    if run.memory.recompute == "layers":
+        return tokens * sizes.hidden // (parallel.tp if parallel.sequence_parallel else 1)
+    qkv = (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim
+    kept, experts = (qkv + 3 * sizes.ffn) // parallel.tp, experts_of(config)
+    if experts is not None:
+        routed = experts.chosen * (sizes.hidden + 2 * experts.ffn)
+        kept = max(
+            kept if mlp_widths(config) else 0,
+            qkv // parallel.tp + routed // parallel.tp + 3 * experts.shared_ffn // parallel.tp,
+        )
+    return tokens * (5 * sizes.hidden + kept)
+
+
+def parameter_count(config: PreTrainedConfig) -> int:
+    """Parameters of the whole model, tied weights counted once."""
+    return sum(parameter.size for parameter in parameters_of(config))
+
+
+def checkpoint_bytes(config: PreTrainedConfig, dtype: str, only_model: bool) -> int:
+    """Bytes of one checkpoint: the weights, and unless `only_model` their fp32 masters and two moments."""
+    return parameter_count(config) * (BYTES[dtype] + (0 if only_model else 12))
