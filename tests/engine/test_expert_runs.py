@@ -159,7 +159,7 @@ def test_the_options_of_routers_need_experts(pool: RankPool, tmp_path: Path) -> 
         run(pool, tmp_path / "out", start, 1, moe_aux_loss_coeff=0.1)
 
 
-def counted_by_transformers(folder: Path, rows: Path, trained: Trained) -> list[list[int]]:
+def counted_by_transformers(folder: Path, trained: Trained) -> list[list[int]]:
     """Choices of each layer's experts on the validation rows of a run, by the routers of transformers."""
     from transformers import AutoModelForCausalLM
 
@@ -183,39 +183,42 @@ def counted_by_transformers(folder: Path, rows: Path, trained: Trained) -> list[
 def test_the_health_of_experts(pool: RankPool, tmp_path: Path) -> None:
     """The load of every expert, as transformers counts it, the same at every layout; padding does not count."""
     start = str(tiny_start(tmp_path, "qwen3_moe")), str(write_rows(tmp_path / "rows.jsonl"))
+    losses: dict[str, Any] = {"moe_aux_loss_coeff": 0.01, "moe_z_loss_coeff": 0.001}
+    padded: dict[str, Any] = {
+        "padding_free": False,
+        "batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "gradient_checkpointing": True,
+    }
     found = {}
-    for name, (processes, layout) in {
-        "one": (1, {}),
-        "ep2": (2, {"ep": 2}),
-        "tp2": (2, {"tp": 2}),
-        "cp2": (2, {"cp": 2, "ep": 2}),
-        "pp2": (4, {"pp": 2, "tp": 2, "sequence_parallel": True, "ep": 2}),
-        "padded": (1, {"padding_free": False, "batch_size": 2, "gradient_accumulation_steps": 2, "gradient_checkpointing": True}),
-    }.items():  # fmt: skip
-        made = run(pool, tmp_path / name, start, processes, **{"moe_aux_loss_coeff": 0.01, "moe_z_loss_coeff": 0.001, **layout})
+    for name, processes, layout in (
+        ("one", 1, losses),
+        ("ep2", 2, {"ep": 2, **losses}),
+        ("tp2", 2, {"tp": 2, **losses}),
+        ("cp2", 2, {"cp": 2, "ep": 2, **losses}),
+        ("pp2", 4, {"pp": 2, "tp": 2, "sequence_parallel": True, "ep": 2, **losses}),
+        ("plain", 1, {}),
+        ("padded", 1, padded),  # micro batches are others, and so are losses of a micro batch's routers: without them
+    ):
+        made = run(pool, tmp_path / name, start, processes, **layout)
         found[name] = json.loads((made.directory / "experts.json").read_text(encoding="utf-8"))
         page = (made.directory / "experts.html").read_text(encoding="utf-8")
-        assert (
-            "before training" in page
-            and "<svg" in page
-            and "balancing loss" in "".join(map(line, [summary(found[name]["window"])]))
-        )
+        assert "before training" in page and "<svg" in page
+        assert ("balancing loss" in line(summary(found[name]["window"]))) == ("moe_aux_loss_coeff" in layout)
         rows = [row for row in made.rows if "expert_busiest" in row]
-        assert len(rows) == STEPS and all(0 < row["aux_loss"] < 10 and row["router_entropy"] <= 1 for row in rows)
+        assert len(rows) == STEPS and all(row["router_entropy"] <= 1 and 0 < row.get("aux_loss", 1) < 10 for row in rows)
         if name == "one":
-            assert [layer["load"] for layer in found["one"]["before"]] == counted_by_transformers(
-                tmp_path / "hf", Path(start[1]), made
-            )
-    one = found["one"]
+            assert [layer["load"] for layer in found["one"]["before"]] == counted_by_transformers(tmp_path / "hf", made)
     for name, other in found.items():
+        one = found["plain" if name == "padded" else "one"]
         assert [layer["load"] for layer in other["before"]] == [layer["load"] for layer in one["before"]], name
         for mine, layer in zip(other["window"], one["window"], strict=True):
             assert mine["tokens"] == layer["tokens"] and sum(mine["load"]) == 2 * mine["tokens"]
-            # A near tie may fall to the other side; with padding micro batches, and so the balancing loss, are others.
-            assert sum(abs(a - b) for a, b in zip(mine["load"], layer["load"])) <= (40 if name == "padded" else 4), name
-            assert mine["drift"] == pytest.approx(layer["drift"], rel=0.05) and mine["drift"] > 0
-            assert mine["router_entropy"] == pytest.approx(layer["router_entropy"], rel=2e-2 if name == "padded" else 1e-3)
-            if name != "padded":  # its micro batches are others
+            if name != "plain":  # a near tie may fall to the other side
+                assert sum(abs(a - b) for a, b in zip(mine["load"], layer["load"])) <= 4, name
+                assert mine["drift"] == pytest.approx(layer["drift"], rel=0.01) and mine["drift"] > 0
+                assert mine["router_entropy"] == pytest.approx(layer["router_entropy"], rel=1e-3)
+            if "aux_loss" in layer and name != "plain":
                 assert mine["aux_loss"] == pytest.approx(layer["aux_loss"], rel=1e-2)
                 assert mine["z_loss"] == pytest.approx(layer["z_loss"], rel=1e-3)
 
