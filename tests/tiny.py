@@ -34,6 +34,9 @@ def tiny_model(name: str, seed: int = 0, **changes: Any) -> Any:
                 parameter.copy_(torch.rand_like(parameter) + 0.5)
             else:  # routers are decided: no two experts are nearly as good for a token
                 parameter.copy_(torch.randn_like(parameter) * (0.5 if place.endswith(ROUTERS) else 0.08))
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):
+                buffer.copy_(torch.rand_like(buffer) * 0.2)
     return model.eval()
 
 

@@ -217,10 +217,13 @@ class _Runs:
         """(name, engine's tensor, reference's tensor) of every Hugging Face tensor after a step."""
         import torch
 
-        wanted = as_stored(parameters_of(self.start.config), wanted)
+        parameters = parameters_of(self.start.config)
+        wanted = as_stored(parameters, wanted)
+        buffers = {part.name for parameter in parameters if not parameter.trained for part in parameter.hf}
         reader = Reader(iteration_directory(self.out / "engine" / part, step))
         for planned in planned_hf_tensors(reader, self.start.config, Precisions(torch.float32)):
-            yield planned.name, planned.produce(), wanted[planned.name].cpu()
+            if planned.name not in buffers:
+                yield planned.name, planned.produce(), wanted[planned.name].cpu()
 
     def layouts(self, layouts: list[Layout]) -> str | None:
         """The engine at each layout against the first."""

@@ -89,7 +89,7 @@ class Seen:
 
 
 class Router(torch.nn.Module):
-    """Softmax over all experts, of which each token goes to those with the largest scores.
+    """Softmax over all experts, or sigmoid of each; a token goes to those with the largest scores.
 
     Every tensor-parallel rank holds the whole weight and routes its own part of the tokens. Under sequence parallelism
     Megatron-Core adds up the parts of the gradient, by the mark on the weight; else this module does, over `sum_group`.
@@ -110,7 +110,9 @@ class Router(torch.nn.Module):
         shape = (experts.count, config.hidden_size)
         self.weight = torch.nn.Parameter(torch.zeros(shape, dtype=config.params_dtype, device=device))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.register_buffer("expert_bias", torch.zeros(experts.count, device=device) if experts.bias else None)
         self.seen: Seen | None = None
+        self.expert_bias: Tensor | None
         self.watching = False  # whether to note what happens outside of training as well
 
     def forward(self, x: Tensor, padding: Tensor | None = None, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -121,20 +123,47 @@ class Router(torch.nn.Module):
             weight: of the micro batch, see Counted; None: nothing is noted.
         """
         logits = _RouterLogits.apply(x, self.weight, self.dtype, self.sum_group)
-        scores = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-        weights, chosen = scores.topk(self.experts.chosen, dim=-1)
-        if self.experts.renormalise:
-            weights = weights / weights.sum(-1, keepdim=True)
-        weights = weights.float()
+        how, wide = self.experts, torch.promote_types(logits.dtype, torch.float32)
+        if how.score == "softmax":
+            scores = logits.softmax(-1, dtype=wide)
+            weights, chosen = scores.topk(how.chosen, dim=-1)
+        else:
+            scores = logits.to(wide).sigmoid()
+            chosen = self._chosen(scores.detach())
+            weights = scores.gather(1, chosen)
+        if how.renormalise:
+            weights = weights / (weights.sum(-1, keepdim=True) + (0.0 if how.score == "softmax" else 1e-20))
+        weights = (weights if how.factor == 1.0 else weights * how.factor).float()
         # A layer whose activations are computed again runs twice; the second time is the one with gradients.
         if weight is not None and (self.watching or (self.training and torch.is_grad_enabled())):
             weights = self._noted(weights, logits, scores, chosen, padding, weight)
         return weights, chosen
 
+    def _chosen(self, scores: Tensor) -> Tensor:
+        """Numbers of the experts with the largest scores, bias and groups taken into account: [t, e] to [t, chosen]."""
+        how = self.experts
+        scores = scores if self.expert_bias is None else scores + self.expert_bias
+        if how.groups > 1:
+            grouped = scores.unflatten(-1, (how.groups, -1))
+            best = grouped.topk(2, dim=-1).values.sum(-1).topk(how.kept, dim=-1).indices
+            kept = torch.zeros(grouped.shape[:2], dtype=torch.bool, device=scores.device).scatter_(1, best, True)
+            scores = grouped.masked_fill(~kept.unsqueeze(-1), -torch.inf).flatten(1)
+        return scores.topk(how.chosen, dim=-1).indices
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """The bias stays in fp32 whatever the model is cast to, as transformers keeps it: its differences are small."""
+        bias = self.expert_bias
+        made = super()._apply(fn, recurse)
+        if bias is not None:
+            self.expert_bias = bias.to(self.weight.device)
+        return made
+
     def _noted(
         self, weights: Tensor, logits: Tensor, scores: Tensor, chosen: Tensor, padding: Tensor | None, weight: Tensor
     ) -> Tensor:
         """Note what was chosen, and give the weights with the router's own losses hanging on them."""
+        if self.experts.score != "softmax":
+            scores = scores / scores.sum(-1, keepdim=True)
         counts = scores.new_ones(len(scores)) if padding is None else (~padding).to(scores.dtype)
         with torch.no_grad():
             load = counts.new_zeros(self.experts.count)

@@ -40,7 +40,15 @@ def expert_sizes(kinds: Sequence[Kind]) -> dict[str, int]:
 
 
 def expert_rules(
-    router: str, gate: str, up: str, down: str, *, norm: str, loaded: str, loaded_router: str | None = None
+    router: str,
+    gate: str,
+    up: str,
+    down: str,
+    *,
+    norm: str,
+    loaded: str,
+    loaded_router: str | None = None,
+    bias: str | None = None,
 ) -> tuple[Rule, ...]:
     """The tensors of a layer of experts: the norm before them, the router, and each expert's matrices.
 
@@ -48,9 +56,10 @@ def expert_rules(
         router, gate, up, down, norm: names in a Hugging Face folder, with `{e}` for the expert.
         loaded: where transformers holds all experts once loaded, as `gate_up_proj` and `down_proj`.
         loaded_router: where it holds the router's weight, if not under the folder's name.
+        bias: the bias by which experts are chosen, where there is one.
     """
     one = _MLP + "experts.local_experts.{e}."
-    rules = (
+    rules: tuple[Rule, ...] = (
         copy(_NORM, norm, ("hidden",)),
         replace(copy(_MLP + "router.weight", router, ("experts", "hidden")), loaded=loaded_router),
         replace(gate_up(one + "linear_fc1.weight", (gate, up), "expert_ffn"), loaded=loaded + "gate_up_proj"),
@@ -58,6 +67,8 @@ def expert_rules(
             copy(one + "linear_fc2.weight", down, ("hidden", "expert_ffn"), split=1), loaded=loaded + "down_proj"
         ),
     )  # fmt: skip
+    if bias is not None:
+        rules += (replace(copy(_MLP + "router.expert_bias", bias, ("experts",)), trained=False),)
     return only(rules, has_experts)
 
 

@@ -16,7 +16,11 @@ class Experts:
         count: how many there are.
         chosen: how many each token goes to.
         ffn: rows of the gate, and of the up projection, of one expert.
-        renormalise: whether the weights of the chosen experts, softmax over all, are divided by their sum.
+        score: "softmax" over all experts, or "sigmoid" of each by itself.
+        renormalise: whether the scores of the chosen experts are divided by their sum.
+        factor: what the weights are multiplied by then.
+        groups, kept: experts are chosen within the `kept` of so many groups whose two best scores sum up highest; 1: among all.
+        bias: whether a bias, which training leaves alone, is added to the scores for the choice, but not to the weights.
         shared_ffn: the same rows of an expert beside them that every token goes to; 0: there is none.
         shared_gate: whether each token weighs what that expert gives by a gate of its own.
     """
@@ -24,7 +28,12 @@ class Experts:
     count: int
     chosen: int
     ffn: int
+    score: str = "softmax"
     renormalise: bool = True
+    factor: float = 1.0
+    groups: int = 1
+    kept: int = 1
+    bias: bool = False
     shared_ffn: int = 0
     shared_gate: bool = False
 

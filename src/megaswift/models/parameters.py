@@ -257,6 +257,7 @@ class Parameter:
         padded: whether Megatron may hold more rows (vocabulary padding).
         loaded: the name under which transformers holds it once loaded (with all experts in one tensor), where that is not
             the name of its one Hugging Face tensor.
+        trained: False for a buffer, which has no gradient and no optimizer state.
     """
 
     name: str
@@ -268,6 +269,7 @@ class Parameter:
     arrangement: Arrangement
     padded: bool = False
     loaded: str | None = None
+    trained: bool = True
 
     @property
     def global_shape(self) -> Shape:

@@ -51,6 +51,7 @@ class Rule:
         transposed: the folder holds rows and columns exchanged.
         loaded: the name under which transformers holds it once loaded, where that is not the folder's: of all experts as one
             tensor, each as the Megatron tensor has it.
+        trained: False for a buffer, which has no gradient.
     """
 
     megatron: str
@@ -62,6 +63,7 @@ class Rule:
     stacked: bool = False
     transposed: bool = False
     loaded: str | None = None
+    trained: bool = True
 
 
 def copy(megatron: str, hf: str, shape: tuple[str, ...], split: int | None = None) -> Rule:
@@ -161,6 +163,7 @@ def _of_layer(
                 hf=hf,
                 arrangement=arrangement,
                 padded=rule.padded,
+                trained=rule.trained,
                 loaded=None if rule.loaded is None else rule.loaded.format(i=layer),
             )
         )

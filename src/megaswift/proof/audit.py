@@ -119,7 +119,8 @@ def _mlps(theirs: list[Any], ours: list[Any]) -> list[tuple[str, Any, Any]]:
     if any(experts):
         twin, mlp = theirs[experts.index(True)], ours[experts.index(True)]
         gate, router = getattr(twin, "gate", None) or twin.router, mlp.router.experts
-        shared, shared_gate = getattr(twin, "shared_expert", None), getattr(twin, "shared_expert_gate", None)
+        shared = getattr(twin, "shared_expert", None) or getattr(twin, "shared_experts", None)
+        shared_gate = getattr(twin, "shared_expert_gate", None)
         rows += [
             (
                 "layers with experts",
@@ -129,6 +130,7 @@ def _mlps(theirs: list[Any], ours: list[Any]) -> list[tuple[str, Any, Any]]:
             ("experts, rows of one", list(twin.experts.gate_up_proj.shape[:2]), list(mlp.experts.linear_fc1.weight.shape[:2])),
             ("num_experts_per_tok", int(gate.top_k), router.chosen),
             ("norm_topk_prob", bool(getattr(gate, "norm_topk_prob", True)), router.renormalise),
+            *_choices(gate, mlp.router),
             (
                 "shared expert",
                 None if shared is None else shared.gate_proj.weight.shape[0],
@@ -143,6 +145,17 @@ def _mlps(theirs: list[Any], ours: list[Any]) -> list[tuple[str, Any, Any]]:
             ("mlp_bias", twin.gate_proj.bias is not None, mlp.linear_fc1.bias is not None),
         ]
     return rows
+
+
+def _choices(gate: Any, router: Any) -> list[tuple[str, Any, Any]]:
+    """Rows on a choice by sigmoid, groups and bias; none for routers that know none of it."""
+    how, bias = router.experts, getattr(gate, "e_score_correction_bias", None)
+    rows: list[tuple[str, Any, Any]] = [
+        ("routed_scaling_factor", float(getattr(gate, "routed_scaling_factor", 1.0)), float(how.factor)),
+        ("n_group, topk_group", (getattr(gate, "num_group", 1), getattr(gate, "topk_group", 1)), (how.groups, how.kept)),
+        ("e_score_correction_bias", bias is not None, router.expert_bias is not None),
+    ]
+    return rows if bias is not None or any(row[1] != row[2] for row in rows) else []
 
 
 def _factors(config: Any, theirs: Any, ours: Any) -> list[tuple[str, Any, Any]]:

@@ -67,6 +67,9 @@ def hf_stream(config: PreTrainedConfig, source: HFCheckpoint, precisions: Precis
     with _META:
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
     _real_buffers(model, config)
+    for name, buffer in model.named_buffers():
+        if name in source.table:
+            buffer.copy_(source.tensor(name))
     model.eval()
     tied = is_tied(config)
     loaded: dict[str, list[Parameter]] = {}
@@ -137,6 +140,8 @@ def megatron_stream(config: PreTrainedConfig, reader: MegatronReader) -> Streame
         own = {part: f"{name}.{part}" for part, _ in module.named_parameters(recurse=False)}
         if own:
             _stream(module, own, load, release)
+        for part in [part for part in dict(module.named_buffers(recurse=False)) if f"{name}.{part}" in parameters]:
+            module._buffers[part] = load(f"{name}.{part}").float()
     if is_tied(config):
         _lend_embedding(model.output_layer, load)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ class Gradients:
         result = {}
         for name, item in state.items():
             if isinstance(item, ShardedTensor):
-                gradient = item.data.main_grad / self.divisor
+                own = getattr(item.data, "main_grad", None)  # a buffer has none
+                gradient = torch.zeros_like(item.data, dtype=torch.float32) if own is None else own / self.divisor
                 result[name] = replace(item, data=gradient, dtype=gradient.dtype)
             elif isinstance(item, ShardedTensorFactory):
                 result[name] = replace(item, data=item.data.main_grad / self.divisor)

@@ -1,0 +1,75 @@
+"""dots.llm1: Qwen3's attention; experts chosen by sigmoid and a bias, within groups, beside one that every token goes to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megaswift.models.experts import ROUTING_FIELDS, dense_mlp, expert_rules, kind_with, shared_rules, without_mlp
+from megaswift.models.families.qwen3 import QWEN3
+from megaswift.models.family import Family, decoder_settings
+from megaswift.models.kinds import Experts, Kind
+
+_LAYER = "model.layers.{i}."
+_EXPERT, _SHARED = _LAYER + "mlp.experts.{e}.", _LAYER + "mlp.shared_experts."
+
+
+def _kind(config: Any, layer: int) -> Kind:
+    if layer < config.first_k_dense_replace:
+        return Kind(qk_norm=True)
+    experts = Experts(
+        config.n_routed_experts,
+        config.num_experts_per_tok,
+        config.moe_intermediate_size,
+        score="sigmoid",
+        renormalise=bool(config.norm_topk_prob),
+        factor=float(config.routed_scaling_factor),
+        groups=config.n_group,
+        kept=config.topk_group,
+        bias=True,
+        shared_ffn=config.moe_intermediate_size * config.n_shared_experts,
+    )
+    return kind_with(experts, qk_norm=True)
+
+
+DOTS1 = Family(
+    name="dots1",
+    hf_types=("dots1",),
+    rules=without_mlp(QWEN3.rules)
+    + dense_mlp(QWEN3.rules)
+    + expert_rules(
+        _LAYER + "mlp.gate.weight",
+        _EXPERT + "gate_proj.weight",
+        _EXPERT + "up_proj.weight",
+        _EXPERT + "down_proj.weight",
+        norm=_LAYER + "post_attention_layernorm.weight",
+        loaded=_LAYER + "mlp.experts.",
+        bias=_LAYER + "mlp.gate.e_score_correction_bias",
+    )
+    + shared_rules(_SHARED + "gate_proj.weight", _SHARED + "up_proj.weight", _SHARED + "down_proj.weight"),
+    settings=decoder_settings,
+    kind=_kind,
+    extra_fields=ROUTING_FIELDS
+    | {"n_routed_experts", "n_shared_experts", "n_group", "topk_group", "first_k_dense_replace", "routed_scaling_factor"},
+    tiny=dict(
+        hidden_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=16,
+        intermediate_size=96,
+        moe_intermediate_size=24,
+        n_routed_experts=8,
+        num_experts_per_tok=3,
+        n_shared_experts=1,
+        n_group=4,
+        topk_group=2,
+        norm_topk_prob=True,
+        routed_scaling_factor=2.5,
+        first_k_dense_replace=1,
+        layer_types=["full_attention"] * 4,
+        sliding_window=None,
+        vocab_size=130,
+        max_position_embeddings=256,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    ),
+)
