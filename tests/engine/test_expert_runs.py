@@ -103,6 +103,20 @@ def test_a_run_is_exported_and_proven(pool: RankPool, tmp_path: Path) -> None:
         assert torch.equal(planned.produce(), source.tensor(planned.name))
 
 
+def test_the_bias_of_routers_stays(pool: RankPool, tmp_path: Path) -> None:
+    """No update, no rounding: trained in bf16 at ep 2, gone on with at tp 2, exported, it is the source's, bit for bit, in fp32."""
+    start = str(tiny_start(tmp_path, "dots1")), str(write_rows(tmp_path / "rows.jsonl"))
+    spread = run(pool, tmp_path / "run", start, 2, ep=2, dtype="bf16", max_steps=2)
+    run(pool, tmp_path / "unused", start, 2, tp=2, resume_from_checkpoint=str(spread.directory))
+    words = dict(ckpt_dir=str(spread.directory), to_hf=True, verify=False, hf_output_dir=str(tmp_path / "hf_out"))
+    folder, source = HFCheckpoint.open(export_main(ExportArguments(**words))), HFCheckpoint.open(tmp_path / "hf")
+    names = [name for name in source.names if name.endswith("correction_bias")]
+    assert len(names) == 3
+    for name in names:
+        assert folder.tensor(name).dtype == torch.float32 and torch.equal(folder.tensor(name), source.tensor(name)), name
+    assert folder.dtype("model.layers.1.mlp.experts.0.up_proj.weight") == torch.bfloat16
+
+
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "experts": (dict(ep=3), "--ep 3 does not divide the 8 experts"),
     "rows": (dict(etp=5), "--etp 5 does not divide the 24 rows"),

@@ -277,3 +277,28 @@ def test_gradients_are_whole_where_experts_are_shared_out(tiny_folders: Any, poo
         for key in found["one"].keys:
             wanted, value = found["one"].read(key), found[name].read(key)
             assert (value - wanted).abs().max() < 2e-5 * wanted.abs().max(), (name, key)
+
+
+def logits_at(folder: str, release: str, layout: dict[str, int]) -> tuple[int, torch.Tensor]:
+    """On one rank: its tensor-parallel number, and its part of the logits of all rows."""
+    with join(layout), torch.no_grad():
+        from megatron.core import parallel_state
+
+        model = built(folder, release, layout)
+        model.eval()
+        tokens, _ = rows(load_config(Path(folder)).vocab_size)
+        parts = [model(tokens[k : k + 1], torch.arange(LENGTH)[None]) for k in range(len(tokens))]
+        return parallel_state.get_tensor_model_parallel_rank(), torch.cat(parts)
+
+
+@pytest.mark.parametrize("name", ["ep2", "tp2, sp", "tp2", "tp2, ep2, etp2, sp"])
+def test_logits_are_those_of_transformers(name: str, family: Any, pool: RankPool) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder, release, layout = *family[:2], LAYOUTS[name]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        wanted = model(rows(model.config.vocab_size)[0], use_cache=False).logits
+    parts = dict(pool.run(layout["world"], logits_at, folder, release, layout))
+    found = torch.cat([parts[rank] for rank in sorted(parts)], dim=-1)[..., : model.config.vocab_size]
+    assert (found - wanted).abs().max() < 5e-6

@@ -246,6 +246,8 @@ _REGISTERED = (
     _moe("mixtral-moe-8x22b-v1", _AIM + "Mixtral-8x22B-v0.1", "mistral-community/Mixtral-8x22B-v0.1", "mixtral"),
     _moe("olmoe-1b-7b-0125", "allenai/OLMoE-1B-7B-0125", "allenai/OLMoE-1B-7B-0125", "olmoe"),
     _moe("olmoe-1b-7b-0125-instruct", "allenai/OLMoE-1B-7B-0125-Instruct", "allenai/OLMoE-1B-7B-0125-Instruct", "olmoe"),
+    _moe("dots_llm1-base", "rednote-hilab/dots.llm1.base", "rednote-hilab/dots.llm1.base", "dots1"),
+    _moe("dots_llm1-inst", "rednote-hilab/dots.llm1.inst", "rednote-hilab/dots.llm1.inst", "dots1"),
     _moe("granite3_1-1b-a400m-base", _GRANITE + "1b-a400m-base", _GRANITE + "1b-a400m-base", "granitemoe"),
     _moe("granite3_1-1b-a400m-instruct", _GRANITE + "1b-a400m-instruct", _GRANITE + "1b-a400m-instruct", "granitemoe"),
     _moe("granite3_1-3b-a800m-base", _GRANITE + "3b-a800m-base", _GRANITE + "3b-a800m-base", "granitemoe"),

@@ -22,6 +22,8 @@ def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     Args:
         ends: int32 [e], the row after each expert's last; an expert may have none.
     """
+    if not len(x):  # no token of any rank chose an expert of this one
+        return x.new_zeros((0, weight.shape[-1]))
     if x.is_cuda and x.dtype != torch.bfloat16:  # the kernel of GPUs takes bf16 alone
         parts = x.split(ends.diff(prepend=ends.new_zeros(1)).tolist())
         return torch.cat([part @ matrix for part, matrix in zip(parts, weight)])
@@ -30,6 +32,8 @@ def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 def grouped_outer(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     """The gradient of each expert's matrix: grad [t, n], x [t, k], both sorted by expert -> [e, n, k]; zeros where it has no row."""
+    if not len(x):
+        return x.new_zeros((len(ends), grad.shape[-1], x.shape[-1]))
     if x.is_cuda and x.dtype != torch.bfloat16:
         counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
         return torch.stack([g.t() @ part for g, part in zip(grad.split(counts), x.split(counts))])
