@@ -15,12 +15,12 @@ from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
-    set_tensor_model_parallel_attributes,
 )
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megaswift.megatron.compat import mark_split
 from megaswift.megatron.kernels.activation_offload import offload_activations
 from megaswift.megatron.kernels.attention import describe
 from megaswift.megatron.kernels.fp8_linear import Fp8LinearOps
@@ -334,9 +334,9 @@ def _mark_split_weights(model: torch.nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)) and module.weight is not None:
-            set_tensor_model_parallel_attributes(module.weight, True, 0, 1)
+            mark_split(module.weight, 0)
         elif isinstance(module, RowParallelLinear):
-            set_tensor_model_parallel_attributes(module.weight, True, 1, 1)
+            mark_split(module.weight, 1)
 
 
 def run_micro_batch(model: Any, batch: MicroBatch, objective: Objective) -> Any:

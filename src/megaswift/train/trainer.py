@@ -263,7 +263,7 @@ def wait_for_whole_layers(ddp: DistributedDataParallel, model: ChatModel) -> Non
 
     Megatron-Core's hooks wait when a module is called; our fused operations take weights from modules that are not.
     """
-    wait = ddp._make_forward_pre_hook()
+    wait = compat.wait_for_weights(ddp)
 
     def hook(parts: list[torch.nn.Module]) -> Any:
         def wait_for_all(*_: Any) -> None:
