@@ -229,7 +229,10 @@ def _shares(plan: Plan) -> str:
 
 
 def _stages(plan: Plan) -> str:
-    """How many layers each pipeline stage has, where they differ."""
+    """How many layers each pipeline stage has, where they differ, and in which chunks."""
+    if plan.vpp > 1:
+        parts = [" + ".join(map(str, plan.stages[rank :: plan.pp])) for rank in range(plan.pp)]
+        return f" ({', '.join(dict.fromkeys(parts))} layers in {plan.vpp} chunks)"
     return f" ({', '.join(map(str, plan.stages))} layers)" if len(set(plan.stages)) > 1 else ""
 
 

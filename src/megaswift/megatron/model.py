@@ -20,6 +20,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megaswift.megatron.chunks import Chunks
 from megaswift.megatron.compat import mark_split
 from megaswift.megatron.kernels.activation_offload import offload_activations
 from megaswift.megatron.kernels.attention import describe
@@ -54,13 +55,14 @@ class ModelOptions:
     dtype: str
     padded_vocab: int
     cp: int = 1
+    vpp: int = 1  # chunks of a pipeline stage
     sequence_parallel: bool = False
     recompute: bool = False
     deterministic: bool = False
     flash_attention: bool | None = None
     variable_lengths: bool = False
     fp8: bool = False
-    offloaded_layers: int = 0  # of this stage, from its first on: their activations go to host memory
+    offloaded_layers: int = 0  # of this process, from its first on: their activations go to host memory
 
 
 class ChatModel(GPTModel):
@@ -254,7 +256,8 @@ def transformer_config(config: PreTrainedConfig, options: ModelOptions) -> Trans
         # Where any layer has these norms their gradients are summed over tensor-parallel ranks.
         qk_layernorm=any(kind.qk_norm for kind in family.layers(config)),
         hetereogenous_dist_checkpoint=family.is_mixed(config),
-        pipeline_model_parallel_layout=pipeline_layout(config, options.pp),
+        pipeline_model_parallel_layout=pipeline_layout(config, options.pp, options.vpp),
+        virtual_pipeline_model_parallel_size=options.vpp if options.vpp > 1 else None,
         activation_func=F.silu,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
@@ -277,7 +280,9 @@ def transformer_config(config: PreTrainedConfig, options: ModelOptions) -> Trans
         perform_initialization=False,
         calculate_per_token_loss=True,
         deterministic_mode=options.deterministic,
-        batch_p2p_comm=torch.cuda.is_available(),
+        # Chunks that take turns receive from both neighbours, which are one at pp 2: what is sent in a batch would be mixed up.
+        overlap_p2p_comm=options.vpp > 1,
+        batch_p2p_comm=torch.cuda.is_available() and options.vpp == 1,
     )
     built.flash_attention = options.flash_attention  # read by backend.CoreAttention
     # Not Megatron-Core's own `fp8`, which asks for TransformerEngine. Read by ColumnParallel, RowParallel and FusedMLP.
@@ -285,25 +290,36 @@ def transformer_config(config: PreTrainedConfig, options: ModelOptions) -> Trans
     return built
 
 
-def pipeline_layout(config: PreTrainedConfig, pp: int) -> list[list[str]] | None:
-    """Megatron-Core's description of stages that have different numbers of layers; None where all have as many."""
-    counts = stage_layers(config, pp)
+def pipeline_layout(config: PreTrainedConfig, pp: int, vpp: int = 1) -> list[list[str]] | None:
+    """Megatron-Core's description of (virtual) stages with different numbers of layers; None where all have as many."""
+    counts = stage_layers(config, pp, vpp)
     if len(set(counts)) == 1:
         return None
-    stages = [["decoder"] * count for count in counts]
-    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
+    parts = [["decoder"] * count for count in counts]
+    return [["embedding", *parts[0]], *parts[1:-1], [*parts[-1], "loss"]]
 
 
-def build(config: PreTrainedConfig, options: ModelOptions) -> ChatModel:
+def build(config: PreTrainedConfig, options: ModelOptions) -> ChatModel | Chunks:
     """The model of this process's pipeline stage and tensor-parallel part, its weights not yet loaded (zeros).
 
-    Needs the process groups of `ranks.joined`.
+    Needs the process groups of `ranks.joined`. Several chunks of a stage share one config.
     """
+    megatron_config, left, chunks = transformer_config(config, options), options.offloaded_layers, []
+    for number in range(options.vpp):
+        chunks.append(_chunk(config, options, megatron_config, number, left))
+        left -= min(left, len(chunks[-1].decoder.layers))
+    return Chunks(chunks) if options.vpp > 1 else chunks[0]
+
+
+def _chunk(
+    config: PreTrainedConfig, options: ModelOptions, megatron_config: TransformerConfig, number: int, offloaded_layers: int
+) -> ChatModel:
+    """One chunk of this stage; as many of its layers as it has, and no more than asked for, are offloaded."""
     from megatron.core import parallel_state
 
-    megatron_config = transformer_config(config, options)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    stage, counts = parallel_state.get_pipeline_model_parallel_rank(), stage_layers(config, options.pp)
+    stage = number * options.pp + parallel_state.get_pipeline_model_parallel_rank()
+    counts = stage_layers(config, options.pp, options.vpp)
     first = sum(counts[:stage])
     kinds = family_of(config.model_type).layers(config)[first : first + counts[stage]]
     model = ChatModel(
@@ -311,8 +327,9 @@ def build(config: PreTrainedConfig, options: ModelOptions) -> ChatModel:
         transformer_layer_spec=block_spec(kinds),
         vocab_size=options.padded_vocab,
         max_sequence_length=config.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=stage == 0,
+        post_process=stage == len(counts) - 1,
+        vp_stage=number if options.vpp > 1 else None,
         share_embeddings_and_output_weights=is_tied(config),
         ropes=rotary_tables(config, kinds, device),
         true_vocab=config.vocab_size,
@@ -321,8 +338,8 @@ def build(config: PreTrainedConfig, options: ModelOptions) -> ChatModel:
         for parameter in model.parameters():
             parameter.zero_()  # rows of vocabulary padding stay zero, whatever the checkpoint brings
     _mark_split_weights(model)
-    if options.offloaded_layers:
-        offload_activations(model.decoder, options.offloaded_layers)
+    if offloaded_layers:
+        offload_activations(model.decoder, min(offloaded_layers, len(kinds)))
     return fuse_embedding(model.to(device))
 
 

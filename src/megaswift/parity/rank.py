@@ -33,7 +33,7 @@ def run(job: Job) -> None:
     """The steps of a job; losses go to steps.jsonl in the job's directory, gradients and weights beside it if asked for."""
     plan, args = job.plan, SftArguments(**job.options)
     out = Path(plan.megatron["save"])
-    with deterministic(args.deterministic), process_groups.joined(plan.tp, plan.pp, args.seed, plan.cp) as rank:
+    with deterministic(args.deterministic), process_groups.joined(plan.tp, plan.pp, args.seed, plan.cp, vpp=plan.vpp) as rank:
         trainer, _ = restore_trainer(job, args)
         try:
             batches, _ = open_batches(job, args, rank)

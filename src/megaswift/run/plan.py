@@ -16,7 +16,7 @@ from megaswift.config.options import SftArguments
 from megaswift.errors import DataError, UserError
 from megaswift.models import parameters_of
 from megaswift.models.family import sizes_of, trained_length
-from megaswift.models.stages import stage_layers, stage_weights
+from megaswift.models.stages import by_rank, passes_in_flight, stage_layers, stage_weights
 from megaswift.run import table
 
 if TYPE_CHECKING:
@@ -56,7 +56,10 @@ class Plan:
     host_bytes: dict[str, int] = field(
         default_factory=dict
     )  # in the fullest rank's host memory: optimizer, activations at most
-    stages: list[int] = field(default_factory=list)  # layers of each pipeline stage
+    stages: list[int] = field(
+        default_factory=list
+    )  # layers of each pipeline stage; of each chunk of each, in the order of the computation
+    vpp: int = 1
 
     @property
     def train_iters(self) -> int:
@@ -77,8 +80,9 @@ class Plan:
 
 
 def check_layout(
-    config: PreTrainedConfig, tp: int, pp: int, world_size: int | None = None, sequence_parallel: bool = False, cp: int = 1
-) -> None:
+    config: PreTrainedConfig, tp: int, pp: int, world_size: int | None = None, sequence_parallel: bool = False, cp: int = 1,
+    vpp: int = 1,
+) -> None:  # fmt: skip
     """Raise UserError unless the model can be split this way; `world_size` None leaves the processes out."""
     sizes = sizes_of(config)
     if min(tp, pp, cp) < 1:
@@ -97,6 +101,7 @@ def check_layout(
             where="--pp",
             fix=f"use at most {sizes.layers}",
         )
+    _check_chunks(sizes.layers, pp, vpp)
     if sequence_parallel and tp == 1:
         raise UserError(
             "--sequence_parallel true needs --tp above 1.", where="--sequence_parallel", fix="leave it out, or raise --tp"
@@ -110,6 +115,42 @@ def check_layout(
             where="NPROC_PER_NODE x NNODES",
             fix=f"NPROC_PER_NODE={tp * pp * cp}, or another --tp / --pp{shared} whose product divides {world_size}",
         )
+
+
+def _check_chunks(layers: int, pp: int, vpp: int) -> None:
+    """Raise UserError unless each stage can have so many chunks."""
+    if vpp == 1:
+        return
+    if pp == 1:
+        raise UserError(
+            f"--vpp {vpp} needs --pp above 1: chunks of one stage have no other stage to wait for.",
+            where="--vpp",
+            fix=f"leave it out{_up_to(layers // vpp)}",
+        )
+    if pp * vpp > layers:
+        raise UserError(
+            f"--pp {pp} x --vpp {vpp} is more than the model's {layers} layers: each chunk has one at least.",
+            where="--vpp",
+            fix=f"use --vpp {layers // pp}" if layers >= 2 * pp else f"leave it out{_up_to(layers // vpp)}",
+        )
+
+
+def _up_to(pp: int) -> str:
+    """The numbers of stages that have as many chunks as were asked for, as another way out."""
+    return "" if pp < 2 else ", or use --pp 2" if pp == 2 else f", or use --pp 2 to {pp}"
+
+
+def _check_turns(args: SftArguments, dp: int, micro_batches: int, global_batch: int) -> None:
+    """Raise UserError where chunks cannot take turns: a stage gives each chunk as many micro batches as there are stages."""
+    if args.vpp == 1 or micro_batches >= args.pp:
+        return
+    rows = args.pp * dp
+    fits = [size for size in _divisors(global_batch) if size * rows <= global_batch and global_batch % (size * dp) == 0]
+    raise UserError(
+        f"--vpp {args.vpp} at --pp {args.pp} needs {args.pp} micro batches a step on each data-parallel rank, there are {micro_batches}.",
+        where="--vpp, --batch_size",
+        fix=f"use --batch_size {max(fits)}, or leave --vpp out" if fits else "leave --vpp out, or use a smaller --pp",
+    )
 
 
 def check_fp8(config: PreTrainedConfig, tp: int, dtype: str) -> None:
@@ -134,7 +175,8 @@ def check_fp8(config: PreTrainedConfig, tp: int, dtype: str) -> None:
 
 def check_offload(args: SftArguments, config: PreTrainedConfig) -> None:
     """Raise UserError unless a process has as many layers as shall be offloaded."""
-    layers, wanted = min(stage_layers(config, args.pp)), args.cpu_offloading_num_layers
+    layers = min(by_rank(stage_layers(config, args.pp, args.vpp), args.pp))
+    wanted = args.cpu_offloading_num_layers
     if not 0 <= wanted <= layers:
         raise UserError(
             f"--cpu_offloading_num_layers {wanted} is not between 0 and the {layers} layers of a process.",
@@ -245,10 +287,12 @@ def make_plan(
         raise UserError("the run would have no step.", where="--num_train_epochs, --max_steps", fix="ask for at least one step")
     accumulation, rest = divmod(values["global_batch_size"], args.batch_size * world_size)
     dp = world_size // (args.tp * args.pp * args.cp)
+    micro_batches = values["global_batch_size"] // (args.batch_size * dp)
+    _check_turns(args, dp, micro_batches, values["global_batch_size"])
     moments = table.MOMENTS.get(args.optim, "fp32")
     if dtype == "fp16":
         _check_fp16(args, moments)
-    rank_bytes, host_bytes = _bytes(args, config, world_size, dtype, moments)
+    rank_bytes, host_bytes = _bytes(args, config, world_size, dtype, moments, micro_batches)
     total = parameter_count(config)
     return Plan(
         model_type=model_type,
@@ -261,7 +305,7 @@ def make_plan(
         padded_vocab=padded_vocab(config.vocab_size, args.tp),
         max_length=args.max_length,
         pad_multiple=(2 * args.cp if args.cp > 1 else 1) * (args.tp if args.sequence_parallel else 1),
-        micro_batches=values["global_batch_size"] // (args.batch_size * dp),
+        micro_batches=micro_batches,
         gradient_accumulation_steps=None if rest else accumulation,
         train_rows=train_rows,
         val_rows=val_rows,
@@ -276,14 +320,15 @@ def make_plan(
         optimizer_cpu_offload=args.optimizer_cpu_offload,
         cpu_offloading_num_layers=args.cpu_offloading_num_layers,
         host_bytes=host_bytes,
-        stages=list(stage_layers(config, args.pp)),
+        stages=list(stage_layers(config, args.pp, args.vpp)),
+        vpp=args.vpp,
     )
 
 
 def _check_run(args: SftArguments, config: PreTrainedConfig, world_size: int, train_rows: int) -> None:
     """Raise UserError or DataError unless options, model, processes and rows go together."""
     check_numbers(args)
-    check_layout(config, args.tp, args.pp, world_size, args.sequence_parallel, args.cp)
+    check_layout(config, args.tp, args.pp, world_size, args.sequence_parallel, args.cp, args.vpp)
     check_offload(args, config)
     if train_rows == 0:
         raise DataError(
@@ -313,10 +358,10 @@ def parameter_count(config: PreTrainedConfig) -> int:
 
 
 def _bytes(
-    args: SftArguments, config: PreTrainedConfig, world_size: int, dtype: str, moments: str
+    args: SftArguments, config: PreTrainedConfig, world_size: int, dtype: str, moments: str, micro_batches: int
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes on the device and in the host memory of the fullest rank: its layers, and embedding and output layer."""
-    weights = max(stage_weights(config, args.pp)) // args.tp
+    weights = max(by_rank(stage_weights(config, args.pp, args.vpp), args.pp)) // args.tp
     data_parallel = world_size // (args.tp * args.pp)
     # Two moments, and an fp32 copy of the weights unless they are fp32 already; shared out over data-parallel ranks.
     each = {"fp32": 8, "bf16": 4, "8bit": 2}[moments] + (0 if dtype == "fp32" else 4)
@@ -325,14 +370,14 @@ def _bytes(
     if args.optimizer_cpu_offload:
         device["optimizer"], host["optimizer"] = 0, state
     if args.cpu_offloading_num_layers:
-        host["activations"] = args.cpu_offloading_num_layers * _layer_activations(args, config) * BYTES[dtype]
+        host["activations"] = args.cpu_offloading_num_layers * _layer_activations(args, config, micro_batches) * BYTES[dtype]
     return device, host
 
 
-def _layer_activations(args: SftArguments, config: PreTrainedConfig) -> int:
+def _layer_activations(args: SftArguments, config: PreTrainedConfig, micro_batches: int) -> int:
     """The most values that a layer keeps for the backward passes of all micro batches in flight, with rows of max_length."""
     sizes = sizes_of(config)
-    tokens = args.batch_size * args.max_length // args.cp * args.pp
+    tokens = args.batch_size * args.max_length // args.cp * passes_in_flight(args.pp, args.vpp, micro_batches)[1]
     if args.gradient_checkpointing:
         return tokens * sizes.hidden // (args.tp if args.sequence_parallel else 1)
     qkv = (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim

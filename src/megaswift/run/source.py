@@ -70,7 +70,7 @@ def resolve_source(args: SftArguments, leads: bool = True) -> TrainingSource:
     args = args.changed(new_special_tokens=listed_tokens(args.new_special_tokens))
     check_numbers(args)
     _check_device(args)
-    check_layout(config, args.tp, args.pp, None, args.sequence_parallel, args.cp)
+    check_layout(config, args.tp, args.pp, None, args.sequence_parallel, args.cp, args.vpp)
     check_offload(args, config)
     _check_tensors(root, checkpoint if converted else None, config)
     manifest = read_manifest(checkpoint) if converted else _folder_precisions(root, config)

@@ -103,6 +103,7 @@ TABLE = (
     Row(("bf16",), "bf16", lambda a, f: f.dtype == "bf16"),
     Row(("tensor_model_parallel_size",), "tp", lambda a, f: a.tp),
     Row(("pipeline_model_parallel_size",), "pp", lambda a, f: a.pp),
+    Row(("virtual_pipeline_model_parallel_size",), "vpp", lambda a, f: a.vpp if a.vpp > 1 else None),
     Row(("seed",), "seed", lambda a, f: a.seed),
     Row(("load",), "resume_from_checkpoint", lambda a, f: f.load),
     Row(("save",), "output_dir", lambda a, f: f.save),

@@ -20,6 +20,7 @@ from megaswift.launch import agent
 from megaswift.launch.signals import StopSignals
 from megaswift.launch.watchdog import Watchdog
 from megaswift.megatron import process_groups
+from megaswift.megatron.chunks import chunks_of
 from megaswift.run.job import Job
 from megaswift.run.plan import Plan
 from megaswift.store.faults import fault_point
@@ -43,7 +44,7 @@ def run(job: Job) -> None:
     with (
         StopSignals(agent.stop_file()) as signals,
         deterministic(args.deterministic),
-        process_groups.joined(plan.tp, plan.pp, args.seed, plan.cp, start_timeout_s=patience) as rank,
+        process_groups.joined(plan.tp, plan.pp, args.seed, plan.cp, start_timeout_s=patience, vpp=plan.vpp) as rank,
     ):
         run_dir = _agreed_run_dir(plan)
         with Watchdog(run_dir, rank.rank, args.start_timeout, args.step_timeout) as watchdog:
@@ -55,7 +56,9 @@ def run(job: Job) -> None:
                 Callbacks(rank.device) as callbacks,
             ):
                 if rank.on_gpu:
-                    log.note(f"attention: {trainer.bare_model.attention_kernel(args.padding_free or args.packing)}")
+                    log.note(
+                        f"attention: {chunks_of(trainer.bare_model)[0].attention_kernel(args.padding_free or args.packing)}"
+                    )
                 training = Training(job, args, rank, run_dir, trainer, train, callbacks, signals)
                 training.attend(log, watchdog, validation, extra)
                 training.run()

@@ -1,6 +1,6 @@
 """What a rank needs before its first step: the trainer as the job's checkpoint has it, and the batches.
 
-with process_groups.joined(plan.tp, plan.pp, args.seed, plan.cp) as rank:
+with process_groups.joined(plan.tp, plan.pp, args.seed, plan.cp, vpp=plan.vpp) as rank:
     trainer, extra = restore_trainer(job, args)
     train, validation = open_batches(job, args, rank)
     result = trainer.step(to_device(train.step(0), rank.device))
@@ -39,6 +39,7 @@ def restore_trainer(job: Job, args: SftArguments) -> tuple[Trainer, dict[str, An
         tp=plan.tp,
         pp=plan.pp,
         cp=plan.cp,
+        vpp=plan.vpp,
         dtype=plan.dtype,
         padded_vocab=plan.padded_vocab,
         sequence_parallel=args.sequence_parallel,

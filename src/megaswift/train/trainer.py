@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megaswift.megatron import compat
+from megaswift.megatron.chunks import Chunks, chunks_of
 from megaswift.megatron.graphs import Graphs
 from megaswift.megatron.kernels.context_parallel import shard_batch
 from megaswift.megatron.kernels.linear_ops import linear_ops_of
@@ -28,6 +29,7 @@ from megaswift.megatron.kernels.main_grad import settle_main_grads, zero_main_gr
 from megaswift.megatron.kernels.megatron_layer import FusedMLP
 from megaswift.megatron.kernels.megatron_optimizer import FusedOptimizer, fuse_optimizer, gradient_norm
 from megaswift.megatron.model import TORCH_DTYPES, ChatModel, run_micro_batch
+from megaswift.models.stages import by_rank, group_of_micro_batches, passes_in_flight
 
 if TYPE_CHECKING:
     from megaswift.data.batches import MicroBatch
@@ -63,7 +65,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: ChatModel,
+        model: ChatModel | Chunks,
         plan: Plan,
         objective: Objective,
         *,
@@ -74,28 +76,30 @@ class Trainer:
     ) -> None:
         self.bare_model, self.objective = model, objective
         compat.use_our_adamw()
-        config = model.config
-        wrapped = Float16Module(config, model) if config.bf16 or config.fp16 else model
+        config, chunks = model.config, chunks_of(model)
         overlap = overlaps(model, overlap_grad_reduce, cuda_graphs)
-        model.graphs = self.graphs = Graphs(model.decoder, cuda_graphs, overlap)
+        self.gathers_late = overlap and overlap_param_gather is not False
+        chunks[0].graphs = self.graphs = Graphs(chunks[0].decoder, cuda_graphs, overlap)
+        settings = DistributedDataParallelConfig(
+            use_distributed_optimizer=True,
+            grad_reduce_in_fp32=True,
+            check_for_nan_in_grad=False,
+            overlap_grad_reduce=overlap,
+            overlap_param_gather=self.gathers_late,
+            bucket_size=BUCKET_SIZE,
+        )
         with self.graphs.stream_of_step():  # the wrapper's hooks belong to the stream that is current here
-            self.model = DistributedDataParallel(
-                config,
-                DistributedDataParallelConfig(
-                    use_distributed_optimizer=True,
-                    grad_reduce_in_fp32=True,
-                    check_for_nan_in_grad=False,
-                    overlap_grad_reduce=overlap,
-                    overlap_param_gather=overlap and overlap_param_gather is not False,
-                    bucket_size=BUCKET_SIZE,
-                ),
-                wrapped,
-            )
-        config.no_sync_func = self.model.no_sync if overlap else None
-        if self.model.ddp_config.overlap_param_gather:
-            wait_for_whole_layers(self.model, model)
+            self.wrapped = [
+                DistributedDataParallel(config, settings, Float16Module(config, chunk) if config.bf16 or config.fp16 else chunk)
+                for chunk in chunks
+            ]
+        waits = [chunk.no_sync for chunk in self.wrapped]
+        config.no_sync_func = (waits if len(waits) > 1 else waits[0]) if overlap else None
+        if self.gathers_late:
+            for wrapped, chunk in zip(self.wrapped, chunks, strict=True):
+                wait_for_whole_layers(wrapped, chunk)
         options = optimizer_config(plan)
-        optimizer = get_megatron_optimizer(options, [self.model], get_standard_config_overrides(options))
+        optimizer = get_megatron_optimizer(options, self.wrapped, get_standard_config_overrides(options))
         # Under fp16 it stays as it was: the loss scaler needs Megatron's own step.
         self.optimizer = fuse_optimizer(optimizer, plan.moments, on_host=plan.optimizer_cpu_offload)
         for chained in optimizer.chained_optimizers:
@@ -114,16 +118,17 @@ class Trainer:
         The wrapper and its gradient hooks hold each other out of Python's sight, and Megatron-Core keeps every config alive,
         whose functions are bound to the trainer.
         """
-        self.model.grad_accs.clear()
-        self.bare_model.graphs = None
+        for wrapped in self.wrapped:
+            wrapped.grad_accs.clear()
+        chunks_of(self.bare_model)[0].graphs = None
         config = self.bare_model.config
         for name in ("grad_scale_func", "finalize_model_grads_func", "no_sync_func", "grad_sync_func", "param_sync_func"):
             setattr(config, name, None)
 
     def settle_weights(self) -> None:
         """Wait until this rank has all new weights; all ranks call it, before anything but a forward pass reads them."""
-        if self.model.ddp_config.overlap_param_gather:
-            self.model.start_param_sync(force_sync=True)
+        for wrapped in self.wrapped if self.gathers_late else ():
+            wrapped.start_param_sync(force_sync=True)
 
     def step(self, batches: list[MicroBatch]) -> StepResult:
         """Update the weights once from this rank's micro batches of one global batch."""
@@ -135,15 +140,17 @@ class Trainer:
         Returns the sums of the global batch, fp64 on the device: losses, weights, and the objective's metrics in their order.
         `gradient_divisor` tells what the gradient buffers must be divided by to be gradients of the mean loss.
         """
-        self.model.train()
-        zero_main_grads(self.model)
+        for wrapped in self.wrapped:
+            wrapped.train()
+            zero_main_grads(wrapped)
         self.optimizer.zero_grad()
         with self.graphs.step(), linear_ops_of(self.bare_model.config).unchanged_weights(len(batches)):
             sums = self._forward_backward(batches, forward_only=False)
         if self.fused:
             self.optimizer.divisor = divisor(sums).float()
         else:
-            self.model.scale_gradients(divisor(sums).float().reciprocal())
+            for wrapped in self.wrapped:
+                wrapped.scale_gradients(divisor(sums).float().reciprocal())
         return sums
 
     def gradient_divisor(self, sums: Tensor) -> float:
@@ -201,13 +208,15 @@ class Trainer:
 
     def _finalize(self, chunks: list[Any], num_tokens: Tensor | None = None, **options: Any) -> None:
         """After the last backward pass: reduce the gradients over ranks; they are divided later, by the sum of weights."""
-        settle_main_grads(self.model)
+        for wrapped in self.wrapped:
+            settle_main_grads(wrapped)
         finalize_model_grads(chunks, None, **options)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[list[MicroBatch]]) -> float:
         """The loss of all batches together: the sum of their losses over the sum of their weights."""
-        self.model.eval()
+        for wrapped in self.wrapped:
+            wrapped.eval()
         total, weight = 0.0, 0.0
         for group in batches:
             summed, more, *_ = self._forward_backward(group, forward_only=True).tolist()
@@ -218,10 +227,14 @@ class Trainer:
         """Run Megatron-Core's schedule; the sums of losses, weights and metrics over the whole global batch (fp64)."""
         if parallel_state.get_context_parallel_world_size() > 1:
             batches = [shard_batch(batch, parallel_state.get_context_parallel_group()) for batch in batches]
+        iterators = [iter(batches) for _ in self.wrapped]
+        if len(self.wrapped) > 1:
+            pp = parallel_state.get_pipeline_model_parallel_world_size()
+            self.bare_model.config.microbatch_group_size_per_vp_stage = group_of_micro_batches(len(batches), pp)
         reports = self.run_schedule(
             forward_step_func=partial(forward_step, self.objective),
-            data_iterator=iter(batches),
-            model=[self.model],
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.wrapped,
             num_microbatches=len(batches),
             seq_length=batches[0].tokens.shape[1],
             micro_batch_size=batches[0].tokens.shape[0],
@@ -245,7 +258,7 @@ def divisor(sums: Tensor) -> Tensor:
     return torch.where(sums[1] > 0, sums[1], torch.ones_like(sums[1]))
 
 
-def overlaps(model: ChatModel, wanted: bool | None, cuda_graphs: str) -> bool:
+def overlaps(model: ChatModel | Chunks, wanted: bool | None, cuda_graphs: str) -> bool:
     """Whether gradients are reduced over data-parallel ranks while the backward pass goes on.
 
     None leaves the choice to us: on GPUs, for large models; gloo's threads would take the processor from the backward pass.
@@ -298,7 +311,7 @@ def forward_step(objective: Objective, batches: Iterator[MicroBatch], model: Any
     return output, loss_function
 
 
-def recompute(model: ChatModel, plan: Plan, modules: str) -> None:
+def recompute(model: ChatModel | Chunks, plan: Plan, modules: str) -> None:
     """Let the MLPs compute parts again in the backward pass.
 
     Args:
@@ -322,8 +335,9 @@ def short_of_memory(config: TransformerConfig, plan: Plan) -> bool:
     ffn = config.ffn_hidden_size // config.tensor_model_parallel_size
     heads = (config.num_attention_heads + 2 * config.num_query_groups) * config.kv_channels // config.tensor_model_parallel_size
     tokens = plan.max_length * int(plan.megatron["micro_batch_size"]) // plan.cp
-    stage = max(plan.stages) - plan.cpu_offloading_num_layers
-    layers = stage * config.pipeline_model_parallel_size  # that stay on the device, of all micro batches in flight
+    stage = max(by_rank(plan.stages, plan.pp)) - plan.cpu_offloading_num_layers
+    passes, _ = passes_in_flight(plan.pp, plan.vpp, plan.micro_batches)
+    layers = stage * passes / plan.vpp  # that stay on the device, of all micro batches in flight
     needed = 2 * (6 * config.hidden_size + 3 * ffn + heads) * tokens * layers
     return needed > 0.8 * torch.cuda.mem_get_info()[0]
 
