@@ -14,7 +14,8 @@ from megaswift.config.options import ExportArguments, SftArguments
 from megaswift.config.parse import parse
 from megaswift.errors import UserError
 from megaswift.models.stages import by_rank, group_of_micro_batches, passes_in_flight
-from megaswift.run.plan import check_layout
+from megaswift.run.problems import layout_problems
+from megaswift.run.spec import Parallel
 from tests import tiny
 from tests.engine.test_stages import STEPS, equal, run
 from tests.ranks import RankPool
@@ -76,23 +77,42 @@ def test_chunks_on_data_parallel_ranks(overlapped: bool, pool: RankPool, tmp_pat
     equal(one, more, "dp2 pp2 vpp2")
 
 
-def test_what_megatron_core_asks_for_is_told_before_ranks_start(tmp_path: Path) -> None:
-    config = tiny.tiny_config("llama", num_hidden_layers=5)
-    check_layout(config, 1, 2, vpp=2)
-    for pp, vpp, fix in (
-        (1, 2, "use --pp 2"),
-        (2, 3, "use --vpp 2"),
-        (5, 2, "leave it out, or use --pp 2"),
-        (1, 6, "leave it out"),
-    ):
-        with pytest.raises(UserError) as caught:
-            check_layout(config, 1, pp, vpp=vpp)
-        assert caught.value.where == "--vpp" and str(caught.value.fix).endswith(fix)
+@pytest.mark.parametrize(
+    ("pp", "vpp", "fix"),
+    [(1, 2, "use --pp 2"), (2, 3, "use --vpp 2"), (5, 2, "leave it out, or use --pp 2"), (1, 6, "leave it out"), (2, 2, None)],
+)
+def test_stages_that_cannot_have_chunks(pp: int, vpp: int, fix: str | None) -> None:
+    """Five layers; the nearest legal values are told."""
+    found = list(layout_problems(tiny.tiny_config("llama", num_hidden_layers=5), Parallel(world_size=pp, pp=pp, vpp=vpp)))
+    assert [problem.where for problem in found] == ([] if fix is None else ["--vpp"])
+    assert fix is None or found[0].fix.endswith(fix)
+
+
+def test_too_few_micro_batches_are_told_before_ranks_start(pool: RankPool, tmp_path: Path) -> None:
+    """A run that goes on keeps its global batch of 12 rows, which --batch_size 12 makes one micro batch."""
     write_rows(tmp_path / "rows.jsonl")
-    start = tiny_start(tmp_path, num_hidden_layers=8)
-    more: dict[str, Any] = {"resume_from_checkpoint": str(start), "dataset": [str(tmp_path / "rows.jsonl")], "max_steps": 1}
+    start = str(tiny_start(tmp_path))
+    before = run(pool, tmp_path, "one", 1, resume_from_checkpoint=start)
+    shutil.rmtree(before.directory / f"iter_{STEPS:07d}")
+    with pytest.raises(UserError) as caught:
+        run(pool, tmp_path, "x", 2, resume_from_checkpoint=str(before.directory), pp=2, vpp=2, batch_size=12)
+    assert "--vpp 2 at --pp 2 needs 2 micro batches a step on each data-parallel rank, there are 1" in caught.value.what
+    assert caught.value.fix == "use --batch_size 6, or leave --vpp out"
+
+
+def test_cuda_graphs_and_other_names(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl")
+    start = str(tiny_start(tmp_path))
     with pytest.raises(UserError, match="--cuda_graphs true does not work with --tp, --pp"):
-        written_job(2, pp=2, vpp=2, cuda_graphs="true", **more)
+        written_job(
+            2,
+            pp=2,
+            vpp=2,
+            cuda_graphs="true",
+            resume_from_checkpoint=start,
+            dataset=[str(tmp_path / "rows.jsonl")],
+            max_steps=1,
+        )
     for name in ("virtual_pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage"):
         with pytest.raises(UserError) as caught:
             parse(SftArguments, [f"--{name}", "2"])
@@ -102,6 +122,6 @@ def test_what_megatron_core_asks_for_is_told_before_ranks_start(tmp_path: Path) 
 def test_a_chunk_has_its_turn_after_so_many_micro_batches() -> None:
     assert [group_of_micro_batches(count, 4) for count in (4, 5, 6, 7, 8, 9, 12, 15)] == [4, 5, 6, 7, 4, 5, 4, 5]
     assert by_rank([2, 2, 1, 3], 2) == [3, 5]
-    assert passes_in_flight(4, 1, 8) == (4, 4)
-    assert passes_in_flight(2, 2, 8) == (5, 3)  # both of the first two micro batches through both chunks, and one more
-    assert passes_in_flight(2, 2, 2) == (4, 2)
+    assert passes_in_flight(4, 1, 8) == 4
+    assert passes_in_flight(2, 2, 8) == 3  # the first two micro batches pass both chunks, and a third one the first
+    assert passes_in_flight(2, 2, 2) == 2

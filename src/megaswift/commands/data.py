@@ -23,7 +23,7 @@ from megaswift.errors import UserError
 from megaswift.hub.locate import locate
 from megaswift.launch.agent import cluster
 from megaswift.models.registry import MODEL_TYPES
-from megaswift.run.plan import usable_length
+from megaswift.run.problems import usable_length
 from megaswift.run.setup import streamed_rows
 from megaswift.store.cache import cache_root
 from megaswift.store.paths import gguf_fix, is_megatron_directory

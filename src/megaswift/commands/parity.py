@@ -14,7 +14,7 @@ from __future__ import annotations
 import datetime
 import json
 import shutil
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,10 @@ from megaswift.parity.layouts import Layout, parse_layouts
 from megaswift.parity.rank import GRADIENTS, LAYERS, LOG, NOISE, STATE, STOP_AFTER, WEIGHTS
 from megaswift.parity.reference import Reference, write_samples
 from megaswift.parity.show import draw, print_layouts, print_reference
-from megaswift.run import table
-from megaswift.run.setup import job_of, plan_of, prepared, template_of
+from megaswift.run.resolve import global_batch_size
+from megaswift.run.setup import prepared, resolved, template_of
 from megaswift.run.source import resolve_source
+from megaswift.run.spec import RUN_FILE
 from megaswift.store.paths import iteration_directory
 from megaswift.terminal import say
 from megaswift.weights.convert import Precisions, planned_hf_tensors
@@ -120,21 +121,19 @@ class _Runs:
         directory.mkdir()
         for part in (GRADIENTS, WEIGHTS) if dump else ():
             (directory / part).mkdir()
-        plan = plan_of(args, self.start, self.data, place, directory, batch)
-        job = job_of(args, self.start, self.data, plan, self.pad_id)
+        run = resolved(args, self.start, self.data, place.world_size, directory, self.pad_id, batch)
         if noise is not None:
             (directory / NOISE).write_text(str(noise), encoding="utf-8")
-        half = plan.train_iters // 2 if resume else 0
+        half = run.schedule.train_iters // 2 if resume else 0
         if half:
             (directory / STOP_AFTER).write_text(str(half), encoding="utf-8")
-        job.write(directory / "job.json")
-        agent.start_ranks(place, directory / "job.json", module="megaswift.parity.rank")
+        run.write(directory / RUN_FILE)
+        agent.start_ranks(place, directory / RUN_FILE, module="megaswift.parity.rank")
         if half:
-            saved = iteration_directory(directory / STATE, half)
-            replace(job, first_step=half, checkpoint=str(saved)).write(directory / "job.json")
-            agent.start_ranks(place, directory / "job.json", module="megaswift.parity.rank")
+            run.going_on(half, iteration_directory(directory / STATE, half)).write(directory / RUN_FILE)
+            agent.start_ranks(place, directory / RUN_FILE, module="megaswift.parity.rank")
         rows = [json.loads(line) for line in (directory / LOG).read_text(encoding="utf-8").splitlines()]
-        self.batches = plan.global_batch
+        self.spec = run
         return rows
 
     def reference(self, place: Cluster) -> str | None:
@@ -172,7 +171,7 @@ class _Runs:
         run_dir = sft_main(learning.options_of_run(args, self.out / "engine"))
         torch.set_num_threads(threads)  # the launcher tells its ranks, and so this process, to take one share of the cores
         say("reference: transformers and torch.optim.AdamW, sample by sample")
-        curves = learning.follow(run_dir, folder, self.out / "reference" if self.args.keep_dumps else None)
+        curves = learning.follow(run_dir, self.start.args, folder, self.out / "reference" if self.args.keep_dumps else None)
         problem = learning.verdict(curves)
         self._write({"learning": curves.to_dict(), "dtype": self.start.dtype, "problem": problem})
         learning.print_curves(curves)
@@ -185,13 +184,10 @@ class _Runs:
     def _differences(self, rows: list[dict[str, Any]], folder: Path) -> Any:
         args, steps = self.start.args, len(rows)
         batches = Batches(
-            self.data.train, micro_batch_size=1, global_batch_size=self.batches, dp_rank=0, dp_size=1, seed=args.seed, pad_id=self.pad_id,
-            group_by_length=args.group_by_length,
+            self.data.train, micro_batch_size=1, global_batch_size=self.spec.batch.global_batch_size, dp_rank=0, dp_size=1, seed=args.seed, pad_id=self.pad_id,
+            group_by_length=self.spec.batch.group_by_length,
         )  # fmt: skip
-        warmup = json.loads((self.out / "engine" / "job.json").read_text(encoding="utf-8"))["plan"]["megatron"][
-            "lr_warmup_iters"
-        ]
-        reference = Reference(folder, args, self.start.dtype, steps, warmup)
+        reference = Reference(folder, args, self.start.dtype, steps, self.spec.schedule.warmup_iters)
         first = batches.sample_ids(0)
         write_samples(self.out / SAMPLES, (sample for row in first for sample in self.data.train.samples(int(row))))
         hidden = self._hidden(reference.layers(self.data.train, first))
@@ -257,7 +253,7 @@ class _Runs:
 
     def _global_batch(self, layout: Layout) -> int:
         args = self.start.args.changed(tp=layout.tp, pp=layout.pp)
-        return table.accumulation(args, layout.world_size) * args.batch_size * layout.world_size
+        return global_batch_size(args, layout.world_size)
 
     def _write(self, content: dict[str, Any]) -> None:
         (self.out / "parity.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -20,20 +20,22 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megaswift.megatron.chunks import Chunks
 from megaswift.megatron.compat import mark_split
 from megaswift.megatron.kernels.activation_offload import offload_activations
 from megaswift.megatron.kernels.attention import describe
 from megaswift.megatron.kernels.fp8_linear import Fp8LinearOps
 from megaswift.megatron.kernels.linear_cross_entropy import IGNORED, linear_cross_entropy
-from megaswift.megatron.kernels.linear_ops import PLAIN
+from megaswift.megatron.kernels.linear_ops import PLAIN, LinearOps
 from megaswift.megatron.kernels.megatron_fuse import fuse_embedding
+from megaswift.megatron.kernels.megatron_layer import FusedMLP
 from megaswift.megatron.kernels.sequence_log_probability import sequence_log_probabilities
 from megaswift.megatron.layer_specs import SequenceLayout, block_spec
 from megaswift.models import family_of
-from megaswift.models.family import is_tied
+from megaswift.models.family import is_tied, padded_vocab
 from megaswift.models.kinds import MAIN, Kind
 from megaswift.models.stages import stage_layers
+from megaswift.run.spec import Memory, Parallel, Precision
+from megaswift.weights.torch_dtypes import TORCH_DTYPES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -43,26 +45,17 @@ if TYPE_CHECKING:
     from megaswift.megatron.kernels.context_parallel import Share
     from megaswift.train.objectives import Loss, Objective
 
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+KEEP_ALL = Memory()
 
 
-@dataclass(frozen=True)
-class ModelOptions:
-    """What a run decides about its model, beyond the Hugging Face config."""
+@dataclass
+class EngineConfig(TransformerConfig):
+    """Megatron-Core's config, and what our layers ask for beside it."""
 
-    tp: int
-    pp: int
-    dtype: str
-    padded_vocab: int
-    cp: int = 1
-    vpp: int = 1  # chunks of a pipeline stage
-    sequence_parallel: bool = False
-    recompute: bool = False
-    deterministic: bool = False
-    flash_attention: bool | None = None
-    variable_lengths: bool = False
-    fp8: bool = False
-    offloaded_layers: int = 0  # of this process, from its first on: their activations go to host memory
+    attention: str = "fastest"  # see run.spec.Precision
+    # Not Megatron-Core's own `fp8`, which asks for TransformerEngine.
+    linear_ops: LinearOps = PLAIN
+    plain_layers: bool = False  # every module is called, none fused with another, so that its weights can come and go
 
 
 class ChatModel(GPTModel):
@@ -115,8 +108,8 @@ class ChatModel(GPTModel):
     def attention_kernel(self, packed: bool) -> str:
         """What attends on this GPU, in words; `packed`: rows hold several samples. Compiles the kernels where that is needed."""
         config = self.config
-        if config.deterministic_mode or config.flash_attention is not None:
-            return "PyTorch's " + ("plain operations" if config.flash_attention is False else "flash kernel")
+        if config.deterministic_mode or config.attention != "fastest":
+            return "PyTorch's " + ("plain operations" if config.attention == "plain" else "flash kernel")
         heads, groups = (
             max(n // config.tensor_model_parallel_size, 1) for n in (config.num_attention_heads, config.num_query_groups)
         )
@@ -234,6 +227,33 @@ class RotaryTable:
         return (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)
 
 
+class Chunks(torch.nn.ModuleList):
+    """Several ChatModels of one process, first to last; what saves, loads and counts weights takes it as one model.
+
+    Virtual stages are numbered in the order of the computation: chunk c of pipeline rank r is stage c * pp + r. Names of
+    parameters begin with the chunk's number; keys in a checkpoint do not, since they count layers over the whole model.
+    """
+
+    @property
+    def config(self) -> TransformerConfig:
+        """The one that all chunks share."""
+        first: Any = self[0]
+        return first.config
+
+    def sharded_state_dict(self, prefix: str = "", **options: Any) -> dict[str, Any]:
+        """Megatron-Core's sharded state dict of all chunks; `load_state_dict` takes the same names."""
+        whole: dict[str, Any] = {}
+        for number, chunk in enumerate(chunks_of(self)):
+            part = chunk.sharded_state_dict(prefix="", **options)
+            whole |= {f"{prefix}{number}.{name}": item for name, item in part.items()}
+        return whole
+
+
+def chunks_of(model: ChatModel | Chunks) -> list[ChatModel]:
+    """The chunks of a process, first to last: mostly one."""
+    return list(model) if isinstance(model, Chunks) else [model]  # type: ignore[arg-type]
+
+
 def rotary_tables(config: PreTrainedConfig, kinds: Sequence[Kind], device: torch.device) -> dict[str, RotaryTable]:
     """Every table that layers of these kinds rotate by."""
     names = sorted({kind.rotation for kind in kinds if kind.rotation is not None})
@@ -243,21 +263,19 @@ def rotary_tables(config: PreTrainedConfig, kinds: Sequence[Kind], device: torch
     return tables
 
 
-def transformer_config(config: PreTrainedConfig, options: ModelOptions) -> TransformerConfig:
+def transformer_config(
+    config: PreTrainedConfig, parallel: Parallel, precision: Precision, memory: Memory = KEEP_ALL, plain_layers: bool = False
+) -> EngineConfig:
     """Megatron-Core's config of a model in a layout: what holds for all its layers."""
-    family = family_of(config.model_type)
-    dtype = TORCH_DTYPES[options.dtype]
-    recompute = (
-        dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1) if options.recompute else {}
-    )
-    built = TransformerConfig(
+    family, dtype = family_of(config.model_type), TORCH_DTYPES[precision.dtype]
+    whole_layers = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    return EngineConfig(
         **family.settings(config),
-        **recompute,
+        **(whole_layers if memory.recompute == "layers" else {}),
         # Where any layer has these norms their gradients are summed over tensor-parallel ranks.
         qk_layernorm=any(kind.qk_norm for kind in family.layers(config)),
         hetereogenous_dist_checkpoint=family.is_mixed(config),
-        pipeline_model_parallel_layout=pipeline_layout(config, options.pp, options.vpp),
-        virtual_pipeline_model_parallel_size=options.vpp if options.vpp > 1 else None,
+        pipeline_model_parallel_layout=pipeline_layout(config, parallel.pp, parallel.vpp),
         activation_func=F.silu,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
@@ -265,29 +283,29 @@ def transformer_config(config: PreTrainedConfig, options: ModelOptions) -> Trans
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
-        tensor_model_parallel_size=options.tp,
-        pipeline_model_parallel_size=options.pp,
-        context_parallel_size=options.cp,
-        sequence_parallel=options.sequence_parallel,
-        variable_seq_lengths=options.variable_lengths,
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+        context_parallel_size=parallel.cp,
+        sequence_parallel=parallel.sequence_parallel,
+        variable_seq_lengths=parallel.pp > 1,
         moe_token_dispatcher_type="alltoall",  # Megatron-Core asks for it with variable lengths, experts or not
         pipeline_dtype=dtype,
         params_dtype=dtype,
-        bf16=options.dtype == "bf16",
-        fp16=options.dtype == "fp16",
-        apply_query_key_layer_scaling=options.dtype == "fp16",
+        bf16=precision.dtype == "bf16",
+        fp16=precision.dtype == "fp16",
+        apply_query_key_layer_scaling=precision.dtype == "fp16",
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,
         calculate_per_token_loss=True,
-        deterministic_mode=options.deterministic,
+        deterministic_mode=precision.deterministic,
         # Chunks that take turns receive from both neighbours, which are one at pp 2: what is sent in a batch would be mixed up.
-        overlap_p2p_comm=options.vpp > 1,
-        batch_p2p_comm=torch.cuda.is_available() and options.vpp == 1,
+        overlap_p2p_comm=parallel.vpp > 1,
+        batch_p2p_comm=torch.cuda.is_available() and parallel.vpp == 1,
+        attention=precision.attention,
+        linear_ops=Fp8LinearOps() if precision.fp8 else PLAIN,
+        plain_layers=plain_layers,
     )
-    built.flash_attention = options.flash_attention  # read by backend.CoreAttention
-    # Not Megatron-Core's own `fp8`, which asks for TransformerEngine. Read by ColumnParallel, RowParallel and FusedMLP.
-    built.linear_ops = Fp8LinearOps() if options.fp8 else PLAIN
-    return built
 
 
 def pipeline_layout(config: PreTrainedConfig, pp: int, vpp: int = 1) -> list[list[str]] | None:
@@ -295,41 +313,56 @@ def pipeline_layout(config: PreTrainedConfig, pp: int, vpp: int = 1) -> list[lis
     counts = stage_layers(config, pp, vpp)
     if len(set(counts)) == 1:
         return None
-    parts = [["decoder"] * count for count in counts]
-    return [["embedding", *parts[0]], *parts[1:-1], [*parts[-1], "loss"]]
+    stages = [["decoder"] * count for count in counts]
+    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
 
 
-def build(config: PreTrainedConfig, options: ModelOptions) -> ChatModel | Chunks:
+def build(
+    config: PreTrainedConfig,
+    parallel: Parallel,
+    precision: Precision,
+    memory: Memory = KEEP_ALL,
+    vocab_rows: int | None = None,
+) -> ChatModel | Chunks:
     """The model of this process's pipeline stage and tensor-parallel part, its weights not yet loaded (zeros).
 
-    Needs the process groups of `ranks.joined`. Several chunks of a stage share one config.
+    Args:
+        vocab_rows: rows of the embedding over all ranks, padding included; None: the fewest that tp can split.
+
+    Needs the process groups of `process_groups.joined`. Several chunks of a stage share one config.
     """
-    megatron_config, left, chunks = transformer_config(config, options), options.offloaded_layers, []
-    for number in range(options.vpp):
-        chunks.append(_chunk(config, options, megatron_config, number, left))
+    megatron_config, left, chunks = transformer_config(config, parallel, precision, memory), memory.offloaded_layers, []
+    rows = vocab_rows or padded_vocab(config.vocab_size, parallel.tp)
+    for number in range(parallel.vpp):
+        chunks.append(_chunk(config, parallel, megatron_config, number, rows, left))
         left -= min(left, len(chunks[-1].decoder.layers))
-    return Chunks(chunks) if options.vpp > 1 else chunks[0]
+    return Chunks(chunks) if parallel.vpp > 1 else chunks[0]
 
 
 def _chunk(
-    config: PreTrainedConfig, options: ModelOptions, megatron_config: TransformerConfig, number: int, offloaded_layers: int
+    config: PreTrainedConfig,
+    parallel: Parallel,
+    megatron_config: EngineConfig,
+    number: int,
+    vocab_rows: int,
+    offloaded_layers: int,
 ) -> ChatModel:
-    """One chunk of this stage; as many of its layers as it has, and no more than asked for, are offloaded."""
+    """One chunk of this process's stage; as many of its layers as it has, and no more than asked for, are offloaded."""
     from megatron.core import parallel_state
 
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    stage = number * options.pp + parallel_state.get_pipeline_model_parallel_rank()
-    counts = stage_layers(config, options.pp, options.vpp)
+    stage = number * parallel.pp + parallel_state.get_pipeline_model_parallel_rank()
+    counts = stage_layers(config, parallel.pp, parallel.vpp)
     first = sum(counts[:stage])
     kinds = family_of(config.model_type).layers(config)[first : first + counts[stage]]
     model = ChatModel(
         config=megatron_config,
         transformer_layer_spec=block_spec(kinds),
-        vocab_size=options.padded_vocab,
+        vocab_size=vocab_rows,
         max_sequence_length=config.max_position_embeddings,
         pre_process=stage == 0,
         post_process=stage == len(counts) - 1,
-        vp_stage=number if options.vpp > 1 else None,
+        vp_stage=number if parallel.vpp > 1 else None,
         share_embeddings_and_output_weights=is_tied(config),
         ropes=rotary_tables(config, kinds, device),
         true_vocab=config.vocab_size,
@@ -356,6 +389,19 @@ def _mark_split_weights(model: torch.nn.Module) -> None:
             mark_split(module.weight, 1)
 
 
+def recompute_parts(model: ChatModel | Chunks, parts: str) -> None:
+    """Let the MLPs compute parts again in the backward pass.
+
+    Args:
+        parts: "swiglu": 2 x ffn bytes a token and layer less, nearly free; "mlp": 4 x ffn more, for the first product again;
+            else neither.
+    """
+    for module in model.modules():
+        if type(module) is FusedMLP:
+            module.recompute_activation = parts in ("swiglu", "mlp")
+            module.recompute_first = parts == "mlp"
+
+
 def run_micro_batch(model: Any, batch: MicroBatch, objective: Objective) -> Any:
     """A micro batch through (a wrapper of) ChatModel: hidden states before the last stage, on it the objective's Loss."""
     seq_lens = None if batch.cu_seqlens is None else batch.cu_seqlens.diff().tolist()
@@ -367,4 +413,4 @@ def _worth(objective: Objective, batch: MicroBatch, model: ChatModel, hidden: Te
     return objective.micro_batch(model, hidden, batch)
 
 
-__all__ = ["ChatModel", "ModelOptions", "RotaryTable", "build", "rotary_tables", "run_micro_batch", "transformer_config"]
+__all__ = ["ChatModel", "EngineConfig", "RotaryTable", "build", "rotary_tables", "run_micro_batch", "transformer_config"]

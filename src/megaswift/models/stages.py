@@ -70,13 +70,12 @@ def group_of_micro_batches(micro_batches: int, pp: int) -> int:
     return next(size for size in range(pp, micro_batches + 1) if not 0 < micro_batches % size < pp)
 
 
-def passes_in_flight(pp: int, vpp: int, micro_batches: int) -> tuple[int, int]:
-    """Forward passes whose activations the first rank keeps at once, at most: of all its chunks together, of the first chunk.
+def passes_in_flight(pp: int, vpp: int, micro_batches: int) -> int:
+    """Micro batches whose activations a layer keeps at once, at most: those of the first stage's first layers.
 
-    With chunks that take turns Megatron-Core's schedule makes 2 (pp - 1) + (vpp - 1) group + 1 passes of chunks before the
-    first backward pass, a group of micro batches through each chunk in turn.
+    With chunks that take turns Megatron-Core's schedule lets the first rank make 2 (pp - 1) + (vpp - 1) group + 1 passes of
+    chunks before the first backward pass, a group of micro batches through each chunk in turn.
     """
-    if vpp == 1:
-        return pp, pp
-    group = group_of_micro_batches(micro_batches, pp)
-    return min(2 * (pp - 1) + (vpp - 1) * group + 1, vpp * micro_batches), min(max(group, 2 * pp - 1), micro_batches)
+    if vpp == 1 or micro_batches < pp:
+        return pp
+    return min(max(group_of_micro_batches(micro_batches, pp), 2 * pp - 1), micro_batches)

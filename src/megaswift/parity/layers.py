@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megaswift.megatron.chunks import chunks_of
 from megaswift.megatron.kernels.context_parallel import shard_batch
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ def of_engine(trainer: Any, batches: list[MicroBatch], rows: TokenRows) -> list[
         sums[place] += hidden.double().square().sum(-1)[mask].sum()
 
     with contextlib.ExitStack() as stack:
-        for layer in (layer for chunk in chunks_of(trainer.bare_model) for layer in chunk.decoder.layers):
+        for layer in (layer for chunk in trainer.chunks for layer in chunk.decoder.layers):
             if layer.layer_number == 1:
                 entry = layer.register_forward_pre_hook(
                     lambda _, args, kwargs: add(0, args[0] if args else kwargs["hidden_states"]), with_kwargs=True

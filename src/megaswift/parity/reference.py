@@ -22,10 +22,9 @@ from megaswift.config.options import SftArguments
 from megaswift.data.store import TokenRows
 from megaswift.data.tokens import Encoded, weights_of
 from megaswift.parity.layers import of_transformers
-from megaswift.run import table
+from megaswift.run.resolve import min_lr
 from megaswift.terminal import say
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from megaswift.weights.torch_dtypes import TORCH_DTYPES
 
 
 def write_samples(path: Path, samples: Iterable[Encoded]) -> None:
@@ -56,7 +55,7 @@ def learning_rate(args: SftArguments, step: int, steps: int, warmup: int) -> flo
 
     Only inverse_sqrt ends where its formula ends. warmup_stable_decay stays at the peak and decays in the last tenth.
     """
-    peak, floor, style = args.learning_rate, table.min_lr(args), args.lr_scheduler_type
+    peak, floor, style = args.learning_rate, min_lr(args), args.lr_scheduler_type
     if warmup and step <= warmup:
         return peak * step / warmup
     if style in ("constant", "constant_with_warmup"):
@@ -84,7 +83,10 @@ def learn_every_row(model: Any) -> list[int]:
 
 
 class Reference:
-    """transformers' model and torch.optim.AdamW over fp32 master weights."""
+    """transformers' model and torch.optim.AdamW over fp32 master weights.
+
+    Takes its numbers from the options, as a user of transformers would, and not from the Run that the engine follows.
+    """
 
     def __init__(self, folder: Path, args: SftArguments, dtype: str, steps: int, warmup: int) -> None:
         from transformers import AutoModelForCausalLM
@@ -92,7 +94,7 @@ class Reference:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.args, self.steps, self.warmup, self.exact = args, steps, warmup, dtype == "fp32"
         load: Any = AutoModelForCausalLM.from_pretrained
-        self.model: Any = load(folder, dtype=DTYPES[dtype], local_files_only=True, trust_remote_code=False)
+        self.model: Any = load(folder, dtype=TORCH_DTYPES[dtype], local_files_only=True, trust_remote_code=False)
         for token in learn_every_row(self.model):
             say(f"reference: built without padding_idx; the embedding of token {token}, the pad token, gets its gradient too")
         self.model.to(self.device).train()

@@ -1,0 +1,71 @@
+"""The one estimate of memory and disk: bytes of the fullest rank by cause, and of a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from megaswift.models import parameters_of
+from megaswift.models.family import sizes_of
+from megaswift.models.stages import by_rank, passes_in_flight, stage_weights
+from megaswift.run.spec import Parallel, Run
+from megaswift.weights.dtypes import BYTES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+# Bytes of a parameter's two moments.
+STATE_BYTES = {"fp32": 8, "bf16": 4, "8bit": 2}
+GRADIENT_BYTES = MASTER_BYTES = 4
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes by cause."""
+
+    device: dict[str, int]  # of the fullest rank: weights, gradients, optimizer
+    host: dict[str, int] = field(default_factory=dict)  # page-locked, of the fullest rank: optimizer, activations at most
+
+
+def estimate(run: Run, config: PreTrainedConfig) -> MemoryEstimate:
+    """What the fullest rank holds, activations on the device left out: its layers, and embedding and output layer."""
+    dtype, weights = run.precision.dtype, rank_weights(config, run.parallel)
+    state = weights * (STATE_BYTES[run.optimizer.state_dtype] + (0 if dtype == "fp32" else MASTER_BYTES))
+    state //= run.parallel.dp * run.parallel.cp  # shared out over the ranks that have the same weights
+    device = {"weights": weights * BYTES[dtype], "gradients": weights * GRADIENT_BYTES, "optimizer": state}
+    host = {}
+    if run.memory.optimizer_on_host:
+        device["optimizer"], host["optimizer"] = 0, state
+    if run.memory.offloaded_layers:
+        host["activations"] = run.memory.offloaded_layers * layer_activations(run, config) * BYTES[dtype]
+    return MemoryEstimate(device, host)
+
+
+def rank_weights(config: PreTrainedConfig, parallel: Parallel) -> int:
+    """Parameters of the fullest rank."""
+    return max(by_rank(stage_weights(config, parallel.pp, parallel.vpp), parallel.pp)) // parallel.tp
+
+
+def layer_activations(run: Run, config: PreTrainedConfig) -> int:
+    """The most values that a layer keeps for the backward passes of all micro batches in flight, with rows of max_length.
+
+    Without recomputation: the layer's input, what follows its two norms, attention's result and the sum after it (5 x
+    hidden), queries, keys and values, both halves of the first MLP product and their SwiGLU.
+    """
+    sizes, parallel = sizes_of(config), run.parallel
+    passes = passes_in_flight(parallel.pp, parallel.vpp, run.batch.micro_batches)
+    tokens = run.batch.micro_batch_size * run.batch.max_length // parallel.cp * passes
+    if run.memory.recompute == "layers":
+        return tokens * sizes.hidden // (parallel.tp if parallel.sequence_parallel else 1)
+    qkv = (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim
+    return tokens * (5 * sizes.hidden + (qkv + 3 * sizes.ffn) // parallel.tp)
+
+
+def parameter_count(config: PreTrainedConfig) -> int:
+    """Parameters of the whole model, tied weights counted once."""
+    return sum(parameter.size for parameter in parameters_of(config))
+
+
+def checkpoint_bytes(config: PreTrainedConfig, dtype: str, only_model: bool) -> int:
+    """Bytes of one checkpoint: the weights, and unless `only_model` their fp32 masters and two moments."""
+    return parameter_count(config) * (BYTES[dtype] + (0 if only_model else 12))
