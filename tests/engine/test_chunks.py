@@ -65,9 +65,9 @@ def test_a_run_goes_on_with_and_without_chunks(pool: RankPool, tmp_path: Path) -
 
 @pytest.mark.parametrize("overlapped", [False, True])
 def test_chunks_on_data_parallel_ranks(overlapped: bool, pool: RankPool, tmp_path: Path) -> None:
-    """Untied, padded, from a Hugging Face folder; gradients are reduced, and weights gathered, chunk by chunk."""
+    """Layers that differ, padded rows, from a Hugging Face folder; gradients are reduced, and weights gathered, chunk by chunk."""
     write_rows(tmp_path / "rows.jsonl")
-    tiny_start(tmp_path, num_hidden_layers=4)
+    tiny_start(tmp_path, "smollm3", num_hidden_layers=4, no_rope_layers=[1, 0, 1, 1])  # only the second one does not rotate
     options: dict[str, Any] = {
         "model_type": "tiny-chat", "model_id_or_path": str(tmp_path / "hf"), "batch_size": 2, "padding_free": False,
         "overlap_grad_reduce": overlapped, "overlap_param_gather": overlapped,
