@@ -34,6 +34,7 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "tp2, ep2": {"world": 2, "tp": 2, "ep": 2},
     "tp2, ep2, etp2, sp": {"world": 4, "tp": 2, "ep": 2, "etp": 2, "sp": 1},
     "pp2, ep2": {"world": 4, "pp": 2, "ep": 2},
+    "pp2, vpp2, ep2": {"world": 4, "pp": 2, "vpp": 2, "ep": 2},
     "cp2": {"world": 2, "cp": 2},
     "cp2, ep2": {"world": 2, "cp": 2, "ep": 2},
     "ep2, dp4": {"world": 4, "ep": 2},
@@ -53,7 +54,7 @@ def rows(vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def run_of(layout: dict[str, int]) -> Run:
     """Of one step with Adam and without clipping, in a layout."""
-    names = ("tp", "pp", "cp", "ep", "etp")
+    names = ("tp", "pp", "vpp", "cp", "ep", "etp")
     sizes: dict[str, Any] = {name: layout.get(name, 1) for name in names} | {"sequence_parallel": bool(layout.get("sp"))}
     return changed(
         resolved_run(world_size=layout.get("world", 1), learning_rate=RATE, min_lr=RATE, lr_scheduler_type="constant", warmup_ratio=0.0),

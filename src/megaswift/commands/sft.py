@@ -219,7 +219,7 @@ def _print_plan(run: Run, config: PreTrainedConfig, memory: MemoryEstimate, data
     fp8 = " with FP8 products in the blocks" if run.precision.fp8 else ""
     device = memory.device
     out.print(
-        f"{parallel.world_size} processes = tp {parallel.tp} x pp {parallel.pp}{_stages(config, parallel.pp)} x {cp}dp {parallel.dp}{_experts(parallel)}, {run.precision.dtype}{fp8}\n"
+        f"{parallel.world_size} processes = tp {parallel.tp} x pp {parallel.pp}{_stages(config, parallel)} x {cp}dp {parallel.dp}{_experts(parallel)}, {run.precision.dtype}{fp8}\n"
         f"global batch {run.batch.global_batch_size} = {run.batch.micro_batch_size} rows x {_shares(run)}\n"
         f"{_steps(run)}; {run.data.val_rows} validation rows\n"
         f"memory of the fullest rank without activations: {sum(device.values()) / 1e9:.2f} GB "
@@ -247,9 +247,12 @@ def _experts(parallel: Parallel) -> str:
     return f" (experts: {' x '.join(parts)})" if parts else ""
 
 
-def _stages(config: PreTrainedConfig, pp: int) -> str:
-    """How many layers each pipeline stage has, where they differ."""
-    stages = stage_layers(config, pp)
+def _stages(config: PreTrainedConfig, parallel: Parallel) -> str:
+    """How many layers each pipeline stage has, where they differ, and in which chunks."""
+    stages = stage_layers(config, parallel.pp, parallel.vpp)
+    if parallel.vpp > 1:
+        parts = [" + ".join(map(str, stages[rank :: parallel.pp])) for rank in range(parallel.pp)]
+        return f" ({', '.join(dict.fromkeys(parts))} layers in {parallel.vpp} chunks)"
     return f" ({', '.join(map(str, stages))} layers)" if len(set(stages)) > 1 else ""
 
 

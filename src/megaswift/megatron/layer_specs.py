@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor
 
+from megaswift.megatron.compat import mlp_spec
 from megaswift.megatron.experts import ExpertsLayer
 from megaswift.megatron.kernels.context_parallel import Share
 from megaswift.megatron.kernels.megatron_layer import (
@@ -112,15 +113,19 @@ def layer_spec(kind: Kind) -> ModuleSpec:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(
-                module=_named(MLPS, "mlp", kind.mlp),
-                params={} if kind.experts is None else {"experts": kind.experts},
-                submodules=MLPSubmodules(linear_fc1=ColumnParallel, linear_fc2=RowParallel),
-            ),
+            mlp=_mlp(kind),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=renamed,
         ),
     )
+
+
+def _mlp(kind: Kind) -> Any:
+    """The specification of a layer's MLP."""
+    module, submodules = _named(MLPS, "mlp", kind.mlp), MLPSubmodules(linear_fc1=ColumnParallel, linear_fc2=RowParallel)
+    if kind.experts is None:
+        return mlp_spec(module, submodules)
+    return ModuleSpec(module=module, params={"experts": kind.experts}, submodules=submodules)
 
 
 def _named(modules: dict[str, Any], part: str, name: str) -> Any:

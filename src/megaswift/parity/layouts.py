@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megaswift.config.options import SftArguments
 from megaswift.errors import UserError
 
-_SIZES = re.compile(r"(tp|pp|cp|ep|etp|dp|mbs)(\d+)")
+_SIZES = re.compile(r"(tp|pp|vpp|cp|ep|etp|dp|mbs)(\d+)")
 _SWITCHES = {
     "sp": {"sequence_parallel": True},
     "recompute": {"gradient_checkpointing": True},
@@ -31,6 +31,7 @@ class Layout:
     name: str
     tp: int = 1
     pp: int = 1
+    vpp: int = 1
     cp: int = 1
     dp: int = 1
     ep: int = 1
@@ -59,6 +60,7 @@ class Layout:
         values: dict[str, object] = {
             "tp": self.tp,
             "pp": self.pp,
+            "vpp": self.vpp,
             "cp": self.cp,
             "ep": self.ep,
             "etp": self.etp,
@@ -85,7 +87,7 @@ def parse_layouts(text: str) -> list[Layout]:
                 raise UserError(
                     f"layout {word!r}: {part!r} is not known.",
                     where="--layouts",
-                    fix=f"use tpN, ppN, cpN, epN, etpN, dpN, mbsN and {', '.join(_SWITCHES)}, for example: tp2,pp2,sp",
+                    fix=f"use tpN, ppN, vppN, cpN, epN, etpN, dpN, mbsN and {', '.join(_SWITCHES)}, for example: tp2,pp2,sp",
                 )
         found.append(Layout(word, switches=tuple(switches), **sizes))
     if len(found) < 2:

@@ -141,7 +141,7 @@ def megatron_stream(config: PreTrainedConfig, reader: MegatronReader) -> Streame
         if own:
             _stream(module, own, load, release)
         for part in [part for part in dict(module.named_buffers(recurse=False)) if f"{name}.{part}" in parameters]:
-            module._buffers[part] = load(f"{name}.{part}").float()
+            setattr(module, part, load(f"{name}.{part}").float())
     if is_tied(config):
         _lend_embedding(model.output_layer, load)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from megaswift.models import parameters_of
 from megaswift.models.family import sizes_of
-from megaswift.models.stages import stage_weights
+from megaswift.models.stages import by_rank, passes_in_flight, stage_weights
 from megaswift.run.experts import experts_of, mlp_widths
 from megaswift.run.spec import Parallel, Run
 from megaswift.weights.dtypes import BYTES
@@ -53,8 +53,10 @@ def rank_weights(config: PreTrainedConfig, parallel: Parallel) -> int:
 
 def stage_parts(config: PreTrainedConfig, parallel: Parallel) -> list[tuple[int, int]]:
     """Parameters of a rank of each stage: without the experts among which tokens are routed, and of these."""
-    pairs = zip(stage_weights(config, parallel.pp), stage_weights(config, parallel.pp, experts_only=True))
-    return [((whole - experts) // parallel.tp, experts // (parallel.ep * parallel.etp)) for whole, experts in pairs]
+    whole, experts = (
+        by_rank(stage_weights(config, parallel.pp, parallel.vpp, experts_only=only), parallel.pp) for only in (False, True)
+    )
+    return [((w - e) // parallel.tp, e // (parallel.ep * parallel.etp)) for w, e in zip(whole, experts)]
 
 
 def layer_activations(run: Run, config: PreTrainedConfig) -> int:
@@ -65,7 +67,8 @@ def layer_activations(run: Run, config: PreTrainedConfig) -> int:
     the first product for every expert that it goes to, evenly spread.
     """
     sizes, parallel = sizes_of(config), run.parallel
-    tokens = run.batch.micro_batch_size * run.batch.max_length // parallel.cp * parallel.pp
+    passes = passes_in_flight(parallel.pp, parallel.vpp, run.batch.micro_batches)
+    tokens = run.batch.micro_batch_size * run.batch.max_length // parallel.cp * passes
     if run.memory.recompute == "layers":
         return tokens * sizes.hidden // (parallel.tp if parallel.sequence_parallel else 1)
     qkv = (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim

@@ -28,6 +28,7 @@ def plan_of(run: Run, config: PreTrainedConfig, memory: MemoryEstimate) -> dict[
         "world_size": parallel.world_size,
         "tp": parallel.tp,
         "pp": parallel.pp,
+        "vpp": parallel.vpp,
         "dp": parallel.dp,
         "cp": parallel.cp,
         "ep": parallel.ep,
@@ -49,7 +50,7 @@ def plan_of(run: Run, config: PreTrainedConfig, memory: MemoryEstimate) -> dict[
         "optimizer_cpu_offload": run.memory.optimizer_on_host,
         "cpu_offloading_num_layers": run.memory.offloaded_layers,
         "host_bytes": memory.host,
-        "stages": list(stage_layers(config, parallel.pp)),
+        "stages": list(stage_layers(config, parallel.pp, parallel.vpp)),
     }
 
 

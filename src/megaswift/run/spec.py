@@ -42,6 +42,7 @@ class Parallel:
     world_size: int = 1
     tp: int = 1
     pp: int = 1
+    vpp: int = 1  # chunks of layers of each pipeline stage, which take turns
     cp: int = 1
     ep: int = 1  # processes over which a layer's experts are spread, among those that tp, cp and data parallelism use
     etp: int = 1  # and the matrices of each expert

@@ -35,7 +35,8 @@ WATCHED = 4  # steps of validation rows on which the load before and after is me
 
 def routers_of(trainer: Trainer) -> dict[int, Router]:
     """Layer number, from 0, -> router; of this stage."""
-    layers = [layer for layer in trainer.bare_model.decoder.layers if isinstance(layer.mlp, ExpertsLayer)]
+    every = (layer for chunk in trainer.chunks for layer in chunk.decoder.layers)
+    layers = [layer for layer in every if isinstance(layer.mlp, ExpertsLayer)]
     return {int(layer.layer_number) - 1: layer.mlp.router for layer in layers}
 
 

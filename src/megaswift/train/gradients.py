@@ -48,7 +48,7 @@ class Gradients:
 
     def _gather(self) -> None:
         """Put the parts that the data-parallel ranks reduced together again: the distributed optimizer keeps them apart."""
-        for buffer in self.trainer.model.buffers + self.trainer.model.expert_parallel_buffers:
+        for buffer in (one for ddp in self.trainer.wrapped for one in ddp.buffers + ddp.expert_parallel_buffers):
             for bucket in buffer.buckets:
                 group = buffer.data_parallel_group
                 size = dist.get_world_size(group)

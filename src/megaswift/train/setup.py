@@ -17,7 +17,7 @@ import torch
 from megaswift.data.batches import Batches, EvalBatches, MicroBatch
 from megaswift.data.store import TokenRows
 from megaswift.megatron import process_groups
-from megaswift.models.stages import stage_layers
+from megaswift.models.stages import by_rank, stage_layers
 from megaswift.run.memory import layer_activations
 from megaswift.run.spec import Run
 from megaswift.train.checkpoint.load import load_training_state, load_weights
@@ -57,7 +57,9 @@ def _recomputed(run: Run, config: PreTrainedConfig) -> str:
         return run.memory.recompute
     if run.parallel.device == "cpu":
         return "none"
-    layers = max(stage_layers(config, run.parallel.pp)) - run.memory.offloaded_layers  # that stay on the device
+    layers = (
+        max(by_rank(stage_layers(config, run.parallel.pp, run.parallel.vpp), run.parallel.pp)) - run.memory.offloaded_layers
+    )  # that stay on the device
     needed = layers * layer_activations(run, config) * BYTES[run.precision.dtype]
     return "swiglu" if needed > 0.8 * torch.cuda.mem_get_info()[0] else "none"
 
