@@ -27,12 +27,15 @@ from megaswift.errors import DataError, UserError
 from megaswift.launch import agent
 from megaswift.launch.agent import Cluster, cluster
 from megaswift.parity import layers, learning, noise
+from megaswift.parity.adapters import PeftSide
 from megaswift.parity.compare import UPDATES, StepDifference, beyond, overall, relative, verdict, worst
 from megaswift.parity.layouts import Layout, parse_layouts
 from megaswift.parity.rank import GRADIENTS, LAYERS, LOG, NOISE, STATE, STOP_AFTER, WEIGHTS
 from megaswift.parity.reference import Reference, write_samples
 from megaswift.parity.show import draw, print_layouts, print_reference
 from megaswift.run import table
+from megaswift.run.job import Job
+from megaswift.run.method import parameters_of_adapter
 from megaswift.run.setup import job_of, plan_of, prepared, template_of
 from megaswift.run.source import resolve_source
 from megaswift.store.paths import iteration_directory
@@ -188,10 +191,9 @@ class _Runs:
             self.data.train, micro_batch_size=1, global_batch_size=self.batches, dp_rank=0, dp_size=1, seed=args.seed, pad_id=self.pad_id,
             group_by_length=args.group_by_length,
         )  # fmt: skip
-        warmup = json.loads((self.out / "engine" / "job.json").read_text(encoding="utf-8"))["plan"]["megatron"][
-            "lr_warmup_iters"
-        ]
-        reference = Reference(folder, args, self.start.dtype, steps, warmup)
+        job = Job.read(self.out / "engine" / "job.json")
+        warmup = int(job.plan.megatron["lr_warmup_iters"])
+        reference = Reference(folder, args, self.start.dtype, steps, warmup, PeftSide.of(job, args.seed))
         first = batches.sample_ids(0)
         write_samples(self.out / SAMPLES, (sample for row in first for sample in self.data.train.samples(int(row))))
         hidden = self._hidden(reference.layers(self.data.train, first))
@@ -220,7 +222,9 @@ class _Runs:
         import torch
 
         reader = Reader(iteration_directory(self.out / "engine" / part, step))
-        for planned in planned_hf_tensors(reader, self.start.config, Precisions(torch.float32)):
+        adapter = self.start.adapter
+        parameters = None if adapter is None else parameters_of_adapter(adapter, self.start.config)
+        for planned in planned_hf_tensors(reader, self.start.config, Precisions(torch.float32), parameters=parameters):
             yield planned.name, planned.produce(), wanted[planned.name].cpu()
 
     def layouts(self, layouts: list[Layout]) -> str | None:

@@ -210,12 +210,24 @@ def _print_plan(plan: Plan, data: PreparedData, args: SftArguments) -> None:
         f"{plan.world_size} processes = tp {plan.tp} x pp {plan.pp}{_stages(plan)} x {f'cp {plan.cp} x ' if plan.cp > 1 else ''}dp {plan.dp}, {plan.dtype}{' with FP8 products in the blocks' if args.fp8 else ''}\n"
         f"global batch {plan.global_batch} = {args.batch_size} rows x {_shares(plan)}\n"
         f"{_steps(plan, args)}; {plan.val_rows} validation rows\n"
+        f"{_trained(plan, args)}\n"
         f"memory of the fullest rank without activations: {sum(plan.rank_bytes.values()) / 1e9:.2f} GB "
         f"(weights {plan.rank_bytes['weights'] / 1e9:.2f}, gradients {plan.rank_bytes['gradients'] / 1e9:.2f}, optimizer {plan.rank_bytes['optimizer'] / 1e9:.2f}); "
         f"one checkpoint {plan.checkpoint_bytes / 1e9:.2f} GB\n{_host_memory(plan)}"
     )
     if note := table.warmup_note(args, plan.train_iters):
         out.print(f"[yellow]{note}[/yellow]")
+
+
+def _trained(plan: Plan, args: SftArguments) -> str:
+    """What is trained of how much."""
+    if args.sft_type == "full":
+        return f"trained: all {plan.parameters:,} parameters"
+    share = 100 * plan.trainable / max(plan.parameters + plan.trainable, 1)
+    return (
+        f"trained: {plan.trainable:,} parameters of a LoRA adapter (rank {args.lora_rank}, alpha {args.lora_alpha:g}) "
+        f"beside {plan.parameters:,} frozen ones, {share:.2g} % of all"
+    )
 
 
 def _shares(plan: Plan) -> str:
@@ -267,7 +279,7 @@ def _fill_run_dir(run_dir: Path, args: SftArguments, plan: Plan, start: Training
         if start.run_dir is None:
             for file in side_files(start.root):
                 shutil.copyfile(file, run_dir / file.name)
-        found = {"dtype": plan.dtype, "sft_type": "full"}
+        found = {"dtype": plan.dtype, "sft_type": args.sft_type}
         write_args_file(run_dir, args, {**kept_places(args), **kept_data(args), **found})
         plan.save(run_dir / "plan.json")
     say(f"run directory: {shown(run_dir)}\n")

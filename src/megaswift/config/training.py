@@ -12,7 +12,7 @@ class StartArguments(BaseArguments):
     """Where training starts, and where the run goes."""
 
     train_backend: str = option("megatron", "Training engine.", ("megatron",))
-    sft_type: str = option("full", "What is trained: all weights.", ("full",))
+    sft_type: str = option("full", "What is trained: all weights, or a LoRA adapter beside them.", ("full", "lora"))
     resume_from_checkpoint: str | None = option(
         None, "Megatron directory to start from, or a run directory to go on with; default: {model_type}-tp{tp}-pp{pp}."
     )
@@ -29,6 +29,38 @@ class StartArguments(BaseArguments):
     overwrite: bool = option(False, "Replace an output directory that holds a run (with --add_output_dir_suffix false).")
     logging_dir: str | None = option(None, "TensorBoard directory; default: runs/ in the run's directory.")
     logging_steps: int = option(5, "Steps between two lines of logging.jsonl.", low=1, unit="steps")
+
+
+@dataclass(kw_only=True)
+class AdapterArguments(BaseArguments):
+    """The adapter of --sft_type lora."""
+
+    lora_rank: int = option(8, "Rank r of an adapter's two halves.", low=1)
+    lora_alpha: float = option(32.0, "The adapter's product is multiplied by this / r.", above=0)
+    lora_dropout: float = option(
+        0.05, "Share of a layer's inputs that its adapter does not see in a step; the same at every layout.", low=0, below=1
+    )
+    target_modules: list[str] = option(
+        ["all-linear"],
+        "Hugging Face modules that get an adapter: all-linear (those in the blocks), ends of names (q_proj), or regular expressions "
+        "of whole names.",
+    )
+    modules_to_save: list[str] = option(
+        [],
+        "Modules that are trained whole and saved beside the adapter: norms, and embed_tokens and lm_head where they are two.",
+    )
+    use_rslora: bool = option(False, "Multiply by lora_alpha / sqrt(r) in place of lora_alpha / r.")
+    lora_plus_lr_ratio: float | None = option(
+        None, "Learning rate of every B, as a multiple of that of A (LoRA+); default: the same.", above=0
+    )
+    init_weights: str = option(
+        "true",
+        "How A begins; B is zero. true: uniform, as PEFT does; gaussian: normal with deviation 1 / r.",
+        ("true", "gaussian"),
+    )
+    adapters: str | None = option(
+        None, "Directory of an adapter in PEFT's form that training goes on from; its rank, alpha and modules are taken over."
+    )
 
 
 @dataclass(kw_only=True)

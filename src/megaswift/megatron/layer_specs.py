@@ -49,12 +49,25 @@ class SequenceLayout(PackedSeqParams):
         seq_lens: lengths of the samples that share the one row, or None for plain causal rows; with them `cu_seqlens_q`
             (int32 on the device) and `max_seqlen_q` are set.
         share: this rank's part of the rows, where several ranks share them (context parallelism).
+        token_keys: int32 [s * b], a key of each token for masks that depend on it (dropout of adapters); None: there are none.
     """
 
     qkv_format: str = "sbhd"
     tables: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     seq_lens: list[int] | None = None
     share: Share | None = None
+    token_keys: Tensor | None = None
+
+
+# Norms are saved under TransformerEngine's names of its fused modules; how they are called in the built model.
+_NORMS = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_", "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+
+
+def local_name(name: str) -> str:
+    """The parameter of the built model that a checkpoint name stands for."""
+    for local, stored in _NORMS.items():
+        name = name.replace(stored, local)
+    return name
 
 
 def block_spec(kinds: Sequence[Kind]) -> TransformerBlockSubmodules:
@@ -100,10 +113,7 @@ def layer_spec(kind: Kind) -> ModuleSpec:
                 submodules=MLPSubmodules(linear_fc1=ColumnParallel, linear_fc2=RowParallel),
             ),
             mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map={
-                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-            },
+            sharded_state_dict_keys_map=_NORMS,
         ),
     )
 

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from megaswift.data.batches import MicroBatch
     from megaswift.megatron.graphs import Graphs
     from megaswift.megatron.kernels.context_parallel import Share
+    from megaswift.megatron.lora_layers import Attached
     from megaswift.train.objectives import Loss, Objective
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -76,6 +77,7 @@ class ChatModel(GPTModel):
         self.ropes = ropes
         self.true_vocab = true_vocab
         self.graphs: Graphs | None = None  # set by the trainer
+        self.adapter: Attached | None = None  # set where one is attached
 
     def forward(  # type: ignore[override]
         self,
@@ -84,6 +86,7 @@ class ChatModel(GPTModel):
         seq_lens: list[int] | None = None,
         share: Share | None = None,
         worth: Callable[[ChatModel, Tensor], Any] | None = None,
+        origins: Tensor | None = None,
     ) -> Any:
         """One micro batch through this stage.
 
@@ -92,6 +95,7 @@ class ChatModel(GPTModel):
             seq_lens: lengths of the samples packed into the one row.
             share: what part of the rows these are, where several ranks share them; it knows the samples itself.
             worth: what to make of the last stage's hidden states, called with this model; None asks for logits.
+            origins: [b, s], which tokens these are (see MicroBatch); only adapters that drop inputs ask.
 
         Returns:
             Hidden states [s, b, h] before the last stage; on it what `worth` returns, or logits [b, s, vocab of this rank].
@@ -99,6 +103,8 @@ class ChatModel(GPTModel):
         hidden = self.embedding(input_ids=tokens, position_ids=position_ids) if self.pre_process else None
         tables = {name: rope(position_ids, self.config.params_dtype) for name, rope in self.ropes.items()}
         layout = SequenceLayout(tables=tables, seq_lens=seq_lens, share=share)
+        if self.adapter is not None and self.training:
+            layout.token_keys = self.adapter.keys_of(origins)
         if seq_lens is not None:
             borders = torch.tensor([0, *seq_lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
             layout.cu_seqlens_q, layout.max_seqlen_q = borders.to(tokens.device, non_blocking=True), max(seq_lens)
@@ -109,6 +115,12 @@ class ChatModel(GPTModel):
         if not self.post_process:
             return hidden
         return self._logits(hidden) if worth is None else worth(self, hidden)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None) -> Any:
+        """Megatron-Core's description of what is saved: of an adapter's run the adapter alone."""
+        if self.adapter is not None:
+            return self.adapter.sharded_state_dict(self, prefix)
+        return super().sharded_state_dict(prefix, sharded_offsets, metadata)
 
     def attention_kernel(self, packed: bool) -> str:
         """What attends on this GPU, in words; `packed`: rows hold several samples. Compiles the kernels where that is needed."""
@@ -343,7 +355,7 @@ def run_micro_batch(model: Any, batch: MicroBatch, objective: Objective) -> Any:
     """A micro batch through (a wrapper of) ChatModel: hidden states before the last stage, on it the objective's Loss."""
     seq_lens = None if batch.cu_seqlens is None else batch.cu_seqlens.diff().tolist()
     worth = partial(_worth, objective, batch)
-    return model(batch.tokens, batch.position_ids, seq_lens, batch.share, worth)
+    return model(batch.tokens, batch.position_ids, seq_lens, batch.share, worth, batch.origins)
 
 
 def _worth(objective: Objective, batch: MicroBatch, model: ChatModel, hidden: Tensor) -> Loss:

@@ -67,6 +67,7 @@ def follow(run_dir: Path, folder: Path, save_to: Path | None) -> Curves:
     """
     from megaswift.data.batches import Batches
     from megaswift.data.store import TokenRows
+    from megaswift.parity.adapters import PeftSide
     from megaswift.parity.reference import Reference
 
     job = Job.read(run_dir / "job.json")
@@ -82,7 +83,8 @@ def follow(run_dir: Path, folder: Path, save_to: Path | None) -> Curves:
     evaluated = {
         int(row["global_step/max_steps"].split("/")[0]): float(row["eval_loss"]) for row in logged if "eval_loss" in row
     }
-    reference = Reference(folder, args, plan.dtype, plan.train_iters, int(plan.megatron["lr_warmup_iters"]))
+    warmup, adapter = int(plan.megatron["lr_warmup_iters"]), PeftSide.of(job, args.seed)
+    reference = Reference(folder, args, plan.dtype, plan.train_iters, warmup, adapter)
     curves = Curves([], {}, len(train), len(validation), int(sum(int(train.lengths[step].sum()) for step in ids)))
     for number, (step, engine) in enumerate(zip(reference.run(train, ids, keep=False), losses), start=1):
         curves.loss.append((engine, step.loss))

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -17,6 +19,9 @@ import torch
 from torch import Tensor
 
 from megaswift.megatron import process_groups
+from megaswift.megatron.layer_specs import block_spec, local_name
+from megaswift.megatron.lora_layers import attach
+from megaswift.megatron.model import ChatModel, ModelOptions, rotary_tables, transformer_config
 from megaswift.models import family_of, parameters_of
 from megaswift.models.family import is_tied
 from megaswift.weights.convert.model import MegatronReader
@@ -25,13 +30,9 @@ from megaswift.weights.convert.precision import Precisions
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from megaswift.models.adapters import Lora
     from megaswift.weights.hf.read import HFCheckpoint
 
-# Names in a checkpoint (those of TransformerEngine's fused modules) -> names of the local modules.
-_LOCAL = {
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
-}
 _META = torch.device("meta")
 
 
@@ -84,11 +85,70 @@ def hf_stream(config: PreTrainedConfig, source: HFCheckpoint, precisions: Precis
     return Streamed(model, run, model.model.layers, model.get_input_embeddings())
 
 
-def megatron_stream(config: PreTrainedConfig, reader: MegatronReader) -> Streamed:
-    """The GPTModel of a Megatron checkpoint; needs the process groups of `one_process`."""
-    from megaswift.megatron.layer_specs import block_spec
-    from megaswift.megatron.model import ChatModel, ModelOptions, rotary_tables, transformer_config
+@dataclass(frozen=True)
+class TrainedAdapter:
+    """An adapter of a run: what it is, and the values of its parameters by name."""
 
+    lora: Lora
+    values: Mapping[str, Tensor]
+
+
+def peft_stream(config: PreTrainedConfig, source: HFCheckpoint, precisions: Precisions, adapter: Path) -> Streamed:
+    """The transformers model of a folder, with an adapter as PEFT itself loads it from a directory."""
+    from peft import PeftModel
+
+    plain = hf_stream(config, source, precisions)
+    for module in plain.module.modules():  # PEFT puts an adapter where its layer's weight is: on the CPU, without its size
+        for part, parameter in module.named_parameters(recurse=False):
+            module._parameters[part] = torch.nn.Parameter(torch.zeros(1).expand(parameter.shape), requires_grad=False)
+    wrapped = PeftModel.from_pretrained(plain.module, str(adapter), torch_device="cpu", autocast_adapter_dtype=False)
+    own = [parameter for name, parameter in wrapped.named_parameters() if ".lora_" in name or ".modules_to_save." in name]
+    for parameter in own:
+        parameter.data = parameter.data.float()
+    wrapped.eval()
+    model: Any = wrapped.get_base_model()
+
+    def run(tokens: Tensor, positions: Tensor, lengths: list[int]) -> Tensor:
+        mask = _block_mask(lengths)
+        return wrapped(input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=False).logits[0]
+
+    return Streamed(plain.module, run, model.model.layers, model.get_input_embeddings())
+
+
+class FolderReader:
+    """A Hugging Face folder read as the Megatron weights that would be made of it, tensor by tensor."""
+
+    def __init__(self, config: PreTrainedConfig, source: HFCheckpoint) -> None:
+        self.source, self.directory = source, source.path
+        self.parameters = {(parameter.key, parameter.place): parameter for parameter in parameters_of(config)}
+
+    @property
+    def keys(self) -> list[str]:
+        return list(dict.fromkeys(key for key, _ in self.parameters))
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return next(parameter.global_shape for (name, _), parameter in self.parameters.items() if name == key)
+
+    def dtype(self, key: str, place: tuple[int, ...] = ()) -> torch.dtype:
+        found = next(p for (name, at), p in self.parameters.items() if name == key and at[: len(place)] == place)
+        return self.source.dtype(found.hf[0].name)
+
+    def read(self, key: str, place: tuple[int, ...] = (), rows: tuple[int, int] | None = None) -> Tensor:
+        parameter = self.parameters[key, place]
+        value = parameter.arrangement.pack([part.of(self.source.tensor(part.name)) for part in parameter.hf])
+        return value if rows is None else value[rows[0] : rows[1]]
+
+    def prefetch(self, key: str, place: tuple[int, ...] = ()) -> None:
+        for part in self.parameters[key, place].hf:
+            self.source.prefetch(part.name)
+
+    def release(self, key: str, place: tuple[int, ...] = ()) -> None:
+        for part in self.parameters[key, place].hf:
+            self.source.release(part.name)
+
+
+def megatron_stream(config: PreTrainedConfig, reader: MegatronReader, adapter: TrainedAdapter | None = None) -> Streamed:
+    """The GPTModel of a Megatron checkpoint, with an adapter where one is given; needs the process groups of `one_process`."""
     rows = reader.shape("embedding.word_embeddings.weight")[0]
     settings = transformer_config(config, ModelOptions(tp=1, pp=1, dtype="fp32", padded_vocab=rows))
     settings.plain_layers = True  # type: ignore[attr-defined]  # every module is called, so that its weights can be streamed
@@ -107,7 +167,11 @@ def megatron_stream(config: PreTrainedConfig, reader: MegatronReader) -> Streame
     model.eval()
     parameters = {local_name(parameter.name): parameter for parameter in parameters_of(config)}
 
+    whole = {} if adapter is None else {local_name(p.name): p.name for p in adapter.lora.whole(list(parameters.values()))}
+
     def load(name: str) -> Tensor:
+        if adapter is not None and name in whole:
+            return adapter.values[whole[name]]
         return reader.read(parameters[name].key, parameters[name].place)
 
     def release(name: str) -> None:
@@ -119,18 +183,15 @@ def megatron_stream(config: PreTrainedConfig, reader: MegatronReader) -> Streame
             _stream(module, own, load, release)
     if is_tied(config):
         _lend_embedding(model.output_layer, load)
+    if adapter is not None:
+        base, lora = list(parameters.values()), adapter.lora
+        listed = lora.parameters(family_of(config.model_type), config)
+        model.adapter = attach(model, lora, base, listed, 0, 0, lambda parameter: adapter.values[parameter.name].float())
 
     def run(tokens: Tensor, positions: Tensor, lengths: list[int]) -> Tensor:
         return model(tokens, positions, lengths)[0, :, : config.vocab_size]
 
     return Streamed(model, run, model.decoder.layers, model.embedding.word_embeddings)
-
-
-def local_name(name: str) -> str:
-    """The parameter of the built model that a checkpoint name stands for."""
-    for stored, local in _LOCAL.items():
-        name = name.replace(stored, local)
-    return name
 
 
 def _stream(
@@ -198,4 +259,6 @@ def one_process() -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
-__all__ = ["Streamed", "hf_stream", "local_name", "megatron_stream", "one_process"]
+__all__ = [
+    "FolderReader", "Streamed", "TrainedAdapter", "hf_stream", "local_name", "megatron_stream", "one_process", "peft_stream",
+]  # fmt: skip

@@ -24,6 +24,9 @@ class Job:
     first_step: int = 0  # steps that an earlier run already made
     other_dtypes: dict[str, str] = field(default_factory=dict)  # tensors that the source has in another precision than the rest
     rows_before: int | None = None  # of the embedding, where the checkpoint lacks rows for new tokens
+    adapter: dict[str, Any] | None = None  # what is trained where it is not the model itself: a record of models.adapters.Lora
+    base: dict[str, Any] | None = None  # the weights that an adapter stands beside: `base_record` of weights.base
+    adapter_start: str | None = None  # directory of an adapter in PEFT's form that training goes on from
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), ensure_ascii=False), encoding="utf-8")

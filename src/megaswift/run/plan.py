@@ -18,9 +18,12 @@ from megaswift.models import parameters_of
 from megaswift.models.family import sizes_of, trained_length
 from megaswift.models.stages import stage_layers, stage_weights
 from megaswift.run import table
+from megaswift.run.method import adapter_of, trainable_count, trainable_of_rank
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+    from megaswift.models.adapters import Lora
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 FP8_MULTIPLE = 16  # torch multiplies FP8 matrices whose sides are multiples of this
@@ -57,6 +60,8 @@ class Plan:
         default_factory=dict
     )  # in the fullest rank's host memory: optimizer, activations at most
     stages: list[int] = field(default_factory=list)  # layers of each pipeline stage
+    parameters: int = 0  # of the whole model, tied weights counted once
+    trainable: int = 0  # what is trained: these, or an adapter's
 
     @property
     def train_iters(self) -> int:
@@ -248,8 +253,9 @@ def make_plan(
     moments = table.MOMENTS.get(args.optim, "fp32")
     if dtype == "fp16":
         _check_fp16(args, moments)
-    rank_bytes, host_bytes = _bytes(args, config, world_size, dtype, moments)
-    total = parameter_count(config)
+    lora = adapter_of(args, config)
+    rank_bytes, host_bytes = _bytes(args, config, world_size, dtype, moments, lora)
+    total = trainable_count(lora, config)
     return Plan(
         model_type=model_type,
         dtype=dtype,
@@ -277,6 +283,8 @@ def make_plan(
         cpu_offloading_num_layers=args.cpu_offloading_num_layers,
         host_bytes=host_bytes,
         stages=list(stage_layers(config, args.pp)),
+        parameters=parameter_count(config),
+        trainable=total,
     )
 
 
@@ -313,15 +321,17 @@ def parameter_count(config: PreTrainedConfig) -> int:
 
 
 def _bytes(
-    args: SftArguments, config: PreTrainedConfig, world_size: int, dtype: str, moments: str
+    args: SftArguments, config: PreTrainedConfig, world_size: int, dtype: str, moments: str, lora: Lora | None
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes on the device and in the host memory of the fullest rank: its layers, and embedding and output layer."""
     weights = max(stage_weights(config, args.pp)) // args.tp
+    trained = weights if lora is None else trainable_of_rank(lora, config, args.pp, args.tp)
     data_parallel = world_size // (args.tp * args.pp)
     # Two moments, and an fp32 copy of the weights unless they are fp32 already; shared out over data-parallel ranks.
     each = {"fp32": 8, "bf16": 4, "8bit": 2}[moments] + (0 if dtype == "fp32" else 4)
-    state = weights * each // data_parallel
-    device, host = {"weights": weights * BYTES[dtype], "gradients": weights * 4, "optimizer": state}, {}
+    state = trained * each // data_parallel
+    held = weights if lora is None else weights + trained
+    device, host = {"weights": held * BYTES[dtype], "gradients": trained * 4, "optimizer": state}, {}
     if args.optimizer_cpu_offload:
         device["optimizer"], host["optimizer"] = 0, state
     if args.cpu_offloading_num_layers:

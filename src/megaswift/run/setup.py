@@ -105,4 +105,7 @@ def job_of(args: SftArguments, start: TrainingSource, data: PreparedData, plan: 
         first_step=start.first_step,
         other_dtypes=start.manifest.get("other_dtypes") or {},
         rows_before=start.new_tokens.rows_before if start.new_tokens else None,
+        adapter=start.adapter.record() if start.adapter else None,
+        base=start.base,
+        adapter_start=str(args.adapters) if args.adapters and start.first_step == 0 else None,
     )

@@ -18,14 +18,17 @@ from megaswift.config.options import SftArguments
 from megaswift.data.batches import Batches, EvalBatches, MicroBatch
 from megaswift.data.store import TokenRows
 from megaswift.megatron import process_groups
+from megaswift.models.adapters import Lora
 from megaswift.run.job import Job
 from megaswift.train.checkpoint.load import load_training_state, load_weights
 from megaswift.train.objectives import SupervisedTokens
+from megaswift.weights.convert.lora import load_adapter
 from megaswift.weights.hf.config import load_config
 from megaswift.weights.load_hf import is_hf_folder, load_hf_weights
 from megaswift.weights.load_new_rows import fill_new_rows
 
 if TYPE_CHECKING:
+    from megaswift.train.adapters import Adapter
     from megaswift.train.trainer import Trainer
 
 
@@ -53,14 +56,26 @@ def restore_trainer(job: Job, args: SftArguments) -> tuple[Trainer, dict[str, An
     model = build(config, options)
     names = ("cuda_graphs", "overlap_grad_reduce", "overlap_param_gather", "recompute_modules")
     ways: dict[str, Any] = {name: getattr(args, name) for name in names}
-    if job.first_step == 0:
-        start = Path(job.checkpoint)
+    if job.first_step == 0 or job.base is not None:
+        start = Path(job.base["path"] if job.base else job.checkpoint)
         (load_hf_weights if is_hf_folder(start) else load_weights)(model, start)
         if job.rows_before is not None:
             fill_new_rows(model, start, Path(job.model_dir), job.rows_before, config.vocab_size)
+    if job.adapter is not None:
+        _adapter(job, args, config).attach(model)
+    if job.first_step == 0:
         return Trainer(model, plan, SupervisedTokens(), **ways), {}
     trainer = Trainer(model, plan, SupervisedTokens(), **ways)
     return trainer, load_training_state(trainer, Path(job.checkpoint), layout={"tp": plan.tp, "pp": plan.pp, "dp": plan.dp})
+
+
+def _adapter(job: Job, args: SftArguments, config: Any) -> Adapter:
+    """What the run trains beside the model's frozen weights."""
+    from megaswift.train.adapters import LoraAdapter
+
+    assert job.adapter is not None
+    begun = None if job.adapter_start is None else load_adapter(Path(job.adapter_start))
+    return LoraAdapter(Lora.from_record(job.adapter), config, job.plan.pp, args.seed, begun)
 
 
 def open_batches(job: Job, args: SftArguments, rank: process_groups.Rank) -> tuple[Batches, EvalBatches | None]:
@@ -85,5 +100,7 @@ def to_device(group: list[MicroBatch], device: torch.device) -> list[MicroBatch]
     """Micro batches on the rank's device; borders of packed rows stay on the host, which reads them."""
     if device.type == "cpu":
         return group
-    names = ("tokens", "position_ids")
-    return [replace(batch, **{name: getattr(batch, name).to(device, non_blocking=True) for name in names}) for batch in group]
+    names = ("tokens", "position_ids", "origins")
+    moved = [{name: getattr(batch, name) for name in names if getattr(batch, name) is not None} for batch in group]
+    there = [{name: value.to(device, non_blocking=True) for name, value in values.items()} for values in moved]
+    return [replace(batch, **values) for batch, values in zip(group, there, strict=True)]

@@ -12,7 +12,13 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer import (
+    OptimizerConfig,
+    ParamGroupOverride,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -24,10 +30,12 @@ from megaswift.megatron import compat
 from megaswift.megatron.graphs import Graphs
 from megaswift.megatron.kernels.context_parallel import shard_batch
 from megaswift.megatron.kernels.linear_ops import linear_ops_of
+from megaswift.megatron.kernels.lora import sum_over_tensor_parallel
 from megaswift.megatron.kernels.main_grad import settle_main_grads, zero_main_grads
 from megaswift.megatron.kernels.megatron_layer import FusedMLP
 from megaswift.megatron.kernels.megatron_optimizer import FusedOptimizer, fuse_optimizer, gradient_norm
 from megaswift.megatron.model import TORCH_DTYPES, ChatModel, run_micro_batch
+from megaswift.models.adapters import LORA_B
 
 if TYPE_CHECKING:
     from megaswift.data.batches import MicroBatch
@@ -95,7 +103,7 @@ class Trainer:
         if self.model.ddp_config.overlap_param_gather:
             wait_for_whole_layers(self.model, model)
         options = optimizer_config(plan)
-        optimizer = get_megatron_optimizer(options, [self.model], get_standard_config_overrides(options))
+        optimizer = get_megatron_optimizer(options, [self.model], group_options(options, model))
         # Under fp16 it stays as it was: the loss scaler needs Megatron's own step.
         self.optimizer = fuse_optimizer(optimizer, plan.moments, on_host=plan.optimizer_cpu_offload)
         for chained in optimizer.chained_optimizers:
@@ -136,6 +144,8 @@ class Trainer:
         `gradient_divisor` tells what the gradient buffers must be divided by to be gradients of the mean loss.
         """
         self.model.train()
+        if self.bare_model.adapter is not None:
+            self.bare_model.adapter.keys.step = int(self.scheduler.num_steps)
         zero_main_grads(self.model)
         self.optimizer.zero_grad()
         with self.graphs.step(), linear_ops_of(self.bare_model.config).unchanged_weights(len(batches)):
@@ -153,7 +163,7 @@ class Trainer:
     def update(self, sums: Tensor) -> StepResult:
         """One step of schedule and optimizer with the gradients at hand, unless something is not finite or a spike."""
         self.scheduler.step(increment=1)  # before the update: step k of n uses the rate of step k, so the last one uses min_lr
-        rate = max(group["lr"] for group in self.optimizer.param_groups)
+        rate = max(group["lr"] for group in self.optimizer.param_groups if group["default_config"])
         before = self._loss_scale()
         skipped = self.optimizer.prepare_grads()  # fp16: gradients of a rank overflowed; all ranks have agreed on it
         mean = sums[0] / divisor(sums)
@@ -203,6 +213,7 @@ class Trainer:
         """After the last backward pass: reduce the gradients over ranks; they are divided later, by the sum of weights."""
         settle_main_grads(self.model)
         finalize_model_grads(chunks, None, **options)
+        sum_over_tensor_parallel(self.model.params_with_grad, parallel_state.get_tensor_model_parallel_group())
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[list[MicroBatch]]) -> float:
@@ -254,7 +265,7 @@ def overlaps(model: ChatModel, wanted: bool | None, cuda_graphs: str) -> bool:
         return False
     if wanted is not None:
         return wanted
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return torch.cuda.is_available() and cuda_graphs != "true" and parameters >= OVERLAP_FROM
 
 
@@ -339,6 +350,16 @@ def optimizer_config(plan: Plan) -> OptimizerConfig:
         initial_loss_scale=INITIAL_LOSS_SCALE,
         min_loss_scale=MIN_LOSS_SCALE,
     )
+
+
+def group_options(options: OptimizerConfig, model: ChatModel) -> dict[ParamKey, ParamGroupOverride]:
+    """What some weights have in place of the optimizer's options: no decay for vectors, another rate for every B of an adapter."""
+    found = get_standard_config_overrides(options)
+    ratio = model.adapter.lora.lr_ratio if model.adapter is not None else None
+    if ratio is not None:
+        rates: ParamGroupOverride = {"max_lr": options.lr * ratio, "min_lr": options.min_lr * ratio}
+        found[ParamKey(name=f"*.{LORA_B}")] = rates
+    return found
 
 
 def schedule(optimizer: Any, plan: Plan) -> OptimizerParamScheduler:

@@ -1,0 +1,149 @@
+"""Whole runs with an adapter: 20 steps with dropout beside PEFT at every layout, saved, resumed elsewhere, refused where they must be."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megaswift.commands.sft import sft_main
+from megaswift.config.options import SftArguments
+from megaswift.data.batches import Batches
+from megaswift.data.store import TokenRows
+from megaswift.errors import DataError, UserError
+from megaswift.parity.adapters import PeftSide
+from megaswift.parity.reference import Reference
+from megaswift.run.job import Job
+from megaswift.store.manifest import read_manifest
+from tests.lora.adapters import by_hf_name, lora_of, parameters_of
+from tests.ranks import RankPool
+from tests.training import Run, tiny_start, train, write_rows
+
+STEPS = 20
+LORA: dict[str, Any] = {
+    "sft_type": "lora", "lora_rank": 4, "lora_alpha": 8.0, "lora_dropout": 0.3, "lora_plus_lr_ratio": 4.0, "learning_rate": 1e-2,
+    "max_steps": STEPS, "save_steps": STEPS, "gradient_accumulation_steps": 4, "dataset_test_ratio": 0.0, "data_cache": True,
+}  # fmt: skip
+# name -> processes and options; the global batch is 8 rows at all of them
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "dp1": (1, {"batch_size": 2, "padding_free": False}),
+    "dp2": (2, {"gradient_accumulation_steps": 4}),
+    "tp2": (2, {"tp": 2}),
+    "tp2, sequence parallel": (2, {"tp": 2, "sequence_parallel": True, "gradient_checkpointing": True}),
+    "pp2, padded": (2, {"pp": 2, "batch_size": 2, "gradient_accumulation_steps": 2, "padding_free": False}),
+    "cp2": (2, {"cp": 2}),
+}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_start(tmp_path_factory.mktemp("start"), "qwen2", tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")
+
+
+def reference(run: Run, folder: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses and the adapter of the same run in PEFT, mask for mask."""
+    job = Job.read(run.directory / "job.json")
+    args, plan, data = SftArguments(**job.options), job.plan, TokenRows.open(job.train_data)
+    batches = Batches(
+        data, micro_batch_size=1, global_batch_size=plan.global_batch, dp_rank=0, dp_size=1, seed=args.seed, pad_id=job.pad_id
+    )
+    warmup = int(plan.megatron["lr_warmup_iters"])
+    side = Reference(folder, args, "fp32", plan.train_iters, warmup, PeftSide.of(job, args.seed))
+    ids: list[np.ndarray] = [batches.sample_ids(step) for step in range(plan.train_iters)]
+    results = list(side.run(data, ids))
+    return [item.loss for item in results], results[-1].weights
+
+
+def test_twenty_steps_are_those_of_peft_at_every_layout(start: Path, rows: Path, pool: RankPool, tmp_path: Path) -> None:
+    folder = start.parent / "hf"
+    lora = lora_of(folder, alpha=8.0, rank=4)
+    parameters, wanted = parameters_of(folder, lora), None
+    for name, (world, options) in LAYOUTS.items():
+        run = train(
+            pool,
+            tmp_path / name.replace(", ", "-"),
+            world,
+            resume_from_checkpoint=str(start),
+            dataset=[str(rows)],
+            **{**LORA, **options},
+        )
+        if wanted is None:
+            wanted = reference(run, folder)
+        losses, adapter = wanted
+        found = by_hf_name(run.directory / f"iter_{STEPS:07d}", parameters)
+        worst = max((float((found[key] - value).norm() / value.norm()), key) for key, value in adapter.items())
+        off = max(abs(a - b) for a, b in zip(run.losses, losses, strict=True))
+        print(f"{name:26} loss {off:.1e}  adapter {worst[0]:.1e} {worst[1]}")
+        assert off < 2e-5, f"{name}: {run.losses} {losses}"
+        assert worst[0] < 2e-3, f"{name}: {worst}"
+    assert losses[0] - losses[-1] > 0.05, "it learns"
+
+
+def test_a_run_goes_on_at_any_other_layout(start: Path, rows: Path, pool: RankPool, tmp_path: Path) -> None:
+    """Three steps at one layout and three at another are six; what is saved is the adapter alone."""
+    common: dict[str, Any] = {
+        "resume_from_checkpoint": str(start),
+        "dataset": [str(rows)],
+        **LORA,
+        "max_steps": 6,
+        "save_steps": 3,
+    }
+    whole = train(pool, tmp_path / "whole", 2, **{**common, "tp": 2, "sequence_parallel": True})
+    manifest = read_manifest(whole.directory / "iter_0000003")
+    size = sum(entry["size"] for entry in manifest["files"].values())
+    plan = json.loads((whole.directory / "plan.json").read_text())
+    assert plan["trainable"] * 16 <= size < plan["trainable"] * 16 + 100_000 < plan["parameters"] * 16
+    for name, (world, options) in {
+        "dp1": (1, {"tp": 1}),
+        "pp2": (2, {"tp": 1, "pp": 2}),
+        "tp2": (2, {"tp": 2, "pp": 1}),
+    }.items():
+        other = tmp_path / name
+        shutil.copytree(whole.directory, other / "tiny-chat-tp2-pp1" / whole.directory.name)
+        shutil.rmtree(other / "tiny-chat-tp2-pp1" / whole.directory.name / "iter_0000006")
+        again = train(
+            pool, other, world, **{**common, **options}, resume=True, model_type="tiny-chat", sequence_parallel=False,
+            batch_size=2 if world == 1 else 1,
+        )  # fmt: skip
+        assert again.losses[-3:] == pytest.approx(whole.losses[-3:], abs=2e-5), name
+
+
+def test_what_is_refused(start: Path, rows: Path, pool: RankPool, tmp_path: Path) -> None:
+    common: dict[str, Any] = {
+        "dataset": [str(rows)],
+        **LORA,
+        "max_steps": 1,
+        "save_steps": 1,
+        "output_dir": str(tmp_path / "out"),
+    }
+
+    def refused(error: type[Exception], text: str, **options: Any) -> None:
+        given = {"resume_from_checkpoint": str(start), **common, **options}
+        with pytest.raises(error, match=text):
+            sft_main(SftArguments(**given))
+
+    refused(UserError, "nearest: q_proj", target_modules=["q_prj"])
+    refused(UserError, "no regular expression", target_modules=["q_(proj"])
+    refused(UserError, "one matrix", modules_to_save=["embed_tokens"])
+    refused(UserError, "has nothing to train", target_modules=[r".*layers\.0\..*"], pp=2)
+    refused(UserError, "new tokens", new_special_tokens=["<a>"])
+    with pytest.raises(UserError, match="belongs to adapters"):
+        sft_main(SftArguments(resume_from_checkpoint=str(start), dataset=[str(rows)], lora_rank=4))
+    run = train(pool, tmp_path / "run", 1, resume_from_checkpoint=str(start), **common | {"output_dir": str(tmp_path / "run")})
+    again = {"resume_from_checkpoint": str(run.directory), "max_steps": 2}
+    refused(UserError, "rank 4, not 8", **again, lora_rank=8)
+    refused(UserError, "an adapter, and --sft_type full", **again, sft_type="full")
+    other = tiny_start(tmp_path / "other", "qwen2", seed=1, tie_word_embeddings=True)
+    refused(
+        DataError, "not the weights that the adapter was trained beside", **again, model_id_or_path=str(other.parent / "hf")
+    )
