@@ -43,7 +43,7 @@ def _weights(config_dir: str, source: str, target: str, tp: int, pp: int) -> Non
         config = load_config(Path(config_dir))
         model = build(config, ModelOptions(tp=tp, pp=pp, dtype="fp32", padded_vocab=padded_vocab(config.vocab_size, tp)))
         load_weights(model, Path(source))
-        state: Any = SimpleNamespace(bare_model=model, settle_weights=lambda: None)
+        state: Any = SimpleNamespace(bare_model=model, settle_weights=lambda: None, some_layers=None)
         save(Path(target).parent, 1, state, only_model=True, extra={}, manifest={})
 
 

@@ -11,9 +11,9 @@ from tests.kernels.conftest import LIMITS, off
 
 from megaswift.megatron.kernels.counter_dropout import Dropout, token_keys
 from megaswift.megatron.kernels.linear_ops import PLAIN
-from megaswift.megatron.kernels.lora import LoraCall, Parts, lora_linear
+from megaswift.megatron.kernels.lora import LoraCall, Parts, lora_linear, row_norms, scaled_rows
 from megaswift.megatron.lora_layers import rows_of
-from megaswift.models.parameters import grouped, stacked, whole
+from megaswift.models.parameters import Arrangement, grouped, stacked, whole
 
 # arrangement of the layer's rows; its Hugging Face tensors that have an adapter
 LAYERS = {
@@ -98,3 +98,36 @@ def test_a_mask_is_known_by_token_and_feature_alone() -> None:
     assert torch.equal(turned.flip(0), whole)
     part = Dropout(0.5, "layer", first=16).factors(token_keys(origins, 1, 0).reshape(-1), 32, torch.float32)
     assert torch.equal(part, whole[:, 16:48])
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_rows_of_their_own_length(layer: str, case: tuple[str, torch.dtype]) -> None:
+    """Norms of W + s B A without that matrix, and products whose rows have trained lengths: the norms are constants."""
+    device, dtype = case
+    arrangement, tensors = LAYERS[layer]
+    order, rank, inputs = arrangement.only(tensors), 3, 8
+    make = lambda *shape: (torch.randn(*shape, device=device) * 0.5).to(dtype)  # noqa: E731
+    weight, a, b = make(arrangement.size, inputs), make(len(tensors) * rank, inputs), make(order.size, rank)
+    call = LoraCall(Parts(rows_of(arrangement, tensors, 1), rows_of(order, range(len(tensors)), 1)), 1.7, PLAIN)
+    halves = [half.double() @ a[n * rank : (n + 1) * rank].double() for n, half in enumerate(order.unpack(b))]
+    added = order.pack(halves)
+    rows = torch.cat([row[None] for row, tensor in zip(weight, _tensors(arrangement)) if tensor in tensors])
+    norms = row_norms(weight, a, b, call, None)
+    assert off(norms, (rows.double() + 1.7 * added).norm(dim=1)) < LIMITS[dtype]
+    y, magnitude = make(4, 2, arrangement.size), make(order.size)
+    ours, theirs = ([part.clone().to(kind).requires_grad_() for part in (y, magnitude)] for kind in (dtype, torch.float64))
+    got = scaled_rows(ours[0], ours[1], norms, call.parts)
+    factors, place = [], iter(theirs[1] / norms.double())
+    for tensor in _tensors(arrangement):
+        factors.append(next(place) if tensor in tensors else torch.ones((), dtype=torch.float64, device=device))
+    want = theirs[0] * torch.stack(factors)
+    grad = make(*got.shape)
+    got.backward(grad)
+    want.backward(grad.double())
+    for one, other in zip((got, *(part.grad for part in ours)), (want, *(part.grad for part in theirs)), strict=True):
+        assert one is not None and other is not None and off(one, other) < LIMITS[dtype]
+
+
+def _tensors(arrangement: Arrangement) -> list[int]:
+    """Which tensor each row of the whole belongs to."""
+    return [piece.tensor for piece in arrangement.pieces for _ in range(piece.count)]

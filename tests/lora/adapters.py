@@ -16,6 +16,7 @@ from megaswift.models import family_of
 from megaswift.models.adapters import Lora, saved_modules, target_modules
 from megaswift.models.family import is_tied
 from megaswift.models.parameters import Parameter
+from megaswift.parity.adapters import as_packed, plain
 from megaswift.run.job import Job
 from megaswift.weights.hf.config import load_config
 
@@ -49,6 +50,8 @@ def peft_model(folder: Path, lora: Lora, seed: int = 5, **changes: Any) -> Any:
         if isinstance(module, torch.nn.Embedding):
             module.padding_idx = None
     config = family_of(base.config.model_type).parameters(base.config)
+    if lora.bits is not None:
+        as_packed(base, config)
     values = lora.peft_config(config, str(folder)) | changes
     names = ("r", "lora_alpha", "target_modules", "modules_to_save", "use_rslora", "use_dora", "init_lora_weights")
     model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **{name: values[name] for name in names}))
@@ -57,6 +60,8 @@ def peft_model(folder: Path, lora: Lora, seed: int = 5, **changes: Any) -> Any:
         for name, parameter in model.named_parameters():
             if "lora_" in name and "magnitude" not in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+            elif "magnitude" in name:
+                parameter.mul_(1 + 0.2 * torch.randn(parameter.shape, generator=generator))
             elif "modules_to_save" in name:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
     return model.train()
@@ -64,7 +69,7 @@ def peft_model(folder: Path, lora: Lora, seed: int = 5, **changes: Any) -> Any:
 
 def plain_names(values: dict[str, Tensor]) -> dict[str, Tensor]:
     """PEFT's names in memory -> in its files."""
-    return {name.replace(".default", "").replace(".modules_to_save", ""): value for name, value in values.items()}
+    return {plain(name): value for name, value in values.items()}
 
 
 def peft_step(model: Any, data: TokenRows) -> tuple[float, float, dict[str, Tensor]]:

@@ -222,7 +222,8 @@ def _print_plan(plan: Plan, data: PreparedData, args: SftArguments) -> None:
 def _trained(plan: Plan, args: SftArguments) -> str:
     """What is trained of how much."""
     if args.sft_type == "full":
-        return f"trained: all {plan.parameters:,} parameters"
+        rest = f", {100 * plan.trainable / plan.parameters:.3g} %; the others stay" if plan.trainable < plan.parameters else ""
+        return f"trained: {plan.trainable:,} of {plan.parameters:,} parameters{rest}"
     share = 100 * plan.trainable / max(plan.parameters + plan.trainable, 1)
     return (
         f"trained: {plan.trainable:,} parameters of a LoRA adapter (rank {args.lora_rank}, alpha {args.lora_alpha:g}) "

@@ -14,6 +14,7 @@ from megaswift.config.training import (
     AdapterArguments,
     BatchArguments,
     EncodingArguments,
+    FreezeArguments,
     GuardArguments,
     OptimizerArguments,
     ParallelArguments,
@@ -136,7 +137,7 @@ class VerifyArguments(BaseArguments):
 
 @dataclass(kw_only=True)
 class SftArguments(
-    SpeedArguments, GuardArguments, SavingArguments, AdapterArguments, OptimizerArguments, BatchArguments, EncodingArguments,
+    SpeedArguments, GuardArguments, SavingArguments, AdapterArguments, FreezeArguments, OptimizerArguments, BatchArguments, EncodingArguments,
     ParallelArguments, LayoutArguments,
     DataArguments, VocabularyArguments, ModelArguments, StartArguments,
 ):  # fmt: skip
@@ -254,6 +255,7 @@ class InspectArguments(SftArguments):
         EncodingArguments,
         BatchArguments,
         AdapterArguments,
+        FreezeArguments,
     )
 
     output: str | None = option(None, "Directory for a page (index.html) with all of it; default: the terminal only.")
@@ -265,7 +267,7 @@ class ParityArguments(SftArguments):
     """`swift parity`: does this run compute what it should?"""
 
     MEANT: ClassVar[tuple[type, ...]] = (
-        ModelArguments, TemplateArguments, DataArguments, EncodingArguments, LayoutArguments, ParallelArguments, BatchArguments, OptimizerArguments, AdapterArguments, StartArguments, SpeedArguments,
+        ModelArguments, TemplateArguments, DataArguments, EncodingArguments, LayoutArguments, ParallelArguments, BatchArguments, OptimizerArguments, AdapterArguments, FreezeArguments, StartArguments, SpeedArguments,
     )  # fmt: skip
 
     steps: int = option(5, "Steps to compare.", low=1)

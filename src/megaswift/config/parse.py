@@ -108,11 +108,8 @@ def _in_range(item: dataclasses.Field[Any], value: Any) -> bool:
 REFUSED = {
     "deepspeed": "Megatron-Core's distributed optimizer already shards the optimizer state over data-parallel ranks",
     "fsdp": "Megatron-Core's distributed optimizer already shards the optimizer state over data-parallel ranks",
-    "quantization_bit": "training runs in fp32, bf16 or fp16 (--dtype)",
-    "use_dora": "adapters are LoRA, rsLoRA (--use_rslora) or LoRA+ (--lora_plus_lr_ratio)",
     "lora_bias": "adapters have no biases (what vLLM loads has none)",
     "neftune_noise_alpha": "noise on embeddings is not part of the Megatron engine",
-    "freeze_parameters": "all weights are trained",
     "fp16": "use --dtype fp16",
     "bf16": "use --dtype bf16",
     "device_map": "use --tp and --pp",
@@ -127,6 +124,7 @@ REFUSED = {
 
 # Other names that ms-swift gives to options, and what they are called here.
 ALIASES = {
+    "quant_bits": "quantization_bit",
     "tuner_type": "sft_type",
     "train_type": "sft_type",
     "lora_target_modules": "target_modules",

@@ -32,6 +32,21 @@ class StartArguments(BaseArguments):
 
 
 @dataclass(kw_only=True)
+class FreezeArguments(BaseArguments):
+    """Which weights stay as they are, with --sft_type full."""
+
+    freeze_parameters: list[str] = option([], "Weights that stay as they are, by prefixes of their Hugging Face names.")
+    freeze_parameters_regex: str | None = option(None, "The same by a regular expression that is found in the names.")
+    freeze_parameters_ratio: float = option(
+        0.0, "Share of all weights that stay as they are, from the embedding on.", low=0, high=1
+    )
+    trainable_parameters: list[str] = option(
+        [], "Weights that are trained whatever the options above say, by prefixes of their names."
+    )
+    trainable_parameters_regex: str | None = option(None, "The same by a regular expression that is found in the names.")
+
+
+@dataclass(kw_only=True)
 class AdapterArguments(BaseArguments):
     """The adapter of --sft_type lora."""
 
@@ -50,6 +65,10 @@ class AdapterArguments(BaseArguments):
         "Modules that are trained whole and saved beside the adapter: norms, and embed_tokens and lm_head where they are two.",
     )
     use_rslora: bool = option(False, "Multiply by lora_alpha / sqrt(r) in place of lora_alpha / r.")
+    use_dora: bool = option(
+        False,
+        "Train the length of every adapted row as well (DoRA); needs --lora_dropout 0. vLLM does not load it, but merged.",
+    )
     lora_plus_lr_ratio: float | None = option(
         None, "Learning rate of every B, as a multiple of that of A (LoRA+); default: the same.", above=0
     )
@@ -57,6 +76,12 @@ class AdapterArguments(BaseArguments):
         "true",
         "How A begins; B is zero. true: uniform, as PEFT does; gaussian: normal with deviation 1 / r.",
         ("true", "gaussian"),
+    )
+    quantization_bit: int | None = option(
+        None,
+        "Bits in which the frozen weights of linear layers are held: 4 (NF4, QLoRA); default: their own precision.",
+        low=4,
+        high=4,
     )
     adapters: str | None = option(
         None, "Directory of an adapter in PEFT's form that training goes on from; its rank, alpha and modules are taken over."

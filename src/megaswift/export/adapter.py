@@ -345,12 +345,12 @@ def _merged_parity(run: AdapterRun, base: HFCheckpoint, merged: HFCheckpoint, pr
 
 
 def merge_loss(adapter: Any, base: HFCheckpoint, merged: HFCheckpoint) -> dict[str, Any]:
-    """What rounding takes from a merge: the largest share of scale x B A that a matrix lacks, by Euclidean norms, and where."""
+    """What rounding takes from a merge: the largest share of what an adapter adds that a matrix lacks, by Euclidean norms, and where."""
     worst, where = 0.0, ""
-    for name, (a, b, scale) in adapter.pairs.items():
-        added = scale * (b.float() @ a.float())
-        exact = base.tensor(name).float() + added
-        lost = float((merged.tensor(name).float() - exact).norm() / added.norm().clamp_min(1e-30))
+    for name in adapter.pairs:
+        exact = adapter.added_to(name, base.tensor(name))
+        added = (exact - base.tensor(name).float()).norm().clamp_min(1e-30)
+        lost = float((merged.tensor(name).float() - exact).norm() / added)
         worst, where = max((worst, where), (lost, name))
         base.release(name)
         merged.release(name)

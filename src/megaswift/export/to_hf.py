@@ -138,7 +138,8 @@ def _form(weights: _Weights) -> _Form:
         reader, own = weights.reader, Precisions(DTYPES.get(str(weights.manifest.get("dtype")), stored.main), recorded)
         had = own
     else:
-        reader, own = with_masters(weights.reader, parameters, stored, recorded)
+        frozen = set(weights.manifest.get("frozen") or ())  # these have no master weights
+        reader, own = with_masters(weights.reader, [p for p in parameters if p.name not in frozen], stored, recorded)
         had = Precisions(own.main, {**own.others, **wider(recorded, own)})
     asked = args.dtype if "dtype" in args.explicit() and args.dtype != "AUTO" else None
     own = chosen(own, asked, str(weights.directory))

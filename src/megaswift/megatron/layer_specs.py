@@ -32,6 +32,7 @@ from megaswift.megatron.kernels.megatron_layer import (
     RMSNorm,
 )
 from megaswift.megatron.kernels.parallel_linear import ColumnParallel, RowParallel
+from megaswift.megatron.packed_layers import PackedColumn, PackedRow
 from megaswift.models.kinds import Kind
 
 # The modules behind the names in a Kind.
@@ -70,27 +71,29 @@ def local_name(name: str) -> str:
     return name
 
 
-def block_spec(kinds: Sequence[Kind]) -> TransformerBlockSubmodules:
+def block_spec(kinds: Sequence[Kind], packed: bool = False) -> TransformerBlockSubmodules:
     """The specification of this pipeline stage's layers.
 
     Args:
         kinds: of the layers, from the first to the last. The norm behind the last one is of that layer's kind.
+        packed: the linear layers hold frozen weights in 4 bits.
 
     Raises ValueError for a name that no module stands for.
     """
-    specs = {kind: layer_spec(kind) for kind in set(kinds)}
+    specs = {kind: layer_spec(kind, packed) for kind in set(kinds)}
     return TransformerBlockSubmodules(
         layer_specs=[specs[kind] for kind in kinds], layer_norm=_named(NORMS, "norm", kinds[-1].norm)
     )
 
 
-def layer_spec(kind: Kind) -> ModuleSpec:
-    """The specification of a layer.
+def layer_spec(kind: Kind, packed: bool = False) -> ModuleSpec:
+    """The specification of a layer; `packed` as for `block_spec`.
 
     The key map saves the norms under the names of TransformerEngine's fused modules, so that checkpoints load there.
     """
     norm = _named(NORMS, "norm", kind.norm)
     qk_norm = norm if kind.qk_norm else IdentityOp
+    column, row = (PackedColumn, PackedRow) if packed else (ColumnParallel, RowParallel)
     return ModuleSpec(
         module=FusedTransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -99,9 +102,9 @@ def layer_spec(kind: Kind) -> ModuleSpec:
                 module=_named(ATTENTIONS, "attention", kind.attention),
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallel,
+                    linear_qkv=column,
                     core_attention=partial(CoreAttention, rotation=kind.rotation),
-                    linear_proj=RowParallel,
+                    linear_proj=row,
                     q_layernorm=qk_norm,
                     k_layernorm=qk_norm,
                 ),
@@ -110,7 +113,7 @@ def layer_spec(kind: Kind) -> ModuleSpec:
             pre_mlp_layernorm=norm,
             mlp=ModuleSpec(
                 module=_named(MLPS, "mlp", kind.mlp),
-                submodules=MLPSubmodules(linear_fc1=ColumnParallel, linear_fc2=RowParallel),
+                submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row),
             ),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=_NORMS,

@@ -14,12 +14,15 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megaswift.megatron.freeze import need_gradients_of_inputs
 from megaswift.megatron.kernels.counter_dropout import Dropout, token_keys
 from megaswift.megatron.kernels.linear_ops import linear_ops_of
-from megaswift.megatron.kernels.lora import LoraCall, Parts, Rows, lora_linear
+from megaswift.megatron.kernels.lora import LoraCall, Parts, Rows, lora_linear, row_norms, scaled_rows
+from megaswift.megatron.kernels.nf4 import Packed
 from megaswift.megatron.kernels.parallel_linear import ColumnParallel, RowParallel
 from megaswift.megatron.layer_specs import local_name
-from megaswift.models.adapters import LORA_A, LORA_B, Lora, Site
+from megaswift.megatron.packed_layers import PACKED_OPS, PackedColumn, PackedRow
+from megaswift.models.adapters import LORA_B, MAGNITUDE, Lora, Site, local_module
 from megaswift.models.parameters import Arrangement, Parameter
 
 
@@ -43,6 +46,7 @@ class _LoraLayer:
 
     lora_A: torch.nn.Parameter
     lora_B: torch.nn.Parameter
+    lora_magnitude: torch.nn.Parameter | None
     lora_call: LoraCall
     step_keys: StepKeys
 
@@ -55,7 +59,19 @@ class _LoraLayer:
             reduce_grad=bool(options.get("allreduce_dgrad")),
             group=options.get("tp_group"),
         )
-        return lora_linear(x, weight, options.get("bias"), self.lora_A, self.lora_B, keys, call)
+        if self.lora_magnitude is None:
+            return lora_linear(x, weight, options.get("bias"), self.lora_A, self.lora_B, keys, call)
+        norms = self._norms(weight)
+        product = lora_linear(x, weight, None, self.lora_A, self.lora_B, keys, call)
+        scaled = scaled_rows(product, self.lora_magnitude, norms, call.parts)
+        return scaled if options.get("bias") is None else scaled + options["bias"]
+
+    def _norms(self, weight: Any) -> Tensor:
+        """Of the rows of W + scale * B A, in the order of B."""
+        layer: Any = self
+        values = weight.weight(self.lora_A.dtype) if isinstance(weight, Packed) else weight
+        columns = layer.tp_group if isinstance(self, RowParallel) else None
+        return row_norms(values, self.lora_A, self.lora_B, self.lora_call, columns)
 
 
 class LoraColumn(_LoraLayer, ColumnParallel):
@@ -128,7 +144,7 @@ def attach(
     parameters: Sequence[Parameter],
     first_layer: int,
     seed: int,
-    values: Callable[[Parameter], Tensor],
+    values: Callable[[Parameter], Tensor | None],
 ) -> Attached:
     """Freeze a built model and give its layers the adapter; before it is wrapped for data parallelism.
 
@@ -136,7 +152,8 @@ def attach(
         model: ChatModel of one pipeline stage.
         base: the model's parameters; parameters: the adapter's.
         first_layer: the stage's first layer in the whole model.
-        values: the whole first value of each of the adapter's parameters, which is cut here.
+        values: the whole first value of each of the adapter's parameters, which is cut here; None for lengths of rows that
+            are those of the base.
     """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -144,26 +161,36 @@ def attach(
     listed = {parameter.name: parameter for parameter in parameters}
     held: dict[str, Parameter] = {}
     for site in lora.sites(base):
-        name = _local(site.module, first_layer, len(model.decoder.layers))
+        name = local_module(site.module, first_layer, len(model.decoder.layers))
         if name is None:
             continue
         module = model.get_submodule(name)
-        halves = {half: listed[f"{site.module}.{half}"] for half in (LORA_A, LORA_B)}
+        halves = {half: listed[f"{site.module}.{half}"] for half in lora.of_site(site)}
         _exchange(module, site, halves, lora, keys, values)
         held |= {f"{name}.{half}": parameter for half, parameter in halves.items()}
     own = dict(model.named_parameters())
     for parameter in lora.whole(base):
         name = _local_parameter(parameter.name, first_layer, model)
         if name is not None:
-            own[name].requires_grad_(True)
+            _begin(own[name], listed[parameter.name], values(listed[parameter.name]))
             held[name] = listed[parameter.name]
     if lora.dropout > 0.0:
         for layer in model.decoder.layers:
             layer.register_forward_pre_hook(_sees(keys), with_kwargs=True)
-    if model.pre_process and model.config.recompute_granularity is not None:
-        # A recomputed layer whose input needs no gradient gives none to its weights, and says nothing.
-        model.embedding.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_(torch.is_grad_enabled()))
+    need_gradients_of_inputs(model)
     return Attached(lora, held, keys)
+
+
+@torch.no_grad()
+def _begin(weight: torch.nn.Parameter, parameter: Parameter, value: Tensor | None) -> None:
+    """Let a weight of the base be trained, from a value where an adapter brings one."""
+    weight.requires_grad_(True)
+    if value is None or weight.is_meta:
+        return
+    tp, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
+    if parameter.padded:  # rows that only pad the vocabulary stay zero
+        value = torch.nn.functional.pad(value, (0, 0, 0, weight.shape[0] * tp - value.shape[0]))
+    weight.copy_(parameter.arrangement.shard(value, tp)[rank])
 
 
 def _sees(keys: StepKeys) -> Callable[..., None]:
@@ -179,21 +206,21 @@ def _exchange(
     halves: Mapping[str, Parameter],
     lora: Lora,
     keys: StepKeys,
-    values: Callable[[Parameter], Tensor],
+    values: Callable[[Parameter], Any],
 ) -> None:
-    plain, adapted = (ColumnParallel, LoraColumn) if site.is_column else (RowParallel, LoraRow)
-    if type(module) is not plain:
-        raise TypeError(f"{site.module} is a {type(module).__name__}: an adapter knows only {plain.__name__}")
+    kinds, adapted = ((ColumnParallel, PackedColumn), LoraColumn) if site.is_column else ((RowParallel, PackedRow), LoraRow)
+    if type(module) not in kinds:
+        raise TypeError(f"{site.module} is a {type(module).__name__}: an adapter knows only {kinds[0].__name__}")
     weight, tp, rank = module.weight, module.tp_group.size(), module.tp_group.rank()
+    packed = type(module) is kinds[1]
+    values_of = weight.data if packed else weight
+    device = "cpu" if values_of.is_meta else values_of.device  # where weights come and go the adapter stays
+    module.lora_magnitude = None
     for name, parameter in halves.items():
-        device = "cpu" if weight.is_meta else weight.device  # where weights come and go the adapter stays
-        part = parameter.arrangement.shard(values(parameter), tp)[rank].to(device, weight.dtype).contiguous()
-        made = torch.nn.Parameter(part)
-        split = parameter.arrangement.split
-        made.tensor_model_parallel = split is not None and tp > 1  # type: ignore[attr-defined]
-        made.partition_dim, made.partition_stride = -1 if split is None else split, 1  # type: ignore[attr-defined]
-        made.partial_gradient = split is None  # type: ignore[attr-defined]  # summed by `sum_over_tensor_parallel`
-        module.register_parameter(name, made)
+        if name == MAGNITUDE:
+            continue
+        part = parameter.arrangement.shard(values(parameter), tp)[rank].to(device, module.config.params_dtype).contiguous()
+        module.register_parameter(name, _marked(torch.nn.Parameter(part), parameter, tp))
     module.__class__ = adapted
     module.step_keys = keys
     first = 0 if site.is_column else rank * weight.shape[1]
@@ -201,8 +228,26 @@ def _exchange(
     order = halves[LORA_B].arrangement
     outputs = rows_of(site.base.arrangement, site.tensors, tp)
     module.lora_call = LoraCall(
-        Parts(outputs, rows_of(order, range(len(site.tensors)), tp)), lora.scale, linear_ops_of(module.config), dropout=dropout
+        Parts(outputs, rows_of(order, range(len(site.tensors)), tp)),
+        lora.scale,
+        PACKED_OPS if packed else linear_ops_of(module.config),
+        dropout=dropout,
     )
+    if MAGNITUDE in halves:
+        begun = values(halves[MAGNITUDE])
+        part = module._norms(weight) if begun is None else halves[MAGNITUDE].arrangement.shard(begun, tp)[rank]
+        made = torch.nn.Parameter(part.to(device, module.config.params_dtype).contiguous())
+        del module.lora_magnitude
+        module.register_parameter(MAGNITUDE, _marked(made, halves[MAGNITUDE], tp))
+
+
+def _marked(made: torch.nn.Parameter, parameter: Parameter, tp: int) -> torch.nn.Parameter:
+    """What Megatron-Core's gradient norm, and `sum_over_tensor_parallel`, ask a parameter."""
+    split = parameter.arrangement.split
+    made.tensor_model_parallel = split is not None and tp > 1  # type: ignore[attr-defined]
+    made.partition_dim, made.partition_stride = -1 if split is None else split, 1  # type: ignore[attr-defined]
+    made.partial_gradient = split is None  # type: ignore[attr-defined]
+    return made
 
 
 def rows_of(arrangement: Arrangement, tensors: Sequence[int], tp: int) -> tuple[Rows, ...]:
@@ -215,17 +260,10 @@ def rows_of(arrangement: Arrangement, tensors: Sequence[int], tp: int) -> tuple[
     return tuple(Rows(groups, width, *starts[tensor]) for tensor in tensors)
 
 
-def _local(name: str, first: int, count: int) -> str | None:
-    """A module's name on this stage; None where another stage has its layer."""
-    parts = name.split(".")
-    layer = int(parts[2]) - first
-    return ".".join([*parts[:2], str(layer), *parts[3:]]) if 0 <= layer < count else None
-
-
 def _local_parameter(name: str, first: int, model: Any) -> str | None:
     local: str | None = name
     if name.startswith("decoder.layers."):
-        local = _local(name, first, len(model.decoder.layers))
+        local = local_module(name, first, len(model.decoder.layers))
     if local is None:
         return None
     local = local_name(local)

@@ -61,6 +61,7 @@ class ModelOptions:
     flash_attention: bool | None = None
     variable_lengths: bool = False
     fp8: bool = False
+    packed: bool = False  # linear layers of the blocks hold frozen weights in 4 bits
     offloaded_layers: int = 0  # of this stage, from its first on: their activations go to host memory
 
 
@@ -320,7 +321,7 @@ def build(config: PreTrainedConfig, options: ModelOptions) -> ChatModel:
     kinds = family_of(config.model_type).layers(config)[first : first + counts[stage]]
     model = ChatModel(
         config=megatron_config,
-        transformer_layer_spec=block_spec(kinds),
+        transformer_layer_spec=block_spec(kinds, options.packed),
         vocab_size=options.padded_vocab,
         max_sequence_length=config.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -347,7 +348,7 @@ def _mark_split_weights(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)) and module.weight is not None:
             set_tensor_model_parallel_attributes(module.weight, True, 0, 1)
-        elif isinstance(module, RowParallelLinear):
+        elif isinstance(module, RowParallelLinear) and module.weight is not None:
             set_tensor_model_parallel_attributes(module.weight, True, 1, 1)
 
 

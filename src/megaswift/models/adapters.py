@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from megaswift.errors import UserError, nearest
-from megaswift.models.parameters import HFTensor, Parameter, stacked, whole
+from megaswift.models.parameters import Arrangement, HFTensor, Parameter, Shape, stacked, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 PREFIX = "base_model.model."  # PEFT's, before the names of a model's tensors
 ALL_LINEAR = "all-linear"
-LORA_A, LORA_B = "lora_A", "lora_B"
+LORA_A, LORA_B, MAGNITUDE = "lora_A", "lora_B", "lora_magnitude"
 _WEIGHT = ".weight"
 
 
@@ -63,6 +63,8 @@ class Lora:
         rslora: whether the scale is alpha / sqrt(r).
         init: how A begins (B is zero): "true" uniform as PEFT does, "gaussian" normal with deviation 1 / r.
         lr_ratio: the learning rate of every B, as a multiple of that of A (https://arxiv.org/abs/2402.12354); None: 1.
+        dora: whether every adapted row of W + scale * B A has a length of its own that is trained (https://arxiv.org/abs/2402.09353).
+        bits: in which the base's linear layers are held, 4 or None: as they are.
     """
 
     rank: int
@@ -73,6 +75,8 @@ class Lora:
     rslora: bool = False
     init: str = "true"
     lr_ratio: float | None = None
+    bits: int | None = None
+    dora: bool = False
 
     @property
     def scale(self) -> float:
@@ -106,7 +110,7 @@ class Lora:
         found: list[Parameter] = []
         for parameter in base:
             if parameter.name in sites:
-                found += self.of_site(sites[parameter.name])
+                found += self.of_site(sites[parameter.name]).values()
             if parameter.name in kept:
                 found.append(replace(parameter, hf=tuple(replace(part, name=PREFIX + part.name) for part in parameter.hf)))
         return _keyed(found, [parameter for parameter in base if parameter.name.startswith("decoder.layers.")])
@@ -115,8 +119,8 @@ class Lora:
         """The model's parameters that are trained themselves."""
         return [p for p in base if any(part.name.removesuffix(_WEIGHT) in self.saved for part in p.hf)]
 
-    def of_site(self, site: Site) -> tuple[Parameter, Parameter]:
-        """A and B of a matrix; the half that is as wide or as high as a rank's part of it is cut with it."""
+    def of_site(self, site: Site) -> dict[str, Parameter]:
+        """A, B and, where asked, the lengths of a matrix's rows; what is as wide or as high as a rank's part of it is cut with it."""
         base, count, inputs = site.base, len(site.tensors), site.base.shape[1]
         modules = [base.hf[number].name.removesuffix(_WEIGHT) for number in site.tensors]
         rows = [base.hf[number].shape[0] for number in site.tensors]
@@ -124,16 +128,19 @@ class Lora:
         a_cut = replace(stacked(*[self.rank] * count), split=None) if site.is_column else whole(self.rank, 1)
         b_cut = order if site.is_column else whole(sum(rows))
 
-        def half(name: str, shape: tuple[int, int], hf: list[tuple[int, int]], arrangement: Any) -> Parameter:
-            tensors = tuple(HFTensor(f"{PREFIX}{module}.{name}.weight", one) for module, one in zip(modules, hf, strict=True))
+        def half(name: str, shape: Shape, hf: Sequence[Shape], arrangement: Arrangement, end: str) -> Parameter:
+            tensors = tuple(HFTensor(f"{PREFIX}{module}.{end}", one) for module, one in zip(modules, hf, strict=True))
             key = f"{base.key.removesuffix(_WEIGHT)}.{name}"
             full = f"{site.module}.{name}"
             return replace(base, name=full, key=key, shape=shape, hf=tensors, arrangement=arrangement, padded=False)
 
-        return (
-            half(LORA_A, (count * self.rank, inputs), [(self.rank, inputs)] * count, a_cut),
-            half(LORA_B, (order.size, self.rank), [(row, self.rank) for row in rows], b_cut),
-        )
+        found = {
+            LORA_A: half(LORA_A, (count * self.rank, inputs), [(self.rank, inputs)] * count, a_cut, "lora_A.weight"),
+            LORA_B: half(LORA_B, (order.size, self.rank), [(row, self.rank) for row in rows], b_cut, "lora_B.weight"),
+        }
+        if self.dora:
+            found[MAGNITUDE] = half(MAGNITUDE, (order.size,), [(row,) for row in rows], b_cut, "lora_magnitude_vector")
+        return found
 
     def peft_config(self, base: Sequence[Parameter], model: str, revision: str | None = None) -> dict[str, Any]:
         """adapter_config.json, in PEFT's words.
@@ -150,12 +157,13 @@ class Lora:
             "lora_alpha": int(self.alpha) if float(self.alpha).is_integer() else self.alpha,
             "lora_dropout": self.dropout,
             "use_rslora": self.rslora,
-            "use_dora": False,
+            "use_dora": self.dora,
             "bias": "none",
             "fan_in_fan_out": False,
             "init_lora_weights": self.init if self.init != "true" else True,
             "target_modules": shortened(self.targets, [part.name.removesuffix(_WEIGHT) for p in linear(base) for part in p.hf]),
-            "modules_to_save": shortened(self.saved, [part.name.removesuffix(_WEIGHT) for p in base for part in p.hf]) or None,
+            "modules_to_save": shortened(self.saved, [part.name.removesuffix(_WEIGHT) for p in base for part in p.hf], "")
+            or None,
             "rank_pattern": {},
             "alpha_pattern": {},
             "inference_mode": True,
@@ -185,6 +193,13 @@ def linear(base: Sequence[Parameter]) -> list[Parameter]:
         and ".experts." not in p.name
         and all(part.index is None and part.name.endswith(_WEIGHT) for part in p.hf)
     ]
+
+
+def local_module(name: str, first: int, count: int) -> str | None:
+    """A module's name on a pipeline stage of `count` layers from layer `first` on; None where another stage has its layer."""
+    parts = name.split(".")
+    layer = int(parts[2]) - first
+    return ".".join([*parts[:2], str(layer), *parts[3:]]) if 0 <= layer < count else None
 
 
 def target_modules(base: Sequence[Parameter], words: Sequence[str], where: str = "--target_modules") -> tuple[str, ...]:
@@ -240,11 +255,18 @@ def _named(words: Sequence[str], known: list[str], what: str, where: str, shorth
     return tuple(name for name in dict.fromkeys(known) if name in chosen)
 
 
-def shortened(names: Sequence[str], known: Sequence[str]) -> list[str]:
-    """Ends of names that mean these of all known ones and no other; the whole names where there are no such ends."""
+def shortened(names: Sequence[str], known: Sequence[str], mark: str = ".") -> list[str]:
+    """Ends of names that mean these of all known ones and no other; the whole names where there are no such ends.
+
+    Args:
+        mark: what must stand before the end of a name. PEFT asks for a dot in target_modules, and for nothing in
+            modules_to_save, where `norm` is every layer's q_norm, too.
+    """
     ends = sorted({name.rsplit(".", 1)[-1] for name in names})
-    meant = {name for name in known if name.rsplit(".", 1)[-1] in ends}
+    meant = {name for name in known if any(name == end or name.endswith(mark + end) for end in ends)}
     return ends if meant == set(names) else list(names)
 
 
-__all__ = ["ALL_LINEAR", "LORA_A", "LORA_B", "PREFIX", "Lora", "Site", "linear", "saved_modules", "shortened", "target_modules"]
+__all__ = [
+    "ALL_LINEAR", "LORA_A", "LORA_B", "MAGNITUDE", "PREFIX", "Lora", "Site", "linear", "local_module", "saved_modules", "shortened", "target_modules",
+]  # fmt: skip

@@ -10,17 +10,24 @@ import torch
 from torch import Tensor
 
 from megaswift.megatron.kernels.counter_dropout import Dropout, token_keys
+from megaswift.megatron.kernels.nf4 import pack
 from megaswift.models import parameters_of
-from megaswift.models.adapters import PREFIX, Lora
+from megaswift.models.adapters import PREFIX, Lora, linear
 from megaswift.train.adapters import first_value
 from megaswift.weights.convert.lora import load_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from megaswift.models.parameters import Parameter
     from megaswift.run.job import Job
 
-_IN_MEMORY = ((".default.weight", ".weight"), (".modules_to_save.default", ""))  # PEFT's names in memory -> in its files
+# PEFT's names in memory -> in its files.
+_IN_MEMORY = (
+    ("lora_magnitude_vector.default.weight", "lora_magnitude_vector"),
+    (".default.weight", ".weight"),
+    (".modules_to_save.default", ""),
+)
 
 
 class Tokens:
@@ -66,8 +73,10 @@ class PeftSide:
         from peft import LoraConfig, get_peft_model
 
         base = parameters_of(model.config)
+        if self.lora.bits is not None:
+            as_packed(model, base)
         values = self.lora.peft_config(base, str(folder))
-        names = ("r", "lora_alpha", "use_rslora", "target_modules", "modules_to_save")
+        names = ("r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "modules_to_save")
         wrapped = get_peft_model(
             model, LoraConfig(task_type="CAUSAL_LM", lora_dropout=self.lora.dropout, **{name: values[name] for name in names})
         )
@@ -77,7 +86,7 @@ class PeftSide:
             for name, parameter in trained.items():
                 if name in begun:
                     parameter.copy_(begun[name])
-                elif ".lora_" in name:
+                elif ".lora_" in name and not name.endswith("lora_magnitude_vector"):
                     parameter.copy_(first_value(name, tuple(parameter.shape), self.lora, self.seed))
         tokens = Tokens(self.seed)
         self._same_dropout(wrapped, tokens, model.config)
@@ -93,6 +102,15 @@ class PeftSide:
             site = modules.get(name.removeprefix(PREFIX))
             if site is not None and self.lora.dropout > 0.0 and hasattr(module, "lora_dropout"):
                 module.lora_dropout["default"] = _Masked(Dropout(self.lora.dropout, site), tokens)
+
+
+@torch.no_grad()
+def as_packed(model: Any, base: list[Parameter]) -> None:
+    """Give a model's linear layers the values that 4 bits can hold."""
+    weights = dict(model.named_parameters())
+    for parameter in linear(base):
+        for part in parameter.hf:
+            weights[part.name].copy_(pack(weights[part.name]).weight(weights[part.name].dtype))
 
 
 def plain(name: str) -> str:

@@ -145,6 +145,7 @@ class Reference:
             for row in ids:
                 for sample in rows.samples(int(row)):
                     self._summed_loss(sample)
+        self.model.train()
         return sums
 
     @torch.no_grad()

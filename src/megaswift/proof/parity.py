@@ -22,7 +22,6 @@ from megaswift.models.parameters import Parameter
 from megaswift.proof.audit import Finding, audit
 from megaswift.proof.prompts import token_rows
 from megaswift.proof.streams import (
-    FolderReader,
     Streamed,
     TrainedAdapter,
     hf_stream,
@@ -33,6 +32,7 @@ from megaswift.proof.streams import (
 )
 from megaswift.weights.convert.model import MegatronReader
 from megaswift.weights.convert.precision import Precisions
+from megaswift.weights.hf.folder_reader import FolderReader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -115,38 +115,6 @@ def peft_stream(config: PreTrainedConfig, source: HFCheckpoint, precisions: Prec
     return Streamed(plain.module, run, model.model.layers, model.get_input_embeddings())
 
 
-class FolderReader:
-    """A Hugging Face folder read as the Megatron weights that would be made of it, tensor by tensor."""
-
-    def __init__(self, config: PreTrainedConfig, source: HFCheckpoint) -> None:
-        self.source, self.directory = source, source.path
-        self.parameters = {(parameter.key, parameter.place): parameter for parameter in parameters_of(config)}
-
-    @property
-    def keys(self) -> list[str]:
-        return list(dict.fromkeys(key for key, _ in self.parameters))
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        return next(parameter.global_shape for (name, _), parameter in self.parameters.items() if name == key)
-
-    def dtype(self, key: str, place: tuple[int, ...] = ()) -> torch.dtype:
-        found = next(p for (name, at), p in self.parameters.items() if name == key and at[: len(place)] == place)
-        return self.source.dtype(found.hf[0].name)
-
-    def read(self, key: str, place: tuple[int, ...] = (), rows: tuple[int, int] | None = None) -> Tensor:
-        parameter = self.parameters[key, place]
-        value = parameter.arrangement.pack([part.of(self.source.tensor(part.name)) for part in parameter.hf])
-        return value if rows is None else value[rows[0] : rows[1]]
-
-    def prefetch(self, key: str, place: tuple[int, ...] = ()) -> None:
-        for part in self.parameters[key, place].hf:
-            self.source.prefetch(part.name)
-
-    def release(self, key: str, place: tuple[int, ...] = ()) -> None:
-        for part in self.parameters[key, place].hf:
-            self.source.release(part.name)
-
-
 def megatron_stream(config: PreTrainedConfig, reader: MegatronReader, adapter: TrainedAdapter | None = None) -> Streamed:
     """The GPTModel of a Megatron checkpoint, with an adapter where one is given; needs the process groups of `one_process`."""
     rows = reader.shape("embedding.word_embeddings.weight")[0]
@@ -260,5 +228,5 @@ def one_process() -> Iterator[None]:
 
 
 __all__ = [
-    "FolderReader", "Streamed", "TrainedAdapter", "hf_stream", "local_name", "megatron_stream", "one_process", "peft_stream",
+    "Streamed", "TrainedAdapter", "hf_stream", "local_name", "megatron_stream", "one_process", "peft_stream",
 ]  # fmt: skip

@@ -26,6 +26,7 @@ class Job:
     rows_before: int | None = None  # of the embedding, where the checkpoint lacks rows for new tokens
     adapter: dict[str, Any] | None = None  # what is trained where it is not the model itself: a record of models.adapters.Lora
     base: dict[str, Any] | None = None  # the weights that an adapter stands beside: `base_record` of weights.base
+    frozen: list[str] = field(default_factory=list)  # parameters of the model that stay as they are
     adapter_start: str | None = None  # directory of an adapter in PEFT's form that training goes on from
 
     def write(self, path: Path) -> None:

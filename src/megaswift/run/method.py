@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from megaswift.config.options import SftArguments
-from megaswift.config.training import AdapterArguments
-from megaswift.errors import UserError
+from megaswift.config.training import AdapterArguments, FreezeArguments
+from megaswift.errors import UserError, nearest
 from megaswift.models import family_of, parameters_of
-from megaswift.models.adapters import Lora, saved_modules, target_modules
+from megaswift.models.adapters import Lora, linear, saved_modules, target_modules
 from megaswift.models.family import is_tied
 from megaswift.models.stages import stage_layers
 
@@ -19,15 +20,24 @@ if TYPE_CHECKING:
     from megaswift.models.parameters import Parameter
 
 LORA = "lora"
+BLOCK = 64  # values of a row that share a scale in 4 bits
 LORA_LEARNING_RATE = 1e-4  # ms-swift's, ten times that of full training
 # Options of adapters alone, and all that say what a run trains.
 ADAPTER_OPTIONS = tuple(item.name for item in fields(AdapterArguments) if item.name != "seed")
-METHOD_OPTIONS = ("sft_type", *(name for name in ADAPTER_OPTIONS if name != "adapters"))
+FREEZE_OPTIONS = tuple(item.name for item in fields(FreezeArguments) if item.name != "seed")
+METHOD_OPTIONS = ("sft_type", *FREEZE_OPTIONS, *(name for name in ADAPTER_OPTIONS if name != "adapters"))
 
 
 def with_method_defaults(args: SftArguments) -> SftArguments:
     """Options with the defaults of what is trained. Raises UserError for those that mean nothing to it."""
     if args.sft_type == LORA:
+        freezing = sorted(args.explicit() & set(FREEZE_OPTIONS))
+        if freezing:
+            raise UserError(
+                f"--{freezing[0]} is for full training: beside an adapter all weights stay as they are.",
+                where=f"--{freezing[0]}",
+                fix="leave it out; --modules_to_save names modules that are trained, too",
+            )
         given = "learning_rate" in args.explicit()
         return args if given else args.changed(learning_rate=LORA_LEARNING_RATE)
     meaningless = sorted(args.explicit() & set(ADAPTER_OPTIONS))
@@ -62,21 +72,119 @@ def adapter_of(args: SftArguments, config: PreTrainedConfig) -> Lora | None:
         rslora=args.use_rslora,
         init=args.init_weights,
         lr_ratio=args.lora_plus_lr_ratio,
+        bits=args.quantization_bit,
+        dora=args.use_dora,
     )
+    if lora.dora and lora.dropout > 0.0:
+        raise UserError(
+            "with dropout DoRA takes the base's product of dropped inputs, too: twice the work of every layer.",
+            where="--use_dora, --lora_dropout",
+            fix="add --lora_dropout 0",
+        )
+    if lora.bits is not None:
+        _require_blocks(args, base)
     _require_work_everywhere(lora, config, args.pp)
     return lora
 
 
+def _require_blocks(args: SftArguments, base: list[Parameter]) -> None:
+    """Raise UserError unless each rank's part of every row is whole blocks of 64, which share a scale."""
+    if args.fp8:
+        raise UserError(
+            "FP8 products need weights that are not packed.", where="--fp8, --quantization_bit", fix="give one of them"
+        )
+    for parameter in linear(base):
+        columns = parameter.shape[1] // (args.tp if parameter.arrangement.split == 1 else 1)
+        if columns % BLOCK or parameter.shape[1] % BLOCK:
+            legal = [tp for tp in range(1, args.tp) if parameter.shape[1] % (BLOCK * tp) == 0]
+            raise UserError(
+                f"4-bit weights are packed in blocks of {BLOCK} along a row; {parameter.name} has rows of {columns} on each rank of --tp {args.tp}.",
+                where="--quantization_bit, --tp",
+                fix=f"use --tp {' or '.join(map(str, legal))}" if legal else "leave --quantization_bit out",
+            )
+
+
+def frozen_parameters(args: SftArguments, config: PreTrainedConfig) -> list[str]:
+    """Names of the model's parameters that stay as they are in full training, in the engine's spelling.
+
+    Raises UserError for options that name nothing, or only some of the weights that are one matrix in the engine, or all.
+    """
+    asked = (args.freeze_parameters, args.freeze_parameters_regex, args.freeze_parameters_ratio)
+    if args.sft_type == LORA or not any(asked):
+        if args.trainable_parameters or args.trainable_parameters_regex:
+            raise UserError(
+                "all weights are trained already.",
+                where="--trainable_parameters",
+                fix="freeze some first: --freeze_parameters_ratio 1",
+            )
+        return []
+    base = parameters_of(config)
+    labels = [label for parameter in base for label in parameter.labels]
+    frozen = _matching(labels, args.freeze_parameters, args.freeze_parameters_regex, "freeze_parameters")
+    total, seen = sum(parameter.size for parameter in base), 0
+    for parameter in base:
+        seen += parameter.size
+        if seen <= args.freeze_parameters_ratio * total:
+            frozen |= set(parameter.labels)
+    frozen -= _matching(labels, args.trainable_parameters, args.trainable_parameters_regex, "trainable_parameters")
+    found = []
+    for parameter in base:
+        own = [label for label in parameter.labels if label in frozen]
+        if own and len(own) < len(parameter.labels):
+            raise UserError(
+                f"{own[0]} cannot stay alone: in the engine it is one matrix with {', '.join(set(parameter.labels) - set(own))}.",
+                where="--freeze_parameters, --trainable_parameters",
+                fix="name all of them, or none",
+            )
+        if own:
+            found.append(parameter.name)
+    if len(found) == len(base):
+        raise UserError(
+            "nothing is left to train.", where="--freeze_parameters", fix="name fewer weights, or --trainable_parameters"
+        )
+    _require_work([parameter for parameter in base if parameter.name not in set(found)], config, args.pp)
+    return found
+
+
+def _matching(labels: list[str], prefixes: list[str], expression: str | None, option: str) -> set[str]:
+    """Names that begin with one of the prefixes, or in which the expression is found."""
+    chosen: set[str] = set()
+    for prefix in prefixes:
+        matches = {label for label in labels if label.startswith(prefix)}
+        if not matches:
+            raise UserError(
+                f"no weight's name begins with {prefix!r}.", where=f"--{option}", fix=f"nearest: {nearest(prefix, labels)}"
+            )
+        chosen |= matches
+    if expression:
+        try:
+            matches = {label for label in labels if re.search(expression, label)}
+        except re.error as error:
+            raise UserError(f"{expression!r} is no regular expression: {error}.", where=f"--{option}_regex") from error
+        if not matches:
+            raise UserError(
+                f"{expression!r} is found in no weight's name.", where=f"--{option}_regex", fix=f"names are like {labels[1]}"
+            )
+        chosen |= matches
+    return chosen
+
+
 def _require_work_everywhere(lora: Lora, config: PreTrainedConfig, pp: int) -> None:
+    _require_work(parameters_of_adapter(lora, config), config, pp)
+
+
+def _require_work(trained: list[Parameter], config: PreTrainedConfig, pp: int) -> None:
     """Raise UserError where a pipeline stage would have nothing to train."""
-    layers = {int(p.name.split(".")[2]) for p in parameters_of_adapter(lora, config) if p.name.startswith("decoder.layers.")}
+    layers = {int(p.name.split(".")[2]) for p in trained if p.name.startswith("decoder.layers.")}
+    ends = {0 for p in trained if p.name.startswith("embedding.")}
+    ends |= {pp - 1 for p in trained if not p.name.startswith(("decoder.layers.", "embedding.")) or p.padded}
     first = 0
     for stage, count in enumerate(stage_layers(config, pp)):
-        if not layers & set(range(first, first + count)):
+        if stage not in ends and not layers & set(range(first, first + count)):
             raise UserError(
                 f"stage {stage + 1} of --pp {pp}, layers {first} to {first + count - 1}, has nothing to train.",
-                where="--pp, --target_modules",
-                fix="use --pp 1, or name modules of these layers too",
+                where="--pp, --target_modules, --freeze_parameters",
+                fix="use --pp 1, or let something in these layers be trained",
             )
         first += count
 
@@ -86,17 +194,27 @@ def parameters_of_adapter(lora: Lora, config: PreTrainedConfig) -> list[Paramete
     return lora.parameters(family_of(config.model_type), config)
 
 
-def trainable_count(lora: Lora | None, config: PreTrainedConfig) -> int:
-    """How many values are trained."""
-    parameters = parameters_of(config) if lora is None else parameters_of_adapter(lora, config)
-    return sum(parameter.size for parameter in parameters)
+def trained_parameters(lora: Lora | None, frozen: list[str], config: PreTrainedConfig) -> list[Parameter]:
+    """What is trained: of an adapter, or of the model what is not frozen."""
+    if lora is not None:
+        return parameters_of_adapter(lora, config)
+    kept = set(frozen)
+    return [parameter for parameter in parameters_of(config) if parameter.name not in kept]
 
 
-def trainable_of_rank(lora: Lora, config: PreTrainedConfig, pp: int, tp: int) -> int:
+def packed_share(lora: Lora | None, config: PreTrainedConfig) -> float:
+    """Share of a model's weights that are held in 4 bits."""
+    if lora is None or lora.bits is None:
+        return 0.0
+    base = parameters_of(config)
+    return sum(parameter.size for parameter in linear(base)) / sum(parameter.size for parameter in base)
+
+
+def trainable_of_rank(trained: list[Parameter], config: PreTrainedConfig, pp: int, tp: int) -> int:
     """How many values the fullest rank trains."""
     stage_of = [stage for stage, count in enumerate(stage_layers(config, pp)) for _ in range(count)]
     sizes = [0] * pp
-    for parameter in parameters_of_adapter(lora, config):
+    for parameter in trained:
         own = parameter.size // (1 if parameter.arrangement.split is None else tp)
         layered = parameter.name.startswith("decoder.layers.")
         stage = stage_of[int(parameter.name.split(".")[2])] if layered else 0 if parameter.name.startswith("embedding.") else -1
@@ -116,6 +234,19 @@ def check_same_method(args: SftArguments, manifest: dict[str, Any], where: str) 
         where=where,
         fix=f"leave --sft_type out to go on; or {fix + (', merged: --merge_lora true' if kept else '')}",
     )
+
+
+def check_same_frozen(frozen: list[str], manifest: dict[str, Any], where: str) -> None:
+    """Raise UserError where a run goes on whose options let other weights stay as they are."""
+    kept = manifest.get("frozen") or []
+    if set(kept) != set(frozen):
+        name = sorted(set(kept) ^ set(frozen))[0]
+        was = "stayed as it was" if name in kept else "was trained"
+        raise UserError(
+            f"in this run {name} {was}, and the options now say otherwise.",
+            where=where,
+            fix="leave --freeze_parameters and --trainable_parameters out to go on, or begin a new run",
+        )
 
 
 def check_same_adapter(lora: Lora, record: dict[str, Any], where: str) -> None:

@@ -18,14 +18,16 @@ from megaswift.models import parameters_of
 from megaswift.models.family import sizes_of, trained_length
 from megaswift.models.stages import stage_layers, stage_weights
 from megaswift.run import table
-from megaswift.run.method import adapter_of, trainable_count, trainable_of_rank
+from megaswift.run.method import adapter_of, frozen_parameters, packed_share, trainable_of_rank, trained_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from megaswift.models.adapters import Lora
+    from megaswift.models.parameters import Parameter
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+PACKED_BYTES = 0.5 + 4 / 64  # a value in 4 bits, and its part of an fp32 scale
 FP8_MULTIPLE = 16  # torch multiplies FP8 matrices whose sides are multiples of this
 
 
@@ -253,9 +255,11 @@ def make_plan(
     moments = table.MOMENTS.get(args.optim, "fp32")
     if dtype == "fp16":
         _check_fp16(args, moments)
-    lora = adapter_of(args, config)
-    rank_bytes, host_bytes = _bytes(args, config, world_size, dtype, moments, lora)
-    total = trainable_count(lora, config)
+    lora, frozen = adapter_of(args, config), frozen_parameters(args, config)
+    trained = trained_parameters(lora, frozen, config)
+    rank_bytes, host_bytes = _bytes(args, config, world_size, dtype, moments, lora, trained if lora or frozen else None)
+    whole, total = parameter_count(config), sum(parameter.size for parameter in trained)
+    saved = total if lora else whole
     return Plan(
         model_type=model_type,
         dtype=dtype,
@@ -275,7 +279,7 @@ def make_plan(
         decay_steps=max(steps, warmup + 1),
         wsd_decay_steps=max(1, math.ceil(0.1 * (steps - warmup))),
         rank_bytes=rank_bytes,
-        checkpoint_bytes=total * BYTES[dtype] + (0 if args.save_only_model else total * 12),
+        checkpoint_bytes=saved * BYTES[dtype] + (0 if args.save_only_model else total * 12),
         moments=moments,
         megatron=values,
         table=table.filled_rows(args, facts),
@@ -283,7 +287,7 @@ def make_plan(
         cpu_offloading_num_layers=args.cpu_offloading_num_layers,
         host_bytes=host_bytes,
         stages=list(stage_layers(config, args.pp)),
-        parameters=parameter_count(config),
+        parameters=whole,
         trainable=total,
     )
 
@@ -321,17 +325,24 @@ def parameter_count(config: PreTrainedConfig) -> int:
 
 
 def _bytes(
-    args: SftArguments, config: PreTrainedConfig, world_size: int, dtype: str, moments: str, lora: Lora | None
+    args: SftArguments,
+    config: PreTrainedConfig,
+    world_size: int,
+    dtype: str,
+    moments: str,
+    lora: Lora | None,
+    only: list[Parameter] | None,
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes on the device and in the host memory of the fullest rank: its layers, and embedding and output layer."""
     weights = max(stage_weights(config, args.pp)) // args.tp
-    trained = weights if lora is None else trainable_of_rank(lora, config, args.pp, args.tp)
+    trained = weights if only is None else trainable_of_rank(only, config, args.pp, args.tp)
     data_parallel = world_size // (args.tp * args.pp)
     # Two moments, and an fp32 copy of the weights unless they are fp32 already; shared out over data-parallel ranks.
     each = {"fp32": 8, "bf16": 4, "8bit": 2}[moments] + (0 if dtype == "fp32" else 4)
     state = trained * each // data_parallel
-    held = weights if lora is None else weights + trained
-    device, host = {"weights": held * BYTES[dtype], "gradients": trained * 4, "optimizer": state}, {}
+    share = packed_share(lora, config)
+    held = int(weights * ((1 - share) * BYTES[dtype] + share * PACKED_BYTES)) + (0 if lora is None else trained * BYTES[dtype])
+    device, host = {"weights": held, "gradients": trained * 4, "optimizer": state}, {}
     if args.optimizer_cpu_offload:
         device["optimizer"], host["optimizer"] = 0, state
     if args.cpu_offloading_num_layers:

@@ -107,5 +107,6 @@ def job_of(args: SftArguments, start: TrainingSource, data: PreparedData, plan: 
         rows_before=start.new_tokens.rows_before if start.new_tokens else None,
         adapter=start.adapter.record() if start.adapter else None,
         base=start.base,
+        frozen=start.frozen,
         adapter_start=str(args.adapters) if args.adapters and start.first_step == 0 else None,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from megaswift.run.method import (
     METHOD_OPTIONS,
     adapter_of,
     check_same_adapter,
+    check_same_frozen,
     check_same_method,
+    frozen_parameters,
     parameters_of_adapter,
     with_method_defaults,
 )
@@ -53,6 +55,7 @@ class TrainingSource:
     new_tokens: NewTokens | None = None
     adapter: Lora | None = None  # what is trained, where it is not the weights themselves
     base: dict[str, Any] | None = None  # the weights beside the adapter: a record of weights.base
+    frozen: list[str] = field(default_factory=list)  # names of parameters that stay as they are in full training
 
 
 def resolve_source(args: SftArguments, leads: bool = True) -> TrainingSource:
@@ -92,7 +95,9 @@ def resolve_source(args: SftArguments, leads: bool = True) -> TrainingSource:
     _check_device(args)
     check_layout(config, args.tp, args.pp, None, args.sequence_parallel, args.cp)
     check_offload(args, config)
-    adapter = adapter_of(args, config)
+    adapter, frozen = adapter_of(args, config), frozen_parameters(args, config)
+    if goes_on and adapter is not None:
+        check_same_adapter(adapter, manifest["adapter"], shown(root))
     _check_tensors(root, checkpoint if converted else None, config, adapter if goes_on else None)
     if not converted:
         manifest = _folder_precisions(root, config)
@@ -101,9 +106,9 @@ def resolve_source(args: SftArguments, leads: bool = True) -> TrainingSource:
         check_same_model(args, values, manifest, shown(root))
         check_config(root, manifest)
         if adapter is None:
+            check_same_frozen(frozen, manifest, shown(root))
             check_same_base(_named(args), checkpoint, manifest)
         else:
-            check_same_adapter(adapter, manifest["adapter"], shown(root))
             adapter, base = Lora.from_record(manifest["adapter"]), base_of(manifest["base"], args, config, shown(root))
     elif adapter is not None:
         _check_start_adapter(args, adapter, config)
@@ -128,6 +133,7 @@ def resolve_source(args: SftArguments, leads: bool = True) -> TrainingSource:
         new_tokens=new_tokens,
         adapter=adapter,
         base=base,
+        frozen=frozen,
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megaswift.megatron.lora_layers import attach
 from megaswift.models import family_of
-from megaswift.models.adapters import LORA_B, Lora
+from megaswift.models.adapters import LORA_A, LORA_B, Lora
 from megaswift.models.stages import stage_layers
 
 if TYPE_CHECKING:
@@ -61,7 +61,10 @@ class LoraAdapter:
         made = self.parameters(family, self.config)
         model.adapter = attach(model, self.lora, family.parameters(self.config), made, first, self.seed, self._value)
 
-    def _value(self, parameter: Parameter) -> Tensor:
+    def _value(self, parameter: Parameter) -> Tensor | None:
+        known = parameter.name.endswith((LORA_A, LORA_B))
+        if self.start is None and not known:
+            return None  # lengths of rows, and what is trained whole, begin as the base has them
         parts = [self._part(part.name, part.shape) for part in parameter.hf]
         return parameter.arrangement.pack(parts)
 
@@ -78,7 +81,7 @@ def first_value(name: str, shape: tuple[int, ...], lora: Lora, seed: int) -> Ten
     """
     if f".{LORA_B}." in name:
         return torch.zeros(shape)
-    generator = torch.Generator().manual_seed((seed << 32) | zlib.crc32(name.encode()))
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))  # of a seed only 32 bits count
     if lora.init == "gaussian":
         return torch.randn(shape, generator=generator) / lora.rank
     bound = 1.0 / math.sqrt(shape[1])

@@ -151,6 +151,7 @@ def _origin(job: Job, run_dir: Path) -> dict[str, Any]:
     start = Path(job.checkpoint)
     found: dict[str, Any] = {"config": read_config(Path(job.model_dir))}
     found |= {"adapter": job.adapter, "base": job.base} if job.adapter else {}
+    found |= {"frozen": job.frozen} if job.frozen else {}
     found |= {"other_dtypes": job.other_dtypes} if job.other_dtypes else {}
     own = read_manifest(start) if job.first_step else {"rows_before": job.rows_before}  # of this run's own checkpoint
     found |= {name: own[name] for name in ("rows_before", "source") if own.get(name)}

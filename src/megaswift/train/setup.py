@@ -18,22 +18,28 @@ from megaswift.config.options import SftArguments
 from megaswift.data.batches import Batches, EvalBatches, MicroBatch
 from megaswift.data.store import TokenRows
 from megaswift.megatron import process_groups
+from megaswift.models import parameters_of
 from megaswift.models.adapters import Lora
+from megaswift.models.stages import stage_layers
 from megaswift.run.job import Job
 from megaswift.train.checkpoint.load import load_training_state, load_weights
 from megaswift.train.objectives import SupervisedTokens
 from megaswift.weights.convert.lora import load_adapter
 from megaswift.weights.hf.config import load_config
+from megaswift.weights.hf.folder_reader import FolderReader
+from megaswift.weights.hf.read import HFCheckpoint
 from megaswift.weights.load_hf import is_hf_folder, load_hf_weights
 from megaswift.weights.load_new_rows import fill_new_rows
 
 if TYPE_CHECKING:
+    from megaswift.models.parameters import Parameter
     from megaswift.train.adapters import Adapter
     from megaswift.train.trainer import Trainer
 
 
 def restore_trainer(job: Job, args: SftArguments) -> tuple[Trainer, dict[str, Any]]:
     """Model and optimizer with the weights, or the whole state, of the job's checkpoint; and what was saved beside it."""
+    from megaswift.megatron.freeze import freeze
     from megaswift.megatron.model import ModelOptions, build
     from megaswift.train.trainer import Trainer
 
@@ -50,6 +56,7 @@ def restore_trainer(job: Job, args: SftArguments) -> tuple[Trainer, dict[str, An
         flash_attention=args.use_flash_attn,
         variable_lengths=plan.pp > 1,
         fp8=args.fp8,
+        packed=job.adapter is not None and job.adapter.get("bits") is not None,
         offloaded_layers=plan.cpu_offloading_num_layers,
     )
     config = load_config(Path(job.model_dir))
@@ -59,14 +66,36 @@ def restore_trainer(job: Job, args: SftArguments) -> tuple[Trainer, dict[str, An
     if job.first_step == 0 or job.base is not None:
         start = Path(job.base["path"] if job.base else job.checkpoint)
         (load_hf_weights if is_hf_folder(start) else load_weights)(model, start)
+        if options.packed:
+            _pack_weights(model, config, start, plan.pp)
         if job.rows_before is not None:
             fill_new_rows(model, start, Path(job.model_dir), job.rows_before, config.vocab_size)
     if job.adapter is not None:
         _adapter(job, args, config).attach(model)
+    elif job.frozen:
+        freeze(model, job.frozen, stage_layers(config, plan.pp))
     if job.first_step == 0:
         return Trainer(model, plan, SupervisedTokens(), **ways), {}
     trainer = Trainer(model, plan, SupervisedTokens(), **ways)
     return trainer, load_training_state(trainer, Path(job.checkpoint), layout={"tp": plan.tp, "pp": plan.pp, "dp": plan.dp})
+
+
+def _pack_weights(model: Any, config: Any, start: Path, pp: int) -> None:
+    """The weights of linear layers, read one by one and held in 4 bits."""
+    from megatron.core import parallel_state
+
+    from megaswift.megatron.packed_layers import fill
+    from megaswift.weights.torch_dist.reader import Reader
+
+    source: Any = FolderReader(config, HFCheckpoint.open(start)) if is_hf_folder(start) else Reader(start)
+    first = sum(stage_layers(config, pp)[: parallel_state.get_pipeline_model_parallel_rank()])
+
+    def read(parameter: Parameter) -> torch.Tensor:
+        value = source.read(parameter.key, parameter.place)
+        source.release(parameter.key, parameter.place)
+        return value
+
+    fill(model, parameters_of(config), first, read)
 
 
 def _adapter(job: Job, args: SftArguments, config: Any) -> Adapter:

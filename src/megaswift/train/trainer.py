@@ -116,6 +116,13 @@ class Trainer:
         recompute(model, plan, recompute_modules)
         self.norm_limit = math.inf  # a step with a larger gradient norm changes nothing
 
+    @property
+    def some_layers(self) -> str | None:
+        """Names begin so in a checkpoint whose tensors may lack layers: the optimizer has nothing of what is not trained."""
+        model = self.bare_model
+        frozen = model.adapter is None and any(not parameter.requires_grad for parameter in model.parameters())
+        return "optimizer." if frozen else None
+
     def close(self) -> None:
         """Let go of model, optimizer and process groups, which would otherwise live as long as this process.
 

@@ -99,25 +99,34 @@ def _dropped(x: Tensor, call: LoraCall, keys: Tensor | None) -> Tensor:
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, keys: Tensor | None, call: LoraCall
+        ctx: Any, x: Tensor, weight: Any, bias: Tensor | None, a: Any, b: Any, keys: Tensor | None, call: LoraCall
     ) -> Tensor:
         whole = gather_sequence(x, call.group) if call.sequence else x
         output = call.linear_ops.forward(whole, weight, bias)
+        ctx.weight, ctx.a, ctx.b, ctx.call = weight, a, b, call  # through saved-tensor hooks they would lose main_grad
+        if a is None:
+            return output
         flat, rows = _dropped(whole.reshape(-1, whole.shape[-1]), call, keys), output.view(-1, output.shape[-1])
         low = torch.mm(flat, a.t())
         parts = call.parts
         for piece, out, half in zip(low.chunk(len(parts.outputs), 1), parts.outputs, parts.halves, strict=True):
             out.add_product(rows, piece, half.of_rows(b), call.scale)
         ctx.save_for_backward(x, low, keys)
-        ctx.weight, ctx.a, ctx.b, ctx.call = weight, a, b, call  # through saved-tensor hooks they would lose main_grad
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, low, keys = ctx.saved_tensors
         call, a, b = ctx.call, ctx.a, ctx.b
         parts = call.parts
         grad = grads[0].contiguous()
+        if a is None:
+            grad_x = call.linear_ops.input_grad(grad, ctx.weight)
+            if call.sequence:
+                grad_x = _scattered(grad_x, call.group)
+            elif call.reduce_grad:
+                dist.all_reduce(grad_x, group=call.group)
+            return grad_x, None, None, None, None, None, None
+        x, low, keys = ctx.saved_tensors
         rows = grad.view(-1, grad.shape[-1])
         dlow, db = torch.empty_like(low), torch.empty(b.shape, dtype=torch.float32, device=b.device)
         wide = _into_fp32 if rows.is_cuda and rows.dtype != torch.float32 else torch.mm
@@ -163,19 +172,77 @@ def _into_fp32(left: Tensor, right: Tensor) -> Tensor:
 
 
 def lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, keys: Tensor | None, call: LoraCall
+    x: Tensor, weight: Any, bias: Tensor | None, a: Tensor | None, b: Tensor | None, keys: Tensor | None, call: LoraCall
 ) -> Tensor:
     """W x + bias + scale * B A dropout(x), with the gradients of A and B in `main_grad` where they have one.
 
     Args:
         x: [s, b, k], or [s / tp, b, k] where the call gathers it.
-        weight: [n, k], frozen; bias: [n] or None, frozen.
-        a: [parts * r, k]; b: [rows of the parts, r].
+        weight: [n, k], frozen, in the form that the call's operations take; bias: [n] or None, frozen.
+        a: [parts * r, k]; b: [rows of the parts, r]; None where the layer has no adapter.
         keys: int32 [s * b], a key for each token, for dropout; None: nothing is dropped.
     Returns:
         [s, b, n].
     """
     return _LoraLinear.apply(x, weight, bias, a, b, keys, call)
+
+
+@torch.no_grad()
+def row_norms(weight: Tensor, a: Tensor, b: Tensor, call: LoraCall, columns: dist.ProcessGroup | None) -> Tensor:
+    """fp32 [rows of B]: the Euclidean norm of each row of W + scale * B A, without making that matrix.
+
+    |w + s b A|^2 = |w|^2 + 2 s b . (A w) + s^2 b (A A^T) b; so only r columns are made, and summed where ranks hold parts of a row.
+
+    Args:
+        weight: [n, k] of this rank; a: [parts * r, k]; b: [rows of the parts, r].
+        columns: the ranks that hold the other columns; None: these are all.
+    """
+    found = torch.empty(b.shape[0], 1, dtype=torch.float32, device=b.device)
+    parts = call.parts
+    for own, out, half in zip(a.float().chunk(len(parts.outputs)), parts.outputs, parts.halves, strict=True):
+        rows, factors = out.of_rows(weight).float(), half.of_rows(b).float() * call.scale
+        sums = torch.cat((rows.square().sum(1, keepdim=True), rows @ own.t()), 1)
+        gram = own @ own.t()
+        if columns is not None and dist.get_world_size(columns) > 1:
+            both = torch.cat((sums, torch.nn.functional.pad(gram, (1, 0))))
+            dist.all_reduce(both, group=columns)
+            sums, gram = both[: len(sums)], both[len(sums) :, 1:]
+        squared = sums[:, 0] + 2 * (factors * sums[:, 1:]).sum(1) + (factors @ gram * factors).sum(1)
+        half.set_rows(found, squared.clamp_min(0.0).sqrt().unsqueeze(1))
+    return found.squeeze(1)
+
+
+class _Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, magnitude: Tensor, norms: Tensor, parts: Parts) -> Tensor:
+        shares, factors = magnitude.float() / norms, torch.ones(y.shape[-1], 1, dtype=torch.float32, device=y.device)
+        for out, half in zip(parts.outputs, parts.halves, strict=True):
+            out.set_rows(factors, half.of_rows(shares.unsqueeze(1)))
+        scale = factors.squeeze(1).to(y.dtype)
+        ctx.save_for_backward(y, norms, scale)
+        ctx.magnitude, ctx.parts = magnitude, parts
+        return y * scale
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (y, norms, scale), parts = ctx.saved_tensors, ctx.parts
+        made = None
+        if ctx.needs_input_grad[1]:
+            sums = (grads[0] * y).flatten(0, -2).sum(0, dtype=torch.float32).unsqueeze(1)
+            found = torch.empty(norms.shape[0], 1, dtype=torch.float32, device=y.device)
+            for out, half in zip(parts.outputs, parts.halves, strict=True):
+                half.set_rows(found, out.of_rows(sums))
+            made = add_gradient(ctx.magnitude, found.squeeze(1) / norms)
+        return grads[0] * scale, made, None, None
+
+
+def scaled_rows(y: Tensor, magnitude: Tensor, norms: Tensor, parts: Parts) -> Tensor:
+    """DoRA (https://arxiv.org/abs/2402.09353): y [..., n] with each adapted row times magnitude / norm; the norms get no gradient.
+
+    Args:
+        magnitude, norms: [rows of B], in its order.
+    """
+    return _Scaled.apply(y, magnitude, norms, parts)
 
 
 def sum_over_tensor_parallel(parameters: Iterable[torch.nn.Parameter], group: dist.ProcessGroup) -> None:

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _PART = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
+_LENGTHS = ".lora_magnitude_vector"
 # Kinds of adapter that compute something else than W + scale x B A.
 _REFUSED = {
-    "use_dora": "DoRA",
     "fan_in_fan_out": "transposed weights (fan_in_fan_out)",
     "lora_bias": "biases in the adapter (lora_bias)",
     "alora_invocation_tokens": "activation by tokens (aLoRA)",
@@ -51,12 +51,14 @@ class Adapter:
         base: the model that it was trained on, as its config names it.
         pairs: weight name -> (A, B, scale).
         replaced: weight name -> a whole tensor that takes the place of the base's (modules_to_save).
+        lengths: weight name -> the length of each row (DoRA, https://arxiv.org/abs/2402.09353).
     """
 
     path: Path
     base: str | None
     pairs: dict[str, tuple[Tensor, Tensor, float]] = field(default_factory=dict)
     replaced: dict[str, Tensor] = field(default_factory=dict)
+    lengths: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: Path) -> Adapter:
@@ -69,6 +71,14 @@ class Adapter:
 
         base = config.get("base_model_name_or_path")
         return cls._made(path, base if isinstance(base, str) and base else None, load_file(path / WEIGHTS), config, where)
+
+    def added_to(self, name: str, weight: Tensor) -> Tensor:
+        """A matrix of the base with the adapter in it, fp32."""
+        a, b, scale = self.pairs[name]
+        made = torch.addmm(weight.float(), b.float(), a.float(), alpha=scale)
+        if name in self.lengths:
+            made *= (self.lengths[name].float() / made.norm(dim=1)).unsqueeze(1)
+        return made
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], scale: float, path: Path, base: str) -> Adapter:
@@ -84,6 +94,8 @@ class Adapter:
             part = _PART.fullmatch(plain)
             if part is not None:
                 halves.setdefault(part.group(1), {})[part.group(2)] = value
+            elif plain.endswith(_LENGTHS):
+                made.lengths[f"{plain.removesuffix(_LENGTHS)}.weight"] = value
             elif "lora_" in plain:
                 raise UserError(f"the adapter has {name}, which cannot be merged.", where=where, fix="merge it with peft first")
             else:
@@ -143,6 +155,7 @@ def adapter_options(path: Path) -> dict[str, Any]:
         "lora_rank": int(config.get("r", 8)),
         "lora_alpha": float(config.get("lora_alpha", 8)),
         "use_rslora": bool(config.get("use_rslora")),
+        "use_dora": bool(config.get("use_dora")),
         "target_modules": sorted({match.group(1) for match in modules if match is not None}),
         "modules_to_save": sorted(whole),
     }
@@ -238,5 +251,4 @@ def _merged(adapter: Adapter, base: HFCheckpoint, name: str) -> Tensor:
     weight = base.tensor(name)
     if name not in adapter.pairs:
         return weight
-    a, b, scale = adapter.pairs[name]
-    return torch.addmm(weight.float(), b.float(), a.float(), alpha=scale).to(weight.dtype)
+    return adapter.added_to(name, weight).to(weight.dtype)
