@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from megaswift.config.options import SftArguments
 from megaswift.config.training import AdapterArguments, FreezeArguments
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from megaswift.models.parameters import Parameter
 
+A = TypeVar("A", bound=SftArguments)
+
 LORA = "lora"
 BLOCK = 64  # values of a row that share a scale in 4 bits
 LORA_LEARNING_RATE = 1e-4  # ms-swift's, ten times that of full training
@@ -28,7 +30,7 @@ FREEZE_OPTIONS = tuple(item.name for item in fields(FreezeArguments) if item.nam
 METHOD_OPTIONS = ("sft_type", *FREEZE_OPTIONS, *(name for name in ADAPTER_OPTIONS if name != "adapters"))
 
 
-def with_method_defaults(args: SftArguments) -> SftArguments:
+def with_method_defaults(args: A) -> A:
     """Options with the defaults of what is trained. Raises UserError for those that mean nothing to it."""
     if args.sft_type == LORA:
         freezing = sorted(args.explicit() & set(FREEZE_OPTIONS))

@@ -18,7 +18,7 @@ from megaswift.models import parameters_of
 from megaswift.models.family import sizes_of, trained_length
 from megaswift.models.stages import stage_layers, stage_weights
 from megaswift.run import table
-from megaswift.run.method import adapter_of, frozen_parameters, packed_share, trainable_of_rank, trained_parameters
+from megaswift.run.method import LORA, adapter_of, frozen_parameters, packed_share, trainable_of_rank, trained_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -216,6 +216,7 @@ def _check_graphs(args: SftArguments) -> None:
         "--use_flash_attn": args.use_flash_attn is not None,
         "--overlap_grad_reduce true": bool(args.overlap_grad_reduce),
         "--fp8": args.fp8,
+        "--sft_type lora": args.sft_type == LORA,
         "--cpu_offloading_num_layers": args.cpu_offloading_num_layers > 0,
     }
     for name, given in others.items():

@@ -30,6 +30,7 @@ from megaswift.weights.hf.folder_reader import FolderReader
 from megaswift.weights.hf.read import HFCheckpoint
 from megaswift.weights.load_hf import is_hf_folder, load_hf_weights
 from megaswift.weights.load_new_rows import fill_new_rows
+from megaswift.weights.torch_dist.reader import Reader
 
 if TYPE_CHECKING:
     from megaswift.models.parameters import Parameter
@@ -85,7 +86,6 @@ def _pack_weights(model: Any, config: Any, start: Path, pp: int) -> None:
     from megatron.core import parallel_state
 
     from megaswift.megatron.packed_layers import fill
-    from megaswift.weights.torch_dist.reader import Reader
 
     source: Any = FolderReader(config, HFCheckpoint.open(start)) if is_hf_folder(start) else Reader(start)
     first = sum(stage_layers(config, pp)[: parallel_state.get_pipeline_model_parallel_rank()])
