@@ -25,7 +25,7 @@ from tests.training import tiny_start, train, write_rows
 NAMES = ("tp1 pp1 dp1", "tp2, sequence parallel", "tp2 pp2, sequence parallel")
 FORMS: dict[str, dict[str, Any]] = {
     "biases and norms": {"freeze_parameters_ratio": 1.0, "trainable_parameters_regex": r"bias|norm"},
-    "last layers, recomputed": {"freeze_parameters_ratio": 0.75, "gradient_checkpointing": True},
+    "last layers, recomputed": {"freeze_parameters_ratio": 0.4, "gradient_checkpointing": True},
     "no mlp": {"freeze_parameters_regex": r"\.mlp\.", "freeze_parameters": ["lm_head"]},
 }
 
@@ -62,7 +62,7 @@ def test_a_run_keeps_them_and_goes_on(pool: RankPool, tmp_path: Path) -> None:
     }  # fmt: skip
     run = train(pool, tmp_path / "out", 2, **common, max_steps=4, tp=2, dtype="bf16")
     again = {**common, "resume_from_checkpoint": str(run.directory)}
-    more = train(pool, tmp_path / "out", 1, **again, max_steps=6, tp=1, gradient_accumulation_steps=4)
+    more = train(pool, tmp_path / "out", 1, **{**again, "gradient_accumulation_steps": 4}, max_steps=6, tp=1)
     assert len(more.losses) == 6
     folder = export_main(ExportArguments(ckpt_dir=str(run.directory), to_hf=True, hf_output_dir=str(tmp_path / "hf-out")))
     before, after = HFCheckpoint.open(tmp_path / "hf"), HFCheckpoint.open(folder)

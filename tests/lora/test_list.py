@@ -11,7 +11,7 @@ from megaswift.config.options import SftArguments, parse
 from megaswift.errors import UserError
 from megaswift.models import family_of
 from megaswift.models.adapters import Lora, saved_modules, shortened, target_modules
-from megaswift.run.method import adapter_of
+from megaswift.run.method import adapter_of, with_method_defaults
 from megaswift.train.adapters import first_value
 from tests import tiny
 
@@ -107,6 +107,17 @@ def test_other_names_of_options(capsys: pytest.CaptureFixture[str]) -> None:
         8.0,
     )
     assert "--lora_dropout_p is --lora_dropout here" in capsys.readouterr().out
+
+
+def test_options_of_adapters_mean_something_only_beside_one() -> None:
+    """A run's own file of options, which has all of them, begins that run again; learning_rate has a default of its own."""
+    assert with_method_defaults(SftArguments(**SftArguments().to_dict())).learning_rate == 1e-5
+    assert with_method_defaults(SftArguments(sft_type="lora")).learning_rate == 1e-4
+    assert with_method_defaults(SftArguments(sft_type="lora", learning_rate=3e-6)).learning_rate == 3e-6
+    with pytest.raises(UserError, match="belongs to adapters"):
+        with_method_defaults(SftArguments(lora_rank=16))
+    with pytest.raises(UserError, match="for full training"):
+        with_method_defaults(SftArguments(sft_type="lora", freeze_parameters=["model.norm"]))
 
 
 @pytest.mark.parametrize(

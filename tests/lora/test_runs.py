@@ -22,7 +22,7 @@ from megaswift.run.job import Job
 from megaswift.weights.torch_dist.reader import Reader
 from tests.lora.adapters import by_hf_name, lora_of, parameters_of
 from tests.ranks import RankPool
-from tests.training import Run, tiny_start, train, write_rows
+from tests.training import Run, long, tiny_start, train, write_rows
 
 STEPS = 20
 LORA: dict[str, Any] = {
@@ -64,9 +64,21 @@ def reference(run: Run, folder: Path) -> tuple[list[float], dict[str, torch.Tens
     return [item.loss for item in results], results[-1].weights
 
 
-def test_twenty_steps_are_those_of_peft_at_every_layout(start: Path, rows: Path, pool: RankPool, tmp_path: Path) -> None:
+# What is trained; all but the first in `make test-long`.
+KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "LoRA+": ({}, {}),
+    "rsLoRA": ({"use_rslora": True}, {"rslora": True}),
+    "DoRA": ({"use_dora": True, "lora_dropout": 0.0}, {"dora": True}),
+    "QLoRA": ({"quantization_bit": 4}, {"bits": 4}),
+}
+
+
+@pytest.mark.parametrize("kind", [pytest.param(name, marks=() if name == "LoRA+" else long) for name in KINDS])
+def test_twenty_steps_are_those_of_peft_at_every_layout(kind: str, rows: Path, pool: RankPool, tmp_path: Path) -> None:
+    words, changes = KINDS[kind]
+    start = tiny_start(tmp_path / "start", "qwen2", tie_word_embeddings=True, hidden_size=128, intermediate_size=128)
     folder = start.parent / "hf"
-    lora = lora_of(folder, alpha=8.0, rank=4)
+    lora = lora_of(folder, alpha=8.0, rank=4, **changes)
     parameters, wanted = parameters_of(folder, lora), None
     for name, (world, options) in LAYOUTS.items():
         run = train(
@@ -75,7 +87,7 @@ def test_twenty_steps_are_those_of_peft_at_every_layout(start: Path, rows: Path,
             world,
             resume_from_checkpoint=str(start),
             dataset=[str(rows)],
-            **{**LORA, **options},
+            **{**LORA, **words, **options},
         )
         if wanted is None:
             wanted = reference(run, folder)
@@ -83,7 +95,7 @@ def test_twenty_steps_are_those_of_peft_at_every_layout(start: Path, rows: Path,
         found = by_hf_name(run.directory / f"iter_{STEPS:07d}", parameters)
         worst = max((float((found[key] - value).norm() / value.norm()), key) for key, value in adapter.items())
         off = max(abs(a - b) for a, b in zip(run.losses, losses, strict=True))
-        print(f"{name:26} loss {off:.1e}  adapter {worst[0]:.1e} {worst[1]}")
+        print(f"{kind:8} {name:26} loss {off:.1e}  adapter {worst[0]:.1e} {worst[1]}")
         assert off < 2e-5, f"{name}: {run.losses} {losses}"
         assert worst[0] < 2e-3, f"{name}: {worst}"
     assert losses[0] - losses[-1] > 0.05, "it learns"

@@ -28,7 +28,7 @@ from megaswift.launch import agent
 from megaswift.launch.agent import Cluster, cluster
 from megaswift.parity import layers, learning, noise
 from megaswift.parity.adapters import PeftSide
-from megaswift.parity.compare import UPDATES, StepDifference, beyond, overall, relative, verdict, worst
+from megaswift.parity.compare import ADAPTER_UPDATES, UPDATES, StepDifference, beyond, overall, relative, verdict, worst
 from megaswift.parity.layouts import Layout, parse_layouts
 from megaswift.parity.rank import GRADIENTS, LAYERS, LOG, NOISE, STATE, STOP_AFTER, WEIGHTS
 from megaswift.parity.reference import Reference, write_samples
@@ -202,7 +202,8 @@ class _Runs:
             gradient = worst(self._pairs(GRADIENTS, row["step"], wanted.gradients), groups)
             weights = self._pairs(WEIGHTS, row["step"], wanted.weights)
             if self.start.dtype == "fp32":
-                weight = worst(weights, floor=UPDATES * args.learning_rate)
+                updates = UPDATES if self.start.adapter is None else ADAPTER_UPDATES
+                weight = worst(weights, floor=updates * args.learning_rate)
             else:
                 weight = overall(weights)
             norm = row["grad_norm"] if row["grad_norm"] is not None else float("inf")

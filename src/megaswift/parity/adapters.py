@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 # PEFT's names in memory -> in its files.
 _IN_MEMORY = (
     ("lora_magnitude_vector.default.weight", "lora_magnitude_vector"),
-    (".default.weight", ".weight"),
     (".modules_to_save.default", ""),
+    (".default.weight", ".weight"),
 )
 
 

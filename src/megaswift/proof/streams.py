@@ -44,12 +44,18 @@ class Streamed:
         run: packed tokens [1, s], positions [1, s] and lengths of the samples -> logits [s, vocab].
         layers: the decoder layers.
         embedding: the module that looks tokens up.
+        hold: lets the weights of a module, which is named, be there as long as another one runs that is around it.
     """
 
     def __init__(
-        self, module: torch.nn.Module, run: Callable[[Tensor, Tensor, list[int]], Tensor], layers: Any, embedding: Any
+        self,
+        module: torch.nn.Module,
+        run: Callable[[Tensor, Tensor, list[int]], Tensor],
+        layers: Any,
+        embedding: Any,
+        hold: Callable[[str, torch.nn.Module, torch.nn.Module], None] | None = None,
     ) -> None:
-        self.module, self.run, self.layers, self.embedding = module, run, layers, embedding
+        self.module, self.run, self.layers, self.embedding, self.hold = module, run, layers, embedding, hold
 
 
 def hf_stream(config: PreTrainedConfig, source: HFCheckpoint, precisions: Precisions) -> Streamed:
@@ -74,15 +80,18 @@ def hf_stream(config: PreTrainedConfig, source: HFCheckpoint, precisions: Precis
         if name in source.names:
             source.release(name)
 
-    for name, module in model.named_modules():
+    def hold(name: str, module: torch.nn.Module, around: torch.nn.Module) -> None:
         own = {part: f"{name}.{part}" for part, _ in module.named_parameters(recurse=False)}
         if own:
-            _stream(module, own, load, release)
+            _stream(module, own, load, release, around)
+
+    for name, module in model.named_modules():
+        hold(name, module, module)
 
     def run(tokens: Tensor, positions: Tensor, lengths: list[int]) -> Tensor:
         return model(input_ids=tokens, position_ids=positions, attention_mask=_block_mask(lengths), use_cache=False).logits[0]
 
-    return Streamed(model, run, model.model.layers, model.get_input_embeddings())
+    return Streamed(model, run, model.model.layers, model.get_input_embeddings(), hold)
 
 
 @dataclass(frozen=True)
@@ -98,13 +107,21 @@ def peft_stream(config: PreTrainedConfig, source: HFCheckpoint, precisions: Prec
     from peft import PeftModel
 
     plain = hf_stream(config, source, precisions)
+    names = {module: name for name, module in plain.module.named_modules()}
     for module in plain.module.modules():  # PEFT puts an adapter where its layer's weight is: on the CPU, without its size
         for part, parameter in module.named_parameters(recurse=False):
             module._parameters[part] = torch.nn.Parameter(torch.zeros(1).expand(parameter.shape), requires_grad=False)
     wrapped = PeftModel.from_pretrained(plain.module, str(adapter), torch_device="cpu", autocast_adapter_dtype=False)
-    own = [parameter for name, parameter in wrapped.named_parameters() if ".lora_" in name or ".modules_to_save." in name]
-    for parameter in own:
-        parameter.data = parameter.data.float()
+    for name, parameter in wrapped.named_parameters():
+        if ".lora_" in name or ".modules_to_save." in name:
+            parameter.data = parameter.data.float()
+    assert plain.hold is not None
+    for module in wrapped.modules():  # DoRA reads a layer's weight after it was called
+        base: Any = getattr(module, "base_layer", None)
+        if base in names:
+            base._forward_pre_hooks.clear()
+            base._forward_hooks.clear()
+            plain.hold(names[base], base, module)
     wrapped.eval()
     model: Any = wrapped.get_base_model()
 
@@ -163,9 +180,13 @@ def megatron_stream(config: PreTrainedConfig, reader: MegatronReader, adapter: T
 
 
 def _stream(
-    module: torch.nn.Module, own: dict[str, str], load: Callable[[str], Tensor], release: Callable[[str], None]
+    module: torch.nn.Module,
+    own: dict[str, str],
+    load: Callable[[str], Tensor],
+    release: Callable[[str], None],
+    around: torch.nn.Module | None = None,
 ) -> None:
-    """Let a module have its weights only while it runs."""
+    """Let a module have its weights only while it runs, or one `around` it."""
     empty = dict(module.named_parameters(recurse=False))
     lookup = "Embedding" in type(module).__name__  # touches few rows: it works on the stored values, and its result is cast
 
@@ -180,8 +201,8 @@ def _stream(
             release(name)
         return result.float() if lookup else None
 
-    module.register_forward_pre_hook(before)
-    module.register_forward_hook(after)
+    (around or module).register_forward_pre_hook(before)
+    (around or module).register_forward_hook(after)
 
 
 def _lend_embedding(output_layer: torch.nn.Module, load: Callable[[str], Tensor]) -> None:

@@ -6,7 +6,7 @@ import re
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from megaswift.config.options import SftArguments
+from megaswift.config.options import SftArguments, default_of
 from megaswift.config.training import AdapterArguments, FreezeArguments
 from megaswift.errors import UserError, nearest
 from megaswift.models import family_of, parameters_of
@@ -33,7 +33,7 @@ METHOD_OPTIONS = ("sft_type", *FREEZE_OPTIONS, *(name for name in ADAPTER_OPTION
 def with_method_defaults(args: A) -> A:
     """Options with the defaults of what is trained. Raises UserError for those that mean nothing to it."""
     if args.sft_type == LORA:
-        freezing = sorted(args.explicit() & set(FREEZE_OPTIONS))
+        freezing = _asked(args, FREEZE_OPTIONS)
         if freezing:
             raise UserError(
                 f"--{freezing[0]} is for full training: beside an adapter all weights stay as they are.",
@@ -42,7 +42,7 @@ def with_method_defaults(args: A) -> A:
             )
         given = "learning_rate" in args.explicit()
         return args if given else args.changed(learning_rate=LORA_LEARNING_RATE)
-    meaningless = sorted(args.explicit() & set(ADAPTER_OPTIONS))
+    meaningless = _asked(args, ADAPTER_OPTIONS)
     if meaningless:
         raise UserError(
             f"--{meaningless[0]} belongs to adapters, and this run trains all weights.",
@@ -50,6 +50,12 @@ def with_method_defaults(args: A) -> A:
             fix="add --sft_type lora, or leave it out",
         )
     return args
+
+
+def _asked(args: SftArguments, names: tuple[str, ...]) -> list[str]:
+    """Which of some options were given another value than their default: a file of options has all of them."""
+    defaults = {item.name: default_of(item) for item in fields(args)}
+    return sorted(name for name in args.explicit() & set(names) if getattr(args, name) != defaults[name])
 
 
 def adapter_of(args: SftArguments, config: PreTrainedConfig) -> Lora | None:
