@@ -20,7 +20,7 @@ from megaswift.parity.adapters import PeftSide
 from megaswift.parity.reference import Reference
 from megaswift.run.job import Job
 from megaswift.weights.torch_dist.reader import Reader
-from tests.lora.adapters import by_hf_name, lora_of, parameters_of
+from tests.lora.adapters import by_hf_name, lora_of, parameters_of, peft_model
 from tests.ranks import RankPool
 from tests.training import Run, long, tiny_start, train, write_rows
 
@@ -160,3 +160,31 @@ def test_what_is_refused(start: Path, rows: Path, pool: RankPool, tmp_path: Path
     refused(
         DataError, "not the weights that the adapter was trained beside", **again, model_id_or_path=str(other.parent / "hf")
     )
+
+
+def test_training_goes_on_from_an_adapter_of_peft(start: Path, rows: Path, pool: RankPool, tmp_path: Path) -> None:
+    """Rank, alpha, scale and modules are the adapter's; what it does not fit is refused."""
+    folder, adapter = start.parent / "hf", tmp_path / "adapter"
+    lora = lora_of(folder, ["q_proj", "up_proj"], rank=6, alpha=12.0, rslora=True)
+    peft_model(folder, lora).save_pretrained(adapter)
+    common: dict[str, Any] = {
+        "dataset": [str(rows)], "sft_type": "lora", "adapters": str(adapter), "lora_dropout": 0.0, "max_steps": 2,
+        "gradient_accumulation_steps": 4, "dataset_test_ratio": 0.0, "learning_rate": 1e-3,
+    }  # fmt: skip
+    run = train(pool, tmp_path / "out", 2, resume_from_checkpoint=str(start), tp=2, **common)
+    assert run.losses == pytest.approx(reference(run, folder)[0], abs=5e-6)
+    found = by_hf_name(run.directory / "iter_0000002", parameters_of(folder, lora))
+    assert found["base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"].shape[1] == 6
+
+    def refused(error: type[Exception], text: str, origin: Path = start, **options: Any) -> None:
+        with pytest.raises(error, match=text):
+            sft_main(SftArguments(resume_from_checkpoint=str(origin), output_dir=str(tmp_path / "no"), **{**common, **options}))
+
+    refused(UserError, "lora_rank 6, not 8", lora_rank=8)
+    refused(UserError, "goes with --sft_type lora", sft_type="full")
+    other = tiny_start(tmp_path / "other", "qwen2", tie_word_embeddings=True, hidden_size=128)
+    refused(DataError, "does not fit the model", other)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    for change, text in (({"rank_pattern": {"q_proj": 2}}, "layers differ in rank"), ({"init_lora_weights": "pissa"}, "PiSSA")):
+        (adapter / "adapter_config.json").write_text(json.dumps(config | change))
+        refused(UserError, text)

@@ -69,6 +69,18 @@ def adapter_of(args: SftArguments, config: PreTrainedConfig) -> Lora | None:
             where="--new_special_tokens",
             fix="leave it out, or train all weights: --sft_type full",
         )
+    if args.recompute_modules in ("swiglu", "mlp"):
+        raise UserError(
+            "beside an adapter a layer keeps its inputs, for the gradients of A: there is nothing to gain in parts of it.",
+            where="--recompute_modules",
+            fix="leave it out; --gradient_checkpointing true recomputes whole layers",
+        )
+    if args.fp8:
+        raise UserError(
+            "FP8 products of frozen weights are not proven yet.",
+            where="--fp8, --sft_type",
+            fix="leave --fp8 out, or --sft_type lora",
+        )
     if not args.target_modules:
         raise UserError("no module is named.", where="--target_modules", fix="leave it out for all-linear")
     lora = Lora(
@@ -97,10 +109,6 @@ def adapter_of(args: SftArguments, config: PreTrainedConfig) -> Lora | None:
 
 def _require_blocks(args: SftArguments, base: list[Parameter]) -> None:
     """Raise UserError unless each rank's part of every row is whole blocks of 64, which share a scale."""
-    if args.fp8:
-        raise UserError(
-            "FP8 products need weights that are not packed.", where="--fp8, --quantization_bit", fix="give one of them"
-        )
     for parameter in linear(base):
         columns = parameter.shape[1] // (args.tp if parameter.arrangement.split == 1 else 1)
         if columns % BLOCK or parameter.shape[1] % BLOCK:
