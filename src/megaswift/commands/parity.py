@@ -26,9 +26,10 @@ from megaswift.data.batches import Batches
 from megaswift.errors import DataError, UserError
 from megaswift.launch import agent
 from megaswift.launch.agent import Cluster, cluster
+from megaswift.models.adapters import RANDOM
 from megaswift.parity import layers, learning, noise
 from megaswift.parity.adapters import PeftSide
-from megaswift.parity.compare import ADAPTER_UPDATES, UPDATES, StepDifference, beyond, overall, relative, verdict, worst
+from megaswift.parity.compare import UPDATES, StepDifference, beyond, overall, relative, verdict, worst
 from megaswift.parity.layouts import Layout, parse_layouts
 from megaswift.parity.rank import GRADIENTS, LAYERS, LOG, NOISE, STATE, STOP_AFTER, WEIGHTS
 from megaswift.parity.reference import Reference, write_samples
@@ -125,6 +126,8 @@ class _Runs:
             (directory / part).mkdir()
         plan = plan_of(args, self.start, self.data, place, directory, batch)
         job = job_of(args, self.start, self.data, plan, self.pad_id)
+        if job.adapter is not None and not self.args.learning:
+            job = replace(job, adapter={**job.adapter, "init": RANDOM})
         if noise is not None:
             (directory / NOISE).write_text(str(noise), encoding="utf-8")
         half = plan.train_iters // 2 if resume else 0
@@ -202,8 +205,7 @@ class _Runs:
             gradient = worst(self._pairs(GRADIENTS, row["step"], wanted.gradients), groups)
             weights = self._pairs(WEIGHTS, row["step"], wanted.weights)
             if self.start.dtype == "fp32":
-                updates = UPDATES if self.start.adapter is None else ADAPTER_UPDATES
-                weight = worst(weights, floor=updates * args.learning_rate)
+                weight = worst(weights, floor=UPDATES * args.learning_rate)
             else:
                 weight = overall(weights)
             norm = row["grad_norm"] if row["grad_norm"] is not None else float("inf")

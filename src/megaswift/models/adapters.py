@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 PREFIX = "base_model.model."  # PEFT's, before the names of a model's tensors
 ALL_LINEAR = "all-linear"
+RANDOM = "random"
 LORA_A, LORA_B, MAGNITUDE = "lora_A", "lora_B", "lora_magnitude"
 _WEIGHT = ".weight"
 
@@ -61,7 +62,8 @@ class Lora:
         targets: names of Hugging Face modules, whole.
         saved: names of Hugging Face modules that are trained themselves and saved whole beside the adapter.
         rslora: whether the scale is alpha / sqrt(r).
-        init: how A begins (B is zero): "true" uniform as PEFT does, "gaussian" normal with deviation 1 / r.
+        init: how A begins (B is zero): "true" uniform as PEFT does, "gaussian" normal with deviation 1 / r; RANDOM for comparisons:
+            B is not zero then, so that A has a gradient from the first step on.
         lr_ratio: the learning rate of every B, as a multiple of that of A (https://arxiv.org/abs/2402.12354); None: 1.
         dora: whether every adapted row of W + scale * B A has a length of its own that is trained (https://arxiv.org/abs/2402.09353).
         bits: in which the base's linear layers are held, 4 or None: as they are.
@@ -268,5 +270,5 @@ def shortened(names: Sequence[str], known: Sequence[str], mark: str = ".") -> li
 
 
 __all__ = [
-    "ALL_LINEAR", "LORA_A", "LORA_B", "MAGNITUDE", "PREFIX", "Lora", "Site", "linear", "local_module", "saved_modules", "shortened", "target_modules",
+    "ALL_LINEAR", "LORA_A", "LORA_B", "MAGNITUDE", "PREFIX", "RANDOM", "Lora", "Site", "linear", "local_module", "saved_modules", "shortened", "target_modules",
 ]  # fmt: skip

@@ -22,9 +22,6 @@ LIMITS = {
 # is as small as its rounding. Weights count as no smaller than this many learning rates, so that the fp32 limit is a
 # thousandth of an update.
 UPDATES = 50.0
-# Every B of an adapter starts at zero, and its gradient may be as small as Adam's epsilon, where the update moves with
-# rounding: the limit is a hundredth of an update.
-ADAPTER_UPDATES = 500.0
 GROUPS = (("embed", "embedding"), ("lm_head", "output"), ("self_attn", "attention"), ("mlp", "mlp"), ("norm", "norm"))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megaswift.megatron.lora_layers import attach
 from megaswift.models import family_of
-from megaswift.models.adapters import LORA_A, LORA_B, Lora
+from megaswift.models.adapters import LORA_A, LORA_B, RANDOM, Lora
 from megaswift.models.stages import stage_layers
 
 if TYPE_CHECKING:
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from megaswift.megatron.model import ChatModel
     from megaswift.models.family import Family
     from megaswift.models.parameters import Parameter
+
+
+_RANDOM_B = 0.02  # deviation of a B that is not to begin at zero
 
 
 class Adapter(Protocol):
@@ -79,9 +82,11 @@ def first_value(name: str, shape: tuple[int, ...], lora: Lora, seed: int) -> Ten
 
     A is uniform within 1 / sqrt(in), or normal with deviation 1 / r; B is zero.
     """
-    if f".{LORA_B}." in name:
+    if f".{LORA_B}." in name and lora.init != RANDOM:
         return torch.zeros(shape)
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))  # of a seed only 32 bits count
+    if f".{LORA_B}." in name:
+        return torch.randn(shape, generator=generator) * _RANDOM_B
     if lora.init == "gaussian":
         return torch.randn(shape, generator=generator) / lora.rank
     bound = 1.0 / math.sqrt(shape[1])
