@@ -48,6 +48,8 @@ def test_layers_that_are_alike_share_a_key() -> None:
     mixed, _ = described(words=(r"model\.layers\.[01]\..*", "down_proj"))
     assert all(p.key == p.name and p.place == () for p in mixed)
     assert len({p.key for p in mixed}) == len(mixed) == 2 * (2 * 4 + 2)
+    some, _ = described(words=(r"model\.layers\.[01]\..*",))
+    assert all(p.key == p.name and p.place == () for p in some), "the layers that have any are alike, but others have none"
 
 
 def test_words_of_targets() -> None:

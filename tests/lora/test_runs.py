@@ -98,8 +98,8 @@ def test_twenty_steps_are_those_of_peft_at_every_layout(kind: str, rows: Path, p
         worst = max((float((found[key] - value).norm() / value.norm()), key) for key, value in adapter.items())
         off = max(abs(a - b) for a, b in zip(run.losses, losses, strict=True))
         print(f"{kind:8} {name:26} loss {off:.1e}  adapter {worst[0]:.1e} {worst[1]}")
-        assert off < 2e-5, f"{name}: {run.losses} {losses}"
-        assert worst[0] < 2e-3, f"{name}: {worst}"
+        assert off < 5e-6, f"{name}: {run.losses} {losses}"
+        assert worst[0] < 2e-4, f"{name}: {worst}"
     assert losses[0] - losses[-1] > 0.05, "it learns"
 
 
