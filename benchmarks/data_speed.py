@@ -190,20 +190,18 @@ def _engine_step(ids: Any) -> Any:
     from megaswift.config.options import SftArguments
     from megaswift.data.batches import MicroBatch
     from megaswift.megatron import process_groups as ranks
-    from megaswift.run.job import Job
-    from megaswift.run.plan import make_plan
+    from megaswift.run.resolve import World, resolve
+    from megaswift.run.source import TrainingSource
+    from megaswift.run.spec import DataRef
     from megaswift.train.setup import restore_trainer
     from megaswift.weights.hf.config import load_config
 
-    folder = model_dir()
-    args = SftArguments(dataset=["none"], max_steps=100, gradient_accumulation_steps=1)
-    options: dict[str, Any] = dict(
-        model_type=MODEL, dtype="fp32", world_size=1, train_rows=100, val_rows=0, load=folder, save="none"
-    )
-    plan = make_plan(args, load_config(Path(folder)), **options)
-    job = Job(plan, args.to_dict(), folder, folder, "", None, 0)
-    HELD.enter_context(ranks.joined(1, 1, 42))
-    trainer, _ = restore_trainer(job, args)
+    folder = Path(model_dir())
+    args = SftArguments(model_type=MODEL, dataset=["none"], max_steps=100, gradient_accumulation_steps=1)
+    source = TrainingSource(args, folder, folder, load_config(folder), "fp32", manifest={}, run_dir=None, first_step=0)
+    run = resolve(args, source, World(1), DataRef(train_rows=100), run_dir="none")
+    HELD.enter_context(ranks.joined(run.parallel, 42))
+    trainer, _ = restore_trainer(run)
     labels = torch.cat((ids[:, 1:], torch.full((1, 1), -100)), dim=1)
     batch = MicroBatch(ids, labels, torch.arange(ids.shape[1])[None], None, (0,))
     return lambda: trainer.step([batch])

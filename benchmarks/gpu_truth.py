@@ -28,12 +28,11 @@ from sft_gpu import make_model, make_rows
 LIMIT_FACTOR = 3.0  # transformers may be this many times as far from the engine as the two seeds are
 
 
-def job_of(work: Path, options: argparse.Namespace, **more: Any) -> tuple[Any, Any, Any]:
+def run_of(work: Path, options: argparse.Namespace, **more: Any) -> tuple[Any, Any, Any]:
     """What `swift sft` would hand to its ranks, with the start and the tokenized rows."""
     from megaswift.config.options import SftArguments
     from megaswift.data.encode import prepare
-    from megaswift.launch.agent import Cluster
-    from megaswift.run.setup import job_of, plan_of, template_of
+    from megaswift.run.setup import resolved, template_of
     from megaswift.run.source import resolve_source
     from megaswift.store.cache import cache_root
 
@@ -45,8 +44,7 @@ def job_of(work: Path, options: argparse.Namespace, **more: Any) -> tuple[Any, A
     start = resolve_source(args)
     template = template_of(start.args, start)
     data = prepare(start.args, template, cache_dir=cache_root(), packing=True)
-    plan = plan_of(start.args, start, data, Cluster(1, 1, 0, "127.0.0.1", 0), work / "run")
-    return job_of(start.args, start, data, plan, template.pad_id), start, data
+    return resolved(start.args, start, data, 1, work / "run", template.pad_id), start, data
 
 
 def hf_gradients(trainer: Any, sums: Any, config: Any) -> dict[str, Any]:
@@ -68,35 +66,34 @@ def hf_gradients(trainer: Any, sums: Any, config: Any) -> dict[str, Any]:
     return found
 
 
-def engine(job: Any, config: Any, device: Any, *, noise: int = 0, gradients: bool = False) -> dict[str, Any]:
-    """The steps of a job in this process: losses, norms, milliseconds a step, and what else is asked for."""
+def engine(run: Any, config: Any, device: Any, *, noise: int = 0, gradients: bool = False) -> dict[str, Any]:
+    """The steps of a run in this process: losses, norms, milliseconds a step, and what else is asked for."""
     import torch
 
-    from megaswift.config.options import SftArguments
     from megaswift.megatron import process_groups as ranks
     from megaswift.parity.noise import perturb
     from megaswift.train.setup import open_batches, restore_trainer, to_device
 
-    args, plan = SftArguments(**job.options), job.plan
+    steps = run.schedule.train_iters
     result: dict[str, Any] = {"loss": [], "grad_norm": [], "ms": [], "gradients": {}}
-    with ranks.joined(1, 1, args.seed) as rank:
-        trainer = restore_trainer(job, args)[0]
+    with ranks.joined(run.parallel, run.seed) as rank:
+        trainer = restore_trainer(run)[0]
         if noise:
             perturb(trainer, noise)
-        batches, _ = open_batches(job, args, rank)
-        for step in range(plan.train_iters):
+        batches, _ = open_batches(run, rank)
+        for step in range(steps):
             micro_batches = to_device(batches.step(step), rank.device)
             synchronize(device)
             began = time.perf_counter()
             sums = trainer.gradients(micro_batches)
-            if gradients and step in (0, plan.train_iters - 1):
+            if gradients and step in (0, steps - 1):
                 result["gradients"][step + 1] = {name: g.clone() for name, g in hf_gradients(trainer, sums, config).items()}
             done = trainer.update(sums)  # its loss comes to the host, so the step is over
             result["ms"].append(1e3 * (time.perf_counter() - began))
             result["loss"].append(done.loss)
             result["grad_norm"].append(done.grad_norm)
         result["weights"] = torch.cat([weight.detach().reshape(-1) for weight in trainer.bare_model.parameters()])
-        result["ids"] = [batches.sample_ids(step) for step in range(plan.train_iters)]
+        result["ids"] = [batches.sample_ids(step) for step in range(steps)]
         trainer.close()
     return result
 
@@ -118,22 +115,21 @@ def part_truth(work: Path, options: argparse.Namespace, device: Any) -> dict[str
     """The engine and transformers on the same batches, and the noise between two seeds."""
     import torch
 
-    from megaswift.config.options import SftArguments
     from megaswift.parity.compare import relative
     from megaswift.parity.noise import SEEDS
     from megaswift.parity.reference import Reference
 
-    job, start, data = job_of(work, options)
-    plain = engine(job, start.config, device, gradients=True)
-    again = engine(job, start.config, device)
-    noisy = [engine(job, start.config, device, noise=seed, gradients=seed == SEEDS[0]) for seed in SEEDS]
+    run, start, data = run_of(work, options)
+    plain = engine(run, start.config, device, gradients=True)
+    again = engine(run, start.config, device)
+    noisy = [engine(run, start.config, device, noise=seed, gradients=seed == SEEDS[0]) for seed in SEEDS]
     print("engine runs are done; transformers follows", flush=True)
-    args, steps = SftArguments(**job.options), job.plan.train_iters
-    reference = Reference(work / "model", args, "bf16", steps, job.plan.megatron["lr_warmup_iters"])
+    steps = run.schedule.train_iters
+    reference = Reference(work / "model", start.args, "bf16", steps, run.schedule.warmup_iters)
     rows, groups = [], {}
     began = time.perf_counter()
     for number, wanted in enumerate(reference.run(data.train, plain["ids"]), start=1):
-        values = [plain["loss"][number - 1], *(run["loss"][number - 1] for run in noisy)]
+        values = [plain["loss"][number - 1], *(other["loss"][number - 1] for other in noisy)]
         rows.append({
             "step": number, "engine": values[0], "transformers": wanted.loss, "difference": relative(values[0], wanted.loss),
             "noise": (max(values) - min(values)) / values[0],
@@ -181,10 +177,10 @@ def part_deterministic(work: Path, options: argparse.Namespace, device: Any) -> 
     """Two runs with --deterministic true, and what it costs."""
     from megaswift.train.determinism import deterministic
 
-    job, start, _ = job_of(work, options, deterministic=True)
+    run, start, _ = run_of(work, options, deterministic=True)
     with deterministic(True):
-        first = engine(job, start.config, device)
-        second = engine(job, start.config, device)
+        first = engine(run, start.config, device)
+        second = engine(run, start.config, device)
     return {
         "losses_bit_equal": first["loss"] == second["loss"] and first["grad_norm"] == second["grad_norm"],
         "weights_bit_equal": bool((first["weights"] == second["weights"]).all()),
@@ -233,8 +229,8 @@ def part_fp8(work: Path, options: argparse.Namespace, device: Any) -> dict[str, 
 
     runs = {}
     for name, more, noise in (("bf16", {}, 0), ("fp8", {"fp8": True}, 0), ("noisy", {}, SEEDS[0])):
-        job, start, _ = job_of(work, options, **more)
-        runs[name] = engine(job, start.config, device, noise=noise)
+        run, start, _ = run_of(work, options, **more)
+        runs[name] = engine(run, start.config, device, noise=noise)
         del runs[name]["weights"]
         print(f"{name} is done", flush=True)
     losses = {name: run["loss"] for name, run in runs.items()}

@@ -63,7 +63,6 @@ SETTINGS = dict(
 def build_model(shape: str, seq: int, way: str) -> Any:
     """A tied GPTModel of fused parts whose forward gives the summed loss."""
     from megatron.core.models.gpt.gpt_model import GPTModel
-    from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megaswift.megatron import layer_specs as backend
     from megaswift.megatron.graphs import Graphs
@@ -73,6 +72,7 @@ def build_model(shape: str, seq: int, way: str) -> Any:
     from megaswift.megatron.kernels.linear_ops import PLAIN
     from megaswift.megatron.kernels.megatron_fuse import fuse_embedding
     from megaswift.megatron.kernels.megatron_layer import FusedMLP
+    from megaswift.megatron.model import EngineConfig
     from megaswift.models.kinds import Kind
 
     class Model(GPTModel):
@@ -85,8 +85,7 @@ def build_model(shape: str, seq: int, way: str) -> Any:
             options = dict(vocab_size=VOCAB, grad_scale=1.0, shared_with_embedding=True, chunk_bytes=CHUNK_MIB[shape] << 20)
             return linear_cross_entropy(flat, weight, labels.t(), **options)[0]
 
-    config = TransformerConfig(**SHAPES[shape], **SETTINGS)
-    config.linear_ops = Fp8LinearOps() if "f" in way else PLAIN  # type: ignore[attr-defined]
+    config = EngineConfig(**SHAPES[shape], **SETTINGS, linear_ops=Fp8LinearOps() if "f" in way else PLAIN)
     FusedMLP.recompute_activation, FusedMLP.recompute_first, FusedMLP.overlap = "k" not in way, "m" in way, "o" in way
     model = Model(
         config,
@@ -98,7 +97,7 @@ def build_model(shape: str, seq: int, way: str) -> Any:
     )
     if "a" in way:
         offload_activations(model.decoder, config.num_layers - 1)
-    model.graphs = Graphs(model.decoder, "true" if "g" in way else "false")
+    model.graphs = Graphs(model.decoder, "always" if "g" in way else "never")
     return fuse_embedding(model.cuda())
 
 

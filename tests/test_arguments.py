@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import typing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,11 +22,13 @@ from megaswift.config.options import (
     ParityArguments,
     SftArguments,
     VerifyArguments,
+    allowed,
     parse,
 )
+from megaswift.config.parse import size_of
 from megaswift.errors import UserError
-from megaswift.run.plan import check_numbers
-from megaswift.run.table import Facts, megatron_arguments
+from megaswift.run.table import megatron_arguments
+from tests.runs import resolved_run
 
 GOLDEN = Path(__file__).parent / "golden" / "options.json"
 
@@ -72,24 +76,89 @@ def test_bad_words(words: list[str], message: str) -> None:
         (["--save_total_limit", "0"], "--save_total_limit 0 is not 1 or more."),
         (["--pp", "-1"], "--pp -1 is not 1 or more."),
         (["--dataset_test_ratio", "1"], "--dataset_test_ratio 1 is not 0 or more, below 1."),
+        (["--max_length", "0"], "--max_length 0 is not -1, or 2 or more."),
+        (["--max_length", "-2"], "--max_length -2 is not -1, or 2 or more."),
+        (["--max_steps", "-2"], "--max_steps -2 is not -1 or more."),
     ],
 )
 def test_numbers_have_ranges(words: list[str], message: str, tmp_path: Path) -> None:
     """On the command line, in a file of options, and in a script."""
+    assert_refused(SftArguments, words, message, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("cls", "words", "message"),
+    [
+        (InferArguments, ["--max_length", "0"], "--max_length 0 is not -1, or 1 or more."),
+        (InferArguments, ["--num_beams", "0"], "--num_beams 0 is not 1 or more."),
+        (InferArguments, ["--show_dataset_sample", "-2"], "--show_dataset_sample -2 is not -1, or 0 or more."),
+        (DeployArguments, ["--port", "1234567"], "--port 1234567 is not 0 or more, at most 65535."),
+        (DeployArguments, ["--temperature", "-0.5"], "--temperature -0.5 is not 0 or more."),
+        (EvalArguments, ["--top_p", "0"], "--top_p 0 is not above 0, at most 1."),
+        (EvalArguments, ["--gpu_memory_utilization", "1.5"], "--gpu_memory_utilization 1.5 is not above 0, at most 1."),
+        (EvalArguments, ["--eval_few_shot", "-1"], "--eval_few_shot -1 is not 0 or more."),
+        (ExportArguments, ["--iteration", "-1"], "--iteration -1 is not 0 or more."),
+    ],
+)
+def test_numbers_of_the_other_commands_have_ranges(cls: type[Any], words: list[str], message: str, tmp_path: Path) -> None:
+    assert_refused(cls, words, message, tmp_path)
+
+
+def assert_refused(cls: type[Any], words: list[str], message: str, tmp_path: Path) -> None:
     path = tmp_path / "run.json"
-    path.write_text(json.dumps({words[0][2:]: float(words[1])}))
-    for read in (lambda: parse(SftArguments, words), lambda: SftArguments(**json.loads(path.read_text()))):
+    value = float(words[1])
+    path.write_text(json.dumps({words[0][2:]: int(value) if value.is_integer() else value}))
+    for read in (lambda: parse(cls, words), lambda: parse(cls, [str(path)]), lambda: cls(**json.loads(path.read_text()))):
         with pytest.raises(UserError) as caught:
             read()
         assert caught.value.what == message and caught.value.where == words[0]
+
+
+def test_numbers_at_the_border_of_their_range() -> None:
+    for value in (-1, 2):
+        assert SftArguments(max_length=value).max_length == value
+    assert DeployArguments(port=65535, gpu_memory_utilization=1, top_p=1, top_k=0).port == 65535
+    assert InferArguments(show_dataset_sample=-1, max_length=1).show_dataset_sample == -1
+
+
+@pytest.mark.parametrize(
+    "cls", [ExportArguments, SftArguments, InferArguments, EvalArguments, DeployArguments, ParityArguments]
+)
+def test_every_number_declares_its_range(cls: type[Any]) -> None:
+    """A seed's is that of numpy."""
+    hints = typing.get_type_hints(cls)
+    numbers = {item for item in dataclasses.fields(cls) if hints[item.name] in (int, float, int | None, float | None)}
+    bare = [item.name for item in numbers if not allowed(item) and not item.name.endswith("seed")]
+    assert len(numbers) > 3 and not bare
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("5GB", 5 * 10**9), ("500 mb", 500 * 10**6), (".5MB", 500_000), ("2GiB", 2**31), ("7", 7), ("1.5KB", 1500), ("0.1", 1)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert size_of(text, "max_shard_size") == size
+    assert (ExportArguments(max_shard_size=text).max_shard_size, DeployArguments(max_body_size=text).max_body_size) == (
+        text,
+        text,
+    )
+
+
+@pytest.mark.parametrize("text", ["big", "", "0", "-1GB", "1.2.3GB", "5 PB", "GB", "1e9"])
+def test_what_is_no_size(text: str) -> None:
+    for cls, name in ((ExportArguments, "max_shard_size"), (DeployArguments, "max_body_size")):
+        with pytest.raises(UserError, match="is no size") as caught:
+            parse(cls, [f"--{name}", text])
+        assert caught.value.where == f"--{name}" and "500MB" in caught.value.fix
 
 
 def test_options_of_a_run_are_wishes(tmp_path: Path) -> None:
     """Used again with another rate, a file of options does not bring the old one's default for the last rate, nor for saving."""
     file = write_args_file(tmp_path, SftArguments(learning_rate=1e-4, eval_steps=50))
     again = parse(SftArguments, [str(file), "--learning_rate", "1e-6", "--eval_steps", "7"])
-    check_numbers(again)
-    made = megatron_arguments(again, Facts(1, 100, 10, "fp32", "a", "b"))
+    made = megatron_arguments(
+        resolved_run(**{name: getattr(again, name) for name in again.explicit() - {"model_type", "max_length", "dtype"}})
+    )
     assert (made["min_lr"], made["save_interval"]) == (pytest.approx(1e-7), 7)
 
 
@@ -102,6 +171,9 @@ def test_help_is_grouped_and_tells_all(capsys: pytest.CaptureFixture[str]) -> No
     assert (
         text.index("Optimizer and learning rate.") < text.index("--learning_rate") < text.index("Evaluation and checkpoints.")
     )
+    assert main(["deploy", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--port  default 8000; 0 or more, at most 65535\n" in text and "--top_p  default 0.7; above 0, at most 1\n" in text
     assert main(["data", "--help"]) == 0
     text = capsys.readouterr().out
     assert "--examples" in text and "--dataset" in text and "--learning_rate" not in text and "they change nothing" in text

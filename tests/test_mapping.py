@@ -8,7 +8,11 @@ from typing import Any
 import pytest
 
 from megaswift.config.options import SftArguments
-from megaswift.run.table import TABLE, Facts, filled_rows, megatron_arguments, warmup_note
+from megaswift.run.resolve import World, resolve, warmup_note
+from megaswift.run.spec import DataRef, Run
+from megaswift.run.table import TABLE, filled_rows, megatron_arguments
+from tests import tiny
+from tests.runs import source_of
 
 # The table of the seed document, both columns by their names.
 SEED = [
@@ -42,7 +46,12 @@ SEED = [
     ("lr_warmup_iters", "warmup_steps if warmup_steps > 0 else math.ceil(train_iters * warmup_ratio)"),
     ("no_save_optim no_save_rng", "save_only_model"),
 ]
-FACTS = Facts(world_size=4, train_rows=1490, val_rows=10, dtype="bf16", load="start", save="run")
+
+
+def run(dtype: str = "bf16", **options: Any) -> Run:
+    """The seed's run of 4 processes, 1,490 training and 10 validation rows; it is not judged."""
+    source, data = source_of(tiny.tiny_config("llama"), dtype, "start"), DataRef(train="rows", train_rows=1490, val_rows=10)
+    return resolve(SftArguments(**options), source, World(4), data, run_dir="run")
 
 
 def test_the_table_is_the_seeds_table() -> None:
@@ -89,25 +98,25 @@ ROWS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("options", "expected"), ROWS, ids=[str(options) for options, _ in ROWS])
 def test_row(options: dict[str, Any], expected: dict[str, Any]) -> None:
-    filled = megatron_arguments(SftArguments(**options), FACTS)
+    filled = megatron_arguments(run(**options))
     assert {name: filled[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize(("dtype", "fp16", "bf16"), [("fp16", True, False), ("bf16", False, True), ("fp32", False, False)])
 def test_precision_rows(dtype: str, fp16: bool, bf16: bool) -> None:
-    filled = megatron_arguments(SftArguments(), Facts(1, 100, 1, dtype, "a", "b"))
+    filled = megatron_arguments(run(dtype))
     assert (filled["fp16"], filled["apply_query_key_layer_scaling"], filled["bf16"]) == (fp16, fp16, bf16)
 
 
 def test_the_seeds_own_example() -> None:
     """4 GPUs, tp 2, 1490 training and 10 validation rows: the numbers of the seed's run."""
-    filled = megatron_arguments(SftArguments(learning_rate=2e-6, tp=2), FACTS)
+    filled = megatron_arguments(run(learning_rate=2e-6, tp=2))
     wanted = {"global_batch_size": 16, "train_iters": 94, "eval_iters": 1, "lr_warmup_iters": 5, "lr": 2e-6, "min_lr": 2e-7}
     assert {name: filled[name] for name in wanted} == wanted
 
 
 def test_filled_rows_are_text_in_the_tables_order() -> None:
-    rows = filled_rows(SftArguments(), FACTS)
+    rows = filled_rows(run())
     assert len(rows) == 29
     assert rows[0] == ("optimizer", "optim", "adam")
     assert all(isinstance(cell, str) for row in rows for cell in row)

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megaswift.config.options import SftArguments
 from megaswift.errors import DataError, UserError
-from megaswift.run.plan import Plan, check_layout, make_plan, padded_vocab, parameter_count, usable_length
+from megaswift.models.family import padded_vocab
+from megaswift.run.memory import estimate, parameter_count
+from megaswift.run.plan import plan_of
+from megaswift.run.problems import layout_problems, problems, refuse, usable_length
+from megaswift.run.spec import Parallel, Run
 from tests import tiny
-
-
-def plan(**changes: Any) -> Plan:
-    facts: dict[str, Any] = dict(model_type="tiny", dtype="fp32", world_size=4, train_rows=100, val_rows=3, load="a", save="b")
-    config = changes.pop("config", tiny.tiny_config("llama"))
-    facts.update({name: changes.pop(name) for name in list(changes) if name in facts})
-    return make_plan(SftArguments(max_length=64, **changes), config, **facts)
+from tests.runs import changed, resolved_run
 
 
 @pytest.mark.parametrize(
@@ -32,16 +30,16 @@ def plan(**changes: Any) -> Plan:
 )
 def test_bad_layouts(tp: int, pp: int, world: int | None, message: str, fix: str) -> None:
     with pytest.raises(UserError) as caught:
-        check_layout(tiny.tiny_config("llama"), tp, pp, world)
+        refuse(layout_problems(tiny.tiny_config("llama"), Parallel(tp=tp, pp=pp, world_size=world or tp * pp)))
     assert message in caught.value.what
     assert fix in caught.value.fix
 
 
 def test_feed_forward_size_and_sequence_parallel() -> None:
     with pytest.raises(UserError, match="feed-forward"):
-        check_layout(tiny.tiny_config("llama", intermediate_size=98), 4, 1)
+        refuse(layout_problems(tiny.tiny_config("llama", intermediate_size=98), Parallel(tp=4, world_size=4)))
     with pytest.raises(UserError, match="needs --tp above 1"):
-        check_layout(tiny.tiny_config("llama"), 1, 1, sequence_parallel=True)
+        refuse(layout_problems(tiny.tiny_config("llama"), Parallel(sequence_parallel=True)))
 
 
 @pytest.mark.parametrize(
@@ -60,13 +58,13 @@ def test_feed_forward_size_and_sequence_parallel() -> None:
 )
 def test_bad_numbers(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
-        plan(**options)
+        resolved_run(**options)
     assert message in caught.value.what
 
 
 def test_no_row_is_an_error() -> None:
     with pytest.raises(DataError, match="no row is left"):
-        plan(train_rows=0)
+        resolved_run(train_rows=0)
 
 
 def test_lengths() -> None:
@@ -92,8 +90,8 @@ def test_the_last_step_has_the_smallest_rate(steps: int, style: str) -> None:
     class Optimizer:
         param_groups = [{"params": [], "lr": 0.0, "weight_decay": 0.0}]
 
-    made = plan(max_steps=steps, lr_scheduler_type=style, learning_rate=1e-3)
-    scheduler = schedule(Optimizer(), made)
+    made = resolved_run(max_steps=steps, lr_scheduler_type=style, learning_rate=1e-3)
+    scheduler = schedule(Optimizer(), made.schedule, made.optimizer.weight_decay)
     assert isinstance(scheduler, OptimizerParamScheduler)
     rates = []
     for _ in range(steps):
@@ -110,13 +108,39 @@ def test_bytes_and_vocabulary() -> None:
     config = tiny.tiny_config("qwen2")
     model = tiny.tiny_model("qwen2")
     assert parameter_count(config) == sum(parameter.numel() for parameter in model.parameters())
-    made = plan(config=config, world_size=1)
-    assert made.rank_bytes["weights"] == 4 * parameter_count(config)
+    made = estimate(resolved_run(config=config, world_size=1), config)
+    assert made.device["weights"] == 4 * parameter_count(config)
     assert [padded_vocab(131, tp) for tp in (1, 2, 4)] == [131, 132, 132]
 
 
-def test_plan_file(tmp_path: Path) -> None:
-    made = plan(tp=2, pp=2)
-    made.save(tmp_path / "plan.json")
-    assert Plan.load(tmp_path / "plan.json") == made
-    assert (made.dp, made.micro_batches, made.global_batch) == (1, 16, 16)
+def test_files_of_a_run(tmp_path: Path) -> None:
+    """run.json comes back as it was, and plan.json has the same numbers for people."""
+    config = tiny.tiny_config("llama")
+    made = changed(resolved_run(tp=2, pp=2), other_dtypes={"a": "F32"})
+    made.write(tmp_path / "run.json")
+    assert Run.read(tmp_path / "run.json") == made
+    told = plan_of(made, config, estimate(made, config))
+    assert (told["dp"], told["micro_batches"], told["megatron"]["global_batch_size"], told["stages"]) == (1, 16, 16, [2, 2])
+    values = json.loads((tmp_path / "run.json").read_text())
+    values["parallel"]["ep_size"] = 2
+    (tmp_path / "run.json").write_text(json.dumps(values))
+    with pytest.raises(TypeError, match="ep_size"):  # a value that no part knows is no value to pass over
+        Run.read(tmp_path / "run.json")
+
+
+def test_all_problems_are_told() -> None:
+    """A planner hears everything at once, of a run that could not even be built, and nothing is raised."""
+    config = tiny.tiny_config("llama")
+    run = changed(resolved_run(), tp=3, pp=9, world_size=10, learning_rate=1e-9, train_iters=0, offloaded_layers=7)
+    found = [(problem.where, problem.fix) for problem in problems(run, config)]
+    wheres = [where for where, _ in found]
+    for where in (
+        "--min_lr",
+        "--tp",
+        "--pp",
+        "NPROC_PER_NODE x NNODES",
+        "--cpu_offloading_num_layers",
+        "--num_train_epochs, --max_steps",
+    ):
+        assert where in wheres, where
+    assert ("--tp", "nearest legal values: 2, 4, 1") in found or any("nearest legal values" in fix for _, fix in found)

@@ -52,7 +52,7 @@ def tiny_start(root: Path, name: str = "llama", seed: int = 0, **changes: Any) -
 
 
 @dataclass
-class Run:
+class Trained:
     """What a run left behind."""
 
     directory: Path
@@ -71,7 +71,7 @@ class Run:
         return [row["grad_norm"] for row in self.rows if "loss" in row]
 
 
-def train(pool: RankPool, output: Path, world_size: int, **options: Any) -> Run:
+def train(pool: RankPool, output: Path, world_size: int, **options: Any) -> Trained:
     """Run `swift sft` with its loop on pooled ranks in place of fresh processes."""
     options = {"logging_steps": 1, "learning_rate": 1e-3, "output_dir": str(output), "max_length": 128, **options}
 
@@ -84,30 +84,30 @@ def train(pool: RankPool, output: Path, world_size: int, **options: Any) -> Run:
     ):
         if world_size == 1:
             with mock.patch(
-                "megaswift.train.loop.run", lambda job: pool.run(1, run_job, str(Path(job.plan.megatron["save"]) / "job.json"))
+                "megaswift.train.loop.train", lambda run: pool.run(1, run_job, str(Path(run.saving.run_dir) / "run.json"))
             ):
                 directory = sft.sft_main(SftArguments(**options))
         else:
             directory = sft.sft_main(SftArguments(**options))
     lines = (directory / "logging.jsonl").read_text(encoding="utf-8").splitlines()
-    return Run(directory, [json.loads(line) for line in lines])
+    return Trained(directory, [json.loads(line) for line in lines])
 
 
 def written_job(world_size: int, **options: Any) -> Path:
     """Do what `swift sft` does before it starts ranks; the file that it hands to them."""
     with (
-        mock.patch("megaswift.commands.sft._start", lambda run_dir, job, *_: job.write(run_dir / "job.json")),
+        mock.patch("megaswift.commands.sft._start", lambda run_dir, job, *_: job.write(run_dir / "run.json")),
         mock.patch.dict(os.environ, {"NPROC_PER_NODE": str(world_size)}),
     ):
-        return sft.sft_main(SftArguments(**options)) / "job.json"
+        return sft.sft_main(SftArguments(**options)) / "run.json"
 
 
 def run_job(path: str) -> None:
     """The loop of one rank."""
-    from megaswift.run.job import Job
-    from megaswift.train.loop import run
+    from megaswift.run.spec import Run
+    from megaswift.train.loop import train as train_rank
 
-    run(Job.read(Path(path)))
+    train_rank(Run.read(Path(path)))
 
 
-__all__ = ["Run", "cache_root", "tiny_start", "train", "write_rows", "written_job"]
+__all__ = ["Trained", "cache_root", "tiny_start", "train", "write_rows", "written_job"]

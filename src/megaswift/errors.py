@@ -99,6 +99,20 @@ def disk_full(error: BaseException) -> UserError | None:
     )
 
 
+LISTED = 4  # lines of a library's error that follow a first line which ends with a colon
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says first, on one line: with what its first line announces, where that ends with a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    if not lines[0].endswith(":"):
+        return lines[0]
+    told = " ".join(lines[: 1 + LISTED]) + (" ..." if len(lines) > 1 + LISTED else "")
+    return told if len(lines) > 1 else told.rstrip(" :") or type(error).__name__
+
+
 def nearest(word: str, known: list[str] | tuple[str, ...], count: int = 3) -> str:
     """The known names closest to a mistyped one, as text for an error message."""
     import difflib

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from megaswift.errors import DataError
+from megaswift.run.spec import Parallel, Precision
 from megaswift.weights.torch_dist import writer as torch_dist
 from megaswift.weights.torch_dist.guard import load_index, load_object
 from megaswift.weights.torch_dist.reader import Reader
@@ -141,13 +142,13 @@ def test_an_index_of_half_a_tensor_is_not_written(count: int, tmp_path: Path) ->
 def _load(directory: str) -> str:
     """What the engine's own load says, in a rank."""
     from megaswift.megatron import process_groups as ranks
-    from megaswift.megatron.model import ModelOptions, build
+    from megaswift.megatron.model import build
     from megaswift.train.checkpoint.load import load_weights
     from megaswift.weights.hf.config import load_config
 
-    with ranks.joined(1, 1, 42):
+    with ranks.joined(Parallel(), 42):
         config = load_config(Path(directory).parent / "hf")
-        model = build(config, ModelOptions(tp=1, pp=1, dtype="fp32", padded_vocab=config.vocab_size))
+        model = build(config, Parallel(), Precision())
         try:
             load_weights(model, Path(directory))
         except DataError as error:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from megaswift.run.spec import Parallel, Precision
 from tests.ranks import RankPool
 from tests.training import tiny_start, write_rows, written_job
 
@@ -16,21 +17,19 @@ GIVEN = {"learning_rate": 5e-4, "adam_beta1": 0.7, "adam_beta2": 0.99, "adam_eps
 
 def _groups(before: str, now: str, target: str) -> list[list[dict[str, Any]]]:
     """On one rank: the parameter groups of a run after a step, and those of a run of other options that loads what it saved."""
-    from megaswift.config.options import SftArguments
     from megaswift.megatron import process_groups as ranks
-    from megaswift.run.job import Job
+    from megaswift.run.spec import Run
     from megaswift.train.checkpoint.load import load_training_state
     from megaswift.train.checkpoint.save import save
     from megaswift.train.setup import open_batches, restore_trainer
 
     names, found = ("betas", "eps", "max_lr", "min_lr", "wd_mult", "step"), []
-    with ranks.joined(1, 1, 42) as rank:
+    with ranks.joined(Parallel(), 42) as rank:
         for path in (before, now):
-            job = Job.read(Path(path))
-            args = SftArguments(**job.options)
-            trainer, _ = restore_trainer(job, args)
+            job = Run.read(Path(path))
+            trainer, _ = restore_trainer(job)
             if path == before:
-                trainer.step(open_batches(job, args, rank)[0].step(0))
+                trainer.step(open_batches(job, rank)[0].step(0))
                 save(Path(target), 1, trainer, only_model=False, extra={}, manifest={"layout": {}})
             else:
                 load_training_state(trainer, Path(target, "iter_0000001"), layout={})
@@ -65,13 +64,13 @@ def _load_without(folder: str, release: str, name: str) -> str:
     """On one rank: what is said where the model does not ask the checkpoint for one of its weights."""
     from megaswift.errors import DataError
     from megaswift.megatron import process_groups as ranks
-    from megaswift.megatron.model import ModelOptions, build
+    from megaswift.megatron.model import build
     from megaswift.train.checkpoint.load import load_weights
     from megaswift.weights.hf.config import load_config
 
-    with ranks.joined(1, 1, 42):
+    with ranks.joined(Parallel(), 42):
         config = load_config(Path(folder))
-        model = build(config, ModelOptions(tp=1, pp=1, dtype="fp32", padded_vocab=config.vocab_size))
+        model = build(config, Parallel(), Precision())
         whole = model.sharded_state_dict
         model.sharded_state_dict = lambda **how: {key: part for key, part in whole(**how).items() if key != name}
         with pytest.raises(DataError) as caught:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from megaswift.run.spec import Parallel
 from megaswift.train.checkpoint.load import _restore_random_state
 from megaswift.train.checkpoint.save import _random_state
 from tests.ranks import RankPool
@@ -54,7 +55,7 @@ def test_the_device_is_saved(pool: RankPool) -> None:
 def saved_device() -> str:
     from megaswift.megatron import process_groups as ranks
 
-    with ranks.joined(1, 1, 42):
+    with ranks.joined(Parallel(), 42):
         return str(_random_state().data["device_type"])
 
 
@@ -62,22 +63,20 @@ def drawn(path: str, target: str) -> list[bool]:
     """On one rank: whether all generators are the save's again after a load at another layout, and at the same one."""
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-    from megaswift.config.options import SftArguments
     from megaswift.megatron import process_groups as ranks
-    from megaswift.run.job import Job
+    from megaswift.run.spec import Run
     from megaswift.train.checkpoint.load import load_training_state
     from megaswift.train.checkpoint.save import save
     from megaswift.train.setup import restore_trainer
 
-    job = Job.read(Path(path))
-    plan, args, found = job.plan, SftArguments(**job.options), []
-    layout = {"tp": plan.tp, "pp": plan.pp, "dp": plan.dp}
+    job = Run.read(Path(path))
+    layout, found = job.parallel.layout, []
 
     def states() -> list[Any]:
         return [torch.get_rng_state(), torch.cuda.get_rng_state(), *get_cuda_rng_tracker().get_states().values()]
 
-    with ranks.joined(plan.tp, plan.pp, args.seed) as rank:
-        trainer = restore_trainer(job, args)[0]
+    with ranks.joined(job.parallel, job.seed) as rank:
+        trainer = restore_trainer(job)[0]
         torch.manual_seed(1000 + rank.rank)  # each stage has its own
         before = [state.clone() for state in states()]
         save(Path(target), 1, trainer, only_model=False, extra={}, manifest={"layout": layout})

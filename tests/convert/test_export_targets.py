@@ -172,7 +172,7 @@ def test_home_is_written_out_wherever_a_place_is_named(work: Path, tmp_path: Pat
 
 BY_PRODUCTS = [
     "manifest.json.sig",
-    "job.json",
+    "run.json",
     "hang-rank0.txt",
     "hang-rank12.txt",
     "nonfinite_step_7.json",

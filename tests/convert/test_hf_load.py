@@ -14,22 +14,22 @@ from tests import tiny
 from tests.ranks import RankFailed, RankPool
 
 from megaswift.config.options import SftArguments
-from megaswift.run.plan import padded_vocab
 from megaswift.run.source import resolve_source
+from megaswift.run.spec import Parallel, Precision
 from megaswift.weights.hf.config import load_config
 
 
 def both_ways(folder: str, release: str, tp: int, pp: int) -> tuple[list[str], int]:
     """On one rank: parameters that differ between the two ways, and bytes of the folder that were mapped in."""
     from megaswift.megatron import process_groups as ranks
-    from megaswift.megatron.model import ModelOptions, build
+    from megaswift.megatron.model import build
     from megaswift.train.checkpoint.load import load_weights
     from megaswift.weights.load_hf import load_hf_weights
 
     config = load_config(Path(folder))
-    with ranks.joined(tp, pp, seed=0):
-        options = ModelOptions(tp, pp, "fp32", padded_vocab(config.vocab_size, tp), variable_lengths=pp > 1)
-        direct, converted = build(config, options), build(config, options)
+    parallel = Parallel(tp=tp, pp=pp)
+    with ranks.joined(parallel, seed=0):
+        direct, converted = (build(config, parallel, Precision()) for _ in range(2))
         load_hf_weights(direct, Path(folder))
         load_weights(converted, Path(release))
         pairs = zip(direct.named_parameters(), converted.parameters())
@@ -49,12 +49,12 @@ def test_equal_to_the_converted_checkpoint(name: str, tp: int, pp: int, tiny_fol
 
 def load_only(folder: str) -> None:
     from megaswift.megatron import process_groups as ranks
-    from megaswift.megatron.model import ModelOptions, build
+    from megaswift.megatron.model import build
     from megaswift.weights.load_hf import load_hf_weights
 
     config = load_config(Path(folder))
-    with ranks.joined(1, 1, seed=0):
-        load_hf_weights(build(config, ModelOptions(1, 1, "fp32", config.vocab_size)), Path(folder))
+    with ranks.joined(Parallel(), seed=0):
+        load_hf_weights(build(config, Parallel(), Precision()), Path(folder))
 
 
 def test_missing_and_infinite_tensors_are_named(tiny_folders: Any, pool: RankPool, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from tests import tiny
 from tests.ranks import RankPool
 
+from megaswift.run.spec import Parallel, Precision
 from megaswift.weights.convert import Precisions, planned_hf_tensors
 from megaswift.weights.hf.config import load_config
 from megaswift.weights.hf.read import HFCheckpoint
@@ -22,12 +23,12 @@ WORDS, PADDED = 131, 132  # at tp 2
 def _save_padded(folder: str, release: str, target: str) -> None:
     """On one of two ranks: load, fill the padding rows with sevens as if training had written there, save."""
     from megaswift.megatron import process_groups as ranks
-    from megaswift.megatron.model import ModelOptions, build
+    from megaswift.megatron.model import build
     from megaswift.train.checkpoint.load import load_weights
     from megaswift.train.checkpoint.save import save
 
-    with ranks.joined(2, 1, 42) as rank:
-        model = build(load_config(Path(folder)), ModelOptions(tp=2, pp=1, dtype="fp32", padded_vocab=PADDED))
+    with ranks.joined(Parallel(tp=2), 42) as rank:
+        model = build(load_config(Path(folder)), Parallel(tp=2), Precision(), vocab_rows=PADDED)
         load_weights(model, Path(release))
         tables = [value for name, value in model.named_parameters() if "word_embeddings" in name or "output_layer" in name]
         assert tables and all(len(table) == PADDED // 2 for table in tables)

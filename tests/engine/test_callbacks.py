@@ -66,8 +66,8 @@ def moments_of_a_run(path: str) -> list[Any]:
     import os
 
     from megaswift.errors import Stopped
-    from megaswift.run.job import Job
-    from megaswift.train.loop import Training, run
+    from megaswift.run.spec import Run
+    from megaswift.train.loop import Training, train
 
     moments: list[Any] = []
     attend = Training.attend
@@ -79,7 +79,7 @@ def moments_of_a_run(path: str) -> list[Any]:
             mine.asks = Verdict  # type: ignore[method-assign]
 
     with mock.patch.object(Training, "attend", with_mine), pytest.raises(Stopped, match="after step 3"):
-        run(Job.read(Path(path)))
+        train(Run.read(Path(path)))
     return moments
 
 

@@ -12,13 +12,14 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megaswift.config.options import SftArguments
 from megaswift.data.batches import MicroBatch
 from megaswift.errors import UserError
 from megaswift.megatron.kernels.context_parallel import _slice, shard_batch, shared_causal
-from megaswift.run.plan import check_layout, check_numbers
+from megaswift.run.problems import layout_problems, refuse
+from megaswift.run.spec import Parallel
 from tests import tiny
 from tests.ranks import RankPool
+from tests.runs import resolved_run
 from tests.training import tiny_start, train, write_rows
 
 
@@ -135,8 +136,8 @@ def test_a_run_goes_on_with_and_without_shared_rows(pool: RankPool, tmp_path: Pa
 
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(UserError, match=r"6 processes cannot hold tp 1 x pp 1 x cp 4: 4 are needed"):
-        check_layout(tiny.tiny_config("llama"), 1, 1, 6, cp=4)
+        resolved_run(world_size=6, cp=4)
     with pytest.raises(UserError, match="--cp 0 must be at least 1"):
-        check_layout(tiny.tiny_config("llama"), 1, 1, cp=0)
+        refuse(layout_problems(tiny.tiny_config("llama"), Parallel(cp=0)))
     with pytest.raises(UserError, match="one attention kernel of its own"):
-        check_numbers(SftArguments(cp=2, use_flash_attn=False))
+        resolved_run(cp=2, use_flash_attn=False)

@@ -15,7 +15,7 @@ from megaswift.train.determinism import deterministic
 from megaswift.weights.torch_dist.reader import Reader
 from tests.engine.test_training import options
 from tests.ranks import RankPool
-from tests.training import Run, tiny_start, train, write_rows
+from tests.training import Trained, tiny_start, train, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return tiny_start(root, "qwen2"), write_rows(root / "rows.jsonl")
 
 
-def weights(run: Run) -> dict[str, torch.Tensor]:
+def weights(run: Trained) -> dict[str, torch.Tensor]:
     """Everything in the last checkpoint, optimizer state included."""
     reader = Reader(max(run.directory.glob("iter_*")))
     return {key: reader.read(key) for key in reader.keys}

@@ -15,10 +15,10 @@ import torch
 
 from megaswift.errors import UserError
 from megaswift.launch import versions
-from megaswift.run.plan import check_fp8
 from tests import tiny
 from tests.ranks import RankPool
-from tests.training import Run, long, tiny_start, train, write_rows
+from tests.runs import resolved_run
+from tests.training import Trained, long, tiny_start, train, write_rows
 
 STEPS = 12
 
@@ -29,7 +29,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return tiny_start(root, "qwen2", dtype="float32"), write_rows(root / "rows.jsonl")
 
 
-def run(pool: RankPool, start: tuple[Path, Path], output: Path, world: int, **options: Any) -> Run:
+def run(pool: RankPool, start: tuple[Path, Path], output: Path, world: int, **options: Any) -> Trained:
     release, rows = start
     common = dict(dtype="bf16", gradient_accumulation_steps=4 // world, max_steps=STEPS, eval_steps=6, save_steps=1000)
     with mock.patch.object(versions, "check_fp8"):
@@ -39,7 +39,7 @@ def run(pool: RankPool, start: tuple[Path, Path], output: Path, world: int, **op
         )  # fmt: skip
 
 
-def apart(one: Run, two: Run) -> float:
+def apart(one: Trained, two: Trained) -> float:
     """The largest relative difference of two runs' losses, validation included."""
     pairs = [*zip(one.losses, two.losses), *zip(one.eval_losses, two.eval_losses)]
     assert len(pairs) == STEPS + 2
@@ -47,16 +47,16 @@ def apart(one: Run, two: Run) -> float:
 
 
 @pytest.fixture(scope="module")
-def plain(start: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory, pool: RankPool) -> Run:
+def plain(start: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory, pool: RankPool) -> Trained:
     return run(pool, start, tmp_path_factory.mktemp("bf16"), 1)
 
 
 @pytest.fixture(scope="module")
-def fp8(start: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory, pool: RankPool) -> Run:
+def fp8(start: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory, pool: RankPool) -> Trained:
     return run(pool, start, tmp_path_factory.mktemp("fp8"), 1, fp8=True)
 
 
-def test_losses_are_those_of_bf16(plain: Run, fp8: Run) -> None:
+def test_losses_are_those_of_bf16(plain: Trained, fp8: Trained) -> None:
     assert fp8.losses[-1] < 0.9 * fp8.losses[0]
     assert 1e-5 < apart(fp8, plain) < 0.01
 
@@ -71,7 +71,7 @@ def test_losses_are_those_of_bf16(plain: Run, fp8: Run) -> None:
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
 )
-def test_layouts(start: tuple[Path, Path], fp8: Run, pool: RankPool, tmp_path: Path, world: int, options: dict) -> None:
+def test_layouts(start: tuple[Path, Path], fp8: Trained, pool: RankPool, tmp_path: Path, world: int, options: dict) -> None:
     if torch.cuda.is_available() and torch.cuda.device_count() < world:
         pytest.skip(f"needs {world} GPUs")
     assert apart(run(pool, start, tmp_path, world, fp8=True, **options), fp8) < 0.005
@@ -105,9 +105,9 @@ def test_sides_of_matrices(start: tuple[Path, Path], pool: RankPool, tmp_path: P
         pytest.skip("needs 4 GPUs, or none")
     with pytest.raises(UserError, match="linear_fc2 is 64 x 24 on each rank of --tp 4"):
         run(pool, start, tmp_path, 4, fp8=True, tp=4)
-    check_fp8(tiny.tiny_config("llama"), 2, "bf16")
+    resolved_run(dtype="bf16", fp8=True, tp=2)
     with pytest.raises(UserError, match="linear_qkv is 192 x 72"):
-        check_fp8(tiny.tiny_config("llama", hidden_size=72, head_dim=12), 1, "bf16")
+        resolved_run(config=tiny.tiny_config("llama", hidden_size=72, head_dim=12), dtype="bf16", fp8=True)
 
 
 def test_parity_refuses_it(start: tuple[Path, Path], tmp_path: Path) -> None:

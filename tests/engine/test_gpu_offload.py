@@ -37,8 +37,8 @@ def test_a_run_with_its_optimizer_on_the_host(
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit"])
 def test_where_the_state_lies(optim: str, model: tuple[Path, Path], pool: RankPool, tmp_path: Path) -> None:
     job = job_of(model, tmp_path, 1, dtype="bf16", optim=optim, optimizer_cpu_offload=True)
-    job.write(tmp_path / "job.json")
-    [(inside, tensors, _)] = pool.run(1, state_lies_on_the_host, str(tmp_path / "job.json"))
+    job.write(tmp_path / "run.json")
+    [(inside, tensors, _)] = pool.run(1, state_lies_on_the_host, str(tmp_path / "run.json"))
     assert inside == tensors > 50
 
 
@@ -50,9 +50,9 @@ def test_activations_on_the_host(
 ) -> None:
     """Bit for bit with deterministic kernels; with the fast ones, whose additions have no order, to bf16's rounding."""
     job = job_of(model, tmp_path, 1, gradient_accumulation_steps=4, dtype="bf16", deterministic=deterministic, **more)
-    job.write(tmp_path / "job.json")
+    job.write(tmp_path / "run.json")
     plain, *offloaded = (
-        pool.run(1, passes, str(tmp_path / "job.json"), layers, recompute)[0] for layers in (0, 1, LAYERS - 1, LAYERS)
+        pool.run(1, passes, str(tmp_path / "run.json"), layers, recompute)[0] for layers in (0, 1, LAYERS - 1, LAYERS)
     )
     for run in offloaded:
         assert run["kept"] < plain["kept"]

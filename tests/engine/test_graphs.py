@@ -12,12 +12,11 @@ from unittest import mock
 import pytest
 import torch
 
-from megaswift.config.options import SftArguments
 from megaswift.errors import UserError
 from megaswift.megatron.graphs import Graphs, Shape, Static, bucket
-from megaswift.run.plan import check_numbers
 from tests.ranks import RankPool
-from tests.training import Run, long, run_job, tiny_start, train, write_rows
+from tests.runs import resolved_run
+from tests.training import Trained, long, run_job, tiny_start, train, write_rows
 
 RUNS = {
     "end to end": dict(batch_size=4),
@@ -54,7 +53,7 @@ def uncaptured(path: str) -> tuple[int, int]:
         return made[-1]
 
     def begin(self: Graphs, decoder: Any, mode: str, overlap: bool) -> None:
-        assert mode == "auto" and not overlap
+        assert mode == "if launching is slow" and not overlap
         begin_as_it_is(self, decoder, mode)
         self.on = True
 
@@ -78,7 +77,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return tiny_start(root, dtype="float32"), write_rows(root / "rows.jsonl")
 
 
-def six_steps(pool: RankPool, start: tuple[Path, Path], output: Path, **options: Any) -> Run:
+def six_steps(pool: RankPool, start: tuple[Path, Path], output: Path, **options: Any) -> Trained:
     release, rows = start
     common = dict(resume_from_checkpoint=str(release), dataset=[str(rows)], gradient_accumulation_steps=2, max_steps=6)
     return train(pool, output, 1, **common, **options)
@@ -137,7 +136,7 @@ def test_where_graphs_cannot_be_larger_micro_batches_are_advised() -> None:
 )
 def test_graphs_that_cannot_be_are_refused(options: dict[str, Any], start: tuple[Path, Path]) -> None:
     with pytest.raises(UserError, match="--cuda_graphs true does not work with --"):
-        check_numbers(SftArguments(resume_from_checkpoint=str(start[0]), dataset=["rows"], cuda_graphs="true", **options))
+        resolved_run(on_gpu=True, cuda_graphs="true", **options)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")

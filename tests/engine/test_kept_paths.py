@@ -15,7 +15,7 @@ from megaswift.commands.verify import verify_main
 from megaswift.config.options import ExportArguments, SftArguments, VerifyArguments, parse
 from megaswift.run.source import resolve_source
 from tests.ranks import RankPool
-from tests.training import Run, tiny_start, train, write_rows
+from tests.training import Trained, tiny_start, train, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return place
 
 
-def command(pool: RankPool, words: list[str]) -> Run:
+def command(pool: RankPool, words: list[str]) -> Trained:
     """`swift sft WORDS` with its loop on a pooled rank."""
     args = parse(SftArguments, words)
     options = {name: getattr(args, name) for name in args.explicit()}
@@ -122,6 +122,6 @@ def test_a_run_from_a_signed_start_verifies(made: Path, elsewhere: Path, tmp_pat
     ).directory  # fmt: skip
     assert not list(run.glob("*.sig"))
     model = export_main(ExportArguments(ckpt_dir=str(run), to_hf=True, verify=False))
-    assert not {"manifest.json.sig", "job.json"} & {path.name for path in model.iterdir()}
+    assert not {"manifest.json.sig", "run.json"} & {path.name for path in model.iterdir()}
     for place in (run, model):
         verify_main(VerifyArguments(directory=str(place), deep=True))

@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from megaswift.megatron import layer_specs as backend
 from megaswift.megatron.kernels.activation_offload import offload_activations
@@ -21,9 +22,10 @@ from megaswift.megatron.kernels.megatron_layer import (
     RMSNorm,
 )
 from megaswift.megatron.kernels.parallel_linear import ColumnParallel, RowParallel
-from megaswift.megatron.model import ModelOptions, RotaryTable, build
+from megaswift.megatron.model import RotaryTable, build
 from megaswift.models.kinds import Kind
 from megaswift.proof.streams import one_process
+from megaswift.run.spec import Parallel, Precision
 from megaswift.weights.hf.config import load_config
 from megaswift.weights.load_hf import load_hf_weights
 from tests import tiny
@@ -107,7 +109,7 @@ def test_a_subclass_computes_by_its_own_formula(part: str, folder: Path) -> None
         if any(one in name for one in names) and (part != "norm" or "norm" in name):
             parameter.copy_(change(parameter))
     with patch:
-        model = build(load_config(folder), ModelOptions(1, 1, "fp32", 130))
+        model = build(load_config(folder), Parallel(), Precision())
     load_hf_weights(model, folder)
     found = model(tokens, torch.arange(24)[None])
     wanted = reference(tokens).logits
@@ -116,7 +118,7 @@ def test_a_subclass_computes_by_its_own_formula(part: str, folder: Path) -> None
 
 def test_the_first_product_is_not_made_again_by_another_formula(folder: Path) -> None:
     with SUBCLASSES["column"][0]:
-        model = build(load_config(folder), ModelOptions(1, 1, "fp32", 130))
+        model = build(load_config(folder), Parallel(), Precision())
     load_hf_weights(model, folder)
     mlp, found = model.decoder.layers[0].mlp, []
     for mlp.recompute_first in (False, True):
@@ -128,15 +130,26 @@ def test_the_first_product_is_not_made_again_by_another_formula(folder: Path) ->
 
 def test_the_fused_paths_are_those_that_run(folder: Path) -> None:
     """Without a subclass the norms, the second product and core attention are not called as modules."""
-    model = build(load_config(folder), ModelOptions(1, 1, "fp32", 130))
+    model = build(load_config(folder), Parallel(), Precision())
     layer = model.decoder.layers[0]
     for module in (layer.input_layernorm, layer.mlp.linear_fc2, layer.self_attention.core_attention):
         module.forward = mock.Mock(side_effect=AssertionError(type(module).__name__))
     model(torch.arange(8)[None], torch.arange(8)[None])
 
 
+def test_the_attention_that_was_asked_for(folder: Path) -> None:
+    """A kernel that the user named is the only one that may run, and no fused path goes past it."""
+    flash, plain = SDPBackend.FLASH_ATTENTION, SDPBackend.MATH
+    for asked, kernels in {"flash": [flash], "plain": [plain], "fastest": [flash, plain]}.items():
+        model = build(load_config(folder), Parallel(), Precision(attention=asked))  # type: ignore[arg-type]
+        attention = model.decoder.layers[0].self_attention
+        assert attention.core_attention.kernels == kernels
+        layout = backend.SequenceLayout(tables={"main": None})
+        assert attention._takes(layout, {}) is (asked == "fastest")
+
+
 def test_offloading_refuses_a_block_of_its_own(folder: Path) -> None:
-    model = build(load_config(folder), ModelOptions(1, 1, "fp32", 130))
+    model = build(load_config(folder), Parallel(), Precision())
     model.decoder.__class__ = type("OtherBlock", (type(model.decoder),), {})
     with pytest.raises(TypeError, match="OtherBlock"):
         offload_activations(model.decoder, 1)
@@ -144,7 +157,7 @@ def test_offloading_refuses_a_block_of_its_own(folder: Path) -> None:
 
 @pytest.mark.parametrize(("name", "precision"), [("ernie4_5", torch.float32), ("smollm3", torch.bfloat16)])
 def test_tables_have_the_precision_that_the_family_rotates_in(name: str, precision: torch.dtype, folder: Path) -> None:
-    model = build(tiny.tiny_config(name), ModelOptions(1, 1, "bf16", 132))
+    model = build(tiny.tiny_config(name), Parallel(), Precision(dtype="bf16"))
     cos, sin = model.ropes["main"](torch.arange(8)[None], model.config.params_dtype)
     assert cos.dtype == sin.dtype == precision
     core = model.decoder.layers[0].self_attention.core_attention

@@ -53,21 +53,20 @@ def steps(path: str, bad: dict[int, int], initial: float, window: int) -> list[d
     import torch
     import torch.distributed as dist
 
-    from megaswift.config.options import SftArguments
     from megaswift.megatron import process_groups as ranks
-    from megaswift.run.job import Job
+    from megaswift.run.spec import Run
     from megaswift.train.setup import open_batches, restore_trainer
 
-    job = Job.read(Path(path))
-    args, plan, found = SftArguments(**job.options), job.plan, []
-    with ranks.joined(plan.tp, plan.pp, args.seed) as rank:
-        trainer = restore_trainer(job, args)[0]
+    job = Run.read(Path(path))
+    found = []
+    with ranks.joined(job.parallel, job.seed) as rank:
+        trainer = restore_trainer(job)[0]
         scalers = [part.grad_scaler for part in trainer.optimizer.chained_optimizers]
         for scaler in scalers:
             scaler._scale.fill_(initial)
             scaler.growth_interval = window
-        batches, _ = open_batches(job, args, rank)
-        for place in range(plan.train_iters):
+        batches, _ = open_batches(job, rank)
+        for place in range(job.schedule.train_iters):
             sums = trainer.gradients(batches.step(place))
             if bad.get(place + 1) == dist.get_rank():
                 for weight in trainer.model.parameters():  # a data-parallel rank owns a part of the buffers only

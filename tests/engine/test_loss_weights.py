@@ -14,7 +14,7 @@ import torch
 
 from megaswift.config.options import SftArguments
 from megaswift.data.store import TokenRows
-from megaswift.run.job import Job
+from megaswift.run.spec import Run
 from megaswift.weights.torch_dist.reader import Reader
 from tests.engine.test_packed import LAYOUTS, SAMPLES, job
 from tests.ranks import RankPool
@@ -43,12 +43,12 @@ def one_step(jobs: list[tuple[str, str]]) -> list[tuple[float, float, int, float
     from megaswift.train.gradients import Gradients
     from megaswift.train.setup import open_batches, restore_trainer
 
-    loaded = [Job.read(Path(path)) for path, _ in jobs]
-    plan, result = loaded[0].plan, []
-    with ranks.joined(plan.tp, plan.pp, 42, plan.cp) as rank:
+    loaded = [Run.read(Path(path)) for path, _ in jobs]
+    result = []
+    with ranks.joined(loaded[0].parallel, 42) as rank:
         for item, (_, target) in zip(loaded, jobs, strict=True):
-            trainer, _ = restore_trainer(item, SftArguments(**item.options))
-            batches, _ = open_batches(item, SftArguments(**item.options), rank)
+            trainer, _ = restore_trainer(item)
+            batches, _ = open_batches(item, rank)
             sums = trainer.gradients(batches.step(0))
             save(Path(target), 1, Gradients(trainer, trainer.gradient_divisor(sums)), only_model=True, extra={}, manifest={})
             step = trainer.update(sums)
@@ -73,9 +73,8 @@ def test_weights_of_messages(pool: RankPool, tmp_path: Path) -> None:
             jobs.append((str(path), str(tmp_path / f"{name} {form}")))
         for (_, target), figures in zip(jobs, pool.run(world, one_step, jobs)[0], strict=True):
             found[Path(target).name] = figures
-    data = TokenRows.open(made.train_data)  # of the last padded one
-    options = SftArguments(**made.options)
-    reference = Reference(tmp_path / "hf", options, "fp32", steps=1, warmup=0)
+    data = TokenRows.open(made.data.train)  # of the last padded one
+    reference = Reference(tmp_path / "hf", SftArguments(), "fp32", steps=1, warmup=0)
     wanted = next(reference.run(data, [np.arange(len(data))], keep=False))
     weights = [float(sample.weights[1:].sum()) for row in range(len(data)) for sample in data.samples(row)]
     first = Reader(tmp_path / f"{NAMES[0]} padded" / "iter_0000001")
@@ -99,7 +98,7 @@ def test_weights_below_one_token(dtype: str, limit: float, pool: RankPool, tmp_p
         answer = {"role": "assistant", "content": "yes", "loss_scale": weight}
         rows.write_text(json.dumps({"messages": [{"role": "user", "content": "say"}, answer]}) + "\n")
         made = job(start, rows, 1, 1, 1, False, 1, batch=1, samples=1, dtype=dtype)
-        made.write(tmp_path / "job.json")
-        figures += pool.run(1, one_step, [(str(tmp_path / "job.json"), str(tmp_path / str(weight)))])[0]
+        made.write(tmp_path / "run.json")
+        figures += pool.run(1, one_step, [(str(tmp_path / "run.json"), str(tmp_path / str(weight)))])[0]
     assert figures[0][0] == pytest.approx(figures[1][0], rel=1e-5) and figures[0][3] < 0.1
     assert figures[0][1] == pytest.approx(figures[1][1], rel=limit)

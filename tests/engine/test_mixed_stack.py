@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megaswift.models import parameters_of
+from megaswift.run.spec import Parallel, Precision
 from megaswift.weights import classic
 from megaswift.weights.convert import Precisions, hf_to_megatron, planned_hf_tensors, verify_round_trip, verify_written
 from megaswift.weights.convert.to_megatron import megatron_to_megatron
@@ -30,11 +31,11 @@ FP32 = Precisions(torch.float32)
 def logits_at(folder: str, release: str, tp: int) -> torch.Tensor:
     """On one rank: its part of the logits of 40 tokens."""
     from megaswift.megatron import process_groups as ranks
-    from megaswift.megatron.model import ModelOptions, build
+    from megaswift.megatron.model import build
     from megaswift.train.checkpoint.load import load_weights
 
-    with ranks.joined(tp, 1, seed=0), torch.no_grad():
-        model = build(load_config(Path(folder)), ModelOptions(tp, 1, "fp32", 128))
+    with ranks.joined(Parallel(tp=tp), seed=0), torch.no_grad():
+        model = build(load_config(Path(folder)), Parallel(tp=tp), Precision())
         load_weights(model, Path(release))
         return model(torch.arange(40)[None], torch.arange(40)[None])
 

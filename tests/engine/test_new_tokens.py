@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,13 @@ from megaswift.commands.parity import parity_main
 from megaswift.config.options import ExportArguments, InspectArguments, ParityArguments
 from megaswift.data.store import RowWriter, TokenRows
 from megaswift.errors import DataError, UserError
-from megaswift.run.job import Job
+from megaswift.run.spec import Run
 from megaswift.weights.hf.config import load_config
 from megaswift.weights.hf.tokenizer import load_tokenizer
 from megaswift.weights.torch_dist.reader import Reader
 from tests import tiny
 from tests.ranks import RankFailed, RankPool
+from tests.runs import changed
 from tests.training import run_job, train, write_rows
 
 OWN = 277  # tokens of the tiny tokenizer
@@ -119,7 +119,7 @@ def test_ids_beyond_the_table_are_refused_before_any_rank(tmp_path: Path, capsys
         look(plain)
     with pytest.raises(DataError, match=r"'<b>' \(278\)"):
         train(None, tmp_path / "out", 2, dataset=[str(rows)], tp=2, **words)  # type: ignore[arg-type]
-    assert not list((tmp_path / "out").rglob("job.json"))
+    assert not list((tmp_path / "out").rglob("run.json"))
     look(rows, new_special_tokens=["<a>", "<b>"])
     assert "grows from 277 to 279 rows" in capsys.readouterr().out
     with pytest.raises(UserError, match="without rows for new tokens"):
@@ -134,10 +134,10 @@ def test_ranks_refuse_what_reached_them(starts: tuple[Path, dict[bool, Path]], p
     for _ in range(16):
         writer.add(np.array([0, 5, OWN, 1], np.int32), np.array([False, True, True, True]), [4])
     writer.finish(np.arange(16), None)
-    bad, path = str(tmp_path / "bad"), run.directory / "job.json"
-    job = Job.read(path)
-    assert TokenRows.open(bad).largest_id == OWN > TokenRows.open(job.train_data).largest_id
-    for change in ({"train_data": bad}, {"val_data": bad}, {"pad_id": OWN}):
-        replace(job, **change).write(path)
+    bad, path = str(tmp_path / "bad"), run.directory / "run.json"
+    job = Run.read(path)
+    assert TokenRows.open(bad).largest_id == OWN > TokenRows.open(job.data.train).largest_id
+    for change in ({"train": bad}, {"val": bad}, {"pad_id": OWN}):
+        changed(job, **change).write(path)
         with pytest.raises(RankFailed, match=rf"DataError: the data has the token id {OWN}, and .* embedding has {OWN} rows"):
             pool.run(2, run_job, str(path))

@@ -7,7 +7,6 @@ import json
 import math
 import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -16,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megaswift.config.options import SftArguments
 from megaswift.data.store import TokenRows
 from megaswift.data.tokens import weights_of
-from megaswift.run.job import Job
+from megaswift.run.spec import Run
 from megaswift.train.log import RunLog
 from megaswift.train.objectives import Loss, SequenceObjective
 from megaswift.train.trainer import StepResult
@@ -29,6 +27,7 @@ from megaswift.weights.torch_dist.reader import Reader
 from tests.engine.test_loss_weights import NAMES, write_weighted
 from tests.engine.test_packed import LAYOUTS, job
 from tests.ranks import RankPool
+from tests.runs import changed, resolved_run
 from tests.training import tiny_start
 
 
@@ -46,14 +45,13 @@ def one_step(jobs: list[tuple[str, str]]) -> list[dict[str, Any]]:
     from megaswift.train.gradients import Gradients
     from megaswift.train.setup import open_batches, restore_trainer
 
-    loaded = [Job.read(Path(path)) for path, _ in jobs]
-    plan, result = loaded[0].plan, []
-    with ranks.joined(plan.tp, plan.pp, 42, plan.cp) as rank:
+    loaded = [Run.read(Path(path)) for path, _ in jobs]
+    result = []
+    with ranks.joined(loaded[0].parallel, 42) as rank:
         for item, (_, target) in zip(loaded, jobs, strict=True):
-            args = SftArguments(**item.options)
-            trainer, _ = restore_trainer(item, args)
+            trainer, _ = restore_trainer(item)
             trainer.objective = SequenceObjective(good_sequences, metrics=("better",))
-            batches, _ = open_batches(item, args, rank)
+            batches, _ = open_batches(item, rank)
             evaluated = trainer.evaluate(iter([batches.step(0)]))
             sums = trainer.gradients(batches.step(0))
             save(Path(target), 1, Gradients(trainer, trainer.gradient_divisor(sums)), only_model=True, extra={}, manifest={})
@@ -102,7 +100,7 @@ def test_log_probabilities_of_sequences(pool: RankPool, tmp_path: Path) -> None:
             with mock.patch.dict(os.environ, {"NPROC_PER_NODE": str(world)}):
                 made = job(starts[form], rows, world, *layout, batch=1 if form == "packed" else 4, **options)
             made.write(path)
-            data[form] = TokenRows.open(made.train_data)
+            data[form] = TokenRows.open(made.data.train)
             jobs.append((str(path), str(tmp_path / f"{name} {form}")))
         for (_, target), figures in zip(jobs, pool.run(world, one_step, jobs)[0], strict=True):
             found[Path(target).name] = figures
@@ -128,9 +126,8 @@ def test_metrics_are_logged_as_means(tmp_path: Path) -> None:
         StepResult(math.nan, math.nan, 1e-3, 4.0, {"supervised": 40.0, "better": math.nan}, tokens=50, nonfinite=True),
         StepResult(0.1, 1.0, 1e-3, 12.0, {"supervised": 20.0, "better": 12.0}, tokens=50),
     ]
-    table = {"log_interval": 4, "tensorboard_dir": str(tmp_path)}
-    plan: Any = SimpleNamespace(megatron=table, train_iters=4, global_batch=16)
-    with contextlib.closing(RunLog(tmp_path, plan, active=True, on_gpu=False, first_step=1)) as log:
+    run = changed(resolved_run(max_steps=4, logging_steps=4), first_step=1, logging_dir=str(tmp_path))
+    with contextlib.closing(RunLog(tmp_path, run, active=True, on_gpu=False)) as log:
         for number, result in enumerate(steps, start=2):
             log.step(number, result, seconds=2.0)
     [row] = [json.loads(line) for line in (tmp_path / "logging.jsonl").read_text().splitlines()]

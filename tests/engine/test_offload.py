@@ -7,10 +7,10 @@ same functions on a GPU.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import weakref
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,14 +23,14 @@ from torch.autograd.graph import saved_tensors_hooks
 from megaswift.commands import sft
 from megaswift.config.options import SftArguments
 from megaswift.errors import UserError
-from megaswift.run import source as start
-from megaswift.run.job import Job
-from megaswift.run.plan import Plan, check_offload
+from megaswift.run.memory import estimate
+from megaswift.run.spec import Run
+from megaswift.weights.hf.config import load_config
 from megaswift.weights.torch_dist.reader import Reader
 from tests import tiny
 from tests.ranks import RankPool
-from tests.test_plan import plan as make_plan
-from tests.training import Run, long, tiny_start, train, write_rows
+from tests.runs import changed, resolved_run
+from tests.training import Trained, long, tiny_start, train, write_rows
 
 LAYERS, STEPS = 4, 3
 
@@ -44,7 +44,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture
 def allowed() -> Iterator[None]:
     """Offload on a machine without a GPU."""
-    with mock.patch.object(start, "_check_device"):
+    with mock.patch("megaswift.run.problems._device", lambda run: ()):
         yield
 
 
@@ -55,7 +55,7 @@ def options(model: tuple[Path, Path], **more: Any) -> dict[str, Any]:
     return values | more
 
 
-def same_checkpoints(one: Run, other: Run, step: int) -> None:
+def same_checkpoints(one: Trained, other: Trained, step: int) -> None:
     """Weights, master weights and moments, bit for bit."""
     first, second = (Reader(run.directory / f"iter_{step:07d}") for run in (one, other))
     assert set(first.keys) == set(second.keys) and any(key.startswith("optimizer.state.exp_avg_sq") for key in first.keys)
@@ -81,9 +81,9 @@ def test_a_run_with_its_optimizer_on_the_host(
     offloaded = train(pool, tmp_path / "host", processes, optimizer_cpu_offload=True, **common)
     assert (offloaded.losses, offloaded.norms, offloaded.eval_losses) == (plain.losses, plain.norms, plain.eval_losses)
     same_checkpoints(plain, offloaded, 4)
-    planned = [Plan.load(run.directory / "plan.json") for run in (plain, offloaded)]
-    assert planned[1].rank_bytes["optimizer"] == 0 and not planned[0].host_bytes
-    assert planned[1].host_bytes == {"optimizer": planned[0].rank_bytes["optimizer"]}
+    planned = [json.loads((run.directory / "plan.json").read_text()) for run in (plain, offloaded)]
+    assert planned[1]["rank_bytes"]["optimizer"] == 0 and not planned[0]["host_bytes"]
+    assert planned[1]["host_bytes"] == {"optimizer": planned[0]["rank_bytes"]["optimizer"]}
 
     for path in (offloaded.directory, plain.directory):  # both go on from step 2, with the other's setting
         (path / "iter_0000004").rename(path.parent / "iter_0000004")
@@ -100,16 +100,16 @@ def state_lies_on_the_host(path: str) -> tuple[int, int, int]:
     from megaswift.megatron.kernels import pinned
     from megaswift.train.setup import open_batches, restore_trainer, to_device
 
-    job, made = Job.read(Path(path)), []
+    job, made = Run.read(Path(path)), []
     original = pinned.PageLocked.__init__
 
     def init(self: Any, size: int) -> None:
         original(self, size)
         made.append((self.bytes.data_ptr(), size))
 
-    with mock.patch.object(pinned.PageLocked, "__init__", init), ranks.joined(job.plan.tp, job.plan.pp, 42) as rank:
-        trainer, _ = restore_trainer(job, SftArguments(**job.options))
-        batches, _ = open_batches(job, SftArguments(**job.options), rank)
+    with mock.patch.object(pinned.PageLocked, "__init__", init), ranks.joined(job.parallel, 42) as rank:
+        trainer, _ = restore_trainer(job)
+        batches, _ = open_batches(job, rank)
         trainer.step(to_device(batches.step(0), rank.device))
         state = []
         for inner in trainer.optimizer.chained_optimizers:
@@ -120,9 +120,9 @@ def state_lies_on_the_host(path: str) -> tuple[int, int, int]:
         return sum(inside), len(state), sum(one.nbytes for one in state)
 
 
-def job_of(model: tuple[Path, Path], folder: Path, processes: int, **more: Any) -> Job:
+def job_of(model: tuple[Path, Path], folder: Path, processes: int, **more: Any) -> Run:
     """What `swift sft` would give its ranks."""
-    found: list[Job] = []
+    found: list[Run] = []
     values = options(model, output_dir=str(folder), dataloader_num_workers=0, max_length=128, learning_rate=1e-3, **more)
     with mock.patch.dict(os.environ, {"NPROC_PER_NODE": str(processes)}):
         with mock.patch.object(sft, "_start", lambda run_dir, job, place, stop: found.append(job)):
@@ -135,12 +135,11 @@ def test_where_the_state_lies(
     dtype: str, optim: str, model: tuple[Path, Path], pool: RankPool, tmp_path: Path, allowed: None
 ) -> None:
     job = job_of(model, tmp_path, 1, dtype=dtype, optim=optim, optimizer_cpu_offload=True)
-    job.write(tmp_path / "job.json")
-    [(inside, tensors, size)] = pool.run(1, state_lies_on_the_host, str(tmp_path / "job.json"))
+    job.write(tmp_path / "run.json")
+    [(inside, tensors, size)] = pool.run(1, state_lies_on_the_host, str(tmp_path / "run.json"))
     assert inside == tensors > 50
-    assert (
-        job.plan.host_bytes["optimizer"] <= size < 1.2 * job.plan.host_bytes["optimizer"]
-    )  # scales of 8-bit moments come on top
+    planned = estimate(job, load_config(Path(job.model.directory))).host["optimizer"]
+    assert planned <= size < 1.2 * planned  # scales of 8-bit moments come on top
 
 
 class LateStream:
@@ -221,18 +220,18 @@ def passes(path: str, layers: int, recompute: str, late: bool = False) -> dict[s
     from megaswift.train.setup import open_batches, restore_trainer, to_device
 
     activation_offload.SMALLEST = 2048
-    job = Job.read(Path(path))
-    plan, args = replace(job.plan, cpu_offloading_num_layers=layers), SftArguments(**job.options)
+    how = {"recompute": "layers"} if recompute == "full" else {}
+    job = changed(Run.read(Path(path)), offloaded_layers=layers, **how)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(deterministic(args.deterministic))
-        rank = stack.enter_context(ranks.joined(plan.tp, plan.pp, 42, plan.cp))
+        stack.enter_context(deterministic(job.precision.deterministic))
+        rank = stack.enter_context(ranks.joined(job.parallel, 42))
         if late:
             stack.enter_context(late_copies())
-        trainer, _ = restore_trainer(replace(job, plan=plan), args.changed(gradient_checkpointing=recompute == "full"))
+        trainer, _ = restore_trainer(job)
         block = trainer.bare_model.decoder
         for layer in block.layers:
             layer.self_attention.checkpoint_core_attention = recompute == "selective"
-        batches, validation = open_batches(job, args, rank)
+        batches, validation = open_batches(job, rank)
         gradients, made = [], []
         with kept_bytes(trainer) as kept:
             for _ in range(STEPS):
@@ -312,11 +311,11 @@ def test_activations_on_the_host(
     """Gradients and weights bit for bit, less kept on the device, and buffers that are used again."""
     accumulation = 4 // processes  # 4 micro batches a step, also in a pipeline
     job = job_of(model, tmp_path, processes, gradient_accumulation_steps=accumulation, **more)
-    job.write(tmp_path / "job.json")
-    plain = pool.run(processes, passes, str(tmp_path / "job.json"), 0, recompute)
+    job.write(tmp_path / "run.json")
+    plain = pool.run(processes, passes, str(tmp_path / "run.json"), 0, recompute)
     kept = [rank["kept"] for rank in plain]
     for number in layers:
-        offloaded = pool.run(processes, passes, str(tmp_path / "job.json"), number, recompute)
+        offloaded = pool.run(processes, passes, str(tmp_path / "run.json"), number, recompute)
         for rank, (one, other) in enumerate(zip(plain, offloaded, strict=True)):
             equal(one, other)
             assert other["kept"] < kept[rank], f"{number} layers"
@@ -329,17 +328,17 @@ def test_activations_on_the_host(
 def test_copies_may_be_late(recompute: str, model: tuple[Path, Path], pool: RankPool, tmp_path: Path) -> None:
     """Nothing is read, overwritten or given away before the copy that it waits for."""
     job = job_of(model, tmp_path, 2, gradient_accumulation_steps=2, pp=2)
-    job.write(tmp_path / "job.json")
-    plain = pool.run(2, passes, str(tmp_path / "job.json"), 0, recompute)
+    job.write(tmp_path / "run.json")
+    plain = pool.run(2, passes, str(tmp_path / "run.json"), 0, recompute)
     for layers in (1, LAYERS // 2):
-        late = pool.run(2, late_passes, str(tmp_path / "job.json"), layers, recompute)
+        late = pool.run(2, late_passes, str(tmp_path / "run.json"), layers, recompute)
         for one, other in zip(plain, late, strict=True):
             equal(one, other)
     if recompute == "none":
         job = job_of(model, tmp_path / "one", 1, gradient_accumulation_steps=4)
-        job.write(tmp_path / "job.json")
+        job.write(tmp_path / "run.json")
         [one], [other] = (
-            pool.run(1, run, str(tmp_path / "job.json"), n, recompute) for run, n in ((passes, 0), (late_passes, LAYERS - 1))
+            pool.run(1, run, str(tmp_path / "run.json"), n, recompute) for run, n in ((passes, 0), (late_passes, LAYERS - 1))
         )
         equal(one, other)
 
@@ -353,11 +352,11 @@ def test_what_cannot_be_had_is_refused(model: tuple[Path, Path], tmp_path: Path)
     config = tiny.tiny_config("llama", num_hidden_layers=LAYERS)
     for pp, wanted in ((1, LAYERS + 1), (2, LAYERS // 2 + 1)):
         with pytest.raises(UserError, match=f"is not between 0 and the {LAYERS // pp} layers of a process") as caught:
-            check_offload(SftArguments(pp=pp, cpu_offloading_num_layers=wanted), config)
+            resolved_run(config=config, on_gpu=True, pp=pp, cpu_offloading_num_layers=wanted)
         assert caught.value.fix == f"use at most {LAYERS // pp}"
-    check_offload(SftArguments(pp=2, cpu_offloading_num_layers=LAYERS // 2), config)
+    resolved_run(config=config, on_gpu=True, pp=2, cpu_offloading_num_layers=LAYERS // 2)
     with pytest.raises(UserError, match="--optimizer_cpu_offload true does not work with fp16"):
-        make_plan(dtype="fp16", optimizer_cpu_offload=True)
+        resolved_run(dtype="fp16", on_gpu=True, optimizer_cpu_offload=True)
 
 
 def test_bytes_of_activations() -> None:
@@ -371,7 +370,9 @@ def test_bytes_of_activations() -> None:
     )
     qkv = (heads + 2 * groups) * hidden // heads
     tokens = 64 * 2  # max_length x batch_size
-    made = make_plan(config=config, batch_size=2, cpu_offloading_num_layers=2, dtype="bf16", world_size=4)
-    assert made.host_bytes == {"activations": 2 * 2 * tokens * (5 * hidden + qkv + 3 * ffn)}
-    made = make_plan(config=config, batch_size=2, cpu_offloading_num_layers=1, pp=2, gradient_checkpointing=True, world_size=4)
-    assert made.host_bytes == {"activations": 4 * 2 * tokens * hidden}
+    made = resolved_run(config=config, on_gpu=True, batch_size=2, cpu_offloading_num_layers=2, dtype="bf16")
+    assert estimate(made, config).host == {"activations": 2 * 2 * tokens * (5 * hidden + qkv + 3 * ffn)}
+    made = resolved_run(
+        config=config, on_gpu=True, batch_size=2, cpu_offloading_num_layers=1, pp=2, gradient_checkpointing=True
+    )
+    assert estimate(made, config).host == {"activations": 4 * 2 * tokens * hidden}

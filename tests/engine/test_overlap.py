@@ -12,7 +12,7 @@ import torch
 
 from megaswift.weights.torch_dist.reader import Reader
 from tests.ranks import RankPool
-from tests.training import Run, long, run_job, tiny_start, train, write_rows
+from tests.training import Trained, long, run_job, tiny_start, train, write_rows
 
 
 def in_small_buckets(path: str) -> tuple[int, int]:
@@ -41,7 +41,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return tiny_start(root, dtype="float32"), write_rows(root / "rows.jsonl")
 
 
-def four_steps(pool: RankPool, start: tuple[Path, Path], output: Path, world: int, **options: Any) -> tuple[Run, list[Any]]:
+def four_steps(pool: RankPool, start: tuple[Path, Path], output: Path, world: int, **options: Any) -> tuple[Trained, list[Any]]:
     results: list[Any] = []
     run = pool.run
 

@@ -13,10 +13,9 @@ import torch
 
 from megaswift.config.options import SftArguments
 from megaswift.data.encode import prepare
-from megaswift.launch.agent import Cluster
-from megaswift.run.job import Job
-from megaswift.run.setup import job_of, plan_of, template_of
+from megaswift.run.setup import resolved, template_of
 from megaswift.run.source import resolve_source
+from megaswift.run.spec import Run
 from megaswift.store.cache import cache_root
 from megaswift.weights.torch_dist.reader import Reader
 from tests.ranks import RankPool
@@ -38,7 +37,7 @@ LAYOUTS = {
 
 def job(
     start: Path, rows: Path, world: int, tp: int, pp: int, sp: bool, cp: int, batch: int, samples: int = SAMPLES, **more: Any
-) -> Job:
+) -> Run:
     """One step over all samples. `batch`: rows of a micro batch."""
     args = SftArguments(
         resume_from_checkpoint=str(start), dataset=[str(rows)], tp=tp, pp=pp, cp=cp, sequence_parallel=sp, batch_size=batch,
@@ -52,8 +51,7 @@ def job(
     assert len(data.train) % (batch * world) == 0, f"{len(data.train)} rows are no whole micro batches"
     args = args.changed(gradient_accumulation_steps=len(data.train) // (batch * world))
     found = replace(found, args=args)
-    plan = plan_of(args, found, data, Cluster(world, 1, 0, "127.0.0.1", 0), rows.parent)
-    return job_of(args, found, data, plan, template.pad_id)
+    return resolved(args, found, data, world, rows.parent, template.pad_id)
 
 
 def gradients(jobs: list[tuple[str, str]]) -> list[tuple[float, float]]:
@@ -63,12 +61,12 @@ def gradients(jobs: list[tuple[str, str]]) -> list[tuple[float, float]]:
     from megaswift.train.gradients import Gradients
     from megaswift.train.setup import open_batches, restore_trainer
 
-    loaded = [Job.read(Path(path)) for path, _ in jobs]
-    plan, result = loaded[0].plan, []
-    with ranks.joined(plan.tp, plan.pp, 42, plan.cp) as rank:
-        trainer, _ = restore_trainer(loaded[0], SftArguments(**loaded[0].options))
+    loaded = [Run.read(Path(path)) for path, _ in jobs]
+    result = []
+    with ranks.joined(loaded[0].parallel, 42) as rank:
+        trainer, _ = restore_trainer(loaded[0])
         for item, (_, target) in zip(loaded, jobs, strict=True):
-            batches, _ = open_batches(item, SftArguments(**item.options), rank)
+            batches, _ = open_batches(item, rank)
             sums = trainer.gradients(batches.step(0))
             result.append((float(sums[0]), float(sums[1])))
             save(Path(target), 1, Gradients(trainer, trainer.gradient_divisor(sums)), only_model=True, extra={}, manifest={})

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megaswift.models import parameters_of
-from megaswift.run.plan import padded_vocab
+from megaswift.run.spec import Parallel, Precision
 from megaswift.weights.convert import Precisions, hf_to_megatron, planned_hf_tensors, verify_round_trip
 from megaswift.weights.hf.config import load_config
 from megaswift.weights.hf.read import HFCheckpoint
@@ -62,21 +62,19 @@ def run_layout(folder: str, release: str, gradients: str, tp: int, pp: int) -> d
 
     config = load_config(Path(folder))
     tokens, labels = sample(config.vocab_size)
-    with ranks.joined(tp, pp, seed=0):
+    parallel = Parallel(tp=tp, pp=pp, sequence_parallel=tp > 1)
+    with ranks.joined(parallel, seed=0):
         from megatron.core import parallel_state
         from megatron.core.distributed import finalize_model_grads
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         from megaswift.data.batches import MicroBatch
-        from megaswift.megatron.model import ModelOptions, build
+        from megaswift.megatron.model import build
         from megaswift.train.checkpoint.load import load_weights
         from megaswift.train.objectives import SupervisedTokens
         from megaswift.train.trainer import forward_step
 
-        options = ModelOptions(
-            tp, pp, "fp32", padded_vocab(config.vocab_size, tp), sequence_parallel=tp > 1, variable_lengths=pp > 1
-        )
-        model, expected = build(config, options), build(config, options)
+        model, expected = (build(config, parallel, Precision()) for _ in range(2))
         load_weights(model, Path(release))
         load_weights(expected, Path(gradients))
         for parameter in model.parameters():

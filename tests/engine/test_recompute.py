@@ -8,11 +8,10 @@ from unittest import mock
 
 import pytest
 
-from megaswift.config.options import SftArguments
 from megaswift.errors import UserError
-from megaswift.run.plan import check_numbers
 from tests.ranks import RankPool
-from tests.training import Run, run_job, tiny_start, train, write_rows
+from tests.runs import resolved_run
+from tests.training import Trained, run_job, tiny_start, train, write_rows
 
 
 def products_again(path: str) -> int:
@@ -56,7 +55,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def three_steps(
     pool: RankPool, start: tuple[Path, Path], output: Path, world: int, counted: Any = products_again, **options: Any
-) -> tuple[Run, int]:
+) -> tuple[Trained, int]:
     """A run, and what its first rank counted."""
     counts: list[int] = []
     run = pool.run
@@ -91,9 +90,6 @@ def test_whole_layers_run_again(layout: dict[str, Any], start: tuple[Path, Path]
     assert again.losses == plain.losses and again.norms == plain.norms
 
 
-def test_whole_layers_and_parts_exclude_each_other(start: tuple[Path, Path]) -> None:
-    args = SftArguments(
-        resume_from_checkpoint=str(start[0]), dataset=["rows"], gradient_checkpointing=True, recompute_modules="mlp"
-    )
+def test_whole_layers_and_parts_exclude_each_other() -> None:
     with pytest.raises(UserError, match="recomputes whole layers, --recompute_modules mlp parts of them"):
-        check_numbers(args)
+        resolved_run(gradient_checkpointing=True, recompute_modules="mlp")

@@ -14,7 +14,7 @@ from megaswift.models.stages import stage_layers, stage_weights
 from megaswift.weights.torch_dist.reader import Reader
 from tests import tiny
 from tests.ranks import RankPool
-from tests.training import Run, tiny_start, train, write_rows
+from tests.training import Trained, tiny_start, train, write_rows
 
 STEPS = 4
 
@@ -40,13 +40,13 @@ def test_weights_of_stages(tied: bool) -> None:
     assert stage_weights(model.config, 1) == [5 * layer + table * (1 if tied else 2) + norm]
 
 
-def run(pool: RankPool, root: Path, name: str, world: int, **options: Any) -> Run:
+def run(pool: RankPool, root: Path, name: str, world: int, **options: Any) -> Trained:
     """Four steps of 12 rows."""
     common = {"dataset": [str(root / "rows.jsonl")], "dataset_test_ratio": 0.1, "gradient_accumulation_steps": 12 // world}
     return train(pool, root / name, world, max_steps=STEPS, save_steps=2, eval_steps=2, **{**common, **options})
 
 
-def equal(one: Run, other: Run, name: str) -> None:
+def equal(one: Trained, other: Trained, name: str) -> None:
     """Losses, norms, validation losses, and every value of the last checkpoint, moments too."""
     assert other.losses == pytest.approx(one.losses[-len(other.losses) :], rel=1e-5), name
     assert other.norms == pytest.approx(one.norms[-len(other.norms) :], rel=2e-5), name

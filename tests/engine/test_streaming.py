@@ -16,7 +16,7 @@ from megaswift.data.store import TokenRows
 from megaswift.errors import UserError
 from tests import training
 from tests.ranks import RankPool
-from tests.training import Run, tiny_start, train, write_rows
+from tests.training import Trained, tiny_start, train, write_rows
 
 STEPS, GLOBAL_BATCH = 6, 8
 
@@ -33,7 +33,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def streamed(
     pool: RankPool, start: tuple[Path, Path], output: Path, world: int, **more: Any
-) -> tuple[Run, dict[int, list[int]]]:
+) -> tuple[Trained, dict[int, list[int]]]:
     """A streamed run, and the rows that all its ranks saw in each step."""
     options = dict(
         resume_from_checkpoint=str(start[0]), dataset=[str(start[1])], model_type="tiny-chat", streaming=True,
@@ -52,20 +52,22 @@ def run_and_note(path: str) -> None:
     """The loop of one rank, which writes down the rows of its micro batches for each step."""
     from megatron.core.parallel_state import is_pipeline_first_stage
 
-    from megaswift.run.job import Job
-    from megaswift.train.loop import run
+    from megaswift.run.spec import Run
+    from megaswift.train.loop import train
     from megaswift.train.trainer import Trainer
 
-    job, real = Job.read(Path(path)), Trainer.step
+    job, real = Run.read(Path(path)), Trainer.step
     seen: dict[int, list[int]] = {}
 
     def step(self: Trainer, batches: list[Any]) -> Any:
         rows = [row for batch in batches for row in batch.sample_ids]
-        seen[job.first_step + len(seen) + 1] = rows if is_pipeline_first_stage() else []  # every stage is given the same
+        seen[job.schedule.first_step + len(seen) + 1] = (
+            rows if is_pipeline_first_stage() else []
+        )  # every stage is given the same
         return real(self, batches)
 
     with mock.patch.object(Trainer, "step", step):
-        run(job)
+        train(job)
     (Path(path).parent / f"seen-{os.environ['RANK']}.json").write_text(json.dumps(seen))
 
 
@@ -74,7 +76,7 @@ def whole(start: tuple[Path, Path], pool: RankPool, tmp_path_factory: pytest.Tem
     return streamed(pool, start, tmp_path_factory.mktemp("whole"), 2)
 
 
-def half(run: Run, output: Path) -> None:
+def half(run: Trained, output: Path) -> None:
     """A copy of the run as it was after its third step, under another --output_dir."""
     copy = output / run.directory.parent.name / run.directory.name
     shutil.copytree(run.directory, copy)
@@ -112,7 +114,7 @@ def test_rows_are_those_of_the_file(whole: Any, start: tuple[Path, Path], pool: 
         streamed(pool, start, tmp_path / "none", 2, max_steps=-1)
     counted, _ = streamed(pool, named, tmp_path / "counted", 2)
     first, second = (
-        TokenRows.open(json.loads((item.directory / "job.json").read_text())["train_data"]) for item in (run, counted)
+        TokenRows.open(json.loads((item.directory / "run.json").read_text())["data"]["train"]) for item in (run, counted)
     )
     assert [first[row][0].tolist() for row in range(len(first))] == [second[row][0].tolist() for row in range(len(second))]
     assert counted.losses == run.losses

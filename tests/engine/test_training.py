@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.ranks import RankPool
-from tests.training import Run, tiny_start, train, write_rows
+from tests.training import Trained, tiny_start, train, write_rows
 
 # world size, tp, pp, sequence parallel; global batch 16 in each
 LAYOUTS = [(2, 2, 1, True), (2, 2, 1, False), (2, 1, 2, False), (2, 1, 1, False), (4, 2, 2, True)]
@@ -38,16 +38,16 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="module")
-def plain(llama: tuple[Path, Path], pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def plain(llama: tuple[Path, Path], pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """The run of one process that others are compared with."""
     return reference(pool, tmp_path_factory.mktemp("plain"), llama)
 
 
-def reference(pool: RankPool, tmp_path: Path, llama: tuple[Path, Path], **more: Any) -> Run:
+def reference(pool: RankPool, tmp_path: Path, llama: tuple[Path, Path], **more: Any) -> Trained:
     return train(pool, tmp_path / "reference", 1, **options(*llama, **more))
 
 
-def test_losses_do_not_depend_on_the_layout(llama: tuple[Path, Path], plain: Run, pool: RankPool, tmp_path: Path) -> None:
+def test_losses_do_not_depend_on_the_layout(llama: tuple[Path, Path], plain: Trained, pool: RankPool, tmp_path: Path) -> None:
     """5 steps at each layout: losses, validation losses and gradient norms equal to 1e-5 (other families: test_golden.py)."""
     for number, (processes, *layout) in enumerate(LAYOUTS):
         run = train(pool, tmp_path / str(number), processes, **options(*llama, *layout))
@@ -70,7 +70,7 @@ def test_losses_do_not_depend_on_the_layout(llama: tuple[Path, Path], plain: Run
     ids=str,
 )
 def test_losses_do_not_depend_on_how_it_is_computed(
-    changes: dict[str, Any], llama: tuple[Path, Path], plain: Run, pool: RankPool, tmp_path: Path
+    changes: dict[str, Any], llama: tuple[Path, Path], plain: Trained, pool: RankPool, tmp_path: Path
 ) -> None:
     other = train(pool, tmp_path / "other", 1, **options(*llama, **changes))
     assert other.losses == pytest.approx(plain.losses, abs=1e-5)
@@ -85,7 +85,7 @@ def test_recompute_under_pipeline_and_packed_micro_batches(llama: tuple[Path, Pa
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_half_precisions_train(dtype: str, llama: tuple[Path, Path], plain: Run, pool: RankPool, tmp_path: Path) -> None:
+def test_half_precisions_train(dtype: str, llama: tuple[Path, Path], plain: Trained, pool: RankPool, tmp_path: Path) -> None:
     """bf16 and fp16 (with Megatron's loss scaler) stay near the fp32 losses."""
     half = train(pool, tmp_path / dtype, 2, **options(*llama, 1, 2, dtype=dtype))
     assert half.losses == pytest.approx(plain.losses, abs=0.08)
@@ -136,7 +136,7 @@ def test_a_run_goes_on_where_it_was_saved(
     assert resumed.losses == (straight.losses if exact else pytest.approx(straight.losses, abs=1e-5))
 
 
-def test_no_conversion_is_needed(llama: tuple[Path, Path], plain: Run, pool: RankPool, tmp_path: Path) -> None:
+def test_no_conversion_is_needed(llama: tuple[Path, Path], plain: Trained, pool: RankPool, tmp_path: Path) -> None:
     """Training from the Hugging Face folder itself gives the losses of training from its converted weights."""
     start, rows = llama
     more = options(start, rows, 2, 2, True, model_type="tiny-chat", model_id_or_path=str(start.parent / "hf"))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megaswift.run.spec import Parallel
 from tests.ranks import RankPool
+from tests.runs import changed
 from tests.training import tiny_start, write_rows, written_job
 
 NORMS = (0.1, 10.0)  # below and above --max_grad_norm, which is 1
@@ -33,15 +34,11 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def trainer_of(path: str, dtype: str, rank: Any) -> Any:
     """A trainer, its training batches and its validation batches, in the process of its only rank."""
-    from megaswift.config.options import SftArguments
-    from megaswift.run.job import Job
+    from megaswift.run.spec import Run
     from megaswift.train.setup import open_batches, restore_trainer
 
-    job = Job.read(Path(path))
-    table = {**job.plan.megatron, "bf16": dtype == "bf16", "fp16": dtype == "fp16"}
-    job = replace(job, plan=replace(job.plan, dtype=dtype, megatron=table))
-    args = SftArguments(**job.options)
-    return restore_trainer(job, args)[0], *open_batches(job, args, rank)
+    job = changed(Run.read(Path(path)), dtype=dtype)
+    return restore_trainer(job)[0], *open_batches(job, rank)
 
 
 def first_moments(path: str, dtype: str) -> list[tuple[float, float]]:
@@ -51,7 +48,7 @@ def first_moments(path: str, dtype: str) -> list[tuple[float, float]]:
     from megaswift.megatron import process_groups as ranks
 
     found = []
-    with ranks.joined(1, 1, 42) as rank:
+    with ranks.joined(Parallel(), 42) as rank:
         for wanted in NORMS:
             trainer, train, _ = trainer_of(path, dtype, rank)
             sums = trainer.gradients(train.step(0))
@@ -80,7 +77,7 @@ def evaluations(path: str) -> tuple[list[tuple[float, int]], float]:
     """On one rank: loss and supervised tokens of each validation step alone, and the loss of all."""
     from megaswift.megatron import process_groups as ranks
 
-    with ranks.joined(1, 1, 42) as rank:
+    with ranks.joined(Parallel(), 42) as rank:
         trainer, _, validation = trainer_of(path, "fp32", rank)
         groups = [validation.step(k) for k in range(len(validation))]
         alone = [

@@ -11,10 +11,11 @@ import pytest
 
 from megaswift.commands import sft
 from megaswift.config.options import SftArguments
-from megaswift.run.job import Job
+from megaswift.run.spec import Run
 from tests.faults import table
-from tests.faults.harness import PATIENCE_S, FaultRun, run_ranks, with_plan
+from tests.faults.harness import PATIENCE_S, FaultRun, run_ranks
 from tests.faults.live import Live
+from tests.runs import changed
 from tests.training import tiny_start, write_rows
 
 ALL = os.environ.get("MEGASWIFT_FAULTS") == "all"  # every point and case; else a part of them
@@ -28,16 +29,16 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="session")
-def base(start: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Job:
+def base(start: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run of four steps on two pipeline stages, stopped after the second, whose checkpoint is saved."""
     return make_base(start, tmp_path_factory.mktemp("base"), pp=2)
 
 
-def make_base(start: tuple[Path, Path], root: Path, world_size: int = 2, **options: Any) -> Job:
+def make_base(start: tuple[Path, Path], root: Path, world_size: int = 2, **options: Any) -> Run:
     """Do what `swift sft` does before it starts ranks, then two of the steps."""
     from unittest import mock
 
-    found: list[Job] = []
+    found: list[Run] = []
     values = dict(
         resume_from_checkpoint=str(start[0]), dataset=[str(start[1])], max_steps=4, save_steps=1, eval_steps=2, dataset_test_ratio=0.1,
         logging_steps=1, learning_rate=1e-3, max_length=128, output_dir=str(root), save_total_limit=2, dataloader_num_workers=0,
@@ -47,16 +48,16 @@ def make_base(start: tuple[Path, Path], root: Path, world_size: int = 2, **optio
         with mock.patch.object(sft, "_start", lambda run_dir, job, place, stop: found.append(job)):
             sft.sft_main(SftArguments(**{**values, **options}))
     job = found[0]
-    ended = run_ranks(with_plan(job, train_iters=2), root / "work")
+    ended = run_ranks(changed(job, train_iters=2), root / "work")
     assert ended.codes == [0] * world_size, ended.output
-    run_dir = Path(job.plan.megatron["save"])
+    run_dir = Path(job.saving.run_dir)
     rows = (run_dir / "logging.jsonl").read_text(encoding="utf-8").replace('/2"', '/4"')
     (run_dir / "logging.jsonl").write_text(rows, encoding="utf-8")
     return job
 
 
 @pytest.fixture(scope="session")
-def straight(base: Job, tmp_path_factory: pytest.TempPathFactory) -> FaultRun:
+def straight(base: Run, tmp_path_factory: pytest.TempPathFactory) -> FaultRun:
     """The same run without a fault."""
     case = FaultRun(base, tmp_path_factory.mktemp("straight"))
     ended = case.run()

@@ -15,17 +15,18 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from megaswift.launch import agent as launch
-from megaswift.run.job import Job
 from megaswift.run.resume import newest_whole
+from megaswift.run.spec import Run
 from megaswift.store.faults import FAULT
 from megaswift.store.paths import iteration_of
 from megaswift.store.retention import clean
 from tests.ranks import free_port
+from tests.runs import changed
 
 # The limit for steps and for saving in runs that are to stand still; the whole matrix runs two of them at a time. All others
 # have minutes: a busy machine is no fault.
@@ -64,13 +65,13 @@ def _rank(environment: dict[str, str], job: str, errors: str, prepare: Callable[
     torch.set_num_threads(1)
     if prepare is not None:
         prepare()
-    from megaswift.train.loop import run
+    from megaswift.train.loop import train
 
-    os._exit(launch.report_from_rank(lambda: run(Job.read(Path(job)))))
+    os._exit(launch.report_from_rank(lambda: train(Run.read(Path(job)))))
 
 
 def run_ranks(
-    job: Job,
+    job: Run,
     work: Path,
     fault: str = "",
     prepare: Callable[[], None] | None = None,
@@ -86,9 +87,9 @@ def run_ranks(
     notes = work / "notes"
     shutil.rmtree(notes, ignore_errors=True)
     notes.mkdir(parents=True)
-    job.write(work / "job.json")
+    job.write(work / "run.json")
     port = free_port()
-    world, began = job.plan.world_size, time.monotonic()
+    world, began = job.parallel.world_size, time.monotonic()
     common = {
         "WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",
@@ -101,7 +102,7 @@ def run_ranks(
     for rank in range(world):
         environment = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         process = _context.Process(
-            target=_rank, args=(environment, str(work / "job.json"), str(notes / f"stderr{rank}"), prepare, False)
+            target=_rank, args=(environment, str(work / "run.json"), str(notes / f"stderr{rank}"), prepare, False)
         )
         process.start()
         processes.append(process)
@@ -112,7 +113,7 @@ def run_ranks(
     output = "\n".join(
         f"[{rank}] {(notes / f'stderr{rank}').read_text()}" for rank in range(world) if (notes / f"stderr{rank}").exists()
     )
-    run_dir = Path(job.plan.megatron["save"])
+    run_dir = Path(job.saving.run_dir)
     return Ended(
         [process.exitcode for process in processes],
         reports,
@@ -150,20 +151,16 @@ def signalled(process: Any, number: int) -> bool:
 class FaultRun:
     """A copy of a run that has a checkpoint after its second step of four."""
 
-    def __init__(self, base: Job, work: Path, **options: Any) -> None:
+    def __init__(self, base: Run, work: Path, **values: Any) -> None:
         self.work, self.run_dir = work, work / "run"
-        shutil.copytree(base.plan.megatron["save"], self.run_dir)
-        plan = replace(
-            base.plan, megatron={**base.plan.megatron, "save": str(self.run_dir), "tensorboard_dir": str(work / "runs")}
-        )
-        self.job = replace(
-            base, plan=plan, options={**base.options, **options}, checkpoint=str(self.run_dir / "iter_0000002"), first_step=2
-        )
+        shutil.copytree(base.saving.run_dir, self.run_dir)
+        own = {"run_dir": str(self.run_dir), "logging_dir": str(work / "runs")}
+        self.job = changed(base.going_on(2, self.run_dir / "iter_0000002"), **own, **values)
 
     def run(self, fault: str = "", hangs: bool = False, **more: Any) -> Ended:
         """The ranks, with a fault; where one of them stops or `hangs`, the limits are so short that the test sees them."""
         patience = TIMEOUT_S if hangs or ":stop:" in fault else PATIENCE_S
-        job = replace(self.job, options={**self.job.options, "start_timeout": patience, "step_timeout": patience})
+        job = changed(self.job, start_timeout_s=patience, step_timeout_s=patience)
         return run_ranks(job, self.work, fault, **more)
 
     def newest(self) -> int:
@@ -174,9 +171,9 @@ class FaultRun:
         """What the same command with --resume true does: clean, choose, go on to the end."""
         clean(self.run_dir)
         path, _ = newest_whole(self.run_dir, verify=True)
-        if iteration_of(path) == self.job.plan.train_iters:
-            return Ended([0] * self.job.plan.world_size, [], "", 0.0, 0)
-        self.job = replace(self.job, checkpoint=str(path), first_step=iteration_of(path))
+        if iteration_of(path) == self.job.schedule.train_iters:
+            return Ended([0] * self.job.parallel.world_size, [], "", 0.0, 0)
+        self.job = self.job.going_on(iteration_of(path), path)
         return run_ranks(self.job, self.work / "again")
 
     def rows(self) -> list[dict[str, Any]]:
@@ -188,9 +185,4 @@ class FaultRun:
         return [(row["global_step/max_steps"], row["loss"], row["learning_rate"]) for row in self.rows() if "loss" in row]
 
 
-def with_plan(job: Job, **values: Any) -> Job:
-    """A job with other values in Megatron's table."""
-    return replace(job, plan=replace(job.plan, megatron={**job.plan.megatron, **values}))
-
-
-__all__ = ["Ended", "FaultRun", "Job", "asdict", "run_ranks", "signalled", "with_plan"]
+__all__ = ["Ended", "FaultRun", "Run", "asdict", "run_ranks", "signalled"]

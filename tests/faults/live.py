@@ -62,7 +62,7 @@ class Live:
 
     @property
     def run_dir(self) -> Path:
-        return next(self.output.rglob("job.json")).parent
+        return next(self.output.rglob("run.json")).parent
 
     def steps(self) -> list[int]:
         try:
@@ -92,7 +92,7 @@ class Live:
 
     def left(self) -> str:
         """What a resumed run would find, every byte of it read."""
-        if not list(self.output.rglob("job.json")):
+        if not list(self.output.rglob("run.json")):
             return "no run had begun"
         try:
             return f"the checkpoint of step {iteration_of(newest_whole(self.run_dir, verify=True)[0])} is whole"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megaswift.run.job import Job
+from megaswift.run.spec import Run
 from megaswift.store.manifest import quick_check
 from megaswift.store.paths import candidates
 from tests.faults import table
@@ -17,12 +17,12 @@ CASES = ["save.part_written:kill:1", "save.before_rename:kill:0", "loop.step:kil
 
 
 @pytest.fixture(scope="module")
-def adapted(start: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Job:
+def adapted(start: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Run:
     return make_base(start, tmp_path_factory.mktemp("adapted"), tp=2, sft_type="lora", lora_rank=4, lora_dropout=0.2)
 
 
 @pytest.fixture(scope="module")
-def end(adapted: Job, tmp_path_factory: pytest.TempPathFactory) -> FaultRun:
+def end(adapted: Run, tmp_path_factory: pytest.TempPathFactory) -> FaultRun:
     case = FaultRun(adapted, tmp_path_factory.mktemp("end"))
     ended = case.run()
     assert ended.codes == [0, 0], ended.output
@@ -30,7 +30,7 @@ def end(adapted: Job, tmp_path_factory: pytest.TempPathFactory) -> FaultRun:
 
 
 @pytest.mark.parametrize("fault", CASES)
-def test_nothing_of_an_adapter_is_lost(fault: str, adapted: Job, end: FaultRun, tmp_path: Path) -> None:
+def test_nothing_of_an_adapter_is_lost(fault: str, adapted: Run, end: FaultRun, tmp_path: Path) -> None:
     case = FaultRun(adapted, tmp_path)
     ended = case.run(fault)
     assert ended.seconds < GONE_S and ended.codes[int(fault.split(":")[2])] == -9, ended
@@ -46,7 +46,7 @@ def test_nothing_of_an_adapter_is_lost(fault: str, adapted: Job, end: FaultRun, 
     )
 
 
-def test_a_torn_save_of_an_adapter_is_passed_over(adapted: Job, end: FaultRun, tmp_path: Path) -> None:
+def test_a_torn_save_of_an_adapter_is_passed_over(adapted: Run, end: FaultRun, tmp_path: Path) -> None:
     """The newest checkpoint lost the end of a file: the one before is taken, and the run ends as it would have."""
     case = FaultRun(adapted, tmp_path)
     assert case.run().codes == [0, 0] and case.newest() == 4

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from megaswift.run.job import Job
+from megaswift.run.spec import Run
 from tests.faults.conftest import ALL
-from tests.faults.harness import FaultRun, with_plan
+from tests.faults.harness import FaultRun
+from tests.runs import changed
 
 POINTS = [
     "save.directory",
@@ -44,9 +45,9 @@ def hashes(run_dir: Path, step: int) -> dict[str, str]:
     return {name: entry["sha256"] for name, entry in files.items() if name.endswith(".distcp")}
 
 
-def test_the_bytes_are_those_of_the_step_that_was_saved(base: Job, straight: FaultRun, tmp_path: Path) -> None:
+def test_the_bytes_are_those_of_the_step_that_was_saved(base: Run, straight: FaultRun, tmp_path: Path) -> None:
     """Training goes on for many steps while a slow disk writes: files are equal to those written at once."""
-    case = FaultRun(with_plan(base, save_interval=3), tmp_path, async_save=True, save_total_limit=9)
+    case = FaultRun(changed(base, save_steps=3), tmp_path, in_background=True, total_limit=9)
     ended = case.run(prepare=slow_disk)
     assert ended.codes == [0, 0], ended.output
     assert hashes(case.run_dir, 3) == hashes(straight.run_dir, 3)
@@ -76,8 +77,8 @@ def write_after_two_more_steps() -> None:
     Trainer.step, torch_dist.write_file = counted, write  # type: ignore[method-assign]
 
 
-def test_training_goes_on_while_files_are_written(base: Job, tmp_path: Path) -> None:
-    case = FaultRun(with_plan(base, save_interval=4, train_iters=8), tmp_path, async_save=True)
+def test_training_goes_on_while_files_are_written(base: Run, tmp_path: Path) -> None:
+    case = FaultRun(changed(base, save_steps=4, train_iters=8), tmp_path, in_background=True)
     ended = case.run(prepare=write_after_two_more_steps)
     assert ended.codes == [0, 0], ended.output
     rows = case.rows()
@@ -89,8 +90,8 @@ def test_training_goes_on_while_files_are_written(base: Job, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("kind", ["kill", "term"])
 @pytest.mark.parametrize("point", POINTS if ALL else ["save.writing", "save.before_rename", "loop.step"])
-def test_an_end_while_a_save_is_in_flight(point: str, kind: str, base: Job, straight: FaultRun, tmp_path: Path) -> None:
-    case = FaultRun(base, tmp_path, async_save=True)
+def test_an_end_while_a_save_is_in_flight(point: str, kind: str, base: Run, straight: FaultRun, tmp_path: Path) -> None:
+    case = FaultRun(base, tmp_path, in_background=True)
     hit = 2 if point == "loop.step" else 1  # the second step: the first one's checkpoint is in flight
     ended = case.run(f"{point}:{kind}:0:{hit}", prepare=slow_disk if point == "loop.step" else None)
     assert any(ended.codes) or case.newest() == 4
@@ -102,8 +103,8 @@ def test_an_end_while_a_save_is_in_flight(point: str, kind: str, base: Job, stra
     assert case.losses() == straight.losses()
 
 
-def test_an_error_in_the_background_reaches_every_rank(base: Job, tmp_path: Path) -> None:
-    case = FaultRun(base, tmp_path, async_save=True)
+def test_an_error_in_the_background_reaches_every_rank(base: Run, tmp_path: Path) -> None:
+    case = FaultRun(base, tmp_path, in_background=True)
     ended = case.run("save.writing:raise:1")
     assert ended.codes == [3, 3], ended.output
     assert "rank 1" in ended.reports[0]["what"]

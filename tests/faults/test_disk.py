@@ -16,9 +16,10 @@ import pytest
 from megaswift.commands.export import export_main
 from megaswift.config.options import ExportArguments
 from megaswift.errors import DataError, UserError
-from megaswift.run.job import Job
+from megaswift.run.spec import Run
 from megaswift.train.checkpoint import save
-from tests.faults.harness import FaultRun, with_plan
+from tests.faults.harness import FaultRun
+from tests.runs import changed
 from tests.tiny import save_tiny
 
 
@@ -56,7 +57,7 @@ def full_after(rank: int, count: int) -> None:
     HashedFile.write = write  # type: ignore[method-assign]
 
 
-def test_too_little_space_is_refused_before_a_byte_is_written(base: Job, small_disk: Path) -> None:
+def test_too_little_space_is_refused_before_a_byte_is_written(base: Run, small_disk: Path) -> None:
     case = FaultRun(base, small_disk)
     ended = case.run()
     assert ended.codes == [3, 3], ended.output
@@ -65,8 +66,8 @@ def test_too_little_space_is_refused_before_a_byte_is_written(base: Job, small_d
     assert case.newest() == 2
 
 
-def test_a_disk_that_fills_up_while_saving(base: Job, small_disk: Path, tmp_path: Path, straight: FaultRun) -> None:
-    case = FaultRun(with_plan(base, save_interval=1), small_disk)
+def test_a_disk_that_fills_up_while_saving(base: Run, small_disk: Path, tmp_path: Path, straight: FaultRun) -> None:
+    case = FaultRun(changed(base, save_steps=1), small_disk)
     used = shutil.disk_usage(small_disk)
     (small_disk / "ballast").write_bytes(os.urandom(max(used.free - 900_000, 0)))
     ended = case.run(prepare=trust_the_disk)
@@ -83,7 +84,7 @@ def test_a_disk_that_fills_up_while_saving(base: Job, small_disk: Path, tmp_path
 
 
 @pytest.mark.parametrize(("rank", "count"), [(0, 0), (1, 1000), (1, 300_000), (0, 700_000)])
-def test_an_error_after_some_bytes(rank: int, count: int, base: Job, straight: FaultRun, tmp_path: Path) -> None:
+def test_an_error_after_some_bytes(rank: int, count: int, base: Run, straight: FaultRun, tmp_path: Path) -> None:
     case = FaultRun(base, tmp_path)
     ended = case.run(prepare=partial(full_after, rank, count))
     assert ended.codes == [3, 3], ended.output
@@ -195,7 +196,7 @@ def test_a_disk_without_space_for_the_files_of_a_run(
     assert [path.name for path in small_disk.iterdir()] == ["ballast"]
 
 
-@pytest.mark.parametrize("name", ["sft_args.json", "plan.json", "job.json", "config.json"])
+@pytest.mark.parametrize("name", ["sft_args.json", "plan.json", "run.json", "config.json"])
 def test_each_file_of_a_run_is_one_error(
     name: str, start: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

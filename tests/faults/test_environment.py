@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -18,8 +17,9 @@ from megaswift.config.options import SftArguments
 from megaswift.errors import UserError
 from megaswift.launch import agent as launch
 from megaswift.launch import versions
-from megaswift.run.job import Job
+from megaswift.run.spec import Run
 from tests.faults.harness import FaultRun
+from tests.runs import changed
 
 KNOBS = ("--batch_size", "--max_length", "--gradient_checkpointing true", "--tp")
 
@@ -99,7 +99,7 @@ def beyond_the_gpu() -> None:
     ("prepare", "words"),
     [(beyond_the_host, "you tried to allocate 4000000000000000 bytes"), (beyond_the_gpu, "of which 1.25 GiB is free")],
 )
-def test_out_of_memory_on_ranks(prepare: Any, words: str, base: Job, straight: FaultRun, tmp_path: Path) -> None:
+def test_out_of_memory_on_ranks(prepare: Any, words: str, base: Run, straight: FaultRun, tmp_path: Path) -> None:
     case = FaultRun(base, tmp_path)
     ended = case.run(prepare=prepare)
     assert ended.codes == [2, 2], ended.output
@@ -114,11 +114,11 @@ def test_out_of_memory_on_ranks(prepare: Any, words: str, base: Job, straight: F
 
 def test_out_of_memory_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """One process has no launcher beside it: the error is the same."""
-    monkeypatch.setattr("megaswift.train.loop.run", lambda job: torch.empty(10**15))
+    monkeypatch.setattr("megaswift.train.loop.train", lambda job: torch.empty(10**15))
     with pytest.raises(UserError, match="this machine is out of memory") as caught:
         sft._run_here(None)
     assert all(knob in caught.value.fix for knob in KNOBS)
-    monkeypatch.setattr("megaswift.train.loop.run", lambda job: torch.zeros(2) @ torch.zeros(3))
+    monkeypatch.setattr("megaswift.train.loop.train", lambda job: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError):  # a defect is not called memory
         sft._run_here(None)
 
@@ -164,11 +164,11 @@ def lose(directory: str) -> None:
     Trainer.gradients = gradients  # type: ignore[method-assign]
 
 
-def test_a_start_that_goes_away_stops_no_save(base: Job, straight: FaultRun, tmp_path: Path) -> None:
+def test_a_start_that_goes_away_stops_no_save(base: Run, straight: FaultRun, tmp_path: Path) -> None:
     """Moved, or converted anew, while the run goes on: what the weights were made from was read with them."""
     case, home = FaultRun(base, tmp_path), tmp_path / "home"
-    shutil.copytree(base.model_dir, home)
-    case.job = replace(case.job, model_dir=str(home))
+    shutil.copytree(base.model.directory, home)
+    case.job = changed(case.job, directory=str(home))
     ended = case.run(prepare=partial(lose, str(home)))
     assert ended.codes == [0, 0], ended.output
     assert not home.exists()

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from megaswift.config.options import SftArguments
 from megaswift.megatron import process_groups as ranks
-from megaswift.run.job import Job
 from megaswift.run.resume import newest_whole
+from megaswift.run.spec import Run
 from megaswift.train.checkpoint.optimizer_state import shards as shards_of
 from megaswift.train.checkpoint.save import CONTENT
 from megaswift.train.setup import restore_trainer
 from tests.faults import table
 from tests.faults.conftest import ALL, make_base
-from tests.faults.harness import FaultRun, with_plan
+from tests.faults.harness import FaultRun
 from tests.ranks import RankPool
+from tests.runs import changed
 from tests.training import tiny_start, write_rows
 
 pytestmark = pytest.mark.skipif(not ALL, reason="a part of make faults")
@@ -30,7 +29,7 @@ SHAPE = dict(
 
 
 @pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Job:
+def large(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Two steps of a model of 82 million parameters: weights and two moments in fp32 are 1 GB."""
     root = tmp_path_factory.mktemp("large")
     start = tiny_start(root, **SHAPE), write_rows(root / "rows.jsonl")
@@ -46,12 +45,12 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Job:
     )
 
 
-def test_a_state_of_one_gigabyte(large: Job, pool: RankPool, tmp_path: Path) -> None:
-    size = sum(path.stat().st_size for path in Path(large.plan.megatron["save"], "iter_0000002").iterdir())
-    job = with_plan(large, save_interval=3, train_iters=9)
+def test_a_state_of_one_gigabyte(large: Run, pool: RankPool, tmp_path: Path) -> None:
+    size = sum(path.stat().st_size for path in Path(large.saving.run_dir, "iter_0000002").iterdir())
+    job = changed(large, save_steps=3, train_iters=9)
     rows: dict[bool, list[dict[str, Any]]] = {}
     for background in (False, True):
-        case = FaultRun(job, tmp_path / str(background), async_save=background)
+        case = FaultRun(job, tmp_path / str(background), in_background=background)
         ended = case.run()
         assert ended.codes == [0, 0], ended.output
         rows[background] = case.rows()
@@ -60,7 +59,7 @@ def test_a_state_of_one_gigabyte(large: Job, pool: RankPool, tmp_path: Path) -> 
     began = time.perf_counter()
     newest, _ = newest_whole(tmp_path / "False" / "run", verify=True)
     hashed = time.perf_counter() - began
-    times = pool.run(2, _load, str(tmp_path / "False" / "job.json"), str(newest))
+    times = pool.run(2, _load, str(tmp_path / "False" / "run.json"), str(newest))
     loaded, copied = max(time[0] for time in times), max(time[1] for time in times)
     table.figure("one checkpoint: weights and optimizer in fp32, two processes", f"{size / 1e9:.2f} GB")
     table.figure(
@@ -78,10 +77,10 @@ def test_a_state_of_one_gigabyte(large: Job, pool: RankPool, tmp_path: Path) -> 
 
 def _load(path: str, checkpoint: str) -> tuple[float, float]:
     """Seconds for loading the whole state, and for one copy of it to memory that was not in use."""
-    job = replace(Job.read(Path(path)), checkpoint=checkpoint)
-    with ranks.joined(job.plan.tp, job.plan.pp, 42):
+    job = changed(Run.read(Path(path)), checkpoint=checkpoint)
+    with ranks.joined(job.parallel, 42):
         began = time.perf_counter()
-        trainer, _ = restore_trainer(job, SftArguments(**job.options))
+        trainer, _ = restore_trainer(job)
         loaded = time.perf_counter() - began
         shards = list(shards_of(trainer.optimizer, trainer.bare_model.sharded_state_dict(prefix="", metadata=dict(CONTENT))))
         torch.distributed.barrier()

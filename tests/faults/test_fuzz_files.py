@@ -20,10 +20,11 @@ from megaswift.errors import MegaswiftError
 from megaswift.evaluation.custom import read_config as read_benchmarks
 from megaswift.evaluation.custom import read_custom
 from megaswift.models import family_of
-from megaswift.run.plan import check_layout, check_numbers, parameter_count, usable_length
-from megaswift.weights.hf.config import load_config
+from megaswift.run.memory import parameter_count
+from megaswift.run.problems import contradictions, layout_problems, refuse, usable_length
+from megaswift.run.spec import Parallel
+from megaswift.weights.hf.config import check_source, load_config
 from megaswift.weights.hf.header import read_header
-from megaswift.weights.hf.names import check_source
 from megaswift.weights.hf.pickled import read_pickle
 from megaswift.weights.hf.read import HFCheckpoint
 from tests import tiny
@@ -51,11 +52,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def _layout(config: Any, parallel: Parallel) -> None:
+    refuse(layout_problems(config, parallel))
+
+
 def _config(directory: Path) -> None:
     config = load_config(directory)
     family_of(config.model_type).settings(config)
     for tp, pp in ((1, 1), (2, 2), (3, 1)):
-        survives(check_layout, config, tp, pp, 4)
+        survives(_layout, config, Parallel(tp=tp, pp=pp, world_size=4))
     parameter_count(config)
     survives(usable_length, config, 64)
     check_source(HFCheckpoint.open(directory), config)
@@ -114,7 +119,8 @@ option_values = values | st.lists(words, max_size=3)
 
 def _options(path: Path) -> None:
     args = parse(SftArguments, [str(path)])
-    check_numbers(args)
+    args.check_choices()
+    refuse(contradictions(args))
     for name, value in args.to_dict().items():
         assert value is None or isinstance(value, (str, int, float, bool, list)), name
         assert not isinstance(value, list) or all(isinstance(part, str) for part in value), name

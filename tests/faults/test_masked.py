@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from megaswift.run.job import Job
+from megaswift.run.spec import Run
 from megaswift.weights.torch_dist.reader import Reader
 from tests.faults.conftest import make_base
 from tests.ranks import RankPool
+from tests.runs import changed
 
 
 @pytest.fixture(scope="module")
@@ -21,23 +22,20 @@ def job(start: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> P
     """A job of one process; its ranks may be more, the global batch stays."""
     root = tmp_path_factory.mktemp("masked")
     made = make_base(start, root, 1, pp=1, eval_steps=100, weight_decay=0.0)
-    replace(made, first_step=0).write(root / "job.json")
-    return root / "job.json"
+    changed(made, first_step=0).write(root / "run.json")
+    return root / "run.json"
 
 
 def _step(job: str, target: str, pp: int, which: str, left_out: bool) -> dict[str, Any]:
     """One step; some of its micro batches have no label, or are left out. Micro batch k of the step belongs to rank k modulo dp."""
-    from megaswift.config.options import SftArguments
     from megaswift.megatron import process_groups as ranks
     from megaswift.train.checkpoint.save import save
     from megaswift.train.setup import open_batches, restore_trainer
 
-    found = Job.read(Path(job))
-    args = SftArguments(**found.options)
-    with ranks.joined(1, pp, 42) as rank:
-        found = replace(found, plan=replace(found.plan, pp=pp))
-        trainer = restore_trainer(found, args)[0]
-        batches = open_batches(found, args, rank)[0].step(0)
+    found = changed(Run.read(Path(job)), pp=pp)
+    with ranks.joined(found.parallel, 42) as rank:
+        trainer = restore_trainer(found)[0]
+        batches = open_batches(found, rank)[0].step(0)
         numbers = range(rank.dp_rank, len(batches) * rank.dp, rank.dp)
         chosen = {"micro batch": {0}, "rank": set(range(1, 99, 2)), "step": set(range(99)), "none": set()}[which]
         result = []

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from megaswift.config.options import SftArguments
-from megaswift.run.job import Job
+from megaswift.run.spec import Run
 from megaswift.train.spikes import FEWEST, NormHistory
 from megaswift.train.step_guard import StepGuard
 from tests.faults.conftest import make_base
-from tests.faults.harness import FaultRun, with_plan
+from tests.faults.harness import FaultRun
+from tests.runs import changed, resolved_run
 
 
 def poison(step: int, rank: int, factor: float, gradient_only: bool) -> None:
@@ -54,7 +54,7 @@ def poison(step: int, rank: int, factor: float, gradient_only: bool) -> None:
     ],  # whose square overflows
 )
 def test_a_nan_stops_every_rank_before_the_update(
-    rank: int, factor: float, gradient_only: bool, base: Job, straight: FaultRun, tmp_path: Path
+    rank: int, factor: float, gradient_only: bool, base: Run, straight: FaultRun, tmp_path: Path
 ) -> None:
     case = FaultRun(base, tmp_path)
     ended = case.run(prepare=partial(poison, 2, rank, factor, gradient_only))  # its second step is the run's fourth
@@ -83,7 +83,7 @@ def leave_out(place: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def constant(start: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Job:
+def constant(start: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run at one learning rate, so that steps can be compared across runs of different numbers of steps."""
     return make_base(
         start,
@@ -101,17 +101,17 @@ def constant(start: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory)
     [(1e6, False, 20.0, 1.0), (math.nan, False, 20.0, 1.0), (math.inf, True, 0.0, 1.0), (1e30, True, 0.0, 0.0)],
 )
 def test_a_skipped_step_leaves_no_trace(
-    factor: float, gradient_only: bool, skip_spikes: float, clip: float, constant: Job, tmp_path: Path
+    factor: float, gradient_only: bool, skip_spikes: float, clip: float, constant: Run, tmp_path: Path
 ) -> None:
     """Later losses are those of a run that never had that batch, and one NaN does not make every later step an outlier."""
     last = FEWEST + 6
     bad = FEWEST + 1  # counted in this process, which begins after two steps
     case = FaultRun(
-        with_plan(constant, clip_grad=clip, train_iters=last), tmp_path / "bad", nonfinite="skip", skip_spikes=skip_spikes
+        changed(constant, max_grad_norm=clip, train_iters=last), tmp_path / "bad", nonfinite="skip", skip_spikes=skip_spikes
     )
     ended = case.run(prepare=partial(poison, bad, 1, factor, gradient_only))
     assert ended.codes == [0, 0], ended.output
-    other = FaultRun(with_plan(constant, clip_grad=clip, train_iters=last - 1), tmp_path / "without")
+    other = FaultRun(changed(constant, max_grad_norm=clip, train_iters=last - 1), tmp_path / "without")
     assert other.run(prepare=partial(leave_out, bad + 1)).codes == [0, 0]
     skipped, clean = [row for row in case.rows() if "loss" in row], [row for row in other.rows() if "loss" in row]
     at = next(k for k, row in enumerate(skipped) if row["skipped_steps"])
@@ -121,7 +121,7 @@ def test_a_skipped_step_leaves_no_trace(
     assert list(case.run_dir.glob("spike_step_*.json" if factor == 1e6 else "nonfinite_step_*.json"))
 
 
-def test_too_many_skipped_steps_stop_the_run(constant: Job, tmp_path: Path) -> None:
+def test_too_many_skipped_steps_stop_the_run(constant: Run, tmp_path: Path) -> None:
     case = FaultRun(constant, tmp_path, nonfinite="skip", max_skipped_steps=0)
     ended = case.run(prepare=partial(poison, 1, 1, math.nan, False))
     assert ended.codes == [4, 4]
@@ -145,6 +145,6 @@ def test_norms_and_skipped_steps_of_before_count_after_a_resume(tmp_path: Path) 
     """A run that is requeued at each break would otherwise never come to --max_skipped_steps, and take any norm at first."""
     nothing: Any = SimpleNamespace(plan=None, is_first=False)
     extra = {"norms": [2.0] * FEWEST, "skipped": 3}
-    args = SftArguments(skip_spikes=3.0)
-    run = StepGuard(args, nothing, nothing, tmp_path, nothing, extra, last=9, before_the_end=lambda: None, active=False)
+    guards = resolved_run(skip_spikes=3.0).guards
+    run = StepGuard(guards, nothing, nothing, tmp_path, nothing, extra, last=9, before_the_end=lambda: None, active=False)
     assert (run.skipped, run.norms.limit) == (3, 6.0)

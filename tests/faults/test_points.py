@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megaswift.run.job import Job
+from megaswift.run.spec import Run
 from megaswift.store.faults import POINTS
 from megaswift.store.manifest import quick_check
 from megaswift.store.paths import candidates
@@ -54,7 +54,7 @@ def test_every_point_is_known() -> None:
 
 
 @pytest.mark.parametrize("fault", CASES)
-def test_nothing_is_lost(fault: str, base: Job, straight: FaultRun, tmp_path: Path) -> None:
+def test_nothing_is_lost(fault: str, base: Run, straight: FaultRun, tmp_path: Path) -> None:
     point, kind, rank = fault.split(":")
     case = FaultRun(base, tmp_path)
     before = (case.run_dir / "iter_0000002" / "manifest.json").read_bytes()
@@ -108,7 +108,7 @@ def skip_a_collective() -> None:
     dist.all_reduce = all_reduce
 
 
-def test_a_rank_that_leaves_out_a_collective(base: Job, straight: FaultRun, tmp_path: Path) -> None:
+def test_a_rank_that_leaves_out_a_collective(base: Run, straight: FaultRun, tmp_path: Path) -> None:
     case = FaultRun(base, tmp_path)
     ended = case.run(prepare=skip_a_collective, hangs=True)
     assert ended.seconds < GONE_S, ended

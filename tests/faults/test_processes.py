@@ -77,7 +77,7 @@ def test_sigterm_to_the_launcher(live: Callable[..., Live]) -> None:
     assert "stopped by SIGTERM after step" in run.text()
     saved = iteration_of(newest_whole(run.run_dir, verify=True)[0])
     assert saved == run.steps()[-1]
-    assert json.loads((run.run_dir / "job.json").read_text())["first_step"] == 0
+    assert json.loads((run.run_dir / "run.json").read_text())["schedule"]["first_step"] == 0
     goes_on(run, live, saved)
 
 
@@ -283,7 +283,7 @@ def test_a_signal_while_the_others_are_awaited(machine: int, live: Callable[...,
     run = live(
         processes=1, NNODES="2", NODE_RANK=str(machine), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), MEGASWIFT_CACHE=str(cache)
     )  # fmt: skip
-    until(lambda: listens(port) if machine == 0 else list(cache.glob("job-*.json")), run)
+    until(lambda: listens(port) if machine == 0 else list(cache.glob("run-*.json")), run)
     time.sleep(1.5)
     send(run.process.pid, signal.SIGTERM)
     assert run.process.wait(30) == 75, run.text()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from megaswift.run.spec import Parallel, Precision
 from megaswift.weights.convert import Precisions, planned_hf_tensors
 from megaswift.weights.hf.config import load_config
 from megaswift.weights.hf.read import HFCheckpoint
@@ -18,6 +18,7 @@ from tests import tiny
 from tests.faults import table
 from tests.faults.conftest import ALL
 from tests.ranks import RankPool
+from tests.runs import changed
 from tests.training import tiny_start, train, write_rows
 
 LAYOUTS = [(4, 1), (2, 2)]  # tp, pp: after a conversion that is of no layout, or after a run at tp 1
@@ -34,14 +35,13 @@ def chain(tmp_path: Path, first: Path) -> list[tuple[Path, Path, int, int]]:
 def _weights(config_dir: str, source: str, target: str, tp: int, pp: int) -> None:
     """Load at a layout, save again."""
     from megaswift.megatron import process_groups as ranks
-    from megaswift.megatron.model import ModelOptions, build
-    from megaswift.run.plan import padded_vocab
+    from megaswift.megatron.model import build
     from megaswift.train.checkpoint.load import load_weights
     from megaswift.train.checkpoint.save import save
 
-    with ranks.joined(tp, pp, 42):
-        config = load_config(Path(config_dir))
-        model = build(config, ModelOptions(tp=tp, pp=pp, dtype="fp32", padded_vocab=padded_vocab(config.vocab_size, tp)))
+    parallel = Parallel(tp=tp, pp=pp)
+    with ranks.joined(parallel, 42):
+        model = build(load_config(Path(config_dir)), parallel, Precision())
         load_weights(model, Path(source))
         state: Any = SimpleNamespace(bare_model=model, settle_weights=lambda: None, some_layers=None)
         save(Path(target).parent, 1, state, only_model=True, extra={}, manifest={})
@@ -68,19 +68,15 @@ def test_weights_come_back_from_every_layout(name: str, tied: bool, pool: RankPo
 
 def _state(run: str, source: str, target: str, tp: int, pp: int) -> None:
     """Load weights, optimizer and schedule at a layout, save again."""
-    from megaswift.config.options import SftArguments
     from megaswift.megatron import process_groups as ranks
-    from megaswift.run.job import Job
+    from megaswift.run.spec import Run
     from megaswift.train.checkpoint.save import save
     from megaswift.train.setup import restore_trainer
 
-    job = Job.read(Path(run) / "job.json")
-    plan = replace(job.plan, tp=tp, pp=pp, dp=1, world_size=tp * pp)
-    job = replace(job, plan=plan, checkpoint=source, first_step=1)
-    with ranks.joined(tp, pp, 42):
-        trainer = restore_trainer(job, SftArguments(**job.options))[0]
-        layout = {"tp": tp, "pp": pp, "dp": 1}
-        save(Path(target).parent, 1, trainer, only_model=False, extra={}, manifest={"layout": layout})
+    spec = changed(Run.read(Path(run) / "run.json").going_on(1, Path(source)), tp=tp, pp=pp, world_size=tp * pp)
+    with ranks.joined(spec.parallel, 42):
+        trainer = restore_trainer(spec)[0]
+        save(Path(target).parent, 1, trainer, only_model=False, extra={}, manifest={"layout": spec.parallel.layout})
 
 
 @pytest.mark.parametrize(("name", "tied"), MODELS if ALL else SOME[1:])

@@ -22,7 +22,8 @@ from megaswift.store.manifest import older_links, read_manifest, sha256_of
 from megaswift.weights.torch_dist.reader import Reader
 from tests.faults import table
 from tests.ranks import RankPool
-from tests.training import Run, tiny_start, train
+from tests.runs import changed
+from tests.training import Trained, tiny_start, train
 
 # world size, tp, pp, sequence parallel
 LAYOUTS = [(2, 1, 2, False), (1, 1, 1, False), (2, 2, 1, True), (2, 1, 1, False), (4, 2, 2, True)]
@@ -44,12 +45,12 @@ def options(start: tuple[Path, Path], **more: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def whole(start: tuple[Path, Path], pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def whole(start: tuple[Path, Path], pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """Six steps without a break."""
     return train(pool, tmp_path_factory.mktemp("whole"), 2, **options(start, pp=2))
 
 
-def half(whole: Run, output: Path) -> Path:
+def half(whole: Trained, output: Path) -> Path:
     """A copy of the run as it was after its third step, under another --output_dir."""
     run = output / whole.directory.parent.name / whole.directory.name
     shutil.copytree(whole.directory, run)
@@ -58,7 +59,7 @@ def half(whole: Run, output: Path) -> Path:
     return run
 
 
-def figures(run: Run) -> list[tuple[Any, ...]]:
+def figures(run: Trained) -> list[tuple[Any, ...]]:
     return [
         (row["global_step/max_steps"], row["loss"], row["grad_norm"], row["learning_rate"], row["consumed_samples"])
         for row in run.rows
@@ -68,7 +69,7 @@ def figures(run: Run) -> list[tuple[Any, ...]]:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_three_and_three_are_six(
-    layout: tuple[int, int, int, bool], whole: Run, start: tuple[Path, Path], pool: RankPool, tmp_path: Path
+    layout: tuple[int, int, int, bool], whole: Trained, start: tuple[Path, Path], pool: RankPool, tmp_path: Path
 ) -> None:
     run = half(whole, tmp_path)
     world, tp, pp, sequence_parallel = layout
@@ -90,10 +91,10 @@ def test_three_and_three_are_six(
 
 
 @pytest.mark.parametrize("layout", [(1, 1), (2, 1), (1, 2), (4, 1)])
-def test_no_row_twice_and_none_lost(layout: tuple[int, int], start: tuple[Path, Path], whole: Run) -> None:
+def test_no_row_twice_and_none_lost(layout: tuple[int, int], start: tuple[Path, Path], whole: Trained) -> None:
     """Steps before the break on one data-parallel layout and after it on another see each row of the epoch once."""
-    job = json.loads((whole.directory / "job.json").read_text())
-    rows = TokenRows.open(job["train_data"])
+    job = json.loads((whole.directory / "run.json").read_text())
+    rows = TokenRows.open(job["data"]["train"])
     size = 8
     count = len(rows) // size
 
@@ -110,7 +111,7 @@ def test_no_row_twice_and_none_lost(layout: tuple[int, int], start: tuple[Path, 
     assert len(counts) == count * size
 
 
-def test_moments_survive_another_layout(whole: Run, start: tuple[Path, Path], pool: RankPool, tmp_path: Path) -> None:
+def test_moments_survive_another_layout(whole: Trained, start: tuple[Path, Path], pool: RankPool, tmp_path: Path) -> None:
     """A state loaded at tp 2 x pp 2 and saved again at once has the same tensors, optimizer moments too, to the bit."""
     run = half(whole, tmp_path)
     pool.run(4, _load_and_save, str(run), str(tmp_path / "again"))
@@ -129,18 +130,14 @@ def test_moments_survive_another_layout(whole: Run, start: tuple[Path, Path], po
 
 
 def _load_and_save(run: str, target: str) -> None:
-    from dataclasses import replace
-
-    from megaswift.config.options import SftArguments
     from megaswift.megatron import process_groups as ranks
-    from megaswift.run.job import Job
+    from megaswift.run.spec import Run
     from megaswift.train.checkpoint.save import save
     from megaswift.train.setup import restore_trainer
 
-    job = Job.read(Path(run) / "job.json")
-    job = replace(job, plan=replace(job.plan, tp=2, pp=2, dp=1, world_size=4), checkpoint=run + "/iter_0000003", first_step=3)
-    with ranks.joined(2, 2, 42):
-        trainer = restore_trainer(job, SftArguments(**job.options))[0]
+    spec = changed(Run.read(Path(run) / "run.json").going_on(3, Path(run, "iter_0000003")), tp=2, pp=2, world_size=4)
+    with ranks.joined(spec.parallel, 42):
+        trainer = restore_trainer(spec)[0]
         save(Path(target), 3, trainer, only_model=False, extra={}, manifest={})
 
 
@@ -161,7 +158,7 @@ def test_a_requeued_job_needs_one_command(
     assert "now has 3 steps, it had 2" in capsys.readouterr().out
 
 
-def test_a_run_goes_on_with_its_own_options(whole: Run, pool: RankPool, tmp_path: Path) -> None:
+def test_a_run_goes_on_with_its_own_options(whole: Trained, pool: RankPool, tmp_path: Path) -> None:
     """The command that is named to somebody who gives the run and no data."""
     run = half(whole, tmp_path)
     with pytest.raises(UserError) as refused:
@@ -198,7 +195,7 @@ def test_replacing_a_run_takes_nothing_else(start: tuple[Path, Path], pool: Rank
 
 
 @pytest.fixture(scope="module")
-def given(start: tuple[Path, Path], pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def given(start: tuple[Path, Path], pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """Four steps of six rows by two data-parallel ranks whose accumulation was given."""
     command = options(start, batch_size=1, gradient_accumulation_steps=3, max_steps=4, save_steps=2, eval_steps=100)
     return train(pool, tmp_path_factory.mktemp("given"), 2, **command)
@@ -214,7 +211,7 @@ def given(start: tuple[Path, Path], pool: RankPool, tmp_path_factory: pytest.Tem
     ids=["fewer", "larger micro batches", "another dp"],
 )
 def test_a_given_accumulation_is_worked_out_anew(
-    processes: int, more: tuple[str, ...], said: str, given: Run, pool: RankPool, tmp_path: Path, capsys: Any
+    processes: int, more: tuple[str, ...], said: str, given: Trained, pool: RankPool, tmp_path: Path, capsys: Any
 ) -> None:
     """On another number of processes the global batch is what stays, with the options in a file that nobody typed."""
     run = tmp_path / given.directory.parent.name / given.directory.name
@@ -231,7 +228,7 @@ def test_a_given_accumulation_is_worked_out_anew(
     assert kept["gradient_accumulation_steps"] == 3, "what was worked out for one machine is not kept as if it had been given"
 
 
-def test_another_number_of_processes_after_a_resume(whole: Run, pool: RankPool, tmp_path: Path) -> None:
+def test_another_number_of_processes_after_a_resume(whole: Trained, pool: RankPool, tmp_path: Path) -> None:
     """One command for ever, with the default accumulation; each time from where the last one ended."""
     run = half(whole, tmp_path)
     for steps, processes in ((4, 1), (5, 2)):
@@ -259,7 +256,7 @@ def test_a_template_that_writes_the_date_is_given_that_of_the_run(
 
 
 def test_a_damaged_checkpoint_is_gone_around(
-    whole: Run, start: tuple[Path, Path], pool: RankPool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    whole: Trained, start: tuple[Path, Path], pool: RankPool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / whole.directory.parent.name / whole.directory.name
     shutil.copytree(whole.directory, run)
@@ -292,7 +289,7 @@ def flip(path: Path, place: int = 5000) -> None:
     ids=str,
 )
 def test_another_run_is_refused_with_what_differs(
-    changes: dict[str, Any], words: str, whole: Run, start: tuple[Path, Path], pool: RankPool, tmp_path: Path
+    changes: dict[str, Any], words: str, whole: Trained, start: tuple[Path, Path], pool: RankPool, tmp_path: Path
 ) -> None:
     run = half(whole, tmp_path)
     if changes.get("dataset") == "shorter":
@@ -331,7 +328,7 @@ def other_folder(run: Path, start: Path) -> dict[str, Any]:
     ],
 )
 def test_another_model_is_refused_with_what_differs(
-    change: Any, words: str, whole: Run, start: tuple[Path, Path], pool: RankPool, tmp_path: Path
+    change: Any, words: str, whole: Trained, start: tuple[Path, Path], pool: RankPool, tmp_path: Path
 ) -> None:
     run = half(whole, tmp_path)
     changes = change(run, start[0])

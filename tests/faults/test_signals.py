@@ -12,9 +12,10 @@ import pytest
 
 from megaswift.commands.sft import sft_main
 from megaswift.errors import Stopped
-from megaswift.run.job import Job
+from megaswift.run.spec import Run
 from tests.faults.conftest import ALL
-from tests.faults.harness import FaultRun, signalled, with_plan
+from tests.faults.harness import FaultRun, signalled
+from tests.runs import changed
 
 WHERE = {
     "loop.start": 2,
@@ -32,9 +33,9 @@ SOME = [("loop.start", "1"), ("loop.step", "0"), ("loop.evaluate", "1"), ("save.
 @pytest.mark.parametrize(("point", "rank"), CASES if ALL else SOME)
 @pytest.mark.parametrize("background", [False, True] if ALL else [False])
 def test_the_first_signal_saves_and_stops(
-    point: str, rank: str, background: bool, base: Job, straight: FaultRun, tmp_path: Path
+    point: str, rank: str, background: bool, base: Run, straight: FaultRun, tmp_path: Path
 ) -> None:
-    case = FaultRun(base, tmp_path, async_save=background)
+    case = FaultRun(base, tmp_path, in_background=background)
     ended = case.run(f"{point}:term:{rank}")
     if point == "loop.evaluate":  # the evaluation is that of the last step: the run is over anyway
         assert ended.codes == [0, 0], ended.output
@@ -47,10 +48,10 @@ def test_the_first_signal_saves_and_stops(
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_one_rank_of_a_long_run_is_told_to_stop(rank: int, base: Job, tmp_path: Path) -> None:
+def test_one_rank_of_a_long_run_is_told_to_stop(rank: int, base: Run, tmp_path: Path) -> None:
     """As when one machine of several is preempted: all ranks end with 75, and the checkpoint is of that step, not the last."""
     case = FaultRun(base, tmp_path)
-    case.job = with_plan(case.job, train_iters=150, save_interval=1000)
+    case.job = changed(case.job, train_iters=150, save_steps=1000)
     ended = case.run(f"loop.step:term:{rank}:2")  # before the run's fourth step
     assert ended.codes == [75, 75], ended.output
     assert 4 <= case.newest() < 100
@@ -89,7 +90,7 @@ def test_a_signal_that_a_library_takes_for_its_own_error(
     assert not list(tmp_path.rglob("logging.jsonl"))
 
 
-def test_the_second_signal_ends_a_rank_that_waits(base: Job, tmp_path: Path) -> None:
+def test_the_second_signal_ends_a_rank_that_waits(base: Run, tmp_path: Path) -> None:
     """Rank 1 is stopped, rank 0 waits for it inside a collective, where no Python code runs: it still ends at once."""
 
     def twice(processes: list[Any]) -> None:
@@ -108,6 +109,6 @@ def test_the_second_signal_ends_a_rank_that_waits(base: Job, tmp_path: Path) -> 
         assert processes[0].exitcode == 128 + signal.SIGTERM
 
     case = FaultRun(base, tmp_path)
-    case.job = with_plan(case.job, train_iters=400)
+    case.job = changed(case.job, train_iters=400)
     case.run(watch=twice)
     assert case.newest() >= 3

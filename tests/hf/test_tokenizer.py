@@ -62,6 +62,8 @@ def test_a_missing_tokenizer_file_is_one_error(folder: Callable[..., Path]) -> N
     with pytest.raises(DataError, match="tokenizer.json is not there") as error:
         load_tokenizer(place)
     assert error.value.where == str(place) and "fetch" in error.value.fix
+    assert not error.value.what.endswith(":") and "\n" not in error.value.what
+    assert "from one of: (1) " in error.value.what and "(3) " in error.value.what, "what transformers lists stands there too"
 
 
 def test_the_list_of_tokens(tmp_path: Path) -> None:

@@ -205,14 +205,14 @@ def test_beams_do_not_stream_and_say_so(model: Path, monkeypatch, capsys) -> Non
         (["--ckpt_dir", "a-file"], "is a file"),
         (["--ckpt_dir", "empty"], "no config.json"),
         (["--ckpt_dir", "tiny-hf", "--model_id_or_path", "tiny-hf"], "both name a model"),
-        (["--ckpt_dir", "tiny-hf", "--temperature", "-1"], "not possible"),
+        (["--ckpt_dir", "tiny-hf", "--temperature", "-1"], "is not 0 or more"),
         (["--ckpt_dir", "tiny-hf", "--eval_human", "false"], "needs questions"),
         (["--ckpt_dir", "tiny-hf", "--eval_human", "true", "--val_dataset", "a-file"], "conversation"),
         (["--ckpt_dir", "tiny-hf", "--load_dataset_config", "true"], "no dataset"),
         (["--model_type", "my-tiny", "--load_dataset_config", "true"], "model directory"),
         (["--ckpt_dir", "tiny-hf", "--result_dir", "a-file/results"], "no directory"),
         (["--ckpt_dir", "tiny-hf", "--val_dataset", "missing.jsonl"], "missing.jsonl"),
-        (["--ckpt_dir", "tiny-hf", "--infer_batch_size", "0", "--val_dataset", "q.txt"], "not possible"),
+        (["--ckpt_dir", "tiny-hf", "--infer_batch_size", "0", "--val_dataset", "q.txt"], "is not 1 or more"),
     ],
 )
 def test_what_cannot_work_is_told_before_a_model_is_loaded(

@@ -25,17 +25,13 @@ SETTINGS: dict[str, Any] = dict(
 
 def _model(fused: bool, tp: int, sequence_parallel: bool, qk_norm: bool) -> Any:
     from megatron.core.models.gpt.gpt_model import GPTModel
-    from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megaswift.megatron import layer_specs as backend
-    from megaswift.megatron.kernels.linear_ops import PLAIN
     from megaswift.megatron.kernels.megatron_fuse import fuse_embedding
+    from megaswift.megatron.model import EngineConfig
     from megaswift.models.kinds import Kind
 
-    config = TransformerConfig(
-        **SETTINGS, tensor_model_parallel_size=tp, sequence_parallel=sequence_parallel, qk_layernorm=qk_norm
-    )
-    config.linear_ops = PLAIN  # type: ignore[attr-defined]
+    config = EngineConfig(**SETTINGS, tensor_model_parallel_size=tp, sequence_parallel=sequence_parallel, qk_layernorm=qk_norm)
     spec = backend.block_spec([Kind(qk_norm=qk_norm)] * 2)
     if not fused:
         _plain(spec)

@@ -17,7 +17,7 @@ from megaswift.models.adapters import Lora, saved_modules, target_modules
 from megaswift.models.family import is_tied
 from megaswift.models.parameters import Parameter
 from megaswift.parity.adapters import as_packed, plain
-from megaswift.run.job import Job
+from megaswift.run.spec import Method, Run
 from megaswift.weights.hf.config import load_config
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -87,9 +87,10 @@ def peft_step(model: Any, data: TokenRows) -> tuple[float, float, dict[str, Tens
     return float(total / weight), norm, plain_names(found)
 
 
-def adapted(made: Job, lora: Lora, start: Path | None, **changes: Any) -> Job:
-    """A job of full training as one that trains an adapter."""
-    return replace(made, adapter=lora.record(), adapter_start=None if start is None else str(start), **changes)
+def adapted(made: Run, lora: Lora, start: Path | None) -> Run:
+    """A run of full training as one that trains an adapter."""
+    method = Method(sft_type="lora", adapter=lora, adapter_start=None if start is None else str(start))
+    return replace(made, method=method)
 
 
 def by_hf_name(directory: Path, parameters: list[Parameter]) -> dict[str, Tensor]:

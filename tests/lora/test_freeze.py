@@ -41,7 +41,7 @@ def test_gradients_of_the_others(pool: RankPool, tmp_path: Path) -> None:
             with mock.patch.dict(os.environ, {"NPROC_PER_NODE": str(world)}):
                 made = job(start, rows, world, *layout, batch=2, padding_free=False, **options)
             made.write(path)
-            trained[form] = [p for p in parameters_of(config) if p.name not in set(made.frozen)]
+            trained[form] = [p for p in parameters_of(config) if p.name not in set(made.method.frozen)]
             pool.run(world, gradients, [(str(path), str(tmp_path / f"{name} {form}"))])
     whole = Reader(tmp_path / f"{NAMES[0]} all" / "iter_0000001")
     for form in FORMS:

@@ -10,9 +10,8 @@ from unittest import mock
 import pytest
 import torch
 
-from megaswift.config.options import SftArguments
 from megaswift.data.store import TokenRows
-from megaswift.run.job import Job
+from megaswift.run.spec import Run
 from tests.engine.test_packed import LAYOUTS, job
 from tests.lora.adapters import adapted, by_hf_name, lora_of, parameters_of, peft_model, peft_step
 from tests.ranks import RankPool
@@ -35,13 +34,12 @@ def one_step(jobs: list[tuple[str, str]]) -> list[dict[str, Any]]:
     from megaswift.train.gradients import Gradients
     from megaswift.train.setup import open_batches, restore_trainer
 
-    loaded = [Job.read(Path(path)) for path, _ in jobs]
-    plan, result = loaded[0].plan, []
-    with ranks.joined(plan.tp, plan.pp, 42, plan.cp) as rank:
+    loaded = [Run.read(Path(path)) for path, _ in jobs]
+    result = []
+    with ranks.joined(loaded[0].parallel, 42) as rank:
         for item, (_, target) in zip(loaded, jobs, strict=True):
-            args = SftArguments(**item.options)
-            trainer, _ = restore_trainer(item, args)
-            batches, _ = open_batches(item, args, rank)
+            trainer, _ = restore_trainer(item)
+            batches, _ = open_batches(item, rank)
             frozen = {name: value.clone() for name, value in trainer.bare_model.named_parameters() if not value.requires_grad}
             sums = trainer.gradients(batches.step(0))
             save(Path(target), 1, Gradients(trainer, trainer.gradient_divisor(sums)), only_model=True, extra={}, manifest={})
@@ -99,7 +97,7 @@ def test_gradients_are_those_of_peft(case: str, pool: RankPool, tmp_path: Path) 
             adapted(made, lora, tmp_path / "adapter").write(path)
             jobs.append((str(path), str(tmp_path / f"{name} {form}")))
         if wanted is None:
-            wanted = peft_step(model, TokenRows.open(made.train_data))
+            wanted = peft_step(model, TokenRows.open(made.data.train))
         loss, norm, gradients = wanted
         assert set(gradients) == {part.name for parameter in parameters for part in parameter.hf}
         for (_, target), figures in zip(jobs, pool.run(world, one_step, jobs)[0], strict=True):

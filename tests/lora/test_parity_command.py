@@ -36,8 +36,8 @@ def test_a_wrong_adapter_is_named(pool: RankPool, start: tuple[Path, Path], tmp_
 
     honest = PeftSide.of
 
-    def plain(job: Any, seed: int) -> Any:
-        side = honest(job, seed)
+    def plain(run: Any) -> Any:
+        side = honest(run)
         object.__setattr__(side.lora, "rslora", False)
         return side
 

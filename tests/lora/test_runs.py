@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,18 @@ import pytest
 import torch
 
 from megaswift.commands.sft import sft_main
+from megaswift.config.files import read_args_file
 from megaswift.config.options import SftArguments
 from megaswift.data.batches import Batches
 from megaswift.data.store import TokenRows
 from megaswift.errors import DataError, UserError
 from megaswift.parity.adapters import PeftSide
 from megaswift.parity.reference import Reference
-from megaswift.run.job import Job
+from megaswift.run.spec import RUN_FILE, Run
 from megaswift.weights.torch_dist.reader import Reader
 from tests.lora.adapters import by_hf_name, lora_of, parameters_of, peft_model
 from tests.ranks import RankPool
-from tests.training import Run, long, tiny_start, train, write_rows
+from tests.training import Trained, long, tiny_start, train, write_rows
 
 STEPS = 20
 # Every B starts at zero and its gradients may be as small as Adam's usual epsilon, where an update has the sign of rounding.
@@ -52,16 +54,18 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")
 
 
-def reference(run: Run, folder: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
+def reference(run: Trained, folder: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses and the adapter of the same run in PEFT, mask for mask."""
-    job = Job.read(run.directory / "job.json")
-    args, plan, data = SftArguments(**job.options), job.plan, TokenRows.open(job.train_data)
+    spec, options = Run.read(run.directory / RUN_FILE), read_args_file(run.directory)
+    names = {item.name for item in fields(SftArguments)}
+    args, data = SftArguments(**{name: options[name] for name in names}), TokenRows.open(spec.data.train)
     batches = Batches(
-        data, micro_batch_size=1, global_batch_size=plan.global_batch, dp_rank=0, dp_size=1, seed=args.seed, pad_id=job.pad_id
-    )
-    warmup = int(plan.megatron["lr_warmup_iters"])
-    side = Reference(folder, args, "fp32", plan.train_iters, warmup, PeftSide.of(job, args.seed))
-    ids: list[np.ndarray] = [batches.sample_ids(step) for step in range(plan.train_iters)]
+        data, micro_batch_size=1, global_batch_size=spec.batch.global_batch_size, dp_rank=0, dp_size=1, seed=spec.seed,
+        pad_id=spec.data.pad_id,
+    )  # fmt: skip
+    steps, warmup = spec.schedule.train_iters, spec.schedule.warmup_iters
+    side = Reference(folder, args, "fp32", steps, warmup, PeftSide.of(spec))
+    ids: list[np.ndarray] = [batches.sample_ids(step) for step in range(steps)]
     results = list(side.run(data, ids))
     return [item.loss for item in results], results[-1].weights
 

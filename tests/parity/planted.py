@@ -22,20 +22,20 @@ def planted(fault: str) -> Iterator[None]:
 
 def run_rank(job: str, fault: str) -> None:
     """One rank of a parity run with a fault planted."""
-    from megaswift.parity.rank import run
-    from megaswift.run.job import Job
+    from megaswift.parity.rank import trace
+    from megaswift.run.spec import Run
 
     with planted(fault):
-        run(Job.read(Path(job)))
+        trace(Run.read(Path(job)))
 
 
 def run_sft_rank(job: str, fault: str) -> None:
     """One rank of a whole run with a fault planted."""
-    from megaswift.run.job import Job
-    from megaswift.train.loop import run
+    from megaswift.run.spec import Run
+    from megaswift.train.loop import train
 
     with planted(fault):
-        run(Job.read(Path(job)))
+        train(Run.read(Path(job)))
 
 
 def _shifted_labels() -> Any:

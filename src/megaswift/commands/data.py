@@ -23,8 +23,9 @@ from megaswift.errors import UserError
 from megaswift.hub.locate import locate
 from megaswift.launch.agent import cluster
 from megaswift.models.registry import MODEL_TYPES
-from megaswift.run.method import adapter_of, frozen_parameters, trained_parameters, with_method_defaults
-from megaswift.run.plan import parameter_count, usable_length
+from megaswift.run.memory import parameter_count, trained_parameters
+from megaswift.run.method import adapter_of, frozen_parameters, with_method_defaults
+from megaswift.run.problems import usable_length
 from megaswift.run.setup import streamed_rows
 from megaswift.store.cache import cache_root
 from megaswift.store.paths import gguf_fix, is_megatron_directory

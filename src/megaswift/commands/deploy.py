@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import ipaddress
 import os
-import re
 import socket
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 from megaswift.config.options import DeployArguments, parse
+from megaswift.config.parse import size_of
 from megaswift.errors import UserError
 from megaswift.inference.gate import KEY_VARIABLE, Rules
 from megaswift.inference.model_ref import choose
 from megaswift.inference.options import GenerationOptions
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _LOOPBACK_NAMES = ["localhost", "127.0.0.1", "[::1]"]
 
 
@@ -60,22 +59,13 @@ def check(args: DeployArguments, key: str | None) -> int:
     from megaswift.inference.backends import check_backend
 
     check_backend(args)
-    checks = (
-        ("port", 0 <= args.port <= 65535, "0 to 65535"),
-        ("max_new_tokens", args.max_new_tokens >= 1, "1 or more"),
-        ("max_concurrency", args.max_concurrency >= 1, "1 or more"),
-        ("infer_batch_size", args.infer_batch_size >= 1, "1 or more"),
-    )
-    for name, good, legal in checks:
-        if not good:
-            raise UserError(f"--{name} {getattr(args, name)} is not possible.", where=f"--{name}", fix=f"legal values: {legal}")
     if not key and not is_loopback(args.host):
         raise UserError(
             f"--host {args.host} lets other machines in, and there is no API key.",
             where="--host",
             fix=f"give --api_key KEY, or set {KEY_VARIABLE}",
         )
-    return _bytes(args.max_body_size)
+    return size_of(args.max_body_size, "max_body_size")
 
 
 def is_loopback(host: str) -> bool:
@@ -86,13 +76,6 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
-
-
-def _bytes(text: str) -> int:
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", text)
-    if not match or match.group(2).upper() not in _UNITS or float(match.group(1)) <= 0:
-        raise UserError(f"--max_body_size {text!r} is no size.", where="--max_body_size", fix="use for example 500KB or 4MB")
-    return int(float(match.group(1)) * _UNITS[match.group(2).upper()])
 
 
 def _require_packages() -> None:

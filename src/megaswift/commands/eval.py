@@ -144,14 +144,6 @@ def _check(args: EvalArguments) -> None:
             where="--infer_backend",
             fix="use --infer_backend pt, or --eval_method generate",
         )
-    checks = (
-        ("eval_limit", args.eval_limit is None or args.eval_limit >= 1, "1 or more"),
-        ("eval_few_shot", args.eval_few_shot >= 0, "0 or more"),
-        ("eval_batch_size", args.eval_batch_size >= 1, "1 or more"),
-    )
-    for name, good, legal in checks:
-        if not good:
-            raise UserError(f"--{name} {getattr(args, name)} is not possible.", where=f"--{name}", fix=f"legal values: {legal}")
     if "/" in args.name or args.name.startswith("."):
         raise UserError(f"--name {args.name!r} cannot be a directory name.", where="--name", fix="use letters, digits, - and _")
 

@@ -96,10 +96,6 @@ def prepare(args: InferArguments) -> Request:
         )
     _check_held_out(args, values)
     GenerationOptions.from_args(args)
-    if args.infer_batch_size < 1:
-        raise UserError(
-            f"--infer_batch_size {args.infer_batch_size} is not possible.", where="--infer_batch_size", fix="use 1 or more"
-        )
     request = Request(args, chosen, _talks(args))
     if not chosen.megatron:
         _ = request.located  # a model that cannot be found is told before anything else is done

@@ -34,11 +34,11 @@ from megaswift.parity.layouts import Layout, parse_layouts
 from megaswift.parity.rank import GRADIENTS, LAYERS, LOG, NOISE, STATE, STOP_AFTER, WEIGHTS
 from megaswift.parity.reference import Reference, write_samples
 from megaswift.parity.show import draw, print_layouts, print_reference
-from megaswift.run import table
-from megaswift.run.job import Job
 from megaswift.run.method import parameters_of_adapter
-from megaswift.run.setup import job_of, plan_of, prepared, template_of
+from megaswift.run.resolve import global_batch_size
+from megaswift.run.setup import prepared, resolved, template_of
 from megaswift.run.source import resolve_source
+from megaswift.run.spec import RUN_FILE
 from megaswift.store.paths import iteration_directory
 from megaswift.terminal import say
 from megaswift.weights.convert import Precisions, planned_hf_tensors
@@ -78,6 +78,12 @@ def parity_main(args: ParityArguments | list[str]) -> Path:
             fix="convert first: swift export --to_megatron true --new_special_tokens ...; then leave it out here",
         )
     start = resolve_source(plain)
+    if start.frozen:
+        raise UserError(
+            "the reference trains all weights.",
+            where="--freeze_parameters",
+            fix="leave it out: what is trained has the same gradients",
+        )
     template = template_of(start.args, start)
     data = prepared(start.args, template, start)
     if args.learning and data.val is None:
@@ -124,23 +130,22 @@ class _Runs:
         directory.mkdir()
         for part in (GRADIENTS, WEIGHTS) if dump else ():
             (directory / part).mkdir()
-        plan = plan_of(args, self.start, self.data, place, directory, batch)
-        job = job_of(args, self.start, self.data, plan, self.pad_id)
-        if job.adapter is not None and not self.args.learning:
-            job = replace(job, adapter={**job.adapter, "init": RANDOM})
+        run = resolved(args, self.start, self.data, place.world_size, directory, self.pad_id, batch)
+        if run.method.adapter is not None:
+            begun = replace(run.method.adapter, init=RANDOM)
+            run = replace(run, method=replace(run.method, adapter=begun))
         if noise is not None:
             (directory / NOISE).write_text(str(noise), encoding="utf-8")
-        half = plan.train_iters // 2 if resume else 0
+        half = run.schedule.train_iters // 2 if resume else 0
         if half:
             (directory / STOP_AFTER).write_text(str(half), encoding="utf-8")
-        job.write(directory / "job.json")
-        agent.start_ranks(place, directory / "job.json", module="megaswift.parity.rank")
+        run.write(directory / RUN_FILE)
+        agent.start_ranks(place, directory / RUN_FILE, module="megaswift.parity.rank")
         if half:
-            saved = iteration_directory(directory / STATE, half)
-            replace(job, first_step=half, checkpoint=str(saved)).write(directory / "job.json")
-            agent.start_ranks(place, directory / "job.json", module="megaswift.parity.rank")
+            run.going_on(half, iteration_directory(directory / STATE, half)).write(directory / RUN_FILE)
+            agent.start_ranks(place, directory / RUN_FILE, module="megaswift.parity.rank")
         rows = [json.loads(line) for line in (directory / LOG).read_text(encoding="utf-8").splitlines()]
-        self.batches = plan.global_batch
+        self.spec = run
         return rows
 
     def reference(self, place: Cluster) -> str | None:
@@ -178,7 +183,7 @@ class _Runs:
         run_dir = sft_main(learning.options_of_run(args, self.out / "engine"))
         torch.set_num_threads(threads)  # the launcher tells its ranks, and so this process, to take one share of the cores
         say("reference: transformers and torch.optim.AdamW, sample by sample")
-        curves = learning.follow(run_dir, folder, self.out / "reference" if self.args.keep_dumps else None)
+        curves = learning.follow(run_dir, self.start.args, folder, self.out / "reference" if self.args.keep_dumps else None)
         problem = learning.verdict(curves)
         self._write({"learning": curves.to_dict(), "dtype": self.start.dtype, "problem": problem})
         learning.print_curves(curves)
@@ -191,12 +196,11 @@ class _Runs:
     def _differences(self, rows: list[dict[str, Any]], folder: Path) -> Any:
         args, steps = self.start.args, len(rows)
         batches = Batches(
-            self.data.train, micro_batch_size=1, global_batch_size=self.batches, dp_rank=0, dp_size=1, seed=args.seed, pad_id=self.pad_id,
-            group_by_length=args.group_by_length,
+            self.data.train, micro_batch_size=1, global_batch_size=self.spec.batch.global_batch_size, dp_rank=0, dp_size=1, seed=args.seed, pad_id=self.pad_id,
+            group_by_length=self.spec.batch.group_by_length,
         )  # fmt: skip
-        job = Job.read(self.out / "engine" / "job.json")
-        warmup = int(job.plan.megatron["lr_warmup_iters"])
-        reference = Reference(folder, args, self.start.dtype, steps, warmup, PeftSide.of(job, args.seed))
+        side = PeftSide.of(self.spec)
+        reference = Reference(folder, args, self.start.dtype, steps, self.spec.schedule.warmup_iters, side)
         first = batches.sample_ids(0)
         write_samples(self.out / SAMPLES, (sample for row in first for sample in self.data.train.samples(int(row))))
         hidden = self._hidden(reference.layers(self.data.train, first))
@@ -264,7 +268,7 @@ class _Runs:
 
     def _global_batch(self, layout: Layout) -> int:
         args = self.start.args.changed(tp=layout.tp, pp=layout.pp)
-        return table.accumulation(args, layout.world_size) * args.batch_size * layout.world_size
+        return global_batch_size(args, layout.world_size)
 
     def _write(self, content: dict[str, Any]) -> None:
         (self.out / "parity.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

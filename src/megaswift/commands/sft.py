@@ -23,26 +23,32 @@ from megaswift.data.kept import kept_data
 from megaswift.errors import Stopped, UserError
 from megaswift.launch import agent, versions
 from megaswift.launch.signals import Interrupted, StopSignals
+from megaswift.models.stages import stage_layers
 from megaswift.report.curves import write_images
-from megaswift.run import table
-from megaswift.run.plan import Plan
+from megaswift.run.memory import MemoryEstimate, estimate, parameter_count, trained_parameters
+from megaswift.run.plan import PLAN_FILE, write_plan
+from megaswift.run.resolve import warmup_note
 from megaswift.run.resume import check_unchanged, kept_batch
-from megaswift.run.setup import job_of, plan_of, prepared, streamed_rows, template_of
+from megaswift.run.setup import prepared, resolved, streamed_rows, template_of
 from megaswift.run.source import TrainingSource, resolve_source
+from megaswift.run.spec import RUN_FILE, Run
+from megaswift.run.table import filled_rows
 from megaswift.store.cache import cache_root
 from megaswift.store.lock import LOCK, filling, locked
 from megaswift.store.manifest import MANIFEST
 from megaswift.store.paths import hf_copy_of, iteration_directory
+from megaswift.store.publish import put
 from megaswift.store.retention import clean
 from megaswift.terminal import console, say, shown, typed
 from megaswift.train.hf_copies import copy_now
 from megaswift.weights.hf.folder import RUN_FILES, side_files
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from megaswift.data.encode import PreparedData
     from megaswift.launch.agent import Cluster
     from megaswift.launch.signals import StopSignals
-    from megaswift.run.job import Job
 
 _VERSION = re.compile(r"v(\d+)-.*")
 
@@ -88,46 +94,48 @@ def _train(args: SftArguments, stop: StopSignals) -> Path:
     rows = streamed_rows(args, place.world_size, batch)
     data = prepared(args, template, start, rows)
     run_dir = start.run_dir or new_run_dir(args, place.leads)
-    plan = plan_of(args, start, data, place, run_dir, batch)
+    run = resolved(args, start, data, place.world_size, run_dir, template.pad_id, batch)
+    steps = run.schedule.train_iters
     if start.run_dir is not None:
-        _check_run(args, start, data, plan)
-    require_rows(len(data.train), plan.global_batch)
+        _check_unchanged(args, start, data, run)
+    require_rows(len(data.train), run.batch.global_batch_size)
     with locked(run_dir) if place.leads else nullcontext():
         if place.leads:
-            _print_plan(plan, data, args)
-            _fill_run_dir(run_dir, args.changed(template_date=template.state["date"] or None), plan, start)
-        if start.first_step >= plan.train_iters:
-            say(f"[bold]{shown(run_dir)}[/bold] has made all of its {plan.train_iters} steps: there is nothing left to do.")
+            memory = estimate(run, start.config)
+            _print_plan(run, start.config, memory, data, args)
+            _fill_run_dir(run_dir, args.changed(template_date=template.state["date"] or None), run, memory, start)
+        if start.first_step >= steps:
+            say(f"[bold]{shown(run_dir)}[/bold] has made all of its {steps} steps: there is nothing left to do.")
         else:
-            _start(run_dir, job_of(args, start, data, plan, template.pad_id), place, stop)
+            _start(run_dir, run, place, stop)
             stop.interrupt = partial(_interrupt, "after the last step, whose checkpoint is saved")
     if place.leads:
-        _say_ready(args, run_dir, plan)
+        _say_ready(run_dir, run)
     return run_dir
 
 
-def _say_ready(args: SftArguments, run_dir: Path, plan: Plan) -> None:
+def _say_ready(run_dir: Path, run: Run) -> None:
     """The next command; with --save_safetensors the model of the last step is there already, or is made now."""
-    if not args.save_safetensors:
+    if not run.saving.hf_copies:
         say(f"[bold]{shown(run_dir)}[/bold] is ready. Next: swift export --ckpt_dir {typed(run_dir)} --to_hf true")
         return
-    copy = hf_copy_of(iteration_directory(run_dir, plan.train_iters))
+    copy = hf_copy_of(iteration_directory(run_dir, run.schedule.train_iters))
     if not copy.exists():
-        copy_now(run_dir, plan.train_iters)
+        copy_now(run_dir, run.schedule.train_iters)
     say(f"[bold]{shown(run_dir)}[/bold] is ready. Next: swift infer --ckpt_dir {typed(copy)}")
 
 
-def _start(run_dir: Path, job: Job, place: Cluster, stop: StopSignals) -> None:
+def _start(run_dir: Path, run: Run, place: Cluster, stop: StopSignals) -> None:
     """Run the ranks of this machine, and draw what they logged, however they ended."""
-    path = run_dir / "job.json" if place.leads else cache_root() / f"job-{run_dir.name}.json"
+    path = run_dir / RUN_FILE if place.leads else cache_root() / f"run-{run_dir.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with filling(run_dir, new=job.first_step == 0) if place.leads else nullcontext():
-        job.write(path)
+    with filling(run_dir, new=run.schedule.first_step == 0) if place.leads else nullcontext():
+        put(path, run.text())
     if stop.name and stop.interrupt is not None:  # whatever took the exception at the time: the order stands
         stop.interrupt(stop.name)
     try:
         if place.world_size == 1:
-            _run_here(job)
+            _run_here(run)
         else:
             agent.start_ranks(place, path, stop)
     finally:
@@ -135,12 +143,12 @@ def _start(run_dir: Path, job: Job, place: Cluster, stop: StopSignals) -> None:
             _draw(run_dir)
 
 
-def _run_here(job: Job) -> None:
+def _run_here(run: Run) -> None:
     """The only rank, in this process. Raises what it raises; memory that is too small is the user's to mend."""
-    from megaswift.train.loop import run
+    from megaswift.train.loop import train
 
     try:
-        run(job)
+        train(run)
     except (RuntimeError, MemoryError) as error:
         known = agent.out_of_memory(error)
         if known is None:
@@ -148,7 +156,7 @@ def _run_here(job: Job) -> None:
         raise known from error
 
 
-def _check_run(args: SftArguments, start: TrainingSource, data: PreparedData, plan: Plan) -> None:
+def _check_unchanged(args: SftArguments, start: TrainingSource, data: PreparedData, run: Run) -> None:
     """A run goes on only with its own data and seed; a changed number of steps is said."""
     from megaswift.data.batches import Batches
 
@@ -158,16 +166,17 @@ def _check_run(args: SftArguments, start: TrainingSource, data: PreparedData, pl
         global_batch_size=1,
         dp_rank=0,
         dp_size=1,
-        seed=args.seed,
+        seed=run.seed,
         pad_id=0,
-        group_by_length=args.group_by_length,
+        group_by_length=run.batch.group_by_length,
     )
     for note in check_unchanged(args, start.manifest, batches.fingerprint, shown(start.root)):
         say(f"[yellow]{note}; the run goes on as --allow_data_change true asks.[/yellow]")
     before = start.manifest.get("resume", {}).get("train_iters")
-    if before != plan.train_iters:
+    steps = run.schedule.train_iters
+    if before != steps:
         say(
-            f"[yellow]the run now has {plan.train_iters} steps, it had {before}: the learning rate follows the new number from here on.[/yellow]"
+            f"[yellow]the run now has {steps} steps, it had {before}: the learning rate follows the new number from here on.[/yellow]"
         )
 
 
@@ -181,7 +190,7 @@ def new_run_dir(args: SftArguments, leads: bool = True) -> Path:
     with filling(root):  # a name may be too long, or a directory closed to us
         if not args.add_output_dir_suffix:
             taken_before = root.exists() and any(path.name != LOCK for path in root.iterdir())
-            if leads and taken_before and not args.overwrite and not (args.resume and (root / "plan.json").exists()):
+            if leads and taken_before and not args.overwrite and not (args.resume and (root / PLAN_FILE).exists()):
                 raise UserError(
                     "the output directory is not empty.", where=str(root), fix="use --overwrite true, or another --output_dir"
                 )
@@ -195,79 +204,85 @@ def new_run_dir(args: SftArguments, leads: bool = True) -> Path:
     return parent / f"v{max(taken, default=-1) + 1}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
 
 
-def _print_plan(plan: Plan, data: PreparedData, args: SftArguments) -> None:
+def _print_plan(run: Run, config: PreTrainedConfig, memory: MemoryEstimate, data: PreparedData, args: SftArguments) -> None:
     """The data report, the filled mapping table and the arithmetic of the steps, once."""
     from megaswift.data.report import print_report
 
-    out = console()
+    out, parallel = console(), run.parallel
     print_report(data.report, out)
     out.print("\n[bold]What Megatron-Core is told[/bold] (and the option or formula that it comes from)")
-    for megatron, expression, value in plan.table:
+    for megatron, expression, value in filled_rows(run):
         text = shown(Path(value)) if value.startswith("/") else value
         out.print(f"  {megatron:38} [bold]{text:12}[/bold]  {expression}")
     out.print()
+    cp = f"cp {parallel.cp} x " if parallel.cp > 1 else ""
+    fp8 = " with FP8 products in the blocks" if run.precision.fp8 else ""
+    device = memory.device
     out.print(
-        f"{plan.world_size} processes = tp {plan.tp} x pp {plan.pp}{_stages(plan)} x {f'cp {plan.cp} x ' if plan.cp > 1 else ''}dp {plan.dp}, {plan.dtype}{' with FP8 products in the blocks' if args.fp8 else ''}\n"
-        f"global batch {plan.global_batch} = {args.batch_size} rows x {_shares(plan)}\n"
-        f"{_steps(plan, args)}; {plan.val_rows} validation rows\n"
-        f"{_trained(plan, args)}\n"
-        f"memory of the fullest rank without activations: {sum(plan.rank_bytes.values()) / 1e9:.2f} GB "
-        f"(weights {plan.rank_bytes['weights'] / 1e9:.2f}, gradients {plan.rank_bytes['gradients'] / 1e9:.2f}, optimizer {plan.rank_bytes['optimizer'] / 1e9:.2f}); "
-        f"one checkpoint {plan.checkpoint_bytes / 1e9:.2f} GB\n{_host_memory(plan)}"
+        f"{parallel.world_size} processes = tp {parallel.tp} x pp {parallel.pp}{_stages(config, parallel.pp)} x {cp}dp {parallel.dp}, {run.precision.dtype}{fp8}\n"
+        f"global batch {run.batch.global_batch_size} = {run.batch.micro_batch_size} rows x {_shares(run)}\n"
+        f"{_steps(run)}; {run.data.val_rows} validation rows\n"
+        f"{_trained(run, config)}\n"
+        f"memory of the fullest rank without activations: {sum(device.values()) / 1e9:.2f} GB "
+        f"(weights {device['weights'] / 1e9:.2f}, gradients {device['gradients'] / 1e9:.2f}, optimizer {device['optimizer'] / 1e9:.2f}); "
+        f"one checkpoint {run.saving.checkpoint_bytes / 1e9:.2f} GB\n{_host_memory(run, memory)}"
     )
-    if note := table.warmup_note(args, plan.train_iters):
+    if note := warmup_note(args, run.schedule.train_iters):
         out.print(f"[yellow]{note}[/yellow]")
 
 
-def _trained(plan: Plan, args: SftArguments) -> str:
+def _trained(run: Run, config: PreTrainedConfig) -> str:
     """What is trained of how much."""
-    if args.sft_type == "full":
-        rest = f", {100 * plan.trainable / plan.parameters:.3g} %; the others stay" if plan.trainable < plan.parameters else ""
-        return f"trained: {plan.trainable:,} of {plan.parameters:,} parameters{rest}"
-    share = 100 * plan.trainable / max(plan.parameters + plan.trainable, 1)
+    whole, adapter = parameter_count(config), run.method.adapter
+    own = sum(parameter.size for parameter in trained_parameters(adapter, run.method.frozen, config))
+    if adapter is None:
+        return f"trained: {own:,} of {whole:,} parameters" + (
+            f", {100 * own / whole:.3g} %; the others stay" if own < whole else ""
+        )
     return (
-        f"trained: {plan.trainable:,} parameters of a LoRA adapter (rank {args.lora_rank}, alpha {args.lora_alpha:g}) "
-        f"beside {plan.parameters:,} frozen ones, {share:.2g} % of all"
+        f"trained: {own:,} parameters of a LoRA adapter (rank {adapter.rank}, alpha {adapter.alpha:g}) "
+        f"beside {whole:,} frozen ones, {100 * own / (whole + own):.2g} % of all"
     )
 
 
-def _shares(plan: Plan) -> str:
+def _shares(run: Run) -> str:
     """How a step's rows are shared out, beyond those of a micro batch."""
-    if plan.gradient_accumulation_steps is None:  # the rows are those of a run begun at another layout
-        return f"{plan.micro_batches} micro batches x {plan.dp} data-parallel ranks"
+    batch = run.batch
+    if batch.gradient_accumulation_steps is None:  # the rows are those of a run begun at another layout
+        return f"{batch.micro_batches} micro batches x {run.parallel.dp} data-parallel ranks"
     return (
-        f"{plan.gradient_accumulation_steps} accumulation x {plan.world_size} processes; "
-        f"each data-parallel rank runs {plan.micro_batches} micro batches a step"
+        f"{batch.gradient_accumulation_steps} accumulation x {run.parallel.world_size} processes; "
+        f"each data-parallel rank runs {batch.micro_batches} micro batches a step"
     )
 
 
-def _stages(plan: Plan) -> str:
+def _stages(config: PreTrainedConfig, pp: int) -> str:
     """How many layers each pipeline stage has, where they differ."""
-    return f" ({', '.join(map(str, plan.stages))} layers)" if len(set(plan.stages)) > 1 else ""
+    stages = stage_layers(config, pp)
+    return f" ({', '.join(map(str, stages))} layers)" if len(set(stages)) > 1 else ""
 
 
-def _steps(plan: Plan, args: SftArguments) -> str:
+def _steps(run: Run) -> str:
     """How many steps, and why."""
-    warm_up = f"{plan.megatron['lr_warmup_iters']} of them warm-up"
-    if args.max_steps > 0:
-        epochs = plan.train_iters * plan.global_batch / plan.train_rows
-        return f"{plan.train_iters} steps (--max_steps), {warm_up}: {epochs:.3g} epochs of {plan.train_rows} rows"
-    return (
-        f"{plan.train_rows} rows x {args.num_train_epochs:g} epochs / {plan.global_batch} = {plan.train_iters} steps, {warm_up}"
-    )
+    schedule, rows, batch = run.schedule, run.data.train_rows, run.batch.global_batch_size
+    warm_up = f"{schedule.warmup_iters} of them warm-up"
+    if schedule.epochs is None:
+        epochs = schedule.train_iters * batch / rows
+        return f"{schedule.train_iters} steps (--max_steps), {warm_up}: {epochs:.3g} epochs of {rows} rows"
+    return f"{rows} rows x {schedule.epochs:g} epochs / {batch} = {schedule.train_iters} steps, {warm_up}"
 
 
-def _host_memory(plan: Plan) -> str:
+def _host_memory(run: Run, memory: MemoryEstimate) -> str:
     """A line on what is offloaded; nothing is said where nothing is."""
-    if not plan.host_bytes:
+    if not memory.host:
         return ""
-    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in plan.host_bytes.items())
-    total = sum(plan.host_bytes.values()) / 1e9
-    layers = f"; activations of {plan.cpu_offloading_num_layers} layers" if plan.cpu_offloading_num_layers else ""
+    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.host.items())
+    total, number = sum(memory.host.values()) / 1e9, run.memory.offloaded_layers
+    layers = f"; activations of {number} layers" if number else ""
     return f"page-locked host memory of the fullest rank: at most {total:.2f} GB ({parts}){layers}\n"
 
 
-def _fill_run_dir(run_dir: Path, args: SftArguments, plan: Plan, start: TrainingSource) -> None:
+def _fill_run_dir(run_dir: Path, args: SftArguments, run: Run, memory: MemoryEstimate, start: TrainingSource) -> None:
     """Config, tokenizer, options and plan go into the run before the first step, so that a killed run can be exported."""
     from megaswift.train.checkpoint.save import require_space
 
@@ -276,13 +291,13 @@ def _fill_run_dir(run_dir: Path, args: SftArguments, plan: Plan, start: Training
     for name in clean(run_dir):
         say(f"[yellow]removed {name}, which an interrupted run left behind.[/yellow]")
     with filling(run_dir, new=start.run_dir is None):
-        require_space(run_dir, plan.checkpoint_bytes, "one checkpoint")
+        require_space(run_dir, run.saving.checkpoint_bytes, "one checkpoint")
         if start.run_dir is None:
             for file in side_files(start.root):
                 shutil.copyfile(file, run_dir / file.name)
-        found = {"dtype": plan.dtype, "sft_type": args.sft_type}
+        found = {"dtype": run.precision.dtype, "sft_type": run.method.sft_type}
         write_args_file(run_dir, args, {**kept_places(args), **kept_data(args), **found})
-        plan.save(run_dir / "plan.json")
+        write_plan(run_dir / PLAN_FILE, run, start.config, memory)
     say(f"run directory: {shown(run_dir)}\n")
 
 
@@ -310,7 +325,7 @@ def _empty(run_dir: Path, start: TrainingSource) -> None:
     others = [
         path.name for path in inside if not any(fnmatch(path.name, name) for name in known) and not (path / MANIFEST).is_file()
     ]
-    if others or (inside and not (run_dir / "plan.json").exists()):
+    if others or (inside and not (run_dir / PLAN_FILE).exists()):
         found = f"what swift sft did not make ({', '.join(sorted(others)[:5])})" if others else "no run"
         raise UserError(
             f"this directory holds {found}, so it is not replaced.",

@@ -10,7 +10,6 @@ import copy
 import json
 import os
 import re
-import tempfile
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
@@ -19,6 +18,7 @@ from typing import Any, TypeVar
 
 from megaswift.config.options import BaseArguments, ExportArguments
 from megaswift.errors import DataError, UserError
+from megaswift.store.publish import put
 
 A = TypeVar("A", bound=BaseArguments)
 
@@ -108,7 +108,7 @@ def write_args_file(
     *,
     name: str | None = None,
 ) -> Path:
-    """Write the options of a command into `directory`, in one step, and return the file.
+    """Write the options of a command into `directory`, where it appears whole, and return the file.
 
     Args:
         directory: must exist.
@@ -122,17 +122,7 @@ def write_args_file(
     public = {key: value for key, value in values.items() if not key.lower().endswith(_SECRET_ENDINGS)}
     path = Path(directory) / (name or (EXPORT_ARGS if isinstance(args, ExportArguments) else SFT_ARGS))
     text = json.dumps(public, ensure_ascii=False, indent=2, default=str) + "\n"
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    put(path, text)
     return path
 
 

@@ -81,7 +81,7 @@ class DataArguments(TemplateArguments):
         0.01, "Share of each training dataset that becomes validation data; 0 for none.", low=0, below=1
     )
     dataset_seed: int | None = option(None, "Seed of sampling and of the validation split; default: --seed.")
-    max_length: int = option(2048, "Longest sample in tokens; -1 for no limit.")
+    max_length: int = option(2048, "Longest sample; -1 for no limit.", low=2, also=-1, unit="tokens")
     truncation_strategy: str = option(
         "delete", "What happens to longer rows; each is counted.", ("delete", "truncation_left", "split")
     )
@@ -101,7 +101,7 @@ class ExportArguments(ModelArguments, LayoutArguments, VocabularyArguments):
     ckpt_dir: str | None = option(None, "Megatron directory to convert: one made by --to_megatron, or a training run.")
     megatron_output_dir: str | None = option(None, "Where Megatron weights go; default: {model_type}-tp{tp}-pp{pp}.")
     hf_output_dir: str | None = option(None, "Where the Hugging Face model goes; default: {ckpt_dir}/{model_type}-hf.")
-    iteration: int | None = option(None, "Which checkpoint of a run to convert; default: the newest complete one.")
+    iteration: int | None = option(None, "Which checkpoint of a run to convert; default: the newest complete one.", low=0)
     overwrite: bool = option(False, "Replace an output directory that exists.")
     verify: bool = option(
         True, "Prove the result: every tensor bit for bit, every config field, and logits against transformers."
@@ -119,7 +119,7 @@ class ExportArguments(ModelArguments, LayoutArguments, VocabularyArguments):
     merge_lora: bool = option(
         False, "Of a run with an adapter: make the merged model, not the adapter; what its rounding loses is measured and told."
     )
-    max_shard_size: str = option("5GB", "Largest safetensors file, for example 500MB or 5GB.")
+    max_shard_size: str = option("5GB", "Largest safetensors file, for example 500MB or 5GB.", size=True)
 
 
 @dataclass(kw_only=True)
@@ -137,9 +137,8 @@ class VerifyArguments(BaseArguments):
 
 @dataclass(kw_only=True)
 class SftArguments(
-    SpeedArguments, GuardArguments, SavingArguments, AdapterArguments, FreezeArguments, OptimizerArguments, BatchArguments, EncodingArguments,
-    ParallelArguments, LayoutArguments,
-    DataArguments, VocabularyArguments, ModelArguments, StartArguments,
+    SpeedArguments, GuardArguments, SavingArguments, AdapterArguments, FreezeArguments, OptimizerArguments, BatchArguments,
+    EncodingArguments, ParallelArguments, LayoutArguments, DataArguments, VocabularyArguments, ModelArguments, StartArguments,
 ):  # fmt: skip
     """`swift sft`: fine-tuning with Megatron-Core, of all weights or of an adapter."""
 
@@ -160,32 +159,36 @@ class BackendArguments(ModelArguments, TemplateArguments):
         "What generates: pt is transformers; AUTO is vllm where a GPU and vLLM are there, else pt.",
         ("AUTO", "auto", "pt", "vllm"),
     )
-    max_model_len: int | None = option(None, "Most tokens of a prompt and its answer together; default: what the model allows.")
-    gpu_memory_utilization: float = option(0.9, "Share of the GPU's memory that vLLM takes.")
-    tensor_parallel_size: int = option(1, "GPUs over which vLLM splits the model.")
+    max_model_len: int | None = option(
+        None, "Longest prompt and answer together; default: what the model allows.", low=2, unit="tokens"
+    )
+    gpu_memory_utilization: float = option(0.9, "Share of the GPU's memory that vLLM takes.", above=0, high=1)
+    tensor_parallel_size: int = option(1, "GPUs over which vLLM splits the model.", low=1, unit="GPUs")
 
 
 @dataclass(kw_only=True)
 class InferArguments(BackendArguments, DataArguments):
     """`swift infer`: a conversation in the terminal, or answers to a file of questions."""
 
-    max_new_tokens: int = option(2048, "Longest answer in tokens.")
+    max_new_tokens: int = option(2048, "Longest answer.", low=1, unit="tokens")
     do_sample: bool = option(True, "Draw tokens at random; false: always the likeliest.")
-    temperature: float = option(0.3, "Sharpness of the draw; 0 is greedy.")
-    top_k: int = option(20, "Draw among this many likeliest tokens; 0: all.")
-    top_p: float = option(0.7, "Draw among the likeliest tokens that together reach this probability.")
-    repetition_penalty: float = option(1.0, "Above 1, tokens that already appeared become less likely.")
-    num_beams: int = option(1, "Beams of beam search; 1: none.")
+    temperature: float = option(0.3, "Sharpness of the draw; 0 is greedy.", low=0)
+    top_k: int = option(20, "Draw among this many likeliest tokens; 0: all.", low=0, unit="tokens")
+    top_p: float = option(0.7, "Draw among the likeliest tokens that together reach this probability.", above=0, high=1)
+    repetition_penalty: float = option(1.0, "Above 1, tokens that already appeared become less likely.", above=0)
+    num_beams: int = option(1, "Beams of beam search; 1: none.", low=1)
     stop_words: list[str] = option([], "Texts at which an answer ends.")
     stream: bool = option(True, "Show the answer while it is made.")
-    infer_batch_size: int = option(1, "Questions answered at once when a file is read; vLLM: as many as fit, unless given.")
-    show_dataset_sample: int = option(10, "Questions taken from val_dataset; -1: all.")
+    infer_batch_size: int = option(
+        1, "Questions answered at once when a file is read; vLLM: as many as fit, unless given.", low=1, unit="questions"
+    )
+    show_dataset_sample: int = option(10, "Questions taken from val_dataset; -1: all.", low=0, also=-1, unit="questions")
     save_result: bool = option(True, "Write questions and answers to infer_result/.")
     result_dir: str | None = option(None, "Where results go; default: infer_result/ in the model's directory.")
     resume_result: bool = option(False, "Go on with the newest results file, where it holds the first of these questions.")
     load_dataset_config: bool = option(False, "Answer the validation rows of the run that made the model.")
     eval_human: bool | None = option(None, "Talk in the terminal; default: true when no dataset is given.")
-    max_length: int = option(-1, "Longest prompt in tokens; -1: what the model allows.")
+    max_length: int = option(-1, "Longest prompt; -1: what the model allows.", low=1, also=-1, unit="tokens")
 
 
 @dataclass(kw_only=True)
@@ -193,17 +196,21 @@ class DeployArguments(BackendArguments):
     """`swift deploy`: a model behind the OpenAI API, on this machine only unless --host says otherwise."""
 
     host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 lets other machines in, so give --api_key with it.")
-    port: int = option(8000, "Port to listen on; 0: any free one.")
+    port: int = option(8000, "Port to listen on; 0: any free one.", low=0, high=65535)
     api_key: str | None = option(None, "Key that requests must bring; default: the environment's MEGASWIFT_API_KEY, else none.")
     served_model_name: str | None = option(None, "Name of the model in requests; default: its model_type.")
-    max_new_tokens: int = option(2048, "Most tokens of one answer, whatever a request asks for.")
-    max_body_size: str = option("4MB", "Largest request body, for example 500KB or 4MB.")
-    max_concurrency: int = option(64, "Requests that wait or run at once; more get status 429.")
-    infer_batch_size: int = option(8, "Waiting requests that pt answers together.")
-    temperature: float = option(0.3, "Sharpness of the draw where a request gives none; 0 is greedy.")
-    top_k: int = option(20, "Draw among this many likeliest tokens where a request gives no other number; 0: all.")
-    top_p: float = option(0.7, "Draw among the likeliest tokens of this probability where a request gives none.")
-    repetition_penalty: float = option(1.0, "Above 1, tokens that already appeared become less likely.")
+    max_new_tokens: int = option(2048, "Longest answer, whatever a request asks for.", low=1, unit="tokens")
+    max_body_size: str = option("4MB", "Largest request body, for example 500KB or 4MB.", size=True)
+    max_concurrency: int = option(64, "Requests that wait or run at once; more get status 429.", low=1, unit="requests")
+    infer_batch_size: int = option(8, "Waiting requests that pt answers together.", low=1, unit="requests")
+    temperature: float = option(0.3, "Sharpness of the draw where a request gives none; 0 is greedy.", low=0)
+    top_k: int = option(
+        20, "Draw among this many likeliest tokens where a request gives no other number; 0: all.", low=0, unit="tokens"
+    )
+    top_p: float = option(
+        0.7, "Draw among the likeliest tokens of this probability where a request gives none.", above=0, high=1
+    )
+    repetition_penalty: float = option(1.0, "Above 1, tokens that already appeared become less likely.", above=0)
 
 
 @dataclass(kw_only=True)
@@ -225,9 +232,11 @@ class EvalArguments(BackendArguments):
         ("generate", "loglikelihood"),
     )
     eval_data_dir: str | None = option(None, "Directory with the benchmarks' own files or zips; default: they come from a hub.")
-    eval_limit: int | None = option(None, "Questions of each benchmark, spread evenly over its subsets; default: all.")
-    eval_few_shot: int = option(0, "Solved examples before each question.")
-    eval_batch_size: int = option(8, "Questions answered at once; vLLM: as many as fit, unless given.")
+    eval_limit: int | None = option(
+        None, "Questions of each benchmark, spread evenly over its subsets; default: all.", low=1, unit="questions"
+    )
+    eval_few_shot: int = option(0, "Solved examples before each question.", low=0, unit="examples")
+    eval_batch_size: int = option(8, "Questions answered at once; vLLM: as many as fit, unless given.", low=1, unit="questions")
     eval_output_dir: str = option("eval_outputs", "Where results go, in {name}/{time}/.")
     name: str = option("", "Name of this evaluation in the output directory; default: default.")
     eval_use_cache: bool = option(
@@ -236,11 +245,13 @@ class EvalArguments(BackendArguments):
     custom_eval_config: str | None = option(
         None, "JSON list of own benchmarks: {name, pattern: ceval | general_qa, dataset: DIR, subset_list}."
     )
-    max_new_tokens: int | None = option(None, "Longest answer in tokens; default: the benchmark's own limit.")
-    temperature: float = option(0.0, "Sharpness of the draw; 0 is greedy.")
-    top_k: int = option(20, "Draw among this many likeliest tokens when temperature is above 0; 0: all.")
-    top_p: float = option(0.7, "Draw among the likeliest tokens of this probability when temperature is above 0.")
-    repetition_penalty: float = option(1.0, "Above 1, tokens that already appeared become less likely.")
+    max_new_tokens: int | None = option(None, "Longest answer; default: the benchmark's own limit.", low=1, unit="tokens")
+    temperature: float = option(0.0, "Sharpness of the draw; 0 is greedy.", low=0)
+    top_k: int = option(20, "Draw among this many likeliest tokens when temperature is above 0; 0: all.", low=0, unit="tokens")
+    top_p: float = option(
+        0.7, "Draw among the likeliest tokens of this probability when temperature is above 0.", above=0, high=1
+    )
+    repetition_penalty: float = option(1.0, "Above 1, tokens that already appeared become less likely.", above=0)
 
 
 @dataclass(kw_only=True)
@@ -267,7 +278,7 @@ class ParityArguments(SftArguments):
     """`swift parity`: does this run compute what it should?"""
 
     MEANT: ClassVar[tuple[type, ...]] = (
-        ModelArguments, TemplateArguments, DataArguments, EncodingArguments, LayoutArguments, ParallelArguments, BatchArguments, OptimizerArguments, AdapterArguments, FreezeArguments, StartArguments, SpeedArguments,
+        ModelArguments, TemplateArguments, DataArguments, EncodingArguments, LayoutArguments, ParallelArguments, BatchArguments, OptimizerArguments, AdapterArguments, StartArguments, SpeedArguments,
     )  # fmt: skip
 
     steps: int = option(5, "Steps to compare.", low=1)

@@ -21,16 +21,21 @@ T = TypeVar("T")
 
 def option(
     default: Any, help: str, choices: tuple[str, ...] | None = None, *, low: float | None = None, above: float | None = None,
-    high: float | None = None, below: float | None = None, unit: str = "",
+    high: float | None = None, below: float | None = None, also: float | None = None, unit: str = "", size: bool = False,
 ) -> Any:  # fmt: skip
     """A dataclass field with its help text, and what its value may be.
 
     Args:
         choices: the words that it is one of.
         low, high: the least and the largest number; above, below: what it may not reach from there.
+        also: a number outside of that range which has a meaning of its own.
         unit: what the number counts.
+        size: the text is a number of bytes: `size_of` reads it.
     """
-    metadata = {"help": help, "choices": choices, "low": low, "above": above, "high": high, "below": below, "unit": unit}
+    metadata = {
+        "help": help, "choices": choices, "low": low, "above": above, "high": high, "below": below, "also": also, "unit": unit,
+        "size": size,
+    }  # fmt: skip
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -40,7 +45,31 @@ def allowed(item: dataclasses.Field[Any]) -> str:
     """The range of an option's number in words; "" where every number will do."""
     names = {"low": "{:g} or more", "above": "above {:g}", "high": "at most {:g}", "below": "below {:g}"}
     parts = [text.format(item.metadata[name]) for name, text in names.items() if item.metadata.get(name) is not None]
-    return ", ".join(parts)
+    also = item.metadata.get("also")
+    return ", ".join(parts) if also is None else f"{also:g}, or {', '.join(parts)}"
+
+
+def check_number(item: dataclasses.Field[Any], value: Any) -> None:
+    """Raise UserError for a number out of the range that an option declares; None is in every range."""
+    if value is not None and not _in_range(item, value):
+        name, words = f"--{item.name}", allowed(item)
+        shown = f"{value:g}" if isinstance(value, float) else value
+        raise UserError(f"{name} {shown} is not {words}.", where=name, fix=f"use a number that is {words}")
+
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def size_of(text: str, name: str) -> int:
+    """Bytes of a size like 5GB, 500MB or 2GiB, one at least. Raises UserError for anything else.
+
+    Args:
+        name: of the option, for the error.
+    """
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([A-Za-z]*)\s*", text)
+    if not match or match.group(2).upper() not in _UNITS or float(match.group(1)) <= 0:
+        raise UserError(f"--{name} {text!r} is no size.", where=f"--{name}", fix="use for example 500MB or 5GB")
+    return max(1, int(float(match.group(1)) * _UNITS[match.group(2).upper()]))
 
 
 def default_of(item: dataclasses.Field[Any]) -> Any:
@@ -67,17 +96,16 @@ class BaseArguments:
         self.check_choices()
 
     def check_choices(self) -> None:
-        """Raise UserError for a value that is none of the option's words, a number out of its range, or no seed for numpy."""
+        """Raise UserError for a value that is none of the option's words, a number out of its range, no size, or no seed for numpy."""
         for item in fields(self):
             name, choices, value = f"--{item.name}", item.metadata.get("choices"), getattr(self, item.name)
             if choices and value is not None and value not in choices:
                 raise UserError(f"{name} {value!r} is not known.", where=name, fix=f"use one of: {', '.join(choices)}")
             if item.name.endswith("seed") and value is not None and not 0 <= value < 2**32:
                 raise UserError(f"{name} {value} is no seed.", where=name, fix=f"use a whole number from 0 to {2**32 - 1}")
-            if value is not None and not _in_range(item, value):
-                raise UserError(
-                    f"{name} {value:g} is not {allowed(item)}.", where=name, fix=f"use a number that is {allowed(item)}"
-                )
+            if item.metadata.get("size"):
+                size_of(value, item.name)
+            check_number(item, value)
 
     def explicit(self) -> frozenset[str]:
         """Names of the options that the user gave, as flags or as arguments; the others have their defaults."""
@@ -97,6 +125,8 @@ class BaseArguments:
 
 def _in_range(item: dataclasses.Field[Any], value: Any) -> bool:
     """NaN is in no range."""
+    if item.metadata.get("also") is not None and value == item.metadata["also"]:
+        return True
     low, above, high, below = (item.metadata.get(name) for name in ("low", "above", "high", "below"))
     return (
         (low is None or value >= low) and (above is None or value > above)

@@ -118,7 +118,7 @@ class BatchArguments(BaseArguments):
         None, "Global batch = batch_size x this x processes; default: ceil(16 / batch_size / processes).", low=1
     )
     num_train_epochs: float = option(1, "How often each row is seen.", low=0, unit="epochs")
-    max_steps: int = option(-1, "Stop after this many steps; -1: as many as the epochs take.", unit="steps")
+    max_steps: int = option(-1, "Stop after this many steps; -1: as many as the epochs take.", low=-1, unit="steps")
     packing: bool = option(False, "Join whole rows up to max_length; attention stays within each row.")
     padding_free: bool = option(True, "Lay the rows of a micro batch end to end; false: pad them to the longest.")
     group_by_length: bool = option(False, "Draw rows of similar length into one global batch.")

@@ -120,12 +120,6 @@ def _check(args: DataArguments, packing: bool) -> None:
             where="--dataset",
             fix="for example --dataset self-cognition#160 or --dataset rows.jsonl",
         )
-    if args.max_length != -1 and args.max_length < 2:
-        raise UserError(
-            f"{args.max_length} is no length in tokens.",
-            where="--max_length",
-            fix="use a whole number above 1, or -1 for no limit",
-        )
     if packing and args.max_length == -1:
         raise UserError("packing needs a length to fill.", where="--packing", fix="set --max_length")
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -11,21 +9,11 @@ import numpy as np
 
 from megaswift.data.report import Dropped, remarks
 from megaswift.errors import UserError
+from megaswift.report import html
+from megaswift.report.html import Markup
 
 if TYPE_CHECKING:
     from megaswift.data.report import DataReport, DatasetReport
-
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-body { color: #222; background: #fff }
-table { border-collapse: collapse } th, td { padding: .2rem .7rem; text-align: right }
-th:first-child, td:first-child { text-align: left }
-tr + tr { border-top: 1px solid #ddd } pre { white-space: pre-wrap; background: #f5f5f5; padding: .8rem; border-radius: 4px }
-mark { background: #bfe8c5 } .bad { color: #9a4d00 } img { max-width: 100% }
-@media (prefers-color-scheme: dark) {
-  body { color: #ddd; background: #181818 } pre { background: #242424 } tr + tr { border-color: #444 }
-  mark { background: #1f5a2a; color: #eee } .bad { color: #e5a35b } }
-"""
 
 
 class Inspected(Protocol):
@@ -72,39 +60,39 @@ def draw_lengths(sizes: np.ndarray, max_length: int, path: Path) -> None:
 
 
 def _page(report: DataReport, inspected: Inspected, lines: list[str], picture: bytes) -> str:
-    names = ("dataset", "rows", "usable", "train", "validation", "tokens", "with loss")
-    head = "".join(f"<th>{name}</th>" for name in names)
-    body = "".join(
-        _dataset_row(item.item, item.rows, item.usable, item.train, item.val, item.tokens, item.supervised)
+    names = ["dataset", "rows", "usable", "train", "validation", "tokens", "with loss"]
+    rows = [
+        [
+            item.item,
+            *(f"{n:,}" for n in (item.rows, item.usable, item.train, item.val, item.tokens, item.supervised)),
+        ]
         for item in report.datasets
+    ]
+    told = [_dropped(item, reason, entry) for item in report.datasets for reason, entry in item.dropped.items()]
+    told += [_dropped(item, text, entry) for item in report.datasets for text, entry in item.notes.items()]
+    told += [_dropped(item, text, Dropped(item.rows)) for item in report.datasets for text in item.files]
+    told += [_dropped(item, "too long", item.too_long) for item in report.datasets if item.too_long.count]
+    told += [_remark(item, *remark) for item in report.datasets for remark in remarks(item, report)]
+    return html.page(
+        "Data",
+        html.table(names, rows, range(1, len(names))),
+        html.listed(lines),
+        html.picture(picture, "histogram of lengths"),
+        *told,
+        html.heading("Examples"),
+        html.paragraph("Loss is on the ", html.element("mark", "marked"), " text."),
+        *(html.element("pre", *(_stretch(text, kept) for text, kept in example)) for example in inspected.shown),
     )
-    dropped = "".join(_dropped(item, reason, entry) for item in report.datasets for reason, entry in item.dropped.items())
-    dropped += "".join(_dropped(item, text, entry) for item in report.datasets for text, entry in item.notes.items())
-    dropped += "".join(_dropped(item, text, Dropped(item.rows)) for item in report.datasets for text in item.files)
-    dropped += "".join(_dropped(item, "too long", item.too_long) for item in report.datasets if item.too_long.count)
-    dropped += "".join(_remark(item, *remark) for item in report.datasets for remark in remarks(item, report))
-    examples = "".join(f"<pre>{''.join(_stretch(text, kept) for text, kept in example)}</pre>" for example in inspected.shown)
-    facts = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Data</title><style>{STYLE}</style>'
-        f"<h1>Data</h1><table><tr>{head}</tr>{body}</table><ul>{facts}</ul>"
-        f'<img alt="histogram of lengths" src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
-        f"{dropped}<h2>Examples</h2><p>Loss is on the <mark>marked</mark> text.</p>{examples}</html>\n"
-    )
-
-
-def _dataset_row(name: str, *numbers: int) -> str:
-    return f"<tr><td>{html.escape(name)}</td>{''.join(f'<td>{number:,}</td>' for number in numbers)}</tr>"
 
 
 def _stretch(text: str, kept: bool) -> str:
-    return f"<mark>{html.escape(text)}</mark>" if kept else html.escape(text)
+    return html.element("mark", text) if kept else text
 
 
-def _dropped(item: DatasetReport, reason: str, entry: Dropped) -> str:
+def _dropped(item: DatasetReport, reason: str, entry: Dropped) -> Markup:
     return _remark(item, f"{entry.count:,} rows, {reason}", entry.places)
 
 
-def _remark(item: DatasetReport, text: str, places: list[str]) -> str:
-    below = f"<pre>{html.escape(chr(10).join(places))}</pre>" if places else ""
-    return f'<p class="bad">{html.escape(item.item)}: {html.escape(text)}</p>{below}'
+def _remark(item: DatasetReport, text: str, places: list[str]) -> Markup:
+    told = html.paragraph(f"{item.item}: {text}", kind="warn")
+    return html.inside(told, html.element("pre", "\n".join(places))) if places else told

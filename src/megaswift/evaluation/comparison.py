@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import itertools
 import json
 from collections.abc import Sequence
@@ -14,9 +13,12 @@ from megaswift.evaluation.items import Bench
 from megaswift.evaluation.run import BenchResult
 from megaswift.evaluation.statistics import Paired, paired, wilson
 from megaswift.evaluation.weights import WeightsHashes, is_rounded
+from megaswift.report import html
+from megaswift.report.html import Markup
+from megaswift.weights.dtypes import FLAG_OF
 
 _SHOWN = 200  # flipped questions on the page
-_FLAGS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
+_BREAK = Markup("<br>")
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def roundings(models: Sequence[Model]) -> list[str]:
                 precision = str(rounded.weights.precision)
                 found.append(
                     f"{rounded.title} has the weights of {whole.title}, rounded to {precision}: answers may differ; --dtype"
-                    f" {_FLAGS.get(precision, precision)} asks both the same"
+                    f" {FLAG_OF.get(precision, precision)} asks both the same"
                 )
                 break
     return found
@@ -188,61 +190,47 @@ def write_comparison(directory: Path, models: Sequence[Model], pairs: Sequence[P
     return page
 
 
-_STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem;color:#222;background:#fff}"
-    "table{border-collapse:collapse;margin:.6rem 0 1.6rem}td,th{padding:.3rem .8rem;border-bottom:1px solid #ddd;text-align:left}"
-    "td.n{font-variant-numeric:tabular-nums}.bar{position:relative;width:16rem;height:1.1rem;background:#f0f2f5}"
-    ".bar i{position:absolute;top:.45rem;height:.2rem;background:#7aa5d8}.bar b{position:absolute;top:.2rem;width:.25rem;height:.7rem;"
-    "background:#1f5fa8}.loud{background:#fde8e8;border-left:.4rem solid #c0392b;padding:.6rem 1rem}.yes{color:#176b2c}.no{color:#a02318}"
-    "@media(prefers-color-scheme:dark){body{background:#16181c;color:#ddd}td,th{border-color:#333}.bar{background:#23262c}"
-    ".loud{background:#3a1d1d}.yes{color:#6fd08c}.no{color:#ff8d80}}"
-)
-
-
 def _page(models: Sequence[Model], pairs: Sequence[Pair], flipped: Sequence[dict[str, Any]], notes: Sequence[str]) -> str:
-    parts = [f"<!doctype html><meta charset=utf-8><title>Comparison</title><style>{_STYLE}</style><h1>Comparison</h1>"]
-    parts += [f"<p class=loud>{html.escape(text)}</p>" for text in warnings(pairs)]
-    parts += [f"<p>{html.escape(text)}</p>" for text in notes]
-    rows = "".join(
-        f"<tr><td>{html.escape(model.title)}<td>{html.escape(model.place)}<td><code>{model.weights.stored[:16]}</code>"
-        for model in models
+    hashes = [[model.title, model.place, html.element("code", model.weights.stored[:16])] for model in models]
+    more = len(flipped) - _SHOWN
+    return html.page(
+        "Comparison",
+        *(html.paragraph(text, kind="loud") for text in warnings(pairs)),
+        *map(html.paragraph, notes),
+        html.table(["model", "place", "weights (SHA-256)"], hashes),
+        *(_bench_part(result.bench, number, models, pairs) for number, result in enumerate(models[0].results)),
+        html.heading(f"Questions that flipped: {len(flipped)}"),
+        *map(_flip_part, flipped[:_SHOWN]),
+        *([html.paragraph(f"{more} more are in comparison.json.")] if more > 0 else []),
     )
-    parts.append(f"<table><tr><th>model<th>place<th>weights (SHA-256){rows}</table>")
-    for number, result in enumerate(models[0].results):
-        parts.append(_bench_part(result.bench, number, models, [pair for pair in pairs if pair.bench == result.bench.name]))
-    parts.append(f"<h2>Questions that flipped: {len(flipped)}</h2>")
-    parts += [_flip_part(row) for row in flipped[:_SHOWN]]
-    if len(flipped) > _SHOWN:
-        parts.append(f"<p>{len(flipped) - _SHOWN} more are in comparison.json.</p>")
-    return "\n".join(parts) + "\n"
 
 
-def _bench_part(bench: Bench, number: int, models: Sequence[Model], pairs: Sequence[Pair]) -> str:
+def _bench_part(bench: Bench, number: int, models: Sequence[Model], pairs: Sequence[Pair]) -> Markup:
     result = models[0].results[number]
-    head = f"<h2>{html.escape(bench.name)}</h2><p>{len(result.rows)} of {bench.total} questions; {html.escape(result.scored_by)}</p>"
-    rows = []
+    rows: list[list[Any]] = []
     for model in models:
         own = model.results[number]
         low, high = wilson(sum(row["score"] for row in own.rows), len(own.rows))
-        bar = (
-            f"<div class=bar><i style='left:{low:.2%};width:{high - low:.2%}'></i><b style='left:{own.accuracy:.2%}'></b></div>"
+        rows.append([model.title, html.interval(low, high, own.accuracy), accuracy_text(own)])
+    rows += [[f"{pair.second} \u2212 {pair.first}", pair_text(pair)] for pair in pairs if pair.bench == bench.name]
+    return html.inside(
+        html.heading(bench.name),
+        html.paragraph(f"{len(result.rows)} of {bench.total} questions; {result.scored_by}"),
+        html.table(["model", "0 to 100 %", "accuracy, 95 % interval"], rows),
+    )
+
+
+def _flip_part(row: dict[str, Any]) -> Markup:
+    choices = [html.inside(_BREAK, f"{letter}. {choice}") for letter, choice in zip("ABCDEFGHIJ", row["choices"])]
+    answers = [
+        html.element(
+            "li", f"{title}: {str(answer['prediction'])[:300] or '(none)'}", kind="good" if answer["correct"] else "bad"
         )
-        rows.append(f"<tr><td>{html.escape(model.title)}<td>{bar}<td class=n>{html.escape(accuracy_text(own))}")
-    tests = "".join(
-        f"<tr><td>{html.escape(pair.second)} &minus; {html.escape(pair.first)}<td colspan=2>{html.escape(pair_text(pair))}"
-        for pair in pairs
-    )
-    return f"{head}<table><tr><th>model<th>0 to 100 %<th>accuracy, 95 % interval{''.join(rows)}{tests}</table>"
-
-
-def _flip_part(row: dict[str, Any]) -> str:
-    choices = "".join(f"<br>{letter}. {html.escape(choice)}" for letter, choice in zip("ABCDEFGHIJ", row["choices"]))
-    answers = "".join(
-        f"<li class={'yes' if answer['correct'] else 'no'}>{html.escape(title)}: {html.escape(str(answer['prediction'])[:300] or '(none)')}"
         for title, answer in row["answers"].items()
-    )
-    head = f"{row['benchmark']}, {row['subset']} {row['id']}"
-    return (
-        f"<details><summary>{html.escape(head)}: {html.escape(row['question'][:100])}</summary>"
-        f"<p>{html.escape(row['question'])}{choices}</p><p>right: {html.escape(row['gold'])}</p><ul>{answers}</ul></details>"
+    ]
+    return html.details(
+        f"{row['benchmark']}, {row['subset']} {row['id']}: {row['question'][:100]}",
+        html.paragraph(row["question"], *choices),
+        html.paragraph(f"right: {row['gold']}"),
+        html.element("ul", *answers),
     )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from megaswift.config.files import SFT_ARGS, read_args_file
 from megaswift.config.options import ExportArguments
 from megaswift.errors import DataError, MegaswiftError
-from megaswift.export.common import replacing, report_proof, require_free_name, sign
+from megaswift.export.common import report_proof, require_free_name, sign
 from megaswift.hub.locate import locate
 from megaswift.models import family_of, parameters_of
 from megaswift.models.adapters import Lora
@@ -74,16 +74,16 @@ def adapter_to_hf(root: Path, checkpoint: Path, args: ExportArguments, convert: 
     target = Path(args.hf_output_dir or root / f"{args.model_type}-adapter").absolute()
     require_free_name(target, args.overwrite, root, run.base)
     say(f"{shown(checkpoint)} -> LoRA adapter in PEFT's form, {len(run.tensors)} tensors, rank {run.lora.rank}")
-    with replacing(target) as fresh:
-        _write(run, fresh, final=target)
+    _write(run, target)
     return target, f"--ckpt_dir {typed(target)}"
 
 
 def _read(root: Path, checkpoint: Path, args: ExportArguments, convert: Convert) -> AdapterRun:
     """Raises DataError for a checkpoint that was changed, or whose base is not there or has other weights."""
-    from megaswift.weights.convert import DTYPES, FiniteCheck
+    from megaswift.weights.convert import FiniteCheck
     from megaswift.weights.convert.model import check_megatron
     from megaswift.weights.torch_dist.reader import Reader
+    from megaswift.weights.torch_dtypes import TORCH_DTYPES
 
     manifest = read_manifest(checkpoint)
     if args.verify:
@@ -93,7 +93,7 @@ def _read(root: Path, checkpoint: Path, args: ExportArguments, convert: Convert)
     parameters = lora.parameters(family_of(config.model_type), config)
     reader, finite = Reader(checkpoint), FiniteCheck()
     check_megatron(reader, parameters)
-    asked = DTYPES[args.dtype] if "dtype" in args.explicit() and args.dtype != "AUTO" else None
+    asked = TORCH_DTYPES[args.dtype] if "dtype" in args.explicit() and args.dtype != "AUTO" else None
     tensors, values = {}, {}
     for parameter in parameters:
         value = reader.read(parameter.key, parameter.place)
@@ -161,7 +161,7 @@ def _from_megatron(release: Path, record: dict[str, Any], args: ExportArguments,
     return target
 
 
-def _write(run: AdapterRun, target: Path, final: Path) -> None:
+def _write(run: AdapterRun, target: Path) -> None:
     """The folder, which appears when it is whole and proven."""
     from safetensors.torch import save
 
@@ -180,8 +180,8 @@ def _write(run: AdapterRun, target: Path, final: Path) -> None:
         files = {name: write_small(work.path / name, data) for name, data in content.items()}
         refused = vllm_refuses(config, shapes)
         proof = _prove(run, work.path) if run.args.verify else None
-        _finish(run, work.path, final, files, proof, refused)
-        publish(work.path, target)
+        _finish(run, work.path, target, files, proof, refused)
+        publish(work.path, target, taken="replace" if run.args.overwrite else "refuse")
     report_proof(proof)
     if refused:
         say(f"  [yellow]vLLM does not load this adapter: {refused}. For vLLM: swift export ... --merge_lora true[/yellow]")
@@ -325,8 +325,7 @@ def _merge(run: AdapterRun, target: Path) -> tuple[Path, str]:
 
     values = read_args_file(run.root) | {"sft_type": "full"}
     extra = {SFT_ARGS: (json.dumps(values, ensure_ascii=False, indent=2) + "\n").encode()}
-    with replacing(target) as fresh:
-        merge_adapter(adapter, base, fresh, finish, extra)
+    merge_adapter(adapter, base, target, finish, extra, replace=target.exists())
     proof, rounding = proofs[0]
     report_proof(proof)
     say(

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-import secrets
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +17,8 @@ from megaswift.terminal import say, shown
 from megaswift.weights.hf.tokenizer import has_tokenizer, load_tokenizer
 
 THREADS = 2  # files written at the same time
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _ITERATION = r"iter_\d+"
 _CHECKPOINT = re.compile(rf"{paths.RELEASE}|{_ITERATION}|mp_rank_\d+\w*")  # a directory of weights in a Megatron directory
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size like 5GB, 500MB or 2GiB."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if not match or match.group(2).upper() not in _UNITS or float(match.group(1)) <= 0:
-        raise UserError(f"--max_shard_size {text!r} is no size.", where="--max_shard_size", fix="use for example 5GB or 500MB")
-    return max(1, int(float(match.group(1)) * _UNITS[match.group(2).upper()]))
 
 
 def require_free_name(target: Path, overwrite: bool, *sources: Path) -> None:
@@ -90,24 +77,6 @@ def _run_in(directory: Path) -> Path | None:
         if "plan.json" in files or any(re.fullmatch(_ITERATION, name) for name in folders):
             return Path(place)
     return None
-
-
-@contextlib.contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """The name to write under: `target`, or one beside it that takes its place only once it is complete."""
-    if not target.exists():
-        yield target
-        return
-    fresh = target.with_name(f".{target.name}.new")  # hidden: a plain name may be something of the user's
-    if fresh.exists():  # complete, but its process was killed before it took the place
-        shutil.rmtree(fresh)
-    yield fresh
-    old = target.with_name(f".{target.name}.old-{secrets.token_hex(4)}")
-    target.rename(old)
-    fresh.rename(target)
-    if old.is_symlink():
-        old.unlink()
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def report(parameters: int, tensors: int, size: int, seconds: float, resumed: list[str]) -> None:

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from megaswift.config.files import LAYOUT_OPTIONS, MODEL_OPTIONS, SFT_ARGS, args_file_in, fill_from_file, read_args_file
 from megaswift.config.options import ExportArguments
+from megaswift.config.parse import size_of
 from megaswift.errors import DataError, UserError
 from megaswift.export.adapter import adapter_to_hf
 from megaswift.export.common import (
     THREADS,
     check_tokenizer,
-    parse_size,
-    replacing,
     report,
     report_nonfinite,
     report_proof,
@@ -129,13 +128,14 @@ class _Form:
 
 def _form(weights: _Weights) -> _Form:
     """--dtype for all tensors; without it each tensor's own precision, of the source and of the training, the wider."""
-    from megaswift.weights.convert import DTYPES, Precisions, precisions_of_checkpoint
+    from megaswift.weights.convert import Precisions, precisions_of_checkpoint
     from megaswift.weights.convert.precision import chosen, other_dtypes, rounded, wider, with_masters
+    from megaswift.weights.torch_dtypes import TORCH_DTYPES
 
     parameters, args = parameters_of(weights.config), weights.args
     stored, recorded = precisions_of_checkpoint(weights.reader, parameters), other_dtypes(weights.manifest)
     if weights.manifest and not weights.manifest.get("iteration"):  # only converted: as the source was, or as --dtype said
-        reader, own = weights.reader, Precisions(DTYPES.get(str(weights.manifest.get("dtype")), stored.main), recorded)
+        reader, own = weights.reader, Precisions(TORCH_DTYPES.get(str(weights.manifest.get("dtype")), stored.main), recorded)
         had = own
     else:
         frozen = set(weights.manifest.get("frozen") or ())  # these have no master weights
@@ -216,19 +216,19 @@ def _write(weights: _Weights, form: _Form, target: Path, root: Path) -> tuple[Wr
             proofs.append(_prove(written.path, weights, form, logits=not finite.found) | {"rounded": form.lost})
         _finish(written, weights, target, form, proofs[0] if proofs else None)
 
-    with replacing(target) as fresh:
-        result = write_checkpoint(
-            fresh,
-            planned_hf_tensors(form.reader, weights.config, form.precisions, finite),
-            side_files(weights.model_dir),
-            overrides or None,
-            parse_size(weights.args.max_shard_size),
-            THREADS,
-            extra_files=_args_bytes(root),
-            before_publish=finish,
-            plan=json.dumps(["huggingface", form.precisions.record(), str(weights.directory), _identity(weights)]),
-            resume=weights.args.resume,
-        )
+    result = write_checkpoint(
+        target,
+        planned_hf_tensors(form.reader, weights.config, form.precisions, finite),
+        side_files(weights.model_dir),
+        overrides or None,
+        size_of(weights.args.max_shard_size, "max_shard_size"),
+        THREADS,
+        extra_files=_args_bytes(root),
+        before_publish=finish,
+        plan=json.dumps(["huggingface", form.precisions.record(), str(weights.directory), _identity(weights)]),
+        resume=weights.args.resume,
+        replace=target.exists(),
+    )
     return result, proofs[0] if proofs else None
 
 

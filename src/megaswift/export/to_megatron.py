@@ -16,7 +16,6 @@ from megaswift.errors import UserError
 from megaswift.export.common import (
     THREADS,
     check_tokenizer,
-    replacing,
     report,
     report_nonfinite,
     report_proof,
@@ -28,7 +27,8 @@ from megaswift.hub.locate import locate
 from megaswift.models import parameters_of
 from megaswift.models.family import is_tied
 from megaswift.proof.prove import prove, summary, write_page
-from megaswift.run.plan import check_layout
+from megaswift.run.problems import layout_problems, refuse
+from megaswift.run.spec import Parallel
 from megaswift.store import paths
 from megaswift.store.files import start_reading
 from megaswift.store.manifest import digest_files, versions, write_manifest
@@ -211,13 +211,14 @@ def _write(args: ExportArguments, source: _Source) -> Path:
     """Convert, prove, and publish the whole directory."""
     from megaswift.weights.convert.precision import rounded
 
-    check_layout(source.config, args.tp, args.pp)
+    refuse(layout_problems(source.config, Parallel(tp=args.tp, pp=args.pp, world_size=args.tp * args.pp)))
     target = Path(args.megatron_output_dir or f"{source.model_type}-tp{args.tp}-pp{args.pp}").absolute()
     require_free_name(target, args.overwrite, source.directory, source.model_dir)
     check_tokenizer(source.model_dir)
     rows = source.new_tokens and [source.new_tokens.rows_before, source.new_tokens.rows_after]
     plan = json.dumps(["megatron", source.precisions.record(), source.identity, *([rows] if rows else [])])
-    with replacing(target) as fresh, workspace(fresh, source.nbytes + (64 << 20), plan=plan, resume=args.resume) as work:
+    replaced = target.exists()
+    with workspace(target, source.nbytes + (64 << 20), plan=plan, resume=args.resume) as work:
         release = work.path / paths.RELEASE
         release.mkdir(exist_ok=True)
         say(f"{source.label} -> Megatron weights, {source.precisions}")
@@ -233,7 +234,7 @@ def _write(args: ExportArguments, source: _Source) -> Path:
         work.drop_records()
         proof = source.prove(release, done) | {"rounded": lost} if args.verify else None
         _finish(work.path, args, source, done, lost, proof)
-        publish(work.path, fresh)
+        publish(work.path, target, taken="replace" if replaced else "refuse")
     report_proof(proof)
     if rows and proof is not None:
         tables = "embedding" if is_tied(source.config) else "embedding and output layer"

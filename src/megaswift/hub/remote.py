@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from megaswift.errors import first_line
+
 # What is fetched: weights as safetensors, and the side files. Pickles and code are never fetched.
 FETCHED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*"]
 NOT_FETCHED = [
@@ -184,5 +186,4 @@ def probe(addresses: list[str], seconds: float = PROBE_SECONDS) -> list[str]:
 
 def read_text_error(error: BaseException) -> str:
     """The first line of a library's error, shortened, for a list of what was tried."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+    return f"{type(error).__name__}: {first_line(error) if str(error).strip() else ''}"[:200]

@@ -99,14 +99,6 @@ def check_backend(args: BackendArguments) -> None:
     """
     if pick_backend(args.infer_backend) == "pt":
         _refuse_vllms(args)
-    checks = (
-        ("max_model_len", args.max_model_len is None or args.max_model_len >= 2, "2 or more"),
-        ("gpu_memory_utilization", 0 < args.gpu_memory_utilization <= 1, "above 0 and at most 1"),
-        ("tensor_parallel_size", args.tensor_parallel_size >= 1, "1 or more"),
-    )
-    for name, good, legal in checks:
-        if not good:
-            raise UserError(f"--{name} {getattr(args, name)} is not possible.", where=f"--{name}", fix=f"legal values: {legal}")
 
 
 def _refuse_vllms(args: BackendArguments) -> None:

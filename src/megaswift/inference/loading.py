@@ -7,22 +7,21 @@ from typing import Any
 
 import torch
 
-from megaswift.errors import DataError, UserError
+from megaswift.errors import DataError, UserError, first_line
 from megaswift.launch.versions import has_bf16
 from megaswift.models import families
-from megaswift.weights.hf.names import check_source
+from megaswift.weights.hf.config import check_source
 from megaswift.weights.hf.read import UNTIED, HFCheckpoint
 from megaswift.weights.hf.tokenizer import load_tokenizer, quiet_transformers
+from megaswift.weights.torch_dtypes import TORCH_DTYPES
 
 __all__ = ["load_model", "load_tokenizer", "pick_dtype", "quiet_transformers"]
-
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def pick_dtype(name: str) -> torch.dtype:
     """The torch dtype of --dtype; AUTO is bf16 on a GPU that has it (fp16 on older ones) and fp32 on a CPU."""
     if name != "AUTO":
-        return _DTYPES[name]
+        return TORCH_DTYPES[name]
     if not torch.cuda.is_available():
         return torch.float32
     return torch.bfloat16 if has_bf16() else torch.float16
@@ -55,7 +54,7 @@ def load_model(path: Path, dtype: str = "AUTO") -> Any:
             ) from error
         except Exception as error:
             fix = "the folder must hold a text model that this version of transformers knows, as safetensors"
-            raise DataError(f"the model cannot be read: {_first_line(error)}", where=str(path), fix=fix) from error
+            raise DataError(f"the model cannot be read: {first_line(error)}", where=str(path), fix=fix) from error
     model, report = pair
     _require_complete(report, path)
     return model.eval()
@@ -97,8 +96,3 @@ def _require_complete(loaded: dict[str, Any], path: Path) -> None:
             shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
             fix = UNTIED if names == ["lm_head.weight"] and key == "missing_keys" else "convert or download the model again"
             raise DataError(f"{len(names)} tensors {what}: {shown}", where=str(path), fix=fix)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

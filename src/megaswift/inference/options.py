@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from megaswift.config.options import InferArguments
+from megaswift.config.parse import check_number
 from megaswift.errors import UserError
 
 Message = dict[str, Any]  # role and content, and what else the chat template reads
 FinishReason = Literal["stop", "length", "interrupted"]
+# What must be in the range that `swift infer` declares for it, wherever it comes from: a request of the server, a script.
+_NUMBERS = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "num_beams", "max_length")
 
 
 class PromptError(UserError):
@@ -47,20 +50,9 @@ class GenerationOptions:
     seed: int | None = 42
 
     def __post_init__(self) -> None:
-        checks: tuple[tuple[str, bool, str], ...] = (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature >= 0, "0 (greedy) or more"),
-            ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0; 1 changes nothing"),
-            ("num_beams", self.num_beams >= 1, "at least 1"),
-            ("max_length", self.max_length == -1 or self.max_length >= 1, "-1 (what the model allows) or at least 1"),
-        )
-        for name, good, legal in checks:
-            if not good:
-                raise UserError(
-                    f"--{name} {getattr(self, name)} is not possible.", where=f"--{name}", fix=f"legal values: {legal}"
-                )
+        for item in fields(InferArguments):
+            if item.name in _NUMBERS:
+                check_number(item, getattr(self, item.name))
         if any(not word for word in self.stop_words):
             raise UserError("an empty stop word would end every answer at once.", where="--stop_words")
         if self.truncation == "split":

@@ -14,7 +14,7 @@ from typing import Any
 
 from megaswift.data.conversation import BadRow, Conversation
 from megaswift.data.messages import read_messages, tools_of
-from megaswift.errors import MegaswiftError, UserError
+from megaswift.errors import MegaswiftError, UserError, first_line
 from megaswift.inference.backends import Backend
 from megaswift.inference.gate import Gate, Refused, Rules
 from megaswift.inference.objects import CHAT_FORM, TEXT_FORM, Form
@@ -188,7 +188,7 @@ class Service:
                 yield event([], usage=_usage(*answers))
             yield "data: [DONE]\n\n"
         except (MegaswiftError, RuntimeError) as error:
-            yield _event({"error": {"message": _first_line(error), "type": "server_error", "param": None, "code": None}})
+            yield _event({"error": {"message": first_line(error), "type": "server_error", "param": None, "code": None}})
 
 
 def make_app(service: Service, rules: Rules, api_key: str | None) -> Any:
@@ -230,7 +230,7 @@ def make_app(service: Service, rules: Rules, api_key: str | None) -> Any:
         try:
             return JSONResponse(await _unless_gone(request, service.whole(asked, form)))
         except (MegaswiftError, RuntimeError) as error:
-            raise Refused(500, _first_line(error), kind="server_error") from error
+            raise Refused(500, first_line(error), kind="server_error") from error
 
     async def chat(request: Request) -> Any:
         return await answer(request, service.chat, CHAT_FORM)
@@ -269,7 +269,3 @@ def _new_id(form: Form) -> str:
 
 def _event(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

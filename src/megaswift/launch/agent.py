@@ -27,6 +27,7 @@ from megaswift.errors import MegaswiftError, RankLostError, Stopped, UserError
 from megaswift.launch import rendezvous
 from megaswift.launch.failures import connection_lost, nccl_failed, out_of_memory
 from megaswift.launch.signals import StopSignals
+from megaswift.store.publish import put
 
 ERROR_DIR = "MEGASWIFT_ERROR_DIR"  # where ranks of this machine and the launcher leave notes for each other
 LAUNCHER = "MEGASWIFT_LAUNCHER"  # process id of the launcher
@@ -119,7 +120,7 @@ def start_ranks(place: Cluster, job: Path, stop: StopSignals | None = None, modu
             ) from None
         except Exception as error:  # torch raises several kinds when the other machines do not come
             raise RankLostError(
-                f"the processes could not be brought together: {(str(error) or type(error).__name__).splitlines()[0]}",
+                f"the processes could not be brought together: {errors.first_line(error)}",
                 where="MASTER_ADDR, MASTER_PORT",
                 fix="start all machines; see that they reach MASTER_ADDR",
             ) from error
@@ -222,9 +223,7 @@ def _launch_config(place: Cluster) -> Any:
 
 def ask_to_stop(directory: Path, name: str) -> None:
     """Tell all ranks of this machine to stop at their next step boundary."""
-    temporary = directory / ".stop"
-    temporary.write_text(name, encoding="utf-8")
-    temporary.replace(directory / "stop")
+    put(directory / "stop", name, durable=False)
 
 
 def stop_file() -> Path | None:
@@ -364,8 +363,6 @@ def report(error: MegaswiftError, second: bool = False) -> None:
         print(f"error: {error.text()}", file=sys.stderr, flush=True)
         return
     path = Path(directory) / f"rank{int(os.environ.get('RANK', '0')):05d}.json"
-    temporary = path.with_suffix(".tmp")
     values = {"kind": type(error).__name__, "what": error.what, "where": error.where, "fix": error.fix, "second": second}
     with contextlib.suppress(OSError):  # the launcher may be gone
-        temporary.write_text(json.dumps(values), encoding="utf-8")
-        temporary.replace(path)
+        put(path, json.dumps(values), durable=False)

@@ -181,7 +181,7 @@ def obstacle(decoder: Any, overlap_grad_reduce: bool = False) -> str | None:
         return _REDUCED
     if config.recompute_granularity:
         return "recomputation asks for the random state"
-    if config.deterministic_mode or getattr(config, "flash_attention", None) is not None:
+    if config.deterministic_mode or config.attention != "fastest":
         return "the attention kernel that was asked for takes sample by sample"
     return None
 
@@ -193,16 +193,16 @@ class Graphs:
 
     Args:
         decoder: the TransformerBlock.
-        mode: "true", "false", or "auto": where launching kernels is what the first steps spent their time on.
+        mode: "always", "never", or "if launching is slow": where launching kernels is what the first steps spent their time on.
     """
 
     def __init__(self, decoder: Any, mode: str, overlap_grad_reduce: bool = False) -> None:
         self.decoder = decoder
         self.parameters = list(decoder.parameters())
         self.problem = problem = obstacle(decoder, overlap_grad_reduce)
-        self.on = mode == "true" and problem is None
-        self.measuring = mode == "auto" and problem in (None, _MESSAGES, _REDUCED)
-        told = problem and mode != "false" and torch.cuda.is_available()
+        self.on = mode == "always" and problem is None
+        self.measuring = mode == "if launching is slow" and problem in (None, _MESSAGES, _REDUCED)
+        told = problem and mode != "never" and torch.cuda.is_available()
         self.note = f"CUDA graphs: off, {problem}" if told else None
         self.steps = 0
         self.times: list[tuple[float, float]] = []  # seconds until all kernels were launched, and until they were done

@@ -25,14 +25,17 @@ from megaswift.megatron.kernels.activation_offload import offload_activations
 from megaswift.megatron.kernels.attention import describe
 from megaswift.megatron.kernels.fp8_linear import Fp8LinearOps
 from megaswift.megatron.kernels.linear_cross_entropy import IGNORED, linear_cross_entropy
-from megaswift.megatron.kernels.linear_ops import PLAIN
+from megaswift.megatron.kernels.linear_ops import PLAIN, LinearOps
 from megaswift.megatron.kernels.megatron_fuse import fuse_embedding
+from megaswift.megatron.kernels.megatron_layer import FusedMLP
 from megaswift.megatron.kernels.sequence_log_probability import sequence_log_probabilities
 from megaswift.megatron.layer_specs import SequenceLayout, block_spec
 from megaswift.models import family_of
-from megaswift.models.family import is_tied
+from megaswift.models.family import is_tied, padded_vocab
 from megaswift.models.kinds import MAIN, Kind
 from megaswift.models.stages import stage_layers
+from megaswift.run.spec import Memory, Parallel, Precision
+from megaswift.weights.torch_dtypes import TORCH_DTYPES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -43,26 +46,17 @@ if TYPE_CHECKING:
     from megaswift.megatron.lora_layers import Attached
     from megaswift.train.objectives import Loss, Objective
 
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+KEEP_ALL = Memory()
 
 
-@dataclass(frozen=True)
-class ModelOptions:
-    """What a run decides about its model, beyond the Hugging Face config."""
+@dataclass
+class EngineConfig(TransformerConfig):
+    """Megatron-Core's config, and what our layers ask for beside it."""
 
-    tp: int
-    pp: int
-    dtype: str
-    padded_vocab: int
-    cp: int = 1
-    sequence_parallel: bool = False
-    recompute: bool = False
-    deterministic: bool = False
-    flash_attention: bool | None = None
-    variable_lengths: bool = False
-    fp8: bool = False
-    packed: bool = False  # linear layers of the blocks hold frozen weights in 4 bits
-    offloaded_layers: int = 0  # of this stage, from its first on: their activations go to host memory
+    attention: str = "fastest"  # see run.spec.Precision
+    # Not Megatron-Core's own `fp8`, which asks for TransformerEngine.
+    linear_ops: LinearOps = PLAIN
+    plain_layers: bool = False  # every module is called, none fused with another, so that its weights can come and go
 
 
 class ChatModel(GPTModel):
@@ -126,8 +120,8 @@ class ChatModel(GPTModel):
     def attention_kernel(self, packed: bool) -> str:
         """What attends on this GPU, in words; `packed`: rows hold several samples. Compiles the kernels where that is needed."""
         config = self.config
-        if config.deterministic_mode or config.flash_attention is not None:
-            return "PyTorch's " + ("plain operations" if config.flash_attention is False else "flash kernel")
+        if config.deterministic_mode or config.attention != "fastest":
+            return "PyTorch's " + ("plain operations" if config.attention == "plain" else "flash kernel")
         heads, groups = (
             max(n // config.tensor_model_parallel_size, 1) for n in (config.num_attention_heads, config.num_query_groups)
         )
@@ -254,20 +248,19 @@ def rotary_tables(config: PreTrainedConfig, kinds: Sequence[Kind], device: torch
     return tables
 
 
-def transformer_config(config: PreTrainedConfig, options: ModelOptions) -> TransformerConfig:
+def transformer_config(
+    config: PreTrainedConfig, parallel: Parallel, precision: Precision, memory: Memory = KEEP_ALL, plain_layers: bool = False
+) -> EngineConfig:
     """Megatron-Core's config of a model in a layout: what holds for all its layers."""
-    family = family_of(config.model_type)
-    dtype = TORCH_DTYPES[options.dtype]
-    recompute = (
-        dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1) if options.recompute else {}
-    )
-    built = TransformerConfig(
+    family, dtype = family_of(config.model_type), TORCH_DTYPES[precision.dtype]
+    whole_layers = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    return EngineConfig(
         **family.settings(config),
-        **recompute,
+        **(whole_layers if memory.recompute == "layers" else {}),
         # Where any layer has these norms their gradients are summed over tensor-parallel ranks.
         qk_layernorm=any(kind.qk_norm for kind in family.layers(config)),
         hetereogenous_dist_checkpoint=family.is_mixed(config),
-        pipeline_model_parallel_layout=pipeline_layout(config, options.pp),
+        pipeline_model_parallel_layout=pipeline_layout(config, parallel.pp),
         activation_func=F.silu,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
@@ -275,27 +268,26 @@ def transformer_config(config: PreTrainedConfig, options: ModelOptions) -> Trans
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
-        tensor_model_parallel_size=options.tp,
-        pipeline_model_parallel_size=options.pp,
-        context_parallel_size=options.cp,
-        sequence_parallel=options.sequence_parallel,
-        variable_seq_lengths=options.variable_lengths,
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        context_parallel_size=parallel.cp,
+        sequence_parallel=parallel.sequence_parallel,
+        variable_seq_lengths=parallel.pp > 1,
         moe_token_dispatcher_type="alltoall",  # Megatron-Core asks for it with variable lengths, experts or not
         pipeline_dtype=dtype,
         params_dtype=dtype,
-        bf16=options.dtype == "bf16",
-        fp16=options.dtype == "fp16",
-        apply_query_key_layer_scaling=options.dtype == "fp16",
+        bf16=precision.dtype == "bf16",
+        fp16=precision.dtype == "fp16",
+        apply_query_key_layer_scaling=precision.dtype == "fp16",
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,
         calculate_per_token_loss=True,
-        deterministic_mode=options.deterministic,
+        deterministic_mode=precision.deterministic,
         batch_p2p_comm=torch.cuda.is_available(),
+        attention=precision.attention,
+        linear_ops=Fp8LinearOps() if precision.fp8 else PLAIN,
+        plain_layers=plain_layers,
     )
-    built.flash_attention = options.flash_attention  # read by backend.CoreAttention
-    # Not Megatron-Core's own `fp8`, which asks for TransformerEngine. Read by ColumnParallel, RowParallel and FusedMLP.
-    built.linear_ops = Fp8LinearOps() if options.fp8 else PLAIN
-    return built
 
 
 def pipeline_layout(config: PreTrainedConfig, pp: int) -> list[list[str]] | None:
@@ -307,22 +299,33 @@ def pipeline_layout(config: PreTrainedConfig, pp: int) -> list[list[str]] | None
     return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
 
 
-def build(config: PreTrainedConfig, options: ModelOptions) -> ChatModel:
+def build(
+    config: PreTrainedConfig,
+    parallel: Parallel,
+    precision: Precision,
+    memory: Memory = KEEP_ALL,
+    vocab_rows: int | None = None,
+    packed: bool = False,
+) -> ChatModel:
     """The model of this process's pipeline stage and tensor-parallel part, its weights not yet loaded (zeros).
 
-    Needs the process groups of `ranks.joined`.
+    Args:
+        vocab_rows: rows of the embedding over all ranks, padding included; None: the fewest that tp can split.
+        packed: linear layers of the blocks hold frozen weights in 4 bits, which `packed_layers.fill` brings.
+
+    Needs the process groups of `process_groups.joined`.
     """
     from megatron.core import parallel_state
 
-    megatron_config = transformer_config(config, options)
+    megatron_config = transformer_config(config, parallel, precision, memory)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    stage, counts = parallel_state.get_pipeline_model_parallel_rank(), stage_layers(config, options.pp)
+    stage, counts = parallel_state.get_pipeline_model_parallel_rank(), stage_layers(config, parallel.pp)
     first = sum(counts[:stage])
     kinds = family_of(config.model_type).layers(config)[first : first + counts[stage]]
     model = ChatModel(
         config=megatron_config,
-        transformer_layer_spec=block_spec(kinds, options.packed),
-        vocab_size=options.padded_vocab,
+        transformer_layer_spec=block_spec(kinds, packed),
+        vocab_size=vocab_rows or padded_vocab(config.vocab_size, parallel.tp),
         max_sequence_length=config.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
@@ -334,8 +337,8 @@ def build(config: PreTrainedConfig, options: ModelOptions) -> ChatModel:
         for parameter in model.parameters():
             parameter.zero_()  # rows of vocabulary padding stay zero, whatever the checkpoint brings
     _mark_split_weights(model)
-    if options.offloaded_layers:
-        offload_activations(model.decoder, options.offloaded_layers)
+    if memory.offloaded_layers:
+        offload_activations(model.decoder, memory.offloaded_layers)
     return fuse_embedding(model.to(device))
 
 
@@ -352,6 +355,19 @@ def _mark_split_weights(model: torch.nn.Module) -> None:
             set_tensor_model_parallel_attributes(module.weight, True, 1, 1)
 
 
+def recompute_parts(model: ChatModel, parts: str) -> None:
+    """Let the MLPs compute parts again in the backward pass.
+
+    Args:
+        parts: "swiglu": 2 x ffn bytes a token and layer less, nearly free; "mlp": 4 x ffn more, for the first product again;
+            else neither.
+    """
+    for module in model.modules():
+        if type(module) is FusedMLP:
+            module.recompute_activation = parts in ("swiglu", "mlp")
+            module.recompute_first = parts == "mlp"
+
+
 def run_micro_batch(model: Any, batch: MicroBatch, objective: Objective) -> Any:
     """A micro batch through (a wrapper of) ChatModel: hidden states before the last stage, on it the objective's Loss."""
     seq_lens = None if batch.cu_seqlens is None else batch.cu_seqlens.diff().tolist()
@@ -363,4 +379,4 @@ def _worth(objective: Objective, batch: MicroBatch, model: ChatModel, hidden: Te
     return objective.micro_batch(model, hidden, batch)
 
 
-__all__ = ["ChatModel", "ModelOptions", "RotaryTable", "build", "rotary_tables", "run_micro_batch", "transformer_config"]
+__all__ = ["ChatModel", "EngineConfig", "RotaryTable", "build", "rotary_tables", "run_micro_batch", "transformer_config"]

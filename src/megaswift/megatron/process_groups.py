@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megaswift.megatron import compat, host_memory
+from megaswift.run.spec import Parallel
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Rank:
 
 
 @contextlib.contextmanager
-def joined(tp: int, pp: int, seed: int, cp: int = 1, start_timeout_s: float = 1800.0) -> Iterator[Rank]:
+def joined(parallel: Parallel, seed: int, start_timeout_s: float = 1800.0) -> Iterator[Rank]:
     """Join the run's process groups (nccl on GPUs, gloo on CPUs), seed the random states, and leave at the end.
 
     RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT come from the launcher. Without RANK this is a run of one
@@ -71,18 +72,17 @@ def joined(tp: int, pp: int, seed: int, cp: int = 1, start_timeout_s: float = 18
                 "nccl" if on_gpu else "gloo", timeout=timeout
             )  # with device_id every group would reserve memory now
         stack.callback(_leave)
-        yield _model_parallel((tp, pp, cp), seed, rank, world, local_rank, device)
+        yield _model_parallel(parallel, seed, rank, world, local_rank, device)
 
 
-def _model_parallel(
-    sizes: tuple[int, int, int], seed: int, rank: int, world: int, local_rank: int, device: torch.device
-) -> Rank:
+def _model_parallel(parallel: Parallel, seed: int, rank: int, world: int, local_rank: int, device: torch.device) -> Rank:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    tp, pp, cp = sizes
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, context_parallel_size=cp
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        context_parallel_size=parallel.cp,
     )
     model_parallel_cuda_manual_seed(seed)
     torch.manual_seed(seed)
@@ -90,13 +90,13 @@ def _model_parallel(
         rank=rank,
         world_size=world,
         local_rank=local_rank,
-        tp=tp,
-        pp=pp,
+        tp=parallel.tp,
+        pp=parallel.pp,
         dp=parallel_state.get_data_parallel_world_size(),
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         dp_rank=parallel_state.get_data_parallel_rank(),
-        cp=cp,
+        cp=parallel.cp,
         device=device,
     )
 

@@ -5,6 +5,7 @@ A config field that changes the computation is honoured (it reaches the settings
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -239,6 +240,11 @@ def is_tied(config: PreTrainedConfig) -> bool:
     return bool(getattr(config, "tie_word_embeddings", False))
 
 
+def padded_vocab(vocab: int, tp: int) -> int:
+    """Vocabulary rows that tensor parallelism can split evenly."""
+    return math.ceil(vocab / tp) * tp
+
+
 __all__ = [
     "OUTPUT_LAYER",
     "Family",
@@ -246,6 +252,7 @@ __all__ = [
     "context_length",
     "decoder_settings",
     "is_tied",
+    "padded_vocab",
     "sizes_of",
     "trained_length",
 ]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from megaswift.models.parameters import Parameter
-    from megaswift.run.job import Job
+    from megaswift.run.spec import Run
 
 # PEFT's names in memory -> in its files.
 _IN_MEMORY = (
@@ -63,10 +63,11 @@ class PeftSide:
     start: Path | None = None
 
     @classmethod
-    def of(cls, job: Job, seed: int) -> PeftSide | None:
-        """Of a run's job; None where it trains all weights."""
-        start = None if job.adapter_start is None else Path(job.adapter_start)
-        return None if job.adapter is None else cls(Lora.from_record(job.adapter), seed, start)
+    def of(cls, run: Run) -> PeftSide | None:
+        """Of a run; None where it trains all weights."""
+        method = run.method
+        start = None if method.adapter_start is None else Path(method.adapter_start)
+        return None if method.adapter is None else cls(method.adapter, run.seed, start)
 
     def wrap(self, model: Any, folder: Path) -> tuple[Any, dict[str, Any], Tokens]:
         """PEFT's model of a transformers model, its trained parameters by the names of PEFT's files, and its tokens."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from megaswift.config.options import SftArguments
 from megaswift.parity.compare import relative
-from megaswift.run.job import Job
+from megaswift.run.spec import RUN_FILE, Run
 from megaswift.terminal import console, say
 from megaswift.weights.hf.folder import side_files
 
@@ -58,11 +58,12 @@ def options_of_run(args: SftArguments, out: Path) -> SftArguments:
     )
 
 
-def follow(run_dir: Path, folder: Path, save_to: Path | None) -> Curves:
+def follow(run_dir: Path, args: SftArguments, folder: Path, save_to: Path | None) -> Curves:
     """The same run through transformers, from the Hugging Face folder that it started from.
 
     Args:
         run_dir: a finished run of `swift sft` that evaluated and logged every step.
+        args: its options.
         save_to: where the trained model goes; None: nowhere.
     """
     from megaswift.data.batches import Batches
@@ -70,27 +71,28 @@ def follow(run_dir: Path, folder: Path, save_to: Path | None) -> Curves:
     from megaswift.parity.adapters import PeftSide
     from megaswift.parity.reference import Reference
 
-    job = Job.read(run_dir / "job.json")
-    args, plan = SftArguments(**job.options), job.plan
-    train, validation = TokenRows.open(job.train_data), TokenRows.open(str(job.val_data))
+    run = Run.read(run_dir / RUN_FILE)
+    steps = run.schedule.train_iters
+    train, validation = TokenRows.open(run.data.train), TokenRows.open(str(run.data.val))
     batches = Batches(
-        train, micro_batch_size=1, global_batch_size=plan.global_batch, dp_rank=0, dp_size=1, seed=args.seed, pad_id=job.pad_id,
-        group_by_length=args.group_by_length,
+        train, micro_batch_size=1, global_batch_size=run.batch.global_batch_size, dp_rank=0, dp_size=1, seed=args.seed,
+        pad_id=run.data.pad_id,
+        group_by_length=run.batch.group_by_length,
     )  # fmt: skip
-    ids = [batches.sample_ids(step) for step in range(plan.train_iters)]
+    ids = [batches.sample_ids(step) for step in range(steps)]
     logged = [json.loads(line) for line in (run_dir / "logging.jsonl").read_text(encoding="utf-8").splitlines()]
     losses = [float(row["loss"]) for row in logged if "loss" in row]
     evaluated = {
         int(row["global_step/max_steps"].split("/")[0]): float(row["eval_loss"]) for row in logged if "eval_loss" in row
     }
-    warmup, adapter = int(plan.megatron["lr_warmup_iters"]), PeftSide.of(job, args.seed)
-    reference = Reference(folder, args, plan.dtype, plan.train_iters, warmup, adapter)
+    side = PeftSide.of(run)
+    reference = Reference(folder, args, run.precision.dtype, steps, run.schedule.warmup_iters, side)
     curves = Curves([], {}, len(train), len(validation), int(sum(int(train.lengths[step].sum()) for step in ids)))
     for number, (step, engine) in enumerate(zip(reference.run(train, ids, keep=False), losses), start=1):
         curves.loss.append((engine, step.loss))
         if number in evaluated:
             curves.eval_loss[number] = (evaluated[number], reference.evaluate(validation))
-        say(f"transformers: step {number}/{plan.train_iters}  loss {step.loss:.4f}, engine {engine:.4f}")
+        say(f"transformers: step {number}/{steps}  loss {step.loss:.4f}, engine {engine:.4f}")
     if save_to is not None:
         save_model(reference, folder, save_to)
     return curves

@@ -1,6 +1,6 @@
 """One rank of a parity run: a few steps of the engine, with gradients and weights written down after each.
 
-python -m megaswift.parity.rank JOB.json
+python -m megaswift.parity.rank run.json
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megaswift.config.options import SftArguments
 from megaswift.data.batches import MicroBatch
 from megaswift.launch.agent import report_from_rank
 from megaswift.megatron import process_groups
 from megaswift.parity.layers import of_engine
 from megaswift.parity.noise import perturb
-from megaswift.run.job import Job
+from megaswift.run.spec import Run
 from megaswift.train.checkpoint.save import save
 from megaswift.train.determinism import deterministic
 from megaswift.train.gradients import Gradients
@@ -29,19 +28,18 @@ LAYERS = "layers.json"  # hidden states after every layer, as one number each, b
 NOISE = "noise_seed"  # a file with the seed of the rounding noise that the weights get before the first step
 
 
-def run(job: Job) -> None:
-    """The steps of a job; losses go to steps.jsonl in the job's directory, gradients and weights beside it if asked for."""
-    plan, args = job.plan, SftArguments(**job.options)
-    out = Path(plan.megatron["save"])
-    with deterministic(args.deterministic), process_groups.joined(plan.tp, plan.pp, args.seed, plan.cp) as rank:
-        trainer, _ = restore_trainer(job, args)
+def trace(run: Run) -> None:
+    """The steps of a run; losses go to steps.jsonl in its directory, gradients and weights beside it if asked for."""
+    out, first, end = Path(run.saving.run_dir), run.schedule.first_step, run.schedule.train_iters
+    with deterministic(run.precision.deterministic), process_groups.joined(run.parallel, run.seed) as rank:
+        trainer, _ = restore_trainer(run)
         try:
-            batches, _ = open_batches(job, args, rank)
+            batches, _ = open_batches(run, rank)
             seed, stop = _number(out / NOISE), _number(out / STOP_AFTER)
-            if job.first_step == 0 and seed is not None:
+            if first == 0 and seed is not None:
                 perturb(trainer, seed)
-            last = stop if job.first_step == 0 and stop else plan.train_iters
-            for place in range(job.first_step, last):
+            last = stop if first == 0 and stop else end
+            for place in range(first, last):
                 micro_batches = to_device(batches.step(place), rank.device)
                 if dumps(out) and place == 0:
                     numbers = of_engine(trainer, micro_batches, batches.rows)
@@ -51,9 +49,8 @@ def run(job: Job) -> None:
                 if rank.is_first:
                     with (out / LOG).open("a", encoding="utf-8") as file:
                         file.write(json.dumps(row) + "\n")
-            if last < plan.train_iters:
-                layout = {"tp": plan.tp, "pp": plan.pp, "dp": plan.dp}
-                _save(out / STATE, last, trainer, only_model=False, manifest={"layout": layout})
+            if last < end:
+                _save(out / STATE, last, trainer, only_model=False, manifest={"layout": run.parallel.layout})
         finally:
             trainer.close()
 
@@ -92,7 +89,7 @@ def _save(root: Path, step: int, state: Any, *, only_model: bool = True, manifes
 
 def main(argv: list[str]) -> int:
     """Entry point of one rank."""
-    return report_from_rank(lambda: run(Job.read(Path(argv[0]))))
+    return report_from_rank(lambda: trace(Run.read(Path(argv[0]))))
 
 
 if __name__ == "__main__":

@@ -23,10 +23,9 @@ from megaswift.data.store import TokenRows
 from megaswift.data.tokens import Encoded, weights_of
 from megaswift.parity.adapters import PeftSide, Tokens
 from megaswift.parity.layers import of_transformers
-from megaswift.run import table
+from megaswift.run.resolve import min_lr
 from megaswift.terminal import say
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from megaswift.weights.torch_dtypes import TORCH_DTYPES
 
 
 def write_samples(path: Path, samples: Iterable[Encoded]) -> None:
@@ -57,7 +56,7 @@ def learning_rate(args: SftArguments, step: int, steps: int, warmup: int) -> flo
 
     Only inverse_sqrt ends where its formula ends. warmup_stable_decay stays at the peak and decays in the last tenth.
     """
-    peak, floor, style = args.learning_rate, table.min_lr(args), args.lr_scheduler_type
+    peak, floor, style = args.learning_rate, min_lr(args), args.lr_scheduler_type
     if warmup and step <= warmup:
         return peak * step / warmup
     if style in ("constant", "constant_with_warmup"):
@@ -87,6 +86,8 @@ def learn_every_row(model: Any) -> list[int]:
 class Reference:
     """transformers' model and torch.optim.AdamW over fp32 master weights; with an adapter PEFT's model of it.
 
+    Takes its numbers from the options, as a user of transformers would, and not from the Run that the engine follows.
+
     Args:
         folder: Hugging Face folder; dtype: of its weights here.
         steps, warmup: of the run's schedule.
@@ -101,7 +102,7 @@ class Reference:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.args, self.steps, self.warmup, self.exact = args, steps, warmup, dtype == "fp32"
         load: Any = AutoModelForCausalLM.from_pretrained
-        self.model: Any = load(folder, dtype=DTYPES[dtype], local_files_only=True, trust_remote_code=False)
+        self.model: Any = load(folder, dtype=TORCH_DTYPES[dtype], local_files_only=True, trust_remote_code=False)
         for token in learn_every_row(self.model):
             say(f"reference: built without padding_idx; the embedding of token {token}, the pad token, gets its gradient too")
         self.model.to(self.device).train()
@@ -139,9 +140,8 @@ class Reference:
     @torch.no_grad()
     def layers(self, rows: TokenRows, ids: np.ndarray) -> list[float]:
         """The hidden states after every layer as one number each (see layers.py), over the rows of a global batch."""
-        model = self.model if self.tokens is None else self.model.get_base_model()
         self.model.eval()
-        with of_transformers(model) as sums:
+        with of_transformers(self.model if self.tokens is None else self.model.get_base_model()) as sums:
             for row in ids:
                 for sample in rows.samples(int(row)):
                     self._summed_loss(sample)

@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import html
 from typing import Any
 
+from megaswift.report import html
 from megaswift.terminal import console, say
-
-_STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
-    "table{border-collapse:collapse;margin:.5rem 0 1.5rem}td,th{padding:.25rem .8rem;border-bottom:1px solid #ddd;text-align:left}"
-    "td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}.good{color:#187a2f}.bad{color:#b3261e}"
-    "code{background:#f3f3f3;padding:0 .25rem}small{color:#666}@media(prefers-color-scheme:dark){body{background:#161616;color:#ddd}"
-    "td,th{border-color:#333}code{background:#262626}}"
-)
 
 
 def print_proof(proof: dict[str, Any]) -> None:
@@ -67,37 +59,19 @@ def page(title: str, facts: list[tuple[str, str]], proof: dict[str, Any]) -> str
     audit = [
         [item["field"], item["config"], item["megatron"], "equal" if item["equal"] else "DIFFERENT"] for item in proof["config"]
     ]
-    parts = [
-        f"<h1>{html.escape(title)}</h1>",
-        _table(["", ""], [list(fact) for fact in facts], set()),
-        "<h2>Round trip</h2>",
-        f"<p class=good>Read back from the written files: {html.escape(round_trip(proof))}.</p>",
-        *_lost(proof),
-        "<h2>Logits against transformers</h2>",
-        _table(["prompt", "tokens", "max |difference|", "mean KL (nats)", "same top-1"], rows, {1, 2, 3, 4}),
-        f"<p><small>{html.escape(limits)}</small></p>",
-        "<h2>Config audit</h2>",
-        _table(["field", "transformers", "Megatron model", ""], audit, set()),
-        f"<p><small>No effect on the computation: {html.escape(', '.join(proof['neutral_fields']))}</small></p>",
-        "<h2>Difference of a token's state after each layer</h2>",
-        _table(["after", "largest, as a share of its length"], layers, {1}),
-    ]
-    head = f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'><title>{html.escape(title)}</title><style>{_STYLE}</style>"
-    return head + "\n".join(parts) + "</html>\n"
-
-
-def _lost(proof: dict[str, Any]) -> list[str]:
-    """Every tensor that was rounded, by name."""
-    lost = proof.get("rounded", {})
-    return [_table(["rounded", ""], [[name, change] for name, change in lost.items()], set())] if lost else []
-
-
-def _table(names: list[str], rows: list[list[str]], numbers: set[int]) -> str:
-    """An HTML table; columns in `numbers` are set to the right."""
-    mark = lambda place: " class=n" if place in numbers else ""  # noqa: E731
-    head = "".join(f"<th{mark(place)}>{html.escape(name)}</th>" for place, name in enumerate(names)) if any(names) else ""
-    body = "".join(
-        "<tr>" + "".join(f"<td{mark(place)}>{html.escape(str(cell))}</td>" for place, cell in enumerate(row)) + "</tr>"
-        for row in rows
+    lost = [[name, change] for name, change in proof.get("rounded", {}).items()]
+    return html.page(
+        title,
+        html.table(["", ""], facts),
+        html.heading("Round trip"),
+        html.paragraph(f"Read back from the written files: {round_trip(proof)}.", kind="good"),
+        *([html.table(["rounded", ""], lost)] if lost else []),
+        html.heading("Logits against transformers"),
+        html.table(["prompt", "tokens", "max |difference|", "mean KL (nats)", "same top-1"], rows, {1, 2, 3, 4}),
+        html.paragraph(html.element("small", limits)),
+        html.heading("Config audit"),
+        html.table(["field", "transformers", "Megatron model", ""], audit),
+        html.paragraph(html.element("small", f"No effect on the computation: {', '.join(proof['neutral_fields'])}")),
+        html.heading("Difference of a token's state after each layer"),
+        html.table(["after", "largest, as a share of its length"], layers, {1}),
     )
-    return f"<table><tr>{head}</tr>{body}</table>"

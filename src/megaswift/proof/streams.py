@@ -21,9 +21,10 @@ from torch import Tensor
 from megaswift.megatron import process_groups
 from megaswift.megatron.layer_specs import block_spec, local_name
 from megaswift.megatron.lora_layers import attach
-from megaswift.megatron.model import ChatModel, ModelOptions, rotary_tables, transformer_config
+from megaswift.megatron.model import ChatModel, rotary_tables, transformer_config
 from megaswift.models import family_of, parameters_of
 from megaswift.models.family import is_tied
+from megaswift.run.spec import Parallel, Precision
 from megaswift.weights.convert.model import MegatronReader
 from megaswift.weights.convert.precision import Precisions
 
@@ -135,8 +136,7 @@ def peft_stream(config: PreTrainedConfig, source: HFCheckpoint, precisions: Prec
 def megatron_stream(config: PreTrainedConfig, reader: MegatronReader, adapter: TrainedAdapter | None = None) -> Streamed:
     """The GPTModel of a Megatron checkpoint, with an adapter where one is given; needs the process groups of `one_process`."""
     rows = reader.shape("embedding.word_embeddings.weight")[0]
-    settings = transformer_config(config, ModelOptions(tp=1, pp=1, dtype="fp32", padded_vocab=rows))
-    settings.plain_layers = True  # type: ignore[attr-defined]  # every module is called, so that its weights can be streamed
+    settings = transformer_config(config, Parallel(), Precision(), plain_layers=True)
     kinds = family_of(config.model_type).layers(config)
     ropes = rotary_tables(config, kinds, torch.device("cpu"))
     with _META:
@@ -241,7 +241,7 @@ def one_process() -> Iterator[None]:
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     with mock.patch.dict(os.environ, clean, clear=True), mock.patch.object(torch.cuda, "is_available", lambda: False):
         try:
-            with process_groups.joined(1, 1, seed=0), torch.no_grad():
+            with process_groups.joined(Parallel(), seed=0), torch.no_grad():
                 yield
         finally:
             torch.set_rng_state(state)

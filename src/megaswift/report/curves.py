@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megaswift.errors import DataError
+from megaswift.store.publish import appearing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -128,9 +129,8 @@ def write_images(run_dir: Path | str) -> list[Path]:
     files = []
     for name, curve in series.items():
         path = images / f"{name}.png"
-        temporary = images / f".{name}.tmp.png"
-        draw(curve, subtitle).savefig(temporary, dpi=150)
-        temporary.replace(path)
+        with appearing(path, durable=False) as temporary:
+            draw(curve, subtitle).savefig(temporary, dpi=150, format="png")
         files.append(path)
     return files
 

@@ -210,34 +210,6 @@ def parameters_of_adapter(lora: Lora, config: PreTrainedConfig) -> list[Paramete
     return lora.parameters(family_of(config.model_type), config)
 
 
-def trained_parameters(lora: Lora | None, frozen: list[str], config: PreTrainedConfig) -> list[Parameter]:
-    """What is trained: of an adapter, or of the model what is not frozen."""
-    if lora is not None:
-        return parameters_of_adapter(lora, config)
-    kept = set(frozen)
-    return [parameter for parameter in parameters_of(config) if parameter.name not in kept]
-
-
-def packed_share(lora: Lora | None, config: PreTrainedConfig) -> float:
-    """Share of a model's weights that are held in 4 bits."""
-    if lora is None or lora.bits is None:
-        return 0.0
-    base = parameters_of(config)
-    return sum(parameter.size for parameter in linear(base)) / sum(parameter.size for parameter in base)
-
-
-def trainable_of_rank(trained: list[Parameter], config: PreTrainedConfig, pp: int, tp: int) -> int:
-    """How many values the fullest rank trains."""
-    stage_of = [stage for stage, count in enumerate(stage_layers(config, pp)) for _ in range(count)]
-    sizes = [0] * pp
-    for parameter in trained:
-        own = parameter.size // (1 if parameter.arrangement.split is None else tp)
-        layered = parameter.name.startswith("decoder.layers.")
-        stage = stage_of[int(parameter.name.split(".")[2])] if layered else 0 if parameter.name.startswith("embedding.") else -1
-        sizes[stage] += own
-    return max(sizes)
-
-
 def check_same_method(args: SftArguments, manifest: dict[str, Any], where: str) -> None:
     """Raise UserError where a run trained something else than the options ask for: all weights, or an adapter."""
     kept = manifest.get("adapter") is not None

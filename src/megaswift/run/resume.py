@@ -8,7 +8,7 @@ from typing import Any
 
 from megaswift.config.options import SftArguments
 from megaswift.errors import DataError, UserError
-from megaswift.run.table import accumulation
+from megaswift.run.resolve import global_batch_size
 from megaswift.store.lock import in_use
 from megaswift.store.manifest import (
     LONGEST_CHAIN,
@@ -111,7 +111,7 @@ def kept_batch(args: SftArguments, manifest: dict[str, Any], world_size: int, wh
             where=where,
             fix="give the directory as --resume_from_checkpoint of a new run",
         )
-    model = args.tp * args.pp * args.cp  # processes that hold one copy of it; where they do not fit, make_plan says so
+    model = args.tp * args.pp * args.cp  # processes that hold one copy of it; where they do not fit, `problems` says so
     dp, uneven = divmod(world_size, model)
     if uneven or dp < 1:
         return saved, ""
@@ -139,7 +139,7 @@ def _any_of(values: list[int]) -> str:
 def _other_accumulation(args: SftArguments, saved: int, world_size: int, dp: int) -> str:
     """What keeps the global batch where the accumulation that was given, or is the default here, would not; else nothing."""
     unit = args.batch_size * world_size
-    if accumulation(args, world_size) * unit == saved:
+    if global_batch_size(args, world_size) == saved:
         return ""
     steps, rest = divmod(saved, unit)
     here = f"--gradient_accumulation_steps {steps}"

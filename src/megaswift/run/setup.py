@@ -1,9 +1,9 @@
-"""What a run is made of before any rank starts: chat template, tokenized data, plan, and the job that ranks read.
+"""What a run is made of before any rank starts: chat template, tokenized data, and the Run that ranks read.
 
-start = find_start(args)
+start = resolve_source(args)
 template = template_of(start.args, start)
 data = prepared(start.args, template, start)
-job = job_of(start.args, start, data, plan_of(start.args, start, data, place, run_dir), template.pad_id)
+run = resolved(start.args, start, data, processes, run_dir, template.pad_id)
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from megaswift.config.files import read_args_file
 from megaswift.config.options import SftArguments
 from megaswift.errors import UserError
 from megaswift.models.registry import MODEL_TYPES
-from megaswift.run import table
-from megaswift.run.job import Job
-from megaswift.run.plan import Plan, make_plan
+from megaswift.run.problems import contradictions, problems, refuse
+from megaswift.run.resolve import World, global_batch_size, resolve
 from megaswift.run.source import TrainingSource
+from megaswift.run.spec import DataRef, Run
 from megaswift.store.cache import cache_root
 from megaswift.terminal import typed
 from megaswift.weights.hf.tokenizer import read_tokenizer, require_embedding_rows
@@ -27,7 +27,6 @@ from megaswift.weights.hf.tokenizer import read_tokenizer, require_embedding_row
 if TYPE_CHECKING:
     from megaswift.data.chat import ChatTemplate
     from megaswift.data.encode import PreparedData
-    from megaswift.launch.agent import Cluster
 
 
 def template_of(args: SftArguments, start: TrainingSource) -> ChatTemplate:
@@ -61,7 +60,7 @@ def streamed_rows(args: SftArguments, world_size: int, batch: int | None = None)
         raise UserError(
             "streamed data has no length, so the number of steps must be given.", where="--streaming", fix="add --max_steps N"
         )
-    return args.max_steps * (batch or table.accumulation(args, world_size) * args.batch_size * world_size)
+    return args.max_steps * (batch or global_batch_size(args, world_size))
 
 
 def prepared(args: SftArguments, template: ChatTemplate, start: TrainingSource, stream_rows: int | None = None) -> PreparedData:
@@ -74,39 +73,28 @@ def prepared(args: SftArguments, template: ChatTemplate, start: TrainingSource, 
     return data
 
 
-def plan_of(
-    args: SftArguments, start: TrainingSource, data: PreparedData, place: Cluster, run_dir: Path, batch: int | None = None
-) -> Plan:
-    """Everything that follows from options, model, rows and processes; `batch`: rows of a step where an earlier run fixed them."""
-    return make_plan(
-        args,
-        start.config,
-        model_type=str(args.model_type),
-        dtype=start.dtype,
-        world_size=place.world_size,
+def resolved(
+    args: SftArguments,
+    start: TrainingSource,
+    data: PreparedData,
+    processes: int,
+    run_dir: Path,
+    pad_id: int,
+    earlier_batch: int | None = None,
+) -> Run:
+    """Everything that follows from options, model, rows and processes. Raises UserError or DataError for what cannot work.
+
+    Args:
+        earlier_batch: rows of a step where an earlier part of the run fixed them; it divides into batch_size x dp.
+    """
+    rows = DataRef(
+        train=str(data.train.path),
+        val=str(data.val.path) if data.val is not None else None,
         train_rows=len(data.train),
         val_rows=len(data.val) if data.val is not None else 0,
-        load=str(start.new_tokens.source if start.new_tokens else start.root),
-        save=str(run_dir),
-        kept_batch=batch,
-    )
-
-
-def job_of(args: SftArguments, start: TrainingSource, data: PreparedData, plan: Plan, pad_id: int) -> Job:
-    """What every rank is told."""
-    return Job(
-        plan=plan,
-        options=args.to_dict(),
-        checkpoint=str(start.checkpoint),
-        model_dir=str(start.root),
-        train_data=str(data.train.path),
-        val_data=str(data.val.path) if data.val is not None else None,
         pad_id=pad_id,
-        first_step=start.first_step,
-        other_dtypes=start.manifest.get("other_dtypes") or {},
-        rows_before=start.new_tokens.rows_before if start.new_tokens else None,
-        adapter=start.adapter.record() if start.adapter else None,
-        base=start.base,
-        frozen=start.frozen,
-        adapter_start=str(args.adapters) if args.adapters and start.first_step == 0 else None,
     )
+    run = resolve(args, start, World.of(processes), rows, run_dir=run_dir, earlier_batch=earlier_batch)
+    refuse(contradictions(args))
+    refuse(problems(run, start.config))
+    return run

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,10 @@ from megaswift.run.method import (
     parameters_of_adapter,
     with_method_defaults,
 )
-from megaswift.run.plan import check_fp8, check_layout, check_numbers, check_offload, usable_length
+from megaswift.run.problems import contradictions, layout_problems, problems, refuse, usable_length
+from megaswift.run.resolve import World, resolve
 from megaswift.run.resume import check_same_base, check_same_model, newest_run, newest_whole
+from megaswift.run.spec import Parallel
 from megaswift.store import paths
 from megaswift.store.lock import filling, refuse_if_in_use
 from megaswift.store.manifest import read_manifest
@@ -33,9 +35,9 @@ from megaswift.store.paths import gguf_fix
 from megaswift.store.publish import refuse_unfinished
 from megaswift.terminal import say, shown
 from megaswift.weights.base import base_digest, base_record
-from megaswift.weights.hf.config import load_config
+from megaswift.weights.dtypes import TRAINED
+from megaswift.weights.hf.config import check_source, load_config
 from megaswift.weights.hf.folder import check_config
-from megaswift.weights.hf.names import check_source
 from megaswift.weights.hf.new_tokens import NewTokens, listed_tokens, with_new_tokens
 from megaswift.weights.hf.read import HFCheckpoint
 
@@ -84,6 +86,7 @@ def resolve_source(args: SftArguments, leads: bool = True) -> TrainingSource:
 
     config = load_config(root)
     args = args.changed(new_special_tokens=listed_tokens(args.new_special_tokens))
+    args.check_choices()
     manifest = read_manifest(checkpoint) if converted else {}
     goes_on = bool(manifest.get("optimizer")) and paths.iteration_of(checkpoint) > 0
     if goes_on or manifest.get("adapter") is not None:
@@ -91,10 +94,7 @@ def resolve_source(args: SftArguments, leads: bool = True) -> TrainingSource:
     else:
         args = _with_start_adapter(args)
     args = with_method_defaults(args)
-    check_numbers(args)
-    _check_device(args)
-    check_layout(config, args.tp, args.pp, None, args.sequence_parallel, args.cp)
-    check_offload(args, config)
+    refuse(layout_problems(config, Parallel(world_size=args.tp * args.pp * args.cp, tp=args.tp, pp=args.pp, cp=args.cp)))
     adapter, frozen = adapter_of(args, config), frozen_parameters(args, config)
     if goes_on and adapter is not None:
         check_same_adapter(adapter, manifest["adapter"], shown(root))
@@ -114,15 +114,8 @@ def resolve_source(args: SftArguments, leads: bool = True) -> TrainingSource:
         _check_start_adapter(args, adapter, config)
         base = base_record(checkpoint, root, config, origin)
     dtype = str(manifest["dtype"]) if goes_on and manifest.get("dtype") else _dtype(args, str(manifest.get("dtype")))
-    if args.fp8:
-        check_fp8(config, args.tp, dtype)
-    if not goes_on:
-        _tell_rounded(manifest, dtype, args.save_only_model)
-    new_tokens = _new_tokens(args.new_special_tokens, root, goes_on)
-    if new_tokens is not None:
-        root, config = new_tokens.directory, load_config(new_tokens.directory)
-    return TrainingSource(
-        args=args.changed(max_length=usable_length(config, args.max_length, given="max_length" in args.explicit())),
+    source = TrainingSource(
+        args=args,
         root=root,
         checkpoint=checkpoint,
         config=config,
@@ -130,11 +123,27 @@ def resolve_source(args: SftArguments, leads: bool = True) -> TrainingSource:
         manifest=manifest,
         run_dir=root if goes_on else None,
         first_step=paths.iteration_of(checkpoint) if goes_on else 0,
-        new_tokens=new_tokens,
         adapter=adapter,
         base=base,
         frozen=frozen,
     )
+    _check(source)
+    if not goes_on:
+        _tell_rounded(manifest, dtype, args.save_only_model)
+    new_tokens = _new_tokens(args.new_special_tokens, root, goes_on)
+    if new_tokens is not None:
+        directory = new_tokens.directory
+        source = replace(source, root=directory, config=load_config(directory), new_tokens=new_tokens)
+    length = usable_length(source.config, args.max_length, given="max_length" in args.explicit())
+    return replace(source, args=args.changed(max_length=length))
+
+
+def _check(source: TrainingSource) -> None:
+    """Raise UserError for what is wrong whatever the rows are, and on any number of processes."""
+    args = source.args
+    refuse(contradictions(args))
+    world = World.of(args.tp * args.pp * args.cp)
+    refuse(problems(resolve(args, source, world), source.config))
 
 
 def _new_tokens(tokens: list[str], root: Path, goes_on: bool) -> NewTokens | None:
@@ -307,41 +316,27 @@ def _check_tensors(root: Path, checkpoint: Path | None, config: Any, adapter: Lo
 
 def _folder_precisions(folder: Path, config: Any) -> dict[str, Any]:
     """Precisions of a Hugging Face folder's weights, as a manifest would tell them."""
-    from megaswift.weights.convert import DTYPE_NAMES, precisions_of_folder
+    from megaswift.weights.convert import precisions_of_folder
+    from megaswift.weights.torch_dtypes import FLAGS
 
     found = precisions_of_folder(HFCheckpoint.open(folder), config)
-    return found.record() | {"dtype": DTYPE_NAMES.get(found.main, "fp32")}
+    flag = FLAGS[found.main]
+    return found.record() | {"dtype": flag if flag in TRAINED else "fp32"}
 
 
 def _tell_rounded(manifest: dict[str, Any], dtype: str, only_model: bool) -> None:
     """Say which tensors the source has in more precision than they are trained in."""
-    from megaswift.weights.convert import DTYPES, Precisions
+    from megaswift.weights.convert import Precisions
     from megaswift.weights.convert.precision import grouped, other_dtypes, wider
+    from megaswift.weights.torch_dtypes import TORCH_DTYPES
 
-    names = wider(other_dtypes(manifest), Precisions(DTYPES[dtype]))
+    names = wider(other_dtypes(manifest), Precisions(TORCH_DTYPES[dtype]))
     if names:
         later = "is saved in it, too (--save_only_model true)" if only_model else "is exported as its fp32 master copy has it"
         say(
             f"[yellow]rounded to {dtype} for training, though the source has more precision ({len(names)} tensors): "
             f"{grouped(names)}. What is learnt {later}.[/yellow]"
         )
-
-
-def _check_device(args: SftArguments) -> None:
-    """Raise UserError for options that need a GPU where there is none."""
-    import torch
-
-    if torch.cuda.is_available():
-        return
-    if args.cuda_graphs == "true":
-        raise UserError("--cuda_graphs true needs an NVIDIA GPU, and none is here.", where="--cuda_graphs", fix="leave it out")
-    for name in ("optimizer_cpu_offload", "cpu_offloading_num_layers"):
-        if getattr(args, name):
-            raise UserError(
-                f"--{name} needs a GPU: this run is on the CPU, whose memory is the host's already.",
-                where=f"--{name}",
-                fix="leave it out",
-            )
 
 
 def _dtype(args: SftArguments, stored: str) -> str:

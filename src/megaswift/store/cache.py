@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import sys
-import time
-import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 from megaswift.errors import UserError, is_full
+from megaswift.store.lock import hold
+from megaswift.store.publish import publish, remove_abandoned, temporary_beside
 
 DAY = 24 * 3600.0
 ELSEWHERE = "free space there, or set MEGASWIFT_CACHE to a directory on another disk"
@@ -31,19 +29,15 @@ def published(target: Path) -> Iterator[Path]:
 
     Readers never see a half-written `target`. When another process published the same one meanwhile, theirs is kept.
     """
-    temporary = target.with_name(f"{target.name}.tmp-{uuid.uuid4().hex[:8]}")
+    temporary = temporary_beside(target, hidden=False)
     try:
         temporary.mkdir(parents=True)
-        _remove_debris(target.parent)
+        remove_abandoned(target.parent.glob("*.tmp-*"), DAY, by_age=True)  # what killed processes left
     except OSError as error:
         raise _unwritable(error, target.parent) from error
     try:
         yield temporary
-        try:
-            temporary.rename(target)
-        except OSError:
-            if not target.is_dir():
-                raise
+        publish(temporary, target, taken="keep")
     except OSError as error:
         if not is_full(error):
             raise
@@ -69,8 +63,10 @@ def alone(directory: Path, waiting: str = "") -> Iterator[None]:
     except OSError as error:
         raise _unwritable(error, directory.parent) from error
     with file:
-        with suppress(OSError):
-            _lock(file, waiting)
+        if hold(file.fileno()) is False:
+            if waiting:
+                print(waiting, file=sys.stderr, flush=True)
+            hold(file.fileno(), wait=True)
         yield
 
 
@@ -86,20 +82,3 @@ def _unwritable(error: OSError, directory: Path) -> UserError:
         where=str(directory),
         fix="set MEGASWIFT_CACHE to a directory that can be written",
     )
-
-
-def _lock(file: IO[str], waiting: str) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        if waiting:
-            print(waiting, file=sys.stderr, flush=True)
-        fcntl.flock(file, fcntl.LOCK_EX)
-
-
-def _remove_debris(parent: Path) -> None:
-    """Delete what killed processes left half-written more than a day ago."""
-    for path in parent.glob("*.tmp-*"):
-        with suppress(OSError):
-            if time.time() - path.stat().st_mtime > DAY:
-                shutil.rmtree(path, ignore_errors=True)

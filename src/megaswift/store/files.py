@@ -281,3 +281,15 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def missing(directory: Path) -> list[Path]:
+    """A directory and those above it, as far as they are not there yet; the innermost first."""
+    return [place for place in (directory, *directory.parents) if not place.exists()]
+
+
+def remove_empty(made: list[Path]) -> None:
+    """Remove directories that were made, the innermost first, up to one in which somebody else has something by now."""
+    with suppress(OSError):
+        for place in made:
+            place.rmdir()

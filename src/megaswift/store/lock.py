@@ -1,4 +1,4 @@
-"""One live run in a directory: a lock that the system gives back when its process ends, and what is written before the first step."""
+"""Locks, which the system gives back when their process ends; one live run in a directory, and what is written before its first step."""
 
 from __future__ import annotations
 
@@ -11,8 +11,28 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megaswift.errors import MegaswiftError, UserError
+from megaswift.store.files import missing, remove_empty
 
 LOCK = ".lock"
+
+
+def hold(handle: int, *, shared: bool = False, wait: bool = False) -> bool | None:
+    """Lock an open file or directory until it is closed or this process ends.
+
+    Args:
+        shared: others may hold it too, if they share it as well.
+        wait: until nobody else holds it.
+
+    Returns:
+        Whether it is held now: False where another process has it, None where the file system has no locks.
+    """
+    try:
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
 
 
 @contextlib.contextmanager
@@ -24,15 +44,11 @@ def locked(directory: Path) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         with filling(directory):
-            made = [place for place in (directory, *directory.parents) if not place.exists()]
+            made = missing(directory)
             directory.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context((directory / LOCK).open("ab", buffering=0))
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise _taken(directory) from error
-        except OSError:
-            pass  # a file system without locks: run without one
+        if hold(file.fileno()) is False:  # a file system without locks is no reason to stop
+            raise _taken(directory)
         try:
             with filling(directory):
                 file.truncate(0)
@@ -49,8 +65,7 @@ def _remove_empty(directory: Path, made: list[Path]) -> None:
     with contextlib.suppress(OSError):
         if not [path for path in directory.iterdir() if path.name != LOCK]:
             (directory / LOCK).unlink(missing_ok=True)
-            for place in made:
-                place.rmdir()  # an error where another process uses it by now
+            remove_empty(made)
 
 
 @contextlib.contextmanager
@@ -90,13 +105,10 @@ def _taken(directory: Path) -> UserError:
 def in_use(directory: Path) -> bool:
     """Whether a live process holds the lock."""
     try:
-        with (directory / LOCK).open("r", encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        with (directory / LOCK).open("rb") as file:
+            return hold(file.fileno(), shared=True) is False
     except OSError:
         return False
-    return False
 
 
 def _owner(path: Path) -> str:

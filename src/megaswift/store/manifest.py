@@ -11,12 +11,13 @@ from typing import Any
 from megaswift import __version__
 from megaswift.errors import DataError
 from megaswift.store.files import sha256_of
+from megaswift.store.publish import put
 
 MANIFEST = "manifest.json"
 
 __all__ = [
     "MANIFEST", "ancestry", "changed_fields", "check_hashes", "digest_files", "link", "older_links", "quick_check", "read_manifest",
-    "sha256_of", "sync_directory", "versions", "write_manifest",
+    "sha256_of", "versions", "write_manifest",
 ]  # fmt: skip
 
 FORMAT_VERSION = 1
@@ -33,25 +34,9 @@ def digest_files(directory: Path, known: dict[str, Any] | None = None, threads: 
 
 
 def write_manifest(directory: Path, content: dict[str, Any]) -> None:
-    """Write manifest.json by temporary file and rename, fsynced, and fsync the directory."""
-    path = directory / MANIFEST
-    temporary = directory / f".{MANIFEST}.tmp"
+    """Write manifest.json, which appears whole and is on the disk then."""
     text = json.dumps({"format_version": FORMAT_VERSION, **content}, indent=1, ensure_ascii=False)
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_directory(directory)
-
-
-def sync_directory(directory: Path) -> None:
-    """Make renames and new files in a directory durable."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    put(directory / MANIFEST, text + "\n")
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

@@ -1,13 +1,17 @@
-"""Directories that appear whole or not at all: a hidden locked directory beside the target, renamed when it is complete.
+"""Files and directories that appear whole or not at all: filled under another name beside the target, made durable, renamed.
 
-A process that dies leaves the hidden directory, which nothing reads. The next one removes it, or, asked to resume, takes
-over the files in it that were complete: each such file has a record with its SHA-256, and is hashed again.
+A process that dies leaves what it filled under a name that nothing reads:
+
+    .NAME.tmp-XXXXXXXX   a conversion, locked while its process lives. The next one removes it, or, asked to resume, takes over
+                         the files in it that were complete: each has a record with its SHA-256, and is hashed again.
+    NAME.tmp-XXXXXXXX    a checkpoint, which goes when its run begins anew; a directory of the cache, which goes after a day.
+    .NAME.tmp            a file, over which the next one is written.
+    .NAME.old-XXXXXXXX   what a directory took the place of, a moment before it was to be deleted.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import glob
 import json
 import os
@@ -15,19 +19,97 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megaswift.errors import UserError, is_full
-from megaswift.store.files import FileRecord, sha256_of, sync, write_small
+from megaswift.store.files import FileRecord, missing, remove_empty, sha256_of, sync, write_small
+from megaswift.store.lock import hold
 
 _TEMPORARY = re.compile(r"\..+\.tmp-[0-9a-f]{8}")
 _RECORDS = ".done"
 _PLAN = "plan"
 _LEFTOVER_AGE = 10.0  # seconds; a younger temporary directory may not have its lock yet
+
+
+@contextmanager
+def appearing(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """A name to write a file under; the file gets its own, in place of one that had it, when the block ends without an error.
+
+    One process writes a file at a time.
+
+    Args:
+        durable: on the disk before it has its name, and its name on the disk after that; else others merely see it whole.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        if durable:
+            sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    if durable:
+        sync(path.parent)
+
+
+def put(path: Path, content: str | bytes, *, durable: bool = True) -> None:
+    """Write a small file that appears whole; text as UTF-8. Args are those of `appearing`."""
+    with appearing(path, durable=durable) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def temporary_beside(target: Path, *, hidden: bool) -> Path:
+    """A new name under which a directory is filled before it becomes `target`."""
+    return target.with_name(f"{'.' * hidden}{target.name}.tmp-{secrets.token_hex(4)}")
+
+
+def publish(
+    temporary: Path, target: Path, *, taken: Literal["refuse", "replace", "keep"] = "refuse", synced: bool = False
+) -> None:
+    """Make everything in a directory durable, then give it its name.
+
+    Args:
+        taken: what becomes of a target that is there by now: it is an error, it is replaced, or it is kept and `temporary` stays.
+        synced: the files are on the disk already.
+
+    Raises UserError where the name is taken.
+    """
+    for item in () if synced else temporary.rglob("*"):
+        sync(item)
+    sync(temporary)
+    old = _set_aside(target) if taken == "replace" else None
+    if taken == "refuse":
+        refuse_existing(target)
+    try:
+        os.rename(temporary, target)
+    except OSError as error:
+        if taken == "keep" and target.is_dir():
+            return
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
+            refuse_existing(target)
+        raise
+    finally:
+        if old is not None and not target.exists():
+            os.rename(old, target)
+    sync(target.parent)
+    if old is not None and old.is_symlink():
+        old.unlink()
+    elif old is not None:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _set_aside(target: Path) -> Path | None:
+    if not target.exists() and not target.is_symlink():
+        return None
+    old = target.with_name(f".{target.name}.old-{secrets.token_hex(4)}")
+    os.rename(target, old)
+    return old
 
 
 @dataclass(frozen=True)
@@ -62,10 +144,7 @@ class Workspace:
         """Note that a file is complete and on the disk, with what else the next process must know about it."""
         if self.keeps_records:
             text = json.dumps({"size": file.size, "sha256": file.sha256, **more})
-            temporary = self.path / _RECORDS / f".{name}.{secrets.token_hex(4)}"
-            write_small(temporary, text.encode())
-            os.replace(temporary, self.path / _RECORDS / f"{name}.json")
-            sync(self.path / _RECORDS)
+            put(self.path / _RECORDS / f"{name}.json", text)
 
     def drop_records(self) -> None:
         """Everything is written: the records are not part of the result."""
@@ -83,8 +162,7 @@ def workspace(target: Path, needed: int, *, plan: str | None = None, resume: boo
 
     Raises UserError where the disk is too small or cannot be written.
     """
-    made = [place for place in (target.parent, *target.parent.parents) if not place.exists()]
-    temporary = target.parent / f".{target.name}.tmp-{secrets.token_hex(4)}"
+    made, temporary = missing(target.parent), temporary_beside(target, hidden=True)
     lock = -1
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -103,32 +181,13 @@ def workspace(target: Path, needed: int, *, plan: str | None = None, resume: boo
     except BaseException as error:
         if not (resume and isinstance(error, KeyboardInterrupt)):
             shutil.rmtree(temporary, ignore_errors=True)
-        for place in made:
-            try:
-                place.rmdir()
-            except OSError:  # not empty: somebody else uses it by now
-                break
+        remove_empty(made)
         if isinstance(error, OSError):
             raise _disk_error(error, target, needed) from error
         raise
     finally:
         if lock >= 0:
             os.close(lock)
-
-
-def publish(temporary: Path, target: Path) -> None:
-    """Make everything durable, then give it its name. Raises UserError where the name was taken meanwhile."""
-    for item in temporary.rglob("*"):
-        sync(item)
-    sync(temporary)
-    refuse_existing(target)
-    try:
-        os.rename(temporary, target)
-    except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
-            refuse_existing(target)
-        raise
-    sync(target.parent)
 
 
 def refuse_existing(target: Path) -> None:
@@ -164,22 +223,36 @@ def _adopted(target: Path, plan: str) -> tuple[Path, int] | None:
 
 
 def _leftovers(target: Path) -> list[Path]:
-    return sorted(target.parent.glob(f".{glob.escape(target.name)}.tmp-*"))
+    """Temporary directories of this target, also those of earlier versions, which gave a replacement a name of its own first."""
+    names = (f".{target.name}", f"..{target.name}.new")
+    return sorted(path for name in names for path in target.parent.glob(f"{glob.escape(name)}.tmp-*"))
 
 
 def remove_leftovers(target: Path) -> list[Path]:
     """Delete the temporary directories that killed processes left beside `target`; those of living ones are locked."""
+    earlier = [target.with_name(f".{target.name}.new")] if target.exists() else []  # was to take its place, in earlier versions
+    return remove_abandoned([*_leftovers(target), *earlier], _LEFTOVER_AGE)
+
+
+def remove_abandoned(found: Iterable[Path], age: float, *, by_age: bool = False) -> list[Path]:
+    """Delete the directories that nobody has touched for `age` seconds and no living process has locked; returns them.
+
+    Args:
+        by_age: where the file system has no locks, the age decides; else such directories stay.
+    """
     removed = []
-    for item in _leftovers(target):
+    for item in found:
         try:
-            old = time.time() - item.stat().st_mtime > _LEFTOVER_AGE
-            handle = _lock(item) if old and item.is_dir() else -1
+            old = time.time() - item.stat().st_mtime > age
+            handle = os.open(item, os.O_RDONLY) if old and item.is_dir() else -1
         except OSError:
             continue
         if handle >= 0:
-            shutil.rmtree(item, ignore_errors=True)
+            held = hold(handle)
+            if held or (held is None and by_age):
+                shutil.rmtree(item, ignore_errors=True)
+                removed.append(item)
             os.close(handle)
-            removed.append(item)
     return removed
 
 
@@ -204,9 +277,7 @@ def _disk_error(error: OSError, target: Path, needed: int) -> UserError:
 def _lock(directory: Path) -> int:
     """Hold a lock on a directory for as long as this process lives; -1 where somebody has it or there are no locks."""
     handle = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    if not hold(handle):
         os.close(handle)
         return -1
     return handle

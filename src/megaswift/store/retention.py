@@ -11,7 +11,8 @@ from pathlib import Path
 
 from megaswift.errors import DataError
 from megaswift.store.faults import fault_point
-from megaswift.store.manifest import quick_check, read_manifest, sync_directory
+from megaswift.store.files import sync
+from megaswift.store.manifest import quick_check, read_manifest
 from megaswift.store.paths import candidates, hf_copy_of, iteration_of
 
 _DEBRIS = re.compile(r"iter_\d{7,}\.tmp-[0-9a-f]+|\.iter_\d{7,}-hf\.tmp-[0-9a-f]+|trash-.+")
@@ -69,7 +70,7 @@ def discard(path: Path) -> None:
         discard(hf_copy_of(path))
     trash = path.with_name(f"trash-{path.name}-{secrets.token_hex(4)}")
     path.rename(trash)
-    sync_directory(path.parent)
+    sync(path.parent)
     fault_point("keep.trashed")
     shutil.rmtree(trash, ignore_errors=True)
 

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from megaswift.store.publish import put
 from megaswift.terminal import LiveLine, duration
 from megaswift.train.callbacks import Callback
 from megaswift.train.objectives import SUPERVISED
 
 if TYPE_CHECKING:
-    from megaswift.run.plan import Plan
+    from megaswift.run.spec import Run
     from megaswift.train.trainer import StepResult
 
 # What TensorBoard shows of every line, beside the objective's own metrics.
@@ -25,9 +26,10 @@ FIGURES = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "supervise
 class RunLog(Callback):
     """Collects step results and writes them every logging_steps; on other ranks it does nothing."""
 
-    def __init__(self, run_dir: Path, plan: Plan, active: bool, on_gpu: bool, first_step: int = 0) -> None:
-        self.active, self.on_gpu, self.plan = active, on_gpu, plan
-        self.interval = int(plan.megatron["log_interval"])
+    def __init__(self, run_dir: Path, run: Run, active: bool, on_gpu: bool) -> None:
+        self.active, self.on_gpu = active, on_gpu
+        self.last, self.rows_a_step = run.schedule.train_iters, run.batch.global_batch_size
+        self.interval = run.saving.logging_steps
         self.began = time.perf_counter()
         self.first_step: int | None = None
         self.window: list[tuple[StepResult, float]] = []
@@ -36,9 +38,10 @@ class RunLog(Callback):
             from torch.utils.tensorboard import SummaryWriter
 
             self.line = LiveLine()
+            first_step = run.schedule.first_step
             forget_after(run_dir / "logging.jsonl", first_step)
             self.file = (run_dir / "logging.jsonl").open("a", encoding="utf-8")
-            self.board = SummaryWriter(plan.megatron["tensorboard_dir"], purge_step=first_step + 1 if first_step else None)
+            self.board = SummaryWriter(run.saving.logging_dir, purge_step=first_step + 1 if first_step else None)
 
     def step(self, step: int, result: StepResult, seconds: float) -> None:
         """One step is done; `seconds` is its time, data and logging included."""
@@ -47,7 +50,7 @@ class RunLog(Callback):
         self.first_step = self.first_step or step
         self.window.append((result, seconds))
         row = self._row(step)
-        due = step % self.interval == 0 or step in (1, self.plan.train_iters)
+        due = step % self.interval == 0 or step in (1, self.last)
         self.line.show(self._text(step, row), keep=due)
         if due:
             self._write(row)
@@ -59,17 +62,17 @@ class RunLog(Callback):
     def evaluated(self, step: int, loss: float) -> None:
         """The validation loss after a step."""
         if self.active:
-            self._write({"eval_loss": _rounded(loss), "global_step/max_steps": f"{step}/{self.plan.train_iters}"})
+            self._write({"eval_loss": _rounded(loss), "global_step/max_steps": f"{step}/{self.last}"})
             self.board.add_scalar("eval/loss", loss, step)
-            self.line.show(f"step {step}/{self.plan.train_iters}  validation loss {loss:.4f}", keep=True)
+            self.line.show(f"step {step}/{self.last}  validation loss {loss:.4f}", keep=True)
 
     def saved(self, step: int, directory: Path, seconds: float, waited: float) -> None:
         """A checkpoint is safe: seconds since it was begun, and those of them in which training waited for it."""
         if self.active:
             row = {"checkpoint": directory.name, "save_seconds": round(seconds, 3), "save_waited_seconds": round(waited, 3)}
-            self._write(row | {"global_step/max_steps": f"{step}/{self.plan.train_iters}"})
+            self._write(row | {"global_step/max_steps": f"{step}/{self.last}"})
             self.line.show(
-                f"step {step}/{self.plan.train_iters}  saved {directory.name} in {seconds:.1f} s, training waited {waited:.1f} s",
+                f"step {step}/{self.last}  saved {directory.name} in {seconds:.1f} s, training waited {waited:.1f} s",
                 keep=True,
             )
 
@@ -77,7 +80,7 @@ class RunLog(Callback):
         """What deterministic operations cost: milliseconds of one micro batch's forward and backward pass, with and without."""
         if self.active:
             row = {"deterministic_ms": round(with_it, 3), "not_deterministic_ms": round(without, 3)}
-            self._write(row | {"global_step/max_steps": f"{step}/{self.plan.train_iters}"})
+            self._write(row | {"global_step/max_steps": f"{step}/{self.last}"})
             self.note(
                 f"deterministic operations: {with_it:.1f} ms for a micro batch's forward and backward pass, {without:.1f} ms "
                 f"without them, so they cost {100.0 * (with_it / without - 1.0):+.0f} %"
@@ -108,8 +111,8 @@ class RunLog(Callback):
             "loss": _rounded(loss),
             "grad_norm": _rounded(results[-1].grad_norm),
             "learning_rate": _rounded(results[-1].learning_rate),
-            "consumed_samples": step * self.plan.global_batch,
-            "global_step/max_steps": f"{step}/{self.plan.train_iters}",
+            "consumed_samples": step * self.rows_a_step,
+            "global_step/max_steps": f"{step}/{self.last}",
             "tokens_per_second": round(sum(result.tokens for result in results) / sum(times), 1),
             "supervised_tokens_per_second": round(supervised / sum(times), 1),
             **({} if results[-1].loss_scale is None else {"loss_scale": results[-1].loss_scale}),
@@ -117,7 +120,7 @@ class RunLog(Callback):
             "skipped_steps": sum(result.skipped or result.nonfinite or result.spike for result in results),
             "memory_gb": round(memory_gb(self.on_gpu), 2),
             "elapsed_s": round(elapsed, 1),
-            "remaining_s": round(elapsed / done * (self.plan.train_iters - step), 1),
+            "remaining_s": round(elapsed / done * (self.last - step), 1),
         }
 
     def _own_metrics(self) -> list[str]:
@@ -132,7 +135,7 @@ class RunLog(Callback):
         norm = "overflow" if row["grad_norm"] is None else f"{row['grad_norm']:.3f}"
         loss = "none (skipped)" if row["loss"] is None else f"{row['loss']:.4f}"
         return (
-            f"step {step}/{self.plan.train_iters}  loss {loss}  grad norm {norm}  lr {row['learning_rate']:.3g}  "
+            f"step {step}/{self.last}  loss {loss}  grad norm {norm}  lr {row['learning_rate']:.3g}  "
             f"{row['tokens_per_second']:,.0f} tokens/s  {row['memory_gb']:.1f} GB  "
             f"{duration(row['elapsed_s'])} elapsed, {duration(row['remaining_s'])} left"
         )
@@ -148,9 +151,7 @@ def forget_after(path: Path, step: int) -> None:
         return
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     kept = [line for line in lines if 0 <= _step_of(line) <= step]
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    temporary.replace(path)
+    put(path, "".join(line + "\n" for line in kept))
 
 
 def _step_of(line: str) -> int:

@@ -1,6 +1,6 @@
 """The training loop of one rank: load, step, evaluate, save, log. `swift sft` starts it on every rank.
 
-python -m megaswift.train.loop JOB.json      (what torchrun runs; swift sft writes the file)
+python -m megaswift.train.loop run.json      (what torchrun runs; swift sft writes the file)
 """
 
 from __future__ import annotations
@@ -13,15 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from megaswift.config.options import SftArguments
 from megaswift.data.batches import Batches, EvalBatches, prefetch
 from megaswift.errors import Stopped
 from megaswift.launch import agent
 from megaswift.launch.signals import StopSignals
 from megaswift.launch.watchdog import Watchdog
 from megaswift.megatron import process_groups
-from megaswift.run.job import Job
-from megaswift.run.plan import Plan
+from megaswift.run.spec import Run
 from megaswift.store.faults import fault_point
 from megaswift.train.callbacks import Callbacks, GraphNotes, Heartbeat, StopOnSignal
 from megaswift.train.determinism import CostOfDeterminism, deterministic
@@ -35,28 +33,28 @@ if TYPE_CHECKING:
     from megaswift.train.trainer import Trainer
 
 
-def run(job: Job) -> None:
-    """Train as the job says, as one rank. Raises MegaswiftError; all ranks raise alike."""
-    plan, args = job.plan, SftArguments(**job.options)
+def train(run: Run) -> None:
+    """Train as the run says, as one rank. Raises MegaswiftError; all ranks raise alike."""
+    limits = (run.guards.start_timeout_s, run.guards.step_timeout_s)
     # The watchdog ends a rank that stands still, and leaves its stacks; the limit of the process groups is only the last resort.
-    patience = max(args.start_timeout, args.step_timeout) + 60
     with (
         StopSignals(agent.stop_file()) as signals,
-        deterministic(args.deterministic),
-        process_groups.joined(plan.tp, plan.pp, args.seed, plan.cp, start_timeout_s=patience) as rank,
+        deterministic(run.precision.deterministic),
+        process_groups.joined(run.parallel, run.seed, start_timeout_s=max(limits) + 60) as rank,
     ):
-        run_dir = _agreed_run_dir(plan)
-        with Watchdog(run_dir, rank.rank, args.start_timeout, args.step_timeout) as watchdog:
-            trainer, extra = restore_trainer(job, args)
-            train, validation = open_batches(job, args, rank)
+        run_dir = _agreed_run_dir(run)
+        with Watchdog(run_dir, rank.rank, *limits) as watchdog:
+            trainer, extra = restore_trainer(run)
+            batches, validation = open_batches(run, rank)
             with (
                 closing(trainer),
-                closing(RunLog(run_dir, plan, rank.is_first, rank.on_gpu, job.first_step)) as log,
+                closing(RunLog(run_dir, run, rank.is_first, rank.on_gpu)) as log,
                 Callbacks(rank.device) as callbacks,
             ):
                 if rank.on_gpu:
-                    log.note(f"attention: {trainer.bare_model.attention_kernel(args.padding_free or args.packing)}")
-                training = Training(job, args, rank, run_dir, trainer, train, callbacks, signals)
+                    packed = run.batch.padding_free or run.batch.packing
+                    log.note(f"attention: {trainer.bare_model.attention_kernel(packed)}")
+                training = Training(run, rank, run_dir, trainer, batches, callbacks, signals)
                 training.attend(log, watchdog, validation, extra)
                 training.run()
 
@@ -66,31 +64,28 @@ class Training:
 
     def __init__(
         self,
-        job: Job,
-        args: SftArguments,
+        run: Run,
         rank: process_groups.Rank,
         run_dir: Path,
         trainer: Trainer,
-        train: Batches,
+        batches: Batches,
         callbacks: Callbacks,
         signals: StopSignals,
     ) -> None:
-        self.job, self.plan, self.args, self.rank, self.run_dir = job, job.plan, args, rank, run_dir
-        self.trainer, self.train, self.callbacks, self.signals = trainer, train, callbacks, signals
+        self.spec, self.rank, self.run_dir = run, rank, run_dir
+        self.trainer, self.batches, self.callbacks, self.signals = trainer, batches, callbacks, signals
 
     def attend(self, log: RunLog, watchdog: Watchdog, validation: EvalBatches | None, extra: dict[str, Any]) -> None:
         """Have everything beside the steps done, in this order."""
-        args, trainer, callbacks, last = self.args, self.trainer, self.callbacks, self.plan.train_iters
-        checkpoints = Checkpoints(
-            self.job, args, self.rank, trainer, self.train.fingerprint, self.run_dir, log, watchdog, callbacks
-        )
+        spec, trainer, callbacks, last = self.spec, self.trainer, self.callbacks, self.spec.schedule.train_iters
+        checkpoints = Checkpoints(spec, self.rank, trainer, self.batches.fingerprint, self.run_dir, log, watchdog, callbacks)
         callbacks.add(StopOnSignal(self.signals))
         callbacks.add(Heartbeat(watchdog))
-        if args.deterministic:
-            callbacks.add(CostOfDeterminism(trainer, self.train, self.rank.device, log))
+        if spec.precision.deterministic:
+            callbacks.add(CostOfDeterminism(trainer, self.batches, self.rank.device, log))
         callbacks.add(
             StepGuard(
-                args, trainer, self.train, self.run_dir, log, extra,
+                spec.guards, trainer, self.batches, self.run_dir, log, extra,
                 last=last, before_the_end=checkpoints.finish, active=self.rank.is_first,
             )
         )  # fmt: skip
@@ -98,23 +93,23 @@ class Training:
         callbacks.add(GraphNotes(trainer.graphs, log))
         if validation is not None:
             callbacks.add(
-                Evaluation(trainer, validation, self.rank.device, callbacks, watchdog, every=args.eval_steps, last=last)
+                Evaluation(trainer, validation, self.rank.device, callbacks, watchdog, every=spec.saving.eval_steps, last=last)
             )
         callbacks.add(checkpoints)
 
     def run(self) -> None:
         """Raises NonFiniteError, Stopped or DataError, on all ranks alike."""
-        first, last = self.job.first_step, self.plan.train_iters
+        first, last = self.spec.schedule.first_step, self.spec.schedule.train_iters
         fault_point("loop.start")
         if self.callbacks.agree().stop:
             raise self._stopped(first)
         self.callbacks.begin(first)
         started = time.perf_counter()
-        for place, micro_batches in prefetch(self.train, first, last, self.args.dataloader_num_workers):
+        for place, micro_batches in prefetch(self.batches, first, last, self.spec.batch.workers):
             step = place + 1
             fault_point("loop.step")
             result = self.trainer.step(to_device(micro_batches, self.rank.device))
-            result.tokens = int(self.train.rows.lengths[self.train.sample_ids(place)].sum())
+            result.tokens = int(self.batches.rows.lengths[self.batches.sample_ids(place)].sum())
             seconds, started = time.perf_counter() - started, time.perf_counter()
             self.callbacks.step(step, result, seconds)
             fault_point("loop.boundary")
@@ -122,12 +117,12 @@ class Training:
             self.callbacks.boundary(step, verdict)
             if verdict.stop and step < last:
                 raise self._stopped(step)
-            if saves_after(self.plan, step):
+            if saves_after(self.spec, step):
                 started = time.perf_counter()  # saving is no part of a step
 
     def _stopped(self, step: int) -> Stopped:
         what = f"stopped by {self.signals.asked or 'a signal to another rank'} "
-        if step == self.job.first_step:
+        if step == self.spec.schedule.first_step:
             return Stopped(
                 what + "before a step was made.",
                 where=str(self.run_dir),
@@ -140,16 +135,16 @@ class Training:
         )
 
 
-def _agreed_run_dir(plan: Plan) -> Path:
+def _agreed_run_dir(run: Run) -> Path:
     """The run's directory as rank 0 names it; on several machines the others learn it here."""
-    name = [plan.megatron["save"]]
+    name = [run.saving.run_dir]
     dist.broadcast_object_list(name, src=0)
     return Path(name[0])
 
 
 def main(argv: list[str]) -> int:
     """Entry point of one rank: errors go to a file that the launcher prints once."""
-    return agent.report_from_rank(lambda: run(Job.read(Path(argv[0]))))
+    return agent.report_from_rank(lambda: train(Run.read(Path(argv[0]))))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from megaswift.config.options import SftArguments
 from megaswift.errors import DataError
 from megaswift.store.manifest import MANIFEST, ancestry, read_manifest
 from megaswift.store.paths import iteration_directory
@@ -22,15 +21,14 @@ from megaswift.weights.hf.folder import read_config
 if TYPE_CHECKING:
     from megaswift.launch.watchdog import Watchdog
     from megaswift.megatron.process_groups import Rank
-    from megaswift.run.job import Job
-    from megaswift.run.plan import Plan
+    from megaswift.run.spec import Run
     from megaswift.train.log import RunLog
     from megaswift.train.trainer import Trainer
 
 
-def saves_after(plan: Plan, step: int) -> bool:
+def saves_after(run: Run, step: int) -> bool:
     """Whether a checkpoint is due after a step: every --save_steps, and at the end."""
-    return step % int(plan.megatron["save_interval"]) == 0 or step == plan.train_iters
+    return step % run.saving.save_steps == 0 or step == run.schedule.train_iters
 
 
 class Checkpoints(Callback):
@@ -38,8 +36,7 @@ class Checkpoints(Callback):
 
     def __init__(
         self,
-        job: Job,
-        args: SftArguments,
+        run: Run,
         rank: Rank,
         trainer: Trainer,
         data_fingerprint: str,
@@ -48,14 +45,14 @@ class Checkpoints(Callback):
         watchdog: Watchdog,
         callbacks: Callbacks,
     ) -> None:
-        self.plan, self.args, self.rank, self.trainer, self.run_dir = job.plan, args, rank, trainer, run_dir
+        self.run, self.rank, self.trainer, self.run_dir = run, rank, trainer, run_dir
         self.log, self.watchdog, self.callbacks = log, watchdog, callbacks
         self.data_fingerprint = data_fingerprint
-        self.origin = _origin(job, run_dir)
+        self.origin = _origin(run, run_dir)
         self.saving: Saving | None = None  # the checkpoint that is being written in the background
         self.began, self.waited = 0.0, 0.0  # when it was begun; seconds that training waited for it
         self.eval_loss: tuple[int, float] | None = None  # step and loss of the last evaluation
-        self.copies = HFCopies(run_dir, active=args.save_safetensors and rank.is_first)
+        self.copies = HFCopies(run_dir, active=run.saving.hf_copies and rank.is_first)
 
     def evaluated(self, step: int, loss: float) -> None:
         self.eval_loss = (step, loss)
@@ -65,13 +62,13 @@ class Checkpoints(Callback):
 
     def boundary(self, step: int, verdict: Verdict) -> None:
         """Raises DataError, on all ranks alike."""
-        due = saves_after(self.plan, step)
+        due = saves_after(self.run, step)
         if verdict.stop:
             self.copies.stop()  # whoever asked does not wait for it
         if not verdict.busy or due or verdict.stop:
             self.finish(copy=not verdict.stop)
         if due or verdict.stop:
-            self._save(step, wait=verdict.stop or step == self.plan.train_iters)
+            self._save(step, wait=verdict.stop or step == self.run.schedule.train_iters)
 
     def end(self) -> None:
         self.copies.stop()
@@ -93,7 +90,7 @@ class Checkpoints(Callback):
             if copied:
                 self.log.note(copied)
             try:
-                delete_beyond(self.run_dir, self.args.save_total_limit, saving.iteration)
+                delete_beyond(self.run_dir, self.run.saving.total_limit, saving.iteration)
             except OSError as error:
                 problem = [f"an old checkpoint could not be deleted: {error}"]
         dist.broadcast_object_list(problem, src=0)
@@ -113,15 +110,15 @@ class Checkpoints(Callback):
         self.watchdog.long(f"saving after step {step}")
         self.began = time.perf_counter()
         extra = {
-            "consumed_samples": step * self.plan.global_batch,
+            "consumed_samples": step * self.run.batch.global_batch_size,
             "data_fingerprint": self.data_fingerprint,
-            "seed": self.args.seed,
+            "seed": self.run.seed,
         }
         manifest = {
-            "model_type": self.plan.model_type,
-            "dtype": self.plan.dtype,
-            "layout": {"tp": self.rank.tp, "pp": self.rank.pp, "dp": self.rank.dp},
-            "resume": extra | {"global_batch": self.plan.global_batch, "train_iters": self.plan.train_iters},
+            "model_type": self.run.model.model_type,
+            "dtype": self.run.precision.dtype,
+            "layout": self.run.parallel.layout,
+            "resume": extra | {"global_batch": self.run.batch.global_batch_size, "train_iters": self.run.schedule.train_iters},
             "eval_loss": self.eval_loss[1]
             if self.eval_loss and self.eval_loss[0] == step and math.isfinite(self.eval_loss[1])
             else None,
@@ -131,29 +128,32 @@ class Checkpoints(Callback):
             self.run_dir,
             step,
             self.trainer,
-            only_model=self.args.save_only_model,
+            only_model=self.run.saving.only_model,
             extra=extra | self.callbacks.state(),
             manifest=manifest,
-            needed=self.plan.checkpoint_bytes,
-            background=self.args.async_save and not wait,
+            needed=self.run.saving.checkpoint_bytes,
+            background=self.run.saving.in_background and not wait,
         )
         self.waited = time.perf_counter() - self.began
-        if wait or not self.args.async_save:
+        if wait or not self.run.saving.in_background:
             self.finish(copy=not wait)
         self.watchdog.beat(f"step {step + 1}")
 
 
-def _origin(job: Job, run_dir: Path) -> dict[str, Any]:
+def _origin(run: Run, run_dir: Path) -> dict[str, Any]:
     """What the run's checkpoints are made from: the config, and the chain of manifests or the Hugging Face folder that has none.
 
     Read once, when the weights are: later the start may be gone (--save_total_limit deletes it), moved, or made anew.
     """
-    start = Path(job.checkpoint)
-    found: dict[str, Any] = {"config": read_config(Path(job.model_dir))}
-    found |= {"adapter": job.adapter, "base": job.base} if job.adapter else {}
-    found |= {"frozen": job.frozen} if job.frozen else {}
-    found |= {"other_dtypes": job.other_dtypes} if job.other_dtypes else {}
-    own = read_manifest(start) if job.first_step else {"rows_before": job.rows_before}  # of this run's own checkpoint
+    start = Path(run.model.checkpoint)
+    found: dict[str, Any] = {"config": read_config(Path(run.model.directory))}
+    found |= {"other_dtypes": run.model.other_dtypes} if run.model.other_dtypes else {}
+    method = run.method
+    found |= {"adapter": method.adapter.record(), "base": method.base} if method.adapter is not None else {}
+    found |= {"frozen": list(method.frozen)} if method.frozen else {}
+    own = (
+        read_manifest(start) if run.schedule.first_step else {"rows_before": run.model.rows_before}
+    )  # of this run's own checkpoint
     found |= {name: own[name] for name in ("rows_before", "source") if own.get(name)}
     if not (start / MANIFEST).exists():
         return {"source": {"origin": str(start)}, **found, "made_from": []}

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megaswift.config.options import SftArguments
 from megaswift.data.batches import Batches
 from megaswift.errors import NonFiniteError
+from megaswift.run.spec import Guards
 from megaswift.train.callbacks import Callback
 from megaswift.train.spikes import NormHistory
 
@@ -29,7 +29,7 @@ class StepGuard(Callback):
 
     def __init__(
         self,
-        args: SftArguments,
+        guards: Guards,
         trainer: Trainer,
         train: Batches,
         run_dir: Path,
@@ -40,9 +40,9 @@ class StepGuard(Callback):
         before_the_end: Callable[[], None],
         active: bool,
     ) -> None:
-        self.args, self.trainer, self.train, self.run_dir, self.log = args, trainer, train, run_dir, log
+        self.guards, self.trainer, self.train, self.run_dir, self.log = guards, trainer, train, run_dir, log
         self.last, self.before_the_end, self.active = last, before_the_end, active
-        self.norms = NormHistory(args.skip_spikes, extra.get("norms", ()))
+        self.norms = NormHistory(guards.skip_spikes, extra.get("norms", ()))
         self.skipped = int(extra.get("skipped", 0))
 
     def state(self) -> dict[str, Any]:
@@ -74,15 +74,15 @@ class StepGuard(Callback):
         what = f"loss {result.loss:.4g} and gradient norm {result.grad_norm:.4g} at step {step} "
         what += "are not both finite" if result.nonfinite else f"are a spike: the norm is above {self.trainer.norm_limit:.4g}"
         self.skipped += 1
-        many = self.skipped > self.args.max_skipped_steps
-        if (result.nonfinite and self.args.nonfinite == "stop") or many:
+        many = self.skipped > self.guards.max_skipped_steps
+        if (result.nonfinite and self.guards.nonfinite == "stop") or many:
             self.before_the_end()
-            more = f"; more than --max_skipped_steps {self.args.max_skipped_steps} were skipped" if many else ""
+            more = f"; more than --max_skipped_steps {self.guards.max_skipped_steps} were skipped" if many else ""
             raise NonFiniteError(
                 f"{what}; the weights were not touched{more}.",
                 where=f"the rows of this step are listed in {path}",
                 fix="look at these rows, lower --learning_rate, or use --dtype bf16 in place of fp16",
             )
         self.log.note(
-            f"step {step}/{self.last}  {what}: skipped ({self.skipped} of at most {self.args.max_skipped_steps}), rows in {path.name}"
+            f"step {step}/{self.last}  {what}: skipped ({self.skipped} of at most {self.guards.max_skipped_steps}), rows in {path.name}"
         )

@@ -23,7 +23,6 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megaswift.megatron import compat
@@ -32,22 +31,20 @@ from megaswift.megatron.kernels.context_parallel import shard_batch
 from megaswift.megatron.kernels.linear_ops import linear_ops_of
 from megaswift.megatron.kernels.lora import sum_over_tensor_parallel
 from megaswift.megatron.kernels.main_grad import settle_main_grads, zero_main_grads
-from megaswift.megatron.kernels.megatron_layer import FusedMLP
 from megaswift.megatron.kernels.megatron_optimizer import FusedOptimizer, fuse_optimizer, gradient_norm
-from megaswift.megatron.model import TORCH_DTYPES, ChatModel, run_micro_batch
+from megaswift.megatron.model import ChatModel, run_micro_batch
 from megaswift.models.adapters import LORA_B
+from megaswift.weights.torch_dtypes import TORCH_DTYPES
 
 if TYPE_CHECKING:
     from megaswift.data.batches import MicroBatch
-    from megaswift.run.plan import Plan
+    from megaswift.run.spec import Run, Schedule
     from megaswift.train.objectives import Loss, Objective
 
 # fp16: losses are sums over tokens, so the usual 2^16 and 1 for means over some 256 tokens are 2^8 and 2^-8 here.
 INITIAL_LOSS_SCALE, MIN_LOSS_SCALE = 2.0**8, 2.0**-8
 # Gradients that are reduced at a time while the backward pass goes on; None: what Megatron-Core takes, 40 million or more.
 BUCKET_SIZE: int | None = None
-# A model smaller than this has little to reduce, and gains more from CUDA graphs, which exclude overlapping.
-OVERLAP_FROM = 1_000_000_000
 
 
 @dataclass
@@ -72,21 +69,16 @@ class Trainer:
     def __init__(
         self,
         model: ChatModel,
-        plan: Plan,
+        run: Run,
         objective: Objective,
-        *,
-        cuda_graphs: str = "false",
-        overlap_grad_reduce: bool | None = False,
-        overlap_param_gather: bool | None = None,
-        recompute_modules: str = "auto",
     ) -> None:
         self.bare_model, self.objective = model, objective
         compat.use_our_adamw()
         config = model.config
         wrapped = Float16Module(config, model) if config.bf16 or config.fp16 else model
-        overlap = overlaps(model, overlap_grad_reduce, cuda_graphs)
+        overlap = run.parallel.overlap_grad_reduce
         # Graphs of layers with adapters were not proven: masks and gradients would have to be filled in for each replay.
-        graphs = "false" if model.adapter is not None else cuda_graphs
+        graphs = "never" if model.adapter is not None else run.memory.cuda_graphs
         model.graphs = self.graphs = Graphs(model.decoder, graphs, overlap)
         with self.graphs.stream_of_step():  # the wrapper's hooks belong to the stream that is current here
             self.model = DistributedDataParallel(
@@ -96,7 +88,7 @@ class Trainer:
                     grad_reduce_in_fp32=True,
                     check_for_nan_in_grad=False,
                     overlap_grad_reduce=overlap,
-                    overlap_param_gather=overlap and overlap_param_gather is not False,
+                    overlap_param_gather=run.parallel.overlap_param_gather,
                     bucket_size=BUCKET_SIZE,
                 ),
                 wrapped,
@@ -104,18 +96,17 @@ class Trainer:
         config.no_sync_func = self.model.no_sync if overlap else None
         if self.model.ddp_config.overlap_param_gather:
             wait_for_whole_layers(self.model, model)
-        options = optimizer_config(plan)
+        options = optimizer_config(run)
         optimizer = get_megatron_optimizer(options, [self.model], group_options(options, model))
         # Under fp16 it stays as it was: the loss scaler needs Megatron's own step.
-        self.optimizer = fuse_optimizer(optimizer, plan.moments, on_host=plan.optimizer_cpu_offload)
+        self.optimizer = fuse_optimizer(optimizer, run.optimizer.state_dtype, on_host=run.memory.optimizer_on_host)
         for chained in optimizer.chained_optimizers:
             chained.optimizer.allocate()
         self.fused = isinstance(self.optimizer, FusedOptimizer)
-        self.scheduler = schedule(self.optimizer, plan)
+        self.scheduler = schedule(self.optimizer, run.schedule, run.optimizer.weight_decay)
         config.grad_scale_func = self.optimizer.scale_loss
         config.finalize_model_grads_func = self._finalize
         self.run_schedule = get_forward_backward_func()
-        recompute(model, plan, recompute_modules)
         self.norm_limit = math.inf  # a step with a larger gradient norm changes nothing
 
     @property
@@ -265,19 +256,6 @@ def divisor(sums: Tensor) -> Tensor:
     return torch.where(sums[1] > 0, sums[1], torch.ones_like(sums[1]))
 
 
-def overlaps(model: ChatModel, wanted: bool | None, cuda_graphs: str) -> bool:
-    """Whether gradients are reduced over data-parallel ranks while the backward pass goes on.
-
-    None leaves the choice to us: on GPUs, for large models; gloo's threads would take the processor from the backward pass.
-    """
-    if parallel_state.get_data_parallel_world_size(with_context_parallel=True) == 1:
-        return False
-    if wanted is not None:
-        return wanted
-    parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return torch.cuda.is_available() and cuda_graphs != "true" and parameters >= OVERLAP_FROM
-
-
 def wait_for_whole_layers(ddp: DistributedDataParallel, model: ChatModel) -> None:
     """Let a layer wait for all its weights that are under way, and the last norm for those of the output layer.
 
@@ -318,43 +296,21 @@ def forward_step(objective: Objective, batches: Iterator[MicroBatch], model: Any
     return output, loss_function
 
 
-def recompute(model: ChatModel, plan: Plan, modules: str) -> None:
-    """Let the MLPs compute parts again in the backward pass.
-
-    Args:
-        modules: "none"; "swiglu" (2 x ffn bytes a token and layer less, nearly free); "mlp" (4 x ffn more, for the first
-            product again); or "auto": "swiglu" where memory is short.
-    """
-    short = modules == "auto" and short_of_memory(model.config, plan)
-    for module in model.modules():
-        if type(module) is FusedMLP:
-            module.recompute_activation = modules in ("swiglu", "mlp") or short
-            module.recompute_first = modules == "mlp"
-
-
-def short_of_memory(config: TransformerConfig, plan: Plan) -> bool:
-    """Whether SwiGLU's results do not fit beside what layers keep in any case.
-
-    That is about 6 x hidden + 2 x ffn + queries, keys and values, two bytes each.
-    """
-    if not torch.cuda.is_available() or config.recompute_granularity:
-        return False
-    ffn = config.ffn_hidden_size // config.tensor_model_parallel_size
-    heads = (config.num_attention_heads + 2 * config.num_query_groups) * config.kv_channels // config.tensor_model_parallel_size
-    tokens = plan.max_length * int(plan.megatron["micro_batch_size"]) // plan.cp
-    stage = max(plan.stages) - plan.cpu_offloading_num_layers
-    layers = stage * config.pipeline_model_parallel_size  # that stay on the device, of all micro batches in flight
-    needed = 2 * (6 * config.hidden_size + 3 * ffn + heads) * tokens * layers
-    return needed > 0.8 * torch.cuda.mem_get_info()[0]
-
-
-def optimizer_config(plan: Plan) -> OptimizerConfig:
-    """Megatron-Core's optimizer options from the filled table."""
-    table = plan.megatron
-    names = ("optimizer", "lr", "min_lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad", "bf16", "fp16")
+def optimizer_config(run: Run) -> OptimizerConfig:
+    """Megatron-Core's optimizer options."""
+    spec, dtype = run.optimizer, run.precision.dtype
     return OptimizerConfig(
-        **{name: table[name] for name in names},
-        params_dtype=TORCH_DTYPES[plan.dtype],
+        optimizer=spec.name,
+        lr=run.schedule.learning_rate,
+        min_lr=run.schedule.min_lr,
+        weight_decay=spec.weight_decay,
+        adam_beta1=spec.beta1,
+        adam_beta2=spec.beta2,
+        adam_eps=spec.epsilon,
+        clip_grad=spec.max_grad_norm,
+        bf16=dtype == "bf16",
+        fp16=dtype == "fp16",
+        params_dtype=TORCH_DTYPES[dtype],
         use_distributed_optimizer=True,
         initial_loss_scale=INITIAL_LOSS_SCALE,
         min_loss_scale=MIN_LOSS_SCALE,
@@ -371,21 +327,20 @@ def group_options(options: OptimizerConfig, model: ChatModel) -> dict[ParamKey, 
     return found
 
 
-def schedule(optimizer: Any, plan: Plan) -> OptimizerParamScheduler:
+def schedule(optimizer: Any, spec: Schedule, weight_decay: float) -> OptimizerParamScheduler:
     """The learning rate schedule, counted in steps: warm-up, then decay that reaches min_lr at the last step."""
-    table = plan.megatron
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
-        max_lr=table["lr"],
-        min_lr=table["min_lr"],
-        lr_warmup_steps=table["lr_warmup_iters"],
-        lr_decay_steps=plan.decay_steps,
-        lr_decay_style=table["lr_decay_style"],
-        start_wd=table["weight_decay"],
-        end_wd=table["weight_decay"],
-        wd_incr_steps=plan.train_iters,
+        max_lr=spec.learning_rate,
+        min_lr=spec.min_lr,
+        lr_warmup_steps=spec.warmup_iters,
+        lr_decay_steps=spec.decay_iters,
+        lr_decay_style=spec.decay_style,
+        start_wd=weight_decay,
+        end_wd=weight_decay,
+        wd_incr_steps=spec.train_iters,
         wd_incr_style="constant",
-        wsd_decay_steps=plan.wsd_decay_steps,
-        lr_wsd_decay_style="cosine" if table["lr_decay_style"] == "WSD" else None,
+        wsd_decay_steps=spec.wsd_decay_iters,
+        lr_wsd_decay_style="cosine" if spec.decay_style == "WSD" else None,
     )

@@ -13,6 +13,7 @@ from megaswift.models import parameters_of
 from megaswift.models.parameters import hf_shapes
 from megaswift.store.cache import cache_root
 from megaswift.store.manifest import MANIFEST, read_manifest
+from megaswift.store.publish import put
 from megaswift.weights.hf.read import HFCheckpoint
 
 if TYPE_CHECKING:
@@ -70,9 +71,7 @@ def _of_folder(folder: Path, names: list[str]) -> dict[str, str]:
     with ThreadPoolExecutor(_THREADS) as pool:
         made = dict(zip(names, pool.map(one, names), strict=True))
     kept.parent.mkdir(parents=True, exist_ok=True)
-    temporary = kept.with_suffix(f".tmp-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}")
-    temporary.write_text(json.dumps(made), encoding="utf-8")
-    temporary.replace(kept)
+    put(kept, json.dumps(made), durable=False)
     return made
 
 

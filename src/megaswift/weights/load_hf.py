@@ -10,9 +10,8 @@ import torch
 from megaswift.errors import DataError
 from megaswift.models import parameters_of
 from megaswift.models.parameters import Parameter
-from megaswift.weights.hf.config import load_config
+from megaswift.weights.hf.config import check_source, load_config
 from megaswift.weights.hf.folder import incomplete
-from megaswift.weights.hf.names import check_source
 from megaswift.weights.hf.read import HFCheckpoint, nonfinite
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megaswift.megatron.kernels.fp8_quantize import Scaled, quantize_columns, quantize_rows, quantize_swiglu
 from megaswift.megatron.kernels.linear_ops import LinearOps
-from megaswift.run.plan import FP8_MULTIPLE
+from megaswift.run.spec import FP8_MULTIPLE
 
 # With up to 256 tokens and many input channels cuBLASLt has no kernel for scaled rows (pytorch/ao issue 4582).
 FEWEST_TOKENS = 512

@@ -120,12 +120,8 @@ class CoreAttention(torch.nn.Module):
 
 def _kernels(config: TransformerConfig) -> list[SDPBackend]:
     """The attention kernels that may be used, the preferred one first."""
-    choice = getattr(config, "flash_attention", None)
-    if choice is True:
-        return [SDPBackend.FLASH_ATTENTION]
-    if choice is False:
-        return [SDPBackend.MATH]
-    return [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    flash, plain = SDPBackend.FLASH_ATTENTION, SDPBackend.MATH
+    return {"flash": [flash], "plain": [plain], "fastest": [flash, plain]}[config.attention]
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -199,7 +195,7 @@ class FusedSelfAttention(SelfAttention):
         off = self.checkpoint_core_attention or self.offload_qkv_linear or self.offload_core_attention or self.offload_attn_proj
         shared = self.config.num_query_groups < self.world_size  # key-value heads repeated over ranks
         # A kernel that the user named, or a deterministic one, is CoreAttention's to choose.
-        named = getattr(self.config, "flash_attention", None) is not None or self.config.deterministic_mode
+        named = self.config.attention != "fastest" or self.config.deterministic_mode
         return wanted and not (_plain(self) or asks or off or shared or named or self.config.attention_output_gate)
 
 
@@ -294,4 +290,4 @@ class FusedTransformerLayer(TransformerLayer):
 
 def _plain(module: Any) -> bool:
     """Whether the config asks for Megatron-Core's own way through every module, as a check that watches modules does."""
-    return bool(getattr(module.config, "plain_layers", False))
+    return module.config.plain_layers

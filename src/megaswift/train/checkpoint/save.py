@@ -8,8 +8,6 @@ a copy in host memory, while training goes on; the rest happens at a later step 
 
 from __future__ import annotations
 
-import os
-import secrets
 import shutil
 import threading
 from functools import partial
@@ -21,8 +19,9 @@ import torch.distributed as dist
 
 from megaswift.errors import DataError, is_full
 from megaswift.store.faults import fault_point
-from megaswift.store.manifest import sync_directory, write_manifest
+from megaswift.store.manifest import write_manifest
 from megaswift.store.paths import TRACKER, iteration_directory
+from megaswift.store.publish import publish, put, temporary_beside
 from megaswift.store.retention import discard
 from megaswift.train.checkpoint import optimizer_state
 from megaswift.train.checkpoint.optimizer_state import STATES, Box, Shard
@@ -324,21 +323,9 @@ def _complete(
     fault_point("save.before_rename")
     if target.exists():
         discard(target)  # only a damaged one of an earlier run can have this step's name
-    temporary.rename(target)
-    sync_directory(target.parent)
+    publish(temporary, target, synced=True)
     fault_point("save.renamed")
-    write_tracker(target.parent, str(manifest["iteration"]))
-
-
-def write_tracker(root: Path, text: str) -> None:
-    """Name the newest checkpoint in the tracker file, by temporary file and replace; it is a hint, files decide."""
-    temporary = root / f".{TRACKER}.tmp"
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(root / TRACKER)
-    sync_directory(root)
+    put(target.parent / TRACKER, str(manifest["iteration"]))  # names the newest checkpoint; a hint, files decide
 
 
 def require_space(directory: Path, needed: int, what: str) -> None:
@@ -383,7 +370,7 @@ def _fresh_directory(target: Path, needed: int) -> list[Any]:
         target.parent.mkdir(parents=True, exist_ok=True)
         if needed:
             require_space(target.parent, needed, "one checkpoint")
-        path = target.with_name(f"{target.name}.tmp-{secrets.token_hex(4)}")
+        path = temporary_beside(target, hidden=False)
         path.mkdir()
         return [str(path), None]
     except DataError as error:

@@ -199,12 +199,14 @@ def merge_adapter(
     out: Path,
     manifest: Callable[[Any], None] | None = None,
     extra_files: Mapping[str, bytes] | None = None,
+    replace: bool = False,
 ) -> Path:
     """Write base and adapter as one Hugging Face folder, in the base's dtypes. Memory: the adapter and one tensor a thread.
 
     Args:
         manifest: called with the written folder's record before it gets its name.
         extra_files: name -> content of more files.
+        replace: take the place of what is at `out`.
 
     Raises DataError where the adapter does not fit the base.
     """
@@ -224,7 +226,7 @@ def merge_adapter(
     if "tokenizer_config.json" not in own:  # a tokenizer is taken as a whole or not at all
         own = {}
     files = {file.name: file for file in base.side_files()} | own
-    write_checkpoint(out, planned, list(files.values()), extra_files=extra_files, before_publish=manifest)
+    write_checkpoint(out, planned, list(files.values()), extra_files=extra_files, before_publish=manifest, replace=replace)
     return out
 
 

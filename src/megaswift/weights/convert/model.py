@@ -14,8 +14,6 @@ from megaswift.models.family import OUTPUT_LAYER
 from megaswift.models.parameters import Parameter, by_key
 from megaswift.weights.hf.read import UNTIED, nonfinite
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DTYPE_NAMES = {value: name for name, value in DTYPES.items()}
 _OPTIMIZER = "optimizer."
 TIED = "the weights have an output layer of their own: tie_word_embeddings in config.json must be false"
 

@@ -15,17 +15,15 @@ from torch import Tensor
 from megaswift.errors import DataError, UserError
 from megaswift.models import parameters_of
 from megaswift.models.parameters import Parameter, hf_shapes
-from megaswift.weights.convert.model import DTYPES, MegatronReader, raw
+from megaswift.weights.convert.model import MegatronReader, raw
 from megaswift.weights.torch_dist.reader import key_of
+from megaswift.weights.torch_dtypes import FLAGS, OF_FLAG, TORCH_DTYPES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from megaswift.weights.hf.read import HFCheckpoint
 
-# What a tensor may be stored in; a whole model is trained in one of DTYPES.
-_STORED = DTYPES | {"fp64": torch.float64}
-_NAMES = {value: name for name, value in _STORED.items()}
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -58,13 +56,13 @@ class Precisions:
 
     def record(self) -> dict[str, Any]:
         """What a manifest says; `other_dtypes` only where there are some."""
-        others = {name: _NAMES[dtype] for name, dtype in sorted(self.others.items())}
-        return {"dtype": _NAMES[self.main]} | ({"other_dtypes": others} if others else {})
+        others = {name: FLAGS[dtype] for name, dtype in sorted(self.others.items())}
+        return {"dtype": FLAGS[self.main]} | ({"other_dtypes": others} if others else {})
 
     def __str__(self) -> str:
         """For messages: "bf16; fp32: model.norm.weight"."""
-        parts = [f"{_NAMES[dtype]}: {grouped(names)}" for dtype, names in _by_value(self.others).items()]
-        return "; ".join([_NAMES[self.main], *parts])
+        parts = [f"{FLAGS[dtype]}: {grouped(names)}" for dtype, names in _by_value(self.others).items()]
+        return "; ".join([FLAGS[self.main], *parts])
 
 
 def chosen(had: Precisions, dtype: str | None, where: str) -> Precisions:
@@ -73,8 +71,8 @@ def chosen(had: Precisions, dtype: str | None, where: str) -> Precisions:
     Raises UserError where most bytes have a precision that no training has.
     """
     if dtype is not None:
-        return Precisions(DTYPES[dtype])
-    if had.main not in DTYPES.values():
+        return Precisions(TORCH_DTYPES[dtype])
+    if had.main not in TORCH_DTYPES.values():
         raise UserError(
             f"the weights are {had.main}, which is not a training precision.",
             where=where,
@@ -99,7 +97,7 @@ def precisions_of_folder(source: HFCheckpoint, config: PreTrainedConfig) -> Prec
     names = [name for name in hf_shapes(parameters_of(config)) if name in source.table]
     found = {name: (source.dtype(name), source.entry(name).nbytes) for name in names}
     had = _of_sizes(found)
-    return Precisions(had.main, {name: dtype for name, dtype in had.others.items() if dtype in _NAMES})
+    return Precisions(had.main, {name: dtype for name, dtype in had.others.items() if dtype in FLAGS})
 
 
 def precisions_of_checkpoint(reader: MegatronReader, parameters: Iterable[Parameter]) -> Precisions:
@@ -107,7 +105,7 @@ def precisions_of_checkpoint(reader: MegatronReader, parameters: Iterable[Parame
     found: dict[str, tuple[torch.dtype, int]] = {}
     for parameter in parameters:
         dtype = reader.dtype(parameter.key, parameter.place)
-        if dtype not in _NAMES:
+        if dtype not in FLAGS:
             raise DataError(
                 f"{parameter.key} is {dtype}, which is no precision of weights.",
                 where=str(reader.directory),
@@ -124,15 +122,15 @@ def other_dtypes(manifest: Mapping[str, Any]) -> dict[str, torch.dtype]:
     Raises DataError for a record in another form.
     """
     found = manifest.get("other_dtypes") or {}
-    if not isinstance(found, dict) or not all(value in _STORED for value in map(str, found.values())):
+    if not isinstance(found, dict) or not all(value in OF_FLAG for value in map(str, found.values())):
         raise DataError("manifest.json names precisions that are not known (other_dtypes).", where="manifest.json")
-    return {name: _STORED[value] for name, value in found.items()}
+    return {name: OF_FLAG[value] for name, value in found.items()}
 
 
 def rounded(before: Precisions, after: Precisions, names: Iterable[str]) -> dict[str, str]:
     """Tensors whose precision cannot hold what the one before could: name -> "fp32 to bf16"."""
     changes = ((name, before.of(name), after.of(name)) for name in names)
-    return {name: f"{_NAMES[old]} to {_NAMES[new]}" for name, old, new in changes if torch.promote_types(old, new) != new}
+    return {name: f"{FLAGS[old]} to {FLAGS[new]}" for name, old, new in changes if torch.promote_types(old, new) != new}
 
 
 def rounded_text(found: Mapping[str, str], count: int) -> str:

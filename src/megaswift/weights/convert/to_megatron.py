@@ -16,7 +16,7 @@ from megaswift.models import parameters_of
 from megaswift.models.parameters import HFTensor, Parameter, Shape
 from megaswift.weights.convert.model import FiniteCheck, MegatronReader, check_megatron, digest, raw, read_hf
 from megaswift.weights.convert.precision import Precisions
-from megaswift.weights.hf.names import check_source
+from megaswift.weights.hf.config import check_source
 from megaswift.weights.torch_dist import writer
 from megaswift.weights.torch_dist.writer import Chunk
 

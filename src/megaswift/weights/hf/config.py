@@ -1,17 +1,20 @@
-"""A model folder's config.json as transformers' config object, checked: no code from the folder ever runs."""
+"""A model folder's config.json as transformers' config object, checked, and the tensors that it asks for: no code of the folder runs."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megaswift.errors import DataError, UserError
-from megaswift.models import family_of
-from megaswift.models.family import sizes_of
+from megaswift.errors import DataError, UserError, first_line
+from megaswift.models import family_of, parameters_of
+from megaswift.models.family import is_tied, sizes_of
+from megaswift.models.parameters import hf_shapes
 from megaswift.weights.hf.folder import read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+    from megaswift.weights.hf.read import HFCheckpoint
 
 
 def load_config(directory: Path) -> PreTrainedConfig:
@@ -39,7 +42,7 @@ def load_config(directory: Path) -> PreTrainedConfig:
     try:
         config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
     except Exception as error:  # transformers validates with several error classes
-        reason = (str(error) or "no reason given").splitlines()[0]
+        reason = first_line(error) if str(error).strip() else "no reason given"
         raise DataError(
             f"config.json is not valid: {type(error).__name__}: {reason}", where=str(path), fix="fetch this file again"
         ) from error
@@ -48,3 +51,20 @@ def load_config(directory: Path) -> PreTrainedConfig:
     if sizes.heads % sizes.kv_heads:
         raise DataError(f"{sizes.heads} attention heads are no multiple of {sizes.kv_heads} key/value heads.", where=str(path))
     return config
+
+
+def check_source(source: HFCheckpoint, config: PreTrainedConfig) -> None:
+    """Raise DataError unless the folder holds exactly the tensors of its config (a tied copy of the embedding is allowed)."""
+    import torch
+
+    tied = is_tied(config)
+    ignorable = {"lm_head.weight"} if tied else set()
+    ignorable |= {name for name in source.names if name.endswith(".rotary_emb.inv_freq")}
+    source.check_names(hf_shapes(parameters_of(config)), ignorable)
+    copied = tied and "lm_head.weight" in source.names
+    if copied and not torch.equal(source.tensor("lm_head.weight"), source.tensor("model.embed_tokens.weight")):
+        raise DataError(
+            "tie_word_embeddings is true, but lm_head.weight is not equal to the embedding.",
+            where="lm_head.weight",
+            fix="set tie_word_embeddings to false in config.json if the output layer is its own",
+        )

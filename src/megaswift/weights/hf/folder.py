@@ -24,7 +24,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 # What a run's directory holds beside its checkpoints and the model's own files.
 RUN_FILES = (
-    "sft_args.json", "plan.json", "job.json", "logging.jsonl", "latest_checkpointed_iteration.txt", "hang-rank*.txt",
+    "sft_args.json", "run.json", "plan.json", "job.json", "logging.jsonl", "latest_checkpointed_iteration.txt", "hang-rank*.txt",
     "nonfinite_step_*.json", "spike_step_*.json",
 )  # fmt: skip
 

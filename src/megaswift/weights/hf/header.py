@@ -14,15 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from megaswift.errors import DataError
+from megaswift.weights.dtypes import ITEM_SIZE
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 MAX_ELEMENTS = 2**50  # of one tensor; keeps products of absurd shapes out of every later computation
 
-# dtype as written in the header -> bytes of one element
-ITEM_SIZE = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
-    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
-}  # fmt: skip
 
 _FETCH_AGAIN = "fetch this file again"
 _FOREIGN = (  # how files begin that are often found in the place of weights, what they are, and how to mend it

@@ -16,8 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megaswift.errors import DataError
-from megaswift.weights.hf.header import ITEM_SIZE, MAX_ELEMENTS, TensorEntry
+from megaswift.errors import DataError, first_line
+from megaswift.weights.dtypes import HEADER_OF_STORAGE, ITEM_SIZE
+from megaswift.weights.hf.header import MAX_ELEMENTS, TensorEntry
 from megaswift.weights.hf.json_files import inside, read_json
 from megaswift.weights.hf.unpickle import GuardedUnpickler
 
@@ -25,10 +26,6 @@ SINGLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 MAX_TABLE = 256 * 2**20  # bytes of data.pkl
 _SAVE_AGAIN = "load the model with transformers where you trust it, and save it again as safetensors"
-_STORAGES = {
-    "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16", "LongStorage": "I64",
-    "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8", "BoolStorage": "BOOL",
-}  # fmt: skip
 
 
 def pickled_files(path: Path) -> list[Path]:
@@ -63,7 +60,7 @@ def read_pickle(path: Path) -> list[TensorEntry]:
     except DataError:
         raise
     except Exception as error:  # a damaged archive or pickle raises almost anything
-        raise _refused(path, (str(error) or type(error).__name__).splitlines()[0]) from error
+        raise _refused(path, first_line(error)) from error
 
 
 def _read(path: Path) -> list[TensorEntry]:
@@ -163,8 +160,8 @@ class _Unpickler(GuardedUnpickler):
         }
         if (module, name) in known:
             return known[module, name]
-        if module == "torch" and name in _STORAGES:
-            return _STORAGES[name]
+        if module == "torch" and name in HEADER_OF_STORAGE:
+            return HEADER_OF_STORAGE[name]
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no table of tensors needs")
 
     def persistent_load(self, identity: Any) -> _Part:

@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 from megaswift.errors import DataError, UserError
 from megaswift.store.files import forget_pages, read_in_background
+from megaswift.weights.dtypes import WEIGHTS
 from megaswift.weights.hf.folder import INDEX, read_config, side_files, weight_files, weight_map
-from megaswift.weights.hf.header import ITEM_SIZE, TensorEntry, read_header
+from megaswift.weights.hf.header import TensorEntry, read_header
 from megaswift.weights.hf.json_files import inside
 from megaswift.weights.hf.pickled import read_pickle
 
 if TYPE_CHECKING:
     import torch
 
-TRAINABLE = ("F32", "BF16", "F16", "F64")
 _SHOWN = 10  # names in an error message
 UNTIED = (
     "config.json says tie_word_embeddings false, or leaves it out: where the model's output layer is its embedding (nothing else is "
@@ -36,18 +36,16 @@ _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" e
 
 def torch_dtype(name: str) -> torch.dtype:
     """The torch dtype of a safetensors dtype name, for example "BF16"."""
-    import torch
+    from megaswift.weights.torch_dtypes import OF_HEADER
 
-    return {
-        "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-        "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
-        "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    }[name]  # fmt: skip
+    return OF_HEADER[name]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     """The safetensors name of a torch dtype."""
-    return next(name for name in ITEM_SIZE if torch_dtype(name) == dtype)
+    from megaswift.weights.torch_dtypes import HEADERS
+
+    return HEADERS[dtype]
 
 
 def tensor_table(path: Path, allow_pickle: bool = False) -> dict[str, TensorEntry]:
@@ -229,13 +227,13 @@ class HFCheckpoint:
         foreign = [
             f"{name}: {self.table[name].dtype}"
             for name in expected
-            if name in self.table and self.table[name].dtype not in TRAINABLE
+            if name in self.table and self.table[name].dtype not in WEIGHTS
         ]
         parts = [
             _listing("missing", missing),
             _listing("that this model does not have", extra),
             _listing("of another shape", misshapen),
-            _listing(f"of a dtype that cannot be trained (known: {', '.join(TRAINABLE)})", foreign),
+            _listing(f"of a dtype that cannot be trained (known: {', '.join(WEIGHTS)})", foreign),
         ]
         if any(parts):
             fix = "fetch the model again; quantised models are not supported"

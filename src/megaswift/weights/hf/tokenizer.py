@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from megaswift.errors import DataError
+from megaswift.errors import DataError, first_line
 from megaswift.weights.hf.folder import read_config
 
 _FILES = (
@@ -52,7 +52,7 @@ def read_tokenizer(path: Path) -> Any:
                 "fetch the model's tokenizer files again: tokenizer.json (or the vocabulary files of its tokenizer) "
                 "and tokenizer_config.json"
             )
-            raise DataError(f"the tokenizer cannot be read: {absent}{_first_line(error)}", where=str(path), fix=fix) from error
+            raise DataError(f"the tokenizer cannot be read: {absent}{first_line(error)}", where=str(path), fix=fix) from error
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -110,8 +110,3 @@ def no_rows(beyond: Mapping[str, int], rows: int | None, where: str, what: str =
         where=where,
         fix=f"{ADD_ROWS}, or take them out of the tokenizer's files",
     )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

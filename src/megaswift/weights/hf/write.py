@@ -70,11 +70,12 @@ def write_checkpoint(
     progress: Callable[[int], None] | None = None,
     plan: str | None = None,
     resume: bool = False,
+    replace: bool = False,
 ) -> WriteResult:
     """Write a model directory; it appears under its name only when it is complete, audited and on the disk.
 
     Args:
-        out: the directory to make; must not exist.
+        out: the directory to make; must not exist, unless it is replaced.
         tensors: what to write, in file order. Memory: the largest tensor times `threads`.
         side_files: copied byte for byte.
         config_overrides: fields of config.json to replace; without any it is copied byte for byte.
@@ -85,13 +86,15 @@ def write_checkpoint(
         progress: called with the number of bytes of each chunk that is written to a weight file, from any thread.
         plan: a text that names source and settings; complete shards are then recorded, so that a later call can resume.
         resume: keep the complete shards that a killed call with the same plan left.
+        replace: take the place of what is there, once everything is complete.
 
-    Raises UserError where `out` exists or the disk is too small, DataError where the audit finds a difference. After any
+    Raises UserError where `out` exists and is not to be replaced, or where the disk is too small, DataError where the audit finds a difference. After any
     exception nothing is left behind.
     """
     begin = time.perf_counter()
     target = Path(out).absolute()
-    refuse_existing(target)
+    if not replace:
+        refuse_existing(target)
     shards = plan_shards(tensors, max_shard_size)
     contents = _small_files(shards, side_files, config_overrides, extra_files or {})
     needed = sum(shard.nbytes for shard in shards) + _small_size(contents)
@@ -108,7 +111,7 @@ def write_checkpoint(
         result = WriteResult(temporary, files, hashes, size, time.perf_counter() - begin, sorted(work.resumed))
         if before_publish is not None:
             before_publish(result)
-        publish(temporary, target)
+        publish(temporary, target, taken="replace" if replace else "refuse")
     result.path, result.seconds = target, time.perf_counter() - begin
     return result
 

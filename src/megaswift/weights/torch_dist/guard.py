@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megaswift.errors import DataError
+from megaswift.weights.dtypes import NAMES
 from megaswift.weights.hf.unpickle import GuardedUnpickler
 from megaswift.weights.torch_dist.zipped import Placeholder
 
@@ -41,25 +42,11 @@ _ALLOWED = {
 }
 # Megatron-Core keeps the plan of a save beside the table, for its next save; nobody who reads needs it.
 _INERT = ("torch.distributed.checkpoint.planner", "megatron.core.dist_checkpointing.strategies.torch")
-_DTYPES = (
-    "float32",
-    "float64",
-    "float16",
-    "bfloat16",
-    "int64",
-    "int32",
-    "int16",
-    "int8",
-    "uint8",
-    "bool",
-    "float8_e4m3fn",
-    "float8_e5m2",
-)
 
 
 class _IndexUnpickler(GuardedUnpickler):
     def known(self, module: str, name: str) -> Any:
-        if (module, name) in _ALLOWED or (module == "torch" and name in _DTYPES):
+        if (module, name) in _ALLOWED or (module == "torch" and name in NAMES):
             return getattr(importlib.import_module(module), name)
         if module in _INERT:
             return Placeholder

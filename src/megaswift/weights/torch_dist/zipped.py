@@ -25,17 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaswift.errors import DataError
+from megaswift.errors import DataError, first_line
 from megaswift.store.files import forget_pages, read_in_background
 from megaswift.weights.hf.unpickle import GuardedUnpickler
+from megaswift.weights.torch_dtypes import OF_STORAGE
 
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 _DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
-_STORAGES = {
-    "FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16, "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
-}  # fmt: skip
 # Packages whose objects stand in old checkpoints beside the weights (enums, random states): kept as inert placeholders.
 _INERT = ("megatron.", "transformer_engine.", "numpy.", "_codecs.", "_io.", "swift.", "torch.distributed.")
 
@@ -99,7 +95,7 @@ def load(mapped: Mapped, start: int, length: int, where: str) -> Any:
     except DataError:
         raise
     except Exception as error:  # a damaged archive or pickle raises almost anything
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise DataError(
             f"an object in the checkpoint is damaged or not safe to read: {reason}", where=where, fix="use another checkpoint"
         ) from error
@@ -180,8 +176,8 @@ class _Unpickler(GuardedUnpickler):
         known = _KNOWN.get((module, name))
         if known is not None:
             return known
-        if module == "torch" and name in _STORAGES:
-            return _STORAGES[name]
+        if module == "torch" and name in OF_STORAGE:
+            return OF_STORAGE[name]
         if module == "torch" and name in _DTYPES:
             return _DTYPES[name]
         if f"{module}.".startswith(_INERT):

@@ -1,0 +1,113 @@
+"""The one estimate of memory and disk: bytes of the fullest rank by cause, and of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from megaswift.models import family_of, parameters_of
+from megaswift.models.adapters import Lora, linear
+from megaswift.models.family import sizes_of
+from megaswift.models.stages import stage_layers, stage_weights
+from megaswift.run.spec import Parallel, Run
+from megaswift.weights.dtypes import BYTES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from megaswift.models.parameters import Parameter
+
+# Bytes of a parameter's two moments.
+STATE_BYTES = {"fp32": 8, "bf16": 4, "8bit": 2}
+GRADIENT_BYTES = MASTER_BYTES = 4
+PACKED_BYTES = 0.5 + 4 / 64  # of a value in 4 bits, and its part of an fp32 scale
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes by cause."""
+
+    device: dict[str, int]  # of the fullest rank: weights, gradients, optimizer
+    host: dict[str, int] = field(default_factory=dict)  # page-locked, of the fullest rank: optimizer, activations at most
+
+
+def estimate(run: Run, config: PreTrainedConfig) -> MemoryEstimate:
+    """What the fullest rank holds, activations on the device left out: its layers, and embedding and output layer."""
+    dtype, weights, method = run.precision.dtype, rank_weights(config, run.parallel), run.method
+    trained, held = weights, weights * BYTES[dtype]
+    if method.adapter is not None or method.frozen:
+        trained = trainable_of_rank(trained_parameters(method.adapter, method.frozen, config), config, run.parallel)
+    if method.adapter is not None:
+        share = packed_share(method.adapter, config)
+        held = int(weights * ((1 - share) * BYTES[dtype] + share * PACKED_BYTES)) + trained * BYTES[dtype]
+    state = trained * (STATE_BYTES[run.optimizer.state_dtype] + (0 if dtype == "fp32" else MASTER_BYTES))
+    state //= run.parallel.dp * run.parallel.cp  # shared out over the ranks that have the same weights
+    device = {"weights": held, "gradients": trained * GRADIENT_BYTES, "optimizer": state}
+    host = {}
+    if run.memory.optimizer_on_host:
+        device["optimizer"], host["optimizer"] = 0, state
+    if run.memory.offloaded_layers:
+        host["activations"] = run.memory.offloaded_layers * layer_activations(run, config) * BYTES[dtype]
+    return MemoryEstimate(device, host)
+
+
+def rank_weights(config: PreTrainedConfig, parallel: Parallel) -> int:
+    """Parameters of the fullest rank."""
+    return max(stage_weights(config, parallel.pp)) // parallel.tp
+
+
+def layer_activations(run: Run, config: PreTrainedConfig) -> int:
+    """The most values that a layer keeps for the backward passes of all micro batches in flight, with rows of max_length.
+
+    Without recomputation: the layer's input, what follows its two norms, attention's result and the sum after it (5 x
+    hidden), queries, keys and values, both halves of the first MLP product and their SwiGLU.
+    """
+    sizes, parallel = sizes_of(config), run.parallel
+    tokens = run.batch.micro_batch_size * run.batch.max_length // parallel.cp * parallel.pp
+    if run.memory.recompute == "layers":
+        return tokens * sizes.hidden // (parallel.tp if parallel.sequence_parallel else 1)
+    qkv = (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim
+    return tokens * (5 * sizes.hidden + (qkv + 3 * sizes.ffn) // parallel.tp)
+
+
+def parameter_count(config: PreTrainedConfig) -> int:
+    """Parameters of the whole model, tied weights counted once."""
+    return sum(parameter.size for parameter in parameters_of(config))
+
+
+def checkpoint_bytes(
+    config: PreTrainedConfig, dtype: str, only_model: bool, adapter: Lora | None = None, frozen: Sequence[str] = ()
+) -> int:
+    """Bytes of one checkpoint: the weights, or an adapter, and unless `only_model` fp32 masters and moments of what is trained."""
+    trained = sum(parameter.size for parameter in trained_parameters(adapter, frozen, config))
+    saved = parameter_count(config) if adapter is None else trained
+    return saved * BYTES[dtype] + (0 if only_model else trained * 12)
+
+
+def trained_parameters(adapter: Lora | None, frozen: Sequence[str], config: PreTrainedConfig) -> list[Parameter]:
+    """What is trained: of an adapter, or of the model what is not frozen."""
+    if adapter is not None:
+        return adapter.parameters(family_of(config.model_type), config)
+    kept = set(frozen)
+    return [parameter for parameter in parameters_of(config) if parameter.name not in kept]
+
+
+def packed_share(adapter: Lora, config: PreTrainedConfig) -> float:
+    """Share of a model's weights that are held in 4 bits."""
+    if adapter.bits is None:
+        return 0.0
+    base = parameters_of(config)
+    return sum(parameter.size for parameter in linear(base)) / sum(parameter.size for parameter in base)
+
+
+def trainable_of_rank(trained: list[Parameter], config: PreTrainedConfig, parallel: Parallel) -> int:
+    """How many values the fullest rank trains."""
+    stage_of = [stage for stage, count in enumerate(stage_layers(config, parallel.pp)) for _ in range(count)]
+    sizes = [0] * parallel.pp
+    for parameter in trained:
+        own = parameter.size // (1 if parameter.arrangement.split is None else parallel.tp)
+        layered = parameter.name.startswith("decoder.layers.")
+        stage = stage_of[int(parameter.name.split(".")[2])] if layered else 0 if parameter.name.startswith("embedding.") else -1
+        sizes[stage] += own
+    return max(sizes)
