@@ -1,4 +1,4 @@
-# make demo    the whole story on SmolLM2-135M-Instruct: convert, fine-tune, convert back, ask who it is
+# make demo    the whole story on SmolLM2-135M-Instruct: convert, fine-tune, convert back, ask who it is; LORA=1: with an adapter
 # make test    the default test suite            make check    lint and types
 # make test-long    the default suite, and the parity document made once on tiny models
 # make test-gpu     the kernels, CUDA graphs, offload, FP8 and inference on an NVIDIA GPU
@@ -21,7 +21,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 .PHONY: demo test test-gpu test-long faults faults-again mutants check bench parity clean test-vllm test-eval test-newest
 
 demo: $(VENV)/ready
-	$(BIN)/python examples/demo.py
+	LORA=$(LORA) $(BIN)/python examples/demo.py
 
 # The same on every machine: GPUs are for test-gpu.
 test: $(VENV)/ready-dev

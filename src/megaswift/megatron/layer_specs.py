@@ -33,6 +33,7 @@ from megaswift.megatron.kernels.megatron_layer import (
     RMSNorm,
 )
 from megaswift.megatron.kernels.parallel_linear import ColumnParallel, RowParallel
+from megaswift.megatron.packed_layers import PackedColumn, PackedRow
 from megaswift.models.kinds import Kind
 
 # The modules behind the names in a Kind.
@@ -50,35 +51,50 @@ class SequenceLayout(PackedSeqParams):
         seq_lens: lengths of the samples that share the one row, or None for plain causal rows; with them `cu_seqlens_q`
             (int32 on the device) and `max_seqlen_q` are set.
         share: this rank's part of the rows, where several ranks share them (context parallelism).
+        token_keys: int32 [s * b], a key of each token for masks that depend on it (dropout of adapters); None: there are none.
     """
 
     qkv_format: str = "sbhd"
     tables: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     seq_lens: list[int] | None = None
     share: Share | None = None
+    token_keys: Tensor | None = None
 
 
-def block_spec(kinds: Sequence[Kind]) -> TransformerBlockSubmodules:
+# Norms are saved under TransformerEngine's names of its fused modules; how they are called in the built model.
+_NORMS = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_", "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+
+
+def local_name(name: str) -> str:
+    """The parameter of the built model that a checkpoint name stands for."""
+    for local, stored in _NORMS.items():
+        name = name.replace(stored, local)
+    return name
+
+
+def block_spec(kinds: Sequence[Kind], packed: bool = False) -> TransformerBlockSubmodules:
     """The specification of this pipeline stage's layers.
 
     Args:
         kinds: of the layers, from the first to the last. The norm behind the last one is of that layer's kind.
+        packed: the linear layers hold frozen weights in 4 bits.
 
     Raises ValueError for a name that no module stands for.
     """
-    specs = {kind: layer_spec(kind) for kind in set(kinds)}
+    specs = {kind: layer_spec(kind, packed) for kind in set(kinds)}
     return TransformerBlockSubmodules(
         layer_specs=[specs[kind] for kind in kinds], layer_norm=_named(NORMS, "norm", kinds[-1].norm)
     )
 
 
-def layer_spec(kind: Kind) -> ModuleSpec:
-    """The specification of a layer.
+def layer_spec(kind: Kind, packed: bool = False) -> ModuleSpec:
+    """The specification of a layer; `packed` as for `block_spec`.
 
     The key map saves the norms under the names of TransformerEngine's fused modules, so that checkpoints load there.
     """
     norm = _named(NORMS, "norm", kind.norm)
     qk_norm = norm if kind.qk_norm else IdentityOp
+    column, row = (PackedColumn, PackedRow) if packed else (ColumnParallel, RowParallel)
     return ModuleSpec(
         module=FusedTransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -87,21 +103,18 @@ def layer_spec(kind: Kind) -> ModuleSpec:
                 module=_named(ATTENTIONS, "attention", kind.attention),
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallel,
+                    linear_qkv=column,
                     core_attention=partial(CoreAttention, rotation=kind.rotation),
-                    linear_proj=RowParallel,
+                    linear_proj=row,
                     q_layernorm=qk_norm,
                     k_layernorm=qk_norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=mlp_spec(_named(MLPS, "mlp", kind.mlp), MLPSubmodules(linear_fc1=ColumnParallel, linear_fc2=RowParallel)),
+            mlp=mlp_spec(_named(MLPS, "mlp", kind.mlp), MLPSubmodules(linear_fc1=column, linear_fc2=row)),
             mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map={
-                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-            },
+            sharded_state_dict_keys_map=_NORMS,
         ),
     )
 
