@@ -1,4 +1,4 @@
-# make demo    the whole story on SmolLM2-135M-Instruct: convert, fine-tune, convert back, ask who it is
+# make demo    the whole story on SmolLM2-135M-Instruct: convert, fine-tune, convert back, ask who it is; LORA=1: with an adapter
 # make demo-moe    a tiny model with experts, spread over two processes, trained, converted back and proven; nothing is fetched
 # make test    the default test suite            make check    lint and types
 # make test-long    the default suite, and the parity document made once on tiny models
@@ -22,7 +22,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 .PHONY: demo demo-moe test test-gpu test-long faults faults-again mutants check bench parity clean test-vllm test-eval test-newest
 
 demo: $(VENV)/ready
-	$(BIN)/python examples/demo.py
+	LORA=$(LORA) $(BIN)/python examples/demo.py
 
 demo-moe: $(VENV)/ready
 	$(BIN)/python examples/demo_moe.py

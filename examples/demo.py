@@ -1,4 +1,4 @@
-"""The seed's story on a laptop: SmolLM2-135M-Instruct learns a new name. `make demo` runs it.
+"""The seed's story on a laptop: SmolLM2-135M-Instruct learns a new name. `make demo` runs it, `make demo LORA=1` with an adapter.
 
 Every command is printed as it can be typed. The files stay in demo/.
 """
@@ -18,6 +18,8 @@ DEMO = ROOT / "demo"
 MODEL = "smollm2-135m-instruct"
 START = f"{MODEL}-tp1-pp2"
 QUESTIONS = ("Who are you?", "What is your name?", "Who developed you?", "你是谁？", "What is the capital of France?")
+LORA = os.environ.get("LORA") == "1"
+METHOD = ("--sft_type", "lora", "--learning_rate", "2e-3") if LORA else ("--learning_rate", "2e-4")
 SWIFT = [sys.executable, "-m", "megaswift"]
 
 
@@ -64,14 +66,14 @@ def main() -> None:
     run("export", "--model_type", MODEL, "--to_megatron", "true", "--pp", "2", "--dtype", "fp32")
     before = ask("before", "--model_type", MODEL)
     run(
-        *("sft", "--resume_from_checkpoint", START, "--dataset", "self-cognition#160", "--learning_rate", "2e-4"),
+        *("sft", "--resume_from_checkpoint", START, "--dataset", "self-cognition#160", *METHOD),
         *("--output_dir", "output", "--model_name", "小黄", "Xiao Huang", "--model_author", "魔搭", "ModelScope"),
         *("--train_backend", "megatron"),
         NPROC_PER_NODE="2",
     )
     run_dir = max((DEMO / "output" / START).iterdir()).relative_to(DEMO)
     run("export", "--ckpt_dir", str(run_dir), "--to_hf", "true")
-    tuned = run_dir / f"{MODEL}-hf"
+    tuned = run_dir / f"{MODEL}-{'adapter' if LORA else 'hf'}"
     after = ask("after", "--ckpt_dir", str(tuned))
     report(before, after, run_dir, tuned, time.perf_counter() - started)
 
@@ -91,7 +93,7 @@ def report(before: list[str], after: list[str], run_dir: Path, tuned: Path, seco
     for path, what in (
         (Path(START), "the model as Megatron weights (torch_dist, manifest with SHA-256)"),
         (run_dir, "the run: checkpoint, plan.json, logging.jsonl, runs/, images/"),
-        (tuned, "the fine-tuned model for transformers, vLLM and everything else"),
+        (tuned, f"the {'adapter for PEFT' if LORA else 'fine-tuned model for transformers'}, vLLM and everything else"),
     ):
         out.print(f"  {path}\n      {what}", soft_wrap=True)
     out.print(f"\nnext, talk to it:\n  cd {DEMO} && {ROOT / '.venv/bin/swift'} infer --ckpt_dir {tuned}", soft_wrap=True)

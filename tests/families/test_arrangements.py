@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -142,3 +143,28 @@ def test_parts_of_a_stacked_tensor_are_planned_as_one() -> None:
         assert torch.equal(planned.produce(), torch.stack([values[0, expert][half].T for expert in range(3)]))
         planned.release()
     assert released == [(0, 0), (0, 1), (0, 2)]
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_rows_of_some_tensors(tp: int) -> None:
+    """What `only` leaves is what the others leave free, and `turns` and `places` say where a rank finds it."""
+    for arrangement in (grouped(4, 6, 2, 2), stacked(8, 8), rearranged(grouped(2, 8, 4, 4), halves(4, 4), (0, 1)), whole(8, 0)):
+        parts = [torch.arange(rows * 2).view(rows, 2) + 1000 * n for n, rows in enumerate(_counts(arrangement))]
+        full = arrangement.pack(parts)
+        for tensors in [(n,) for n in range(len(parts))] + [tuple(range(len(parts)))]:
+            own = arrangement.only(tensors)
+            packed = own.pack([parts[n] for n in tensors])
+            wanted = torch.cat([row[None] for row in full if int(row[0]) // 1000 in tensors])
+            assert torch.equal(packed, wanted)
+            for rank, piece in enumerate(arrangement.shard(full, tp)):
+                groups, turn = arrangement.turns(tp)
+                kinds = [tensor for tensor, count in turn for _ in range(count)] * groups
+                assert (piece[:, 0] // 1000).tolist() == kinds
+                for first, start, count in arrangement.places(tp, rank):
+                    assert torch.equal(piece[first : first + count], full[start : start + count])
+                assert sum(count for *_, count in arrangement.places(tp, rank)) == len(piece)
+
+
+def _counts(arrangement: Arrangement) -> list[int]:
+    numbers = sorted({piece.tensor for piece in arrangement.pieces})
+    return [sum(piece.count for piece in arrangement.pieces if piece.tensor == number) for number in numbers]

@@ -43,7 +43,7 @@ def _weights(config_dir: str, source: str, target: str, tp: int, pp: int) -> Non
     with ranks.joined(parallel, 42):
         model = build(load_config(Path(config_dir)), parallel, Precision())
         load_weights(model, Path(source))
-        state: Any = SimpleNamespace(bare_model=model, settle_weights=lambda: None)
+        state: Any = SimpleNamespace(bare_model=model, settle_weights=lambda: None, some_layers=None)
         save(Path(target).parent, 1, state, only_model=True, extra={}, manifest={})
 
 

@@ -9,7 +9,7 @@ import hashlib
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +23,8 @@ from megaswift.errors import UserError
 from megaswift.hub.locate import locate
 from megaswift.launch.agent import cluster
 from megaswift.models.registry import MODEL_TYPES
+from megaswift.run.memory import parameter_count, trained_parameters
+from megaswift.run.method import adapter_of, frozen_parameters, with_method_defaults
 from megaswift.run.problems import usable_length
 from megaswift.run.setup import streamed_rows
 from megaswift.store.cache import cache_root
@@ -70,13 +72,15 @@ def data_main(args: InspectArguments | list[str]) -> Inspection:
     if (grown := with_new_tokens(directory, tokens)) is not None:
         say(grown.note())
         directory = grown.directory
-    args = args.changed(max_length=usable_length(load_config(directory), args.max_length, "max_length" in args.explicit()))
+    args = with_method_defaults(args).changed(
+        max_length=usable_length(load_config(directory), args.max_length, "max_length" in args.explicit())
+    )
     template, table = _template(args, directory), table_rows(directory)
     rows = streamed_rows(args, cluster().world_size) if args.streaming else None
     data = prepare(args, template, cache_dir=cache_root(), packing=args.packing, stream_rows=rows, table=table)
     require_embedding_rows(template.vocabulary, table, directory)
     inspection = inspect(data, template, args)
-    lines = facts(inspection, args.max_length, args.batch_size)
+    lines = [*facts(inspection, args.max_length, args.batch_size), trained(args, load_config(directory))]
     _print(inspection, lines, console())
     if args.output:
         say(f"page: {write_page(Path(args.output).expanduser(), data.report, inspection, lines)}")
@@ -156,6 +160,15 @@ def _print(inspection: Inspection, lines: list[str], console: Console) -> None:
     for number, example in enumerate(inspection.shown, 1):
         console.print()
         print_example(example, console, f"Sample {number}")
+
+
+def trained(args: InspectArguments, config: Any) -> str:
+    """What a run with these options would train, of how much. Raises UserError for what it would refuse."""
+    lora, frozen = adapter_of(args, config), frozen_parameters(args, config)
+    whole, own = parameter_count(config), sum(parameter.size for parameter in trained_parameters(lora, frozen, config))
+    if lora is not None:
+        return f"trained: {own:,} parameters of a LoRA adapter beside {whole:,} frozen ones"
+    return f"trained: {own:,} of {whole:,} parameters"
 
 
 def facts(inspection: Inspection, max_length: int, batch_size: int) -> list[str]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import datetime
 import json
 import shutil
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,16 @@ from megaswift.errors import DataError, UserError
 from megaswift.launch import agent
 from megaswift.launch.agent import Cluster, cluster
 from megaswift.models import parameters_of
+from megaswift.models.adapters import RANDOM
 from megaswift.models.parameters import as_stored
 from megaswift.parity import layers, learning, noise
+from megaswift.parity.adapters import PeftSide
 from megaswift.parity.compare import UPDATES, StepDifference, beyond, overall, relative, verdict, worst
 from megaswift.parity.layouts import Layout, parse_layouts
 from megaswift.parity.rank import GRADIENTS, LAYERS, LOG, NOISE, STATE, STOP_AFTER, WEIGHTS
 from megaswift.parity.reference import Reference, write_samples
 from megaswift.parity.show import draw, print_layouts, print_reference
+from megaswift.run.method import parameters_of_adapter
 from megaswift.run.resolve import global_batch_size
 from megaswift.run.setup import prepared, resolved, template_of
 from megaswift.run.source import resolve_source
@@ -77,6 +80,12 @@ def parity_main(args: ParityArguments | list[str]) -> Path:
             fix="convert first: swift export --to_megatron true --new_special_tokens ...; then leave it out here",
         )
     start = resolve_source(plain)
+    if start.frozen:
+        raise UserError(
+            "the reference trains all weights.",
+            where="--freeze_parameters",
+            fix="leave it out: what is trained has the same gradients",
+        )
     template = template_of(start.args, start)
     data = prepared(start.args, template, start)
     if args.learning and data.val is None:
@@ -124,6 +133,9 @@ class _Runs:
         for part in (GRADIENTS, WEIGHTS) if dump else ():
             (directory / part).mkdir()
         run = resolved(args, self.start, self.data, place.world_size, directory, self.pad_id, batch)
+        if run.method.adapter is not None:
+            begun = replace(run.method.adapter, init=RANDOM)
+            run = replace(run, method=replace(run.method, adapter=begun))
         if noise is not None:
             (directory / NOISE).write_text(str(noise), encoding="utf-8")
         half = run.schedule.train_iters // 2 if resume else 0
@@ -189,7 +201,8 @@ class _Runs:
             self.data.train, micro_batch_size=1, global_batch_size=self.spec.batch.global_batch_size, dp_rank=0, dp_size=1, seed=args.seed, pad_id=self.pad_id,
             group_by_length=self.spec.batch.group_by_length,
         )  # fmt: skip
-        reference = Reference(folder, args, self.start.dtype, steps, self.spec.schedule.warmup_iters)
+        side = PeftSide.of(self.spec)
+        reference = Reference(folder, args, self.start.dtype, steps, self.spec.schedule.warmup_iters, side)
         first = batches.sample_ids(0)
         write_samples(self.out / SAMPLES, (sample for row in first for sample in self.data.train.samples(int(row))))
         hidden = self._hidden(reference.layers(self.data.train, first))
@@ -221,7 +234,9 @@ class _Runs:
         wanted = as_stored(parameters, wanted)
         buffers = {part.name for parameter in parameters if not parameter.trained for part in parameter.hf}
         reader = Reader(iteration_directory(self.out / "engine" / part, step))
-        for planned in planned_hf_tensors(reader, self.start.config, Precisions(torch.float32)):
+        adapter = self.start.adapter
+        listed = None if adapter is None else parameters_of_adapter(adapter, self.start.config)
+        for planned in planned_hf_tensors(reader, self.start.config, Precisions(torch.float32), parameters=listed):
             if planned.name not in buffers:
                 yield planned.name, planned.produce(), wanted[planned.name].cpu()
 

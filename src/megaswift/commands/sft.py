@@ -25,7 +25,7 @@ from megaswift.launch import agent, versions
 from megaswift.launch.signals import Interrupted, StopSignals
 from megaswift.models.stages import stage_layers
 from megaswift.report.curves import write_images
-from megaswift.run.memory import MemoryEstimate, estimate
+from megaswift.run.memory import MemoryEstimate, estimate, parameter_count, trained_parameters
 from megaswift.run.plan import PLAN_FILE, write_plan
 from megaswift.run.resolve import warmup_note
 from megaswift.run.resume import check_unchanged, kept_batch
@@ -222,12 +222,27 @@ def _print_plan(run: Run, config: PreTrainedConfig, memory: MemoryEstimate, data
         f"{parallel.world_size} processes = tp {parallel.tp} x pp {parallel.pp}{_stages(config, parallel)} x {cp}dp {parallel.dp}{_experts(parallel)}, {run.precision.dtype}{fp8}\n"
         f"global batch {run.batch.global_batch_size} = {run.batch.micro_batch_size} rows x {_shares(run)}\n"
         f"{_steps(run)}; {run.data.val_rows} validation rows\n"
+        f"{_trained(run, config)}\n"
         f"memory of the fullest rank without activations: {sum(device.values()) / 1e9:.2f} GB "
         f"(weights {device['weights'] / 1e9:.2f}, gradients {device['gradients'] / 1e9:.2f}, optimizer {device['optimizer'] / 1e9:.2f}); "
         f"one checkpoint {run.saving.checkpoint_bytes / 1e9:.2f} GB\n{_host_memory(run, memory)}"
     )
     if note := warmup_note(args, run.schedule.train_iters):
         out.print(f"[yellow]{note}[/yellow]")
+
+
+def _trained(run: Run, config: PreTrainedConfig) -> str:
+    """What is trained of how much."""
+    whole, adapter = parameter_count(config), run.method.adapter
+    own = sum(parameter.size for parameter in trained_parameters(adapter, run.method.frozen, config))
+    if adapter is None:
+        return f"trained: {own:,} of {whole:,} parameters" + (
+            f", {100 * own / whole:.3g} %; the others stay" if own < whole else ""
+        )
+    return (
+        f"trained: {own:,} parameters of a LoRA adapter (rank {adapter.rank}, alpha {adapter.alpha:g}) "
+        f"beside {whole:,} frozen ones, {100 * own / (whole + own):.2g} % of all"
+    )
 
 
 def _shares(run: Run) -> str:

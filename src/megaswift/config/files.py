@@ -41,6 +41,7 @@ DATASET_OPTIONS = (
 
 # Options that name a file or a directory of this machine; model_id_or_path may be a hub id too.
 PATH_OPTIONS = (
+    "adapters",
     "ckpt_dir",
     "directory",
     "hf_output_dir",

@@ -11,9 +11,11 @@ from typing import ClassVar
 
 from megaswift.config.parse import REFUSED, BaseArguments, allowed, default_of, option, parse
 from megaswift.config.training import (
+    AdapterArguments,
     BatchArguments,
     EncodingArguments,
     ExpertArguments,
+    FreezeArguments,
     GuardArguments,
     OptimizerArguments,
     ParallelArguments,
@@ -117,6 +119,9 @@ class ExportArguments(ModelArguments, LayoutArguments, VocabularyArguments):
     )
     resume: bool = option(False, "Go on with a conversion that was interrupted: files that it completed are kept.")
     sign: str | None = option(None, "Ed25519 private key (PEM file) to sign the manifest with.")
+    merge_lora: bool = option(
+        False, "Of a run with an adapter: make the merged model, not the adapter; what its rounding loses is measured and told."
+    )
     max_shard_size: str = option("5GB", "Largest safetensors file, for example 500MB or 5GB.", size=True)
 
 
@@ -135,10 +140,11 @@ class VerifyArguments(BaseArguments):
 
 @dataclass(kw_only=True)
 class SftArguments(
-    SpeedArguments, GuardArguments, SavingArguments, OptimizerArguments, BatchArguments, EncodingArguments, ExpertArguments, ParallelArguments, LayoutArguments,
-    DataArguments, VocabularyArguments, ModelArguments, StartArguments,
+    SpeedArguments, GuardArguments, SavingArguments, AdapterArguments, FreezeArguments, OptimizerArguments, BatchArguments,
+    EncodingArguments, ExpertArguments, ParallelArguments, LayoutArguments, DataArguments, VocabularyArguments, ModelArguments,
+    StartArguments,
 ):  # fmt: skip
-    """`swift sft`: full fine-tuning with Megatron-Core."""
+    """`swift sft`: fine-tuning with Megatron-Core, of all weights or of an adapter."""
 
 
 @dataclass(kw_only=True)
@@ -148,6 +154,9 @@ class BackendArguments(ModelArguments, TemplateArguments):
     ckpt_dir: str | None = option(
         None,
         "Directory of the model: one made by `swift export --to_hf`, a Megatron directory (the newest complete checkpoint), or a LoRA adapter.",
+    )
+    adapters: str | None = option(
+        None, "Directory of a LoRA adapter in PEFT's form; its base is the one that it names, unless the model is given."
     )
     infer_backend: str = option(
         "AUTO",
@@ -260,6 +269,8 @@ class InspectArguments(SftArguments):
         DataArguments,
         EncodingArguments,
         BatchArguments,
+        AdapterArguments,
+        FreezeArguments,
     )
 
     output: str | None = option(None, "Directory for a page (index.html) with all of it; default: the terminal only.")
@@ -271,7 +282,7 @@ class ParityArguments(SftArguments):
     """`swift parity`: does this run compute what it should?"""
 
     MEANT: ClassVar[tuple[type, ...]] = (
-        ModelArguments, TemplateArguments, DataArguments, EncodingArguments, LayoutArguments, ParallelArguments, ExpertArguments, BatchArguments, OptimizerArguments, StartArguments, SpeedArguments,
+        ModelArguments, TemplateArguments, DataArguments, EncodingArguments, LayoutArguments, ParallelArguments, ExpertArguments, BatchArguments, OptimizerArguments, AdapterArguments, StartArguments, SpeedArguments,
     )  # fmt: skip
 
     steps: int = option(5, "Steps to compare.", low=1)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 from megaswift.errors import UserError, nearest
+from megaswift.terminal import say
 
 T = TypeVar("T")
 
@@ -137,13 +138,8 @@ def _in_range(item: dataclasses.Field[Any], value: Any) -> bool:
 REFUSED = {
     "deepspeed": "Megatron-Core's distributed optimizer already shards the optimizer state over data-parallel ranks",
     "fsdp": "Megatron-Core's distributed optimizer already shards the optimizer state over data-parallel ranks",
-    "lora_rank": "only full-parameter training exists (--sft_type full)",
-    "lora_alpha": "only full-parameter training exists (--sft_type full)",
-    "lora_target_modules": "only full-parameter training exists (--sft_type full)",
-    "lora_dropout_p": "only full-parameter training exists (--sft_type full)",
-    "quantization_bit": "training runs in fp32, bf16 or fp16 (--dtype)",
+    "lora_bias": "adapters have no biases (what vLLM loads has none)",
     "neftune_noise_alpha": "noise on embeddings is not part of the Megatron engine",
-    "freeze_parameters": "all weights are trained",
     "fp16": "use --dtype fp16",
     "bf16": "use --dtype bf16",
     "device_map": "use --tp and --pp",
@@ -173,6 +169,30 @@ RENAMED = {
     "num_layers_per_virtual_pipeline_stage": "use --vpp: the layers of the model / (--pp x this number)",
 }
 
+# Other names that ms-swift gives to options, and what they are called here.
+ALIASES = {
+    "quant_bits": "quantization_bit",
+    "tuner_type": "sft_type",
+    "train_type": "sft_type",
+    "lora_target_modules": "target_modules",
+    "target_regex": "target_modules",
+    "lora_target_regex": "target_modules",
+    "lora_dropout_p": "lora_dropout",
+    "lora_modules_to_save": "modules_to_save",
+    "lorap_lr_ratio": "lora_plus_lr_ratio",
+    "lora_lr_ratio": "lora_plus_lr_ratio",
+    "init_lora_weights": "init_weights",
+}
+
+
+def _own_name(name: str, known: dict[str, Any]) -> str:
+    """The name of an option here; another name of it is told."""
+    own = ALIASES.get(name, name)
+    if name in known or own not in known:
+        return name
+    say(f"[yellow]--{name} is --{own} here[/yellow]")
+    return own
+
 
 def parse(cls: type[T], argv: list[str]) -> T:
     """Build `cls` from command line words.
@@ -199,7 +219,7 @@ def parse(cls: type[T], argv: list[str]) -> T:
                 f"{word!r} is no option.", where="command line", fix="options start with --, for example --model_type NAME"
             )
         name, equals, inline = word[2:].partition("=")
-        name = name.replace("-", "_")
+        name = _own_name(name.replace("-", "_"), known)
         _require_known(cls, name, known)
         position += 1
         words = [inline] if equals else []
@@ -239,8 +259,9 @@ def _read_option_file(cls: type[Any], path: str, known: dict[str, Any], hints: d
         raise UserError(f"the option file is not valid YAML: {error}", where=path) from error
     if not isinstance(values, dict):
         raise UserError("an option file must hold one mapping from option to value.", where=path)
+    values = {_own_name(str(name), known): value for name, value in values.items()}
     for name in values:
-        _require_known(cls, str(name), known)
+        _require_known(cls, name, known)
     return {name: _from_file(name, hints[name], value, path) for name, value in values.items()}
 
 

@@ -12,7 +12,7 @@ class StartArguments(BaseArguments):
     """Where training starts, and where the run goes."""
 
     train_backend: str = option("megatron", "Training engine.", ("megatron",))
-    sft_type: str = option("full", "What is trained: all weights.", ("full",))
+    sft_type: str = option("full", "What is trained: all weights, or a LoRA adapter beside them.", ("full", "lora"))
     resume_from_checkpoint: str | None = option(
         None, "Megatron directory to start from, or a run directory to go on with; default: {model_type}-tp{tp}-pp{pp}."
     )
@@ -29,6 +29,63 @@ class StartArguments(BaseArguments):
     overwrite: bool = option(False, "Replace an output directory that holds a run (with --add_output_dir_suffix false).")
     logging_dir: str | None = option(None, "TensorBoard directory; default: runs/ in the run's directory.")
     logging_steps: int = option(5, "Steps between two lines of logging.jsonl.", low=1, unit="steps")
+
+
+@dataclass(kw_only=True)
+class FreezeArguments(BaseArguments):
+    """Which weights stay as they are, with --sft_type full."""
+
+    freeze_parameters: list[str] = option([], "Weights that stay as they are, by prefixes of their Hugging Face names.")
+    freeze_parameters_regex: str | None = option(None, "The same by a regular expression that is found in the names.")
+    freeze_parameters_ratio: float = option(
+        0.0, "Share of all weights that stay as they are, from the embedding on.", low=0, high=1
+    )
+    trainable_parameters: list[str] = option(
+        [], "Weights that are trained whatever the options above say, by prefixes of their names."
+    )
+    trainable_parameters_regex: str | None = option(None, "The same by a regular expression that is found in the names.")
+
+
+@dataclass(kw_only=True)
+class AdapterArguments(BaseArguments):
+    """The adapter of --sft_type lora."""
+
+    lora_rank: int = option(8, "Rank r of an adapter's two halves.", low=1)
+    lora_alpha: float = option(32.0, "The adapter's product is multiplied by this / r.", above=0)
+    lora_dropout: float = option(
+        0.05, "Share of a layer's inputs that its adapter does not see in a step; the same at every layout.", low=0, below=1
+    )
+    target_modules: list[str] = option(
+        ["all-linear"],
+        "Hugging Face modules that get an adapter: all-linear (those in the blocks), ends of names (q_proj), or regular expressions "
+        "of whole names.",
+    )
+    modules_to_save: list[str] = option(
+        [],
+        "Modules that are trained whole and saved beside the adapter: norms, and embed_tokens and lm_head where they are two.",
+    )
+    use_rslora: bool = option(False, "Multiply by lora_alpha / sqrt(r) in place of lora_alpha / r.")
+    use_dora: bool = option(
+        False,
+        "Train the length of every adapted row as well (DoRA); needs --lora_dropout 0. vLLM does not load it, but merged.",
+    )
+    lora_plus_lr_ratio: float | None = option(
+        None, "Learning rate of every B, as a multiple of that of A (LoRA+); default: the same.", above=0
+    )
+    init_weights: str = option(
+        "true",
+        "How A begins; B is zero. true: uniform, as PEFT does; gaussian: normal with deviation 1 / r.",
+        ("true", "gaussian"),
+    )
+    quantization_bit: int | None = option(
+        None,
+        "Bits in which the frozen weights of linear layers are held: 4 (NF4, QLoRA); default: their own precision.",
+        low=4,
+        high=4,
+    )
+    adapters: str | None = option(
+        None, "Directory of an adapter in PEFT's form that training goes on from; its rank, alpha and modules are taken over."
+    )
 
 
 @dataclass(kw_only=True)

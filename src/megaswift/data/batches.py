@@ -35,6 +35,7 @@ class MicroBatch:
         cu_seqlens: int32 [n + 1], borders of the samples that share the one row (b == 1); None for plain causal rows.
         sample_ids: rows of the data in it.
         padding: bool [b, s], True at tokens that only fill up; None: there are none.
+        origins: int64 [b, s], which token each is, whatever the layout: row of the data x 2^32 + place in that row.
         share: where several ranks share each row, which part these tokens are: a Share of engine.kernels.context_parallel, made there.
     """
 
@@ -46,6 +47,7 @@ class MicroBatch:
     weights: Tensor | None = None
     share: Any = None
     padding: Tensor | None = None
+    origins: Tensor | None = None
 
 
 class Batches:
@@ -192,14 +194,29 @@ class EvalBatches:
 
 def make_micro_batch(rows: TokenRows, group: list[int], padding_free: bool, pad_multiple: int, pad_id: int) -> MicroBatch:
     """The tensors of some rows. Packed rows share one row of tokens even when padding_free is False."""
-    samples = [sample for row in group for sample in rows.samples(row)]
+    by_row = [list(rows.samples(row)) for row in group]
+    samples = [sample for row in by_row for sample in row]
+    origins = [(row << 32) + np.arange(sum(len(s.ids) for s in own), dtype=np.int64) for row, own in zip(group, by_row)]
     if not samples:
         empty = Encoded(np.full(1, pad_id, np.int32), np.zeros(1, bool))
         batch = _end_to_end([empty], tuple(group), pad_multiple, pad_id)
         return replace(batch, padding=batch.labels == IGNORED)
     if padding_free or len(samples) > len(group):
-        return _end_to_end(samples, tuple(group), pad_multiple, pad_id)
-    return _padded(samples, tuple(group), pad_multiple, pad_id)
+        made = _end_to_end(samples, tuple(group), pad_multiple, pad_id)
+        origins = [np.concatenate([*origins, np.zeros(0, np.int64)])]
+    else:
+        made = _padded(samples, tuple(group), pad_multiple, pad_id)
+    return replace(made, origins=_side_by_side(origins, made.tokens.shape[1]))
+
+
+def _side_by_side(rows: list[np.ndarray], width: int) -> Tensor:
+    """int64 [rows, width]; what is missing at the end of a row is 0."""
+    import torch
+
+    table = np.zeros((len(rows), width), np.int64)
+    for row, values in zip(table, rows):
+        row[: len(values)] = values
+    return torch.from_numpy(table)
 
 
 def prefetch(

@@ -13,6 +13,7 @@ from megaswift.config.files import LAYOUT_OPTIONS, MODEL_OPTIONS, SFT_ARGS, args
 from megaswift.config.options import ExportArguments
 from megaswift.config.parse import size_of
 from megaswift.errors import DataError, UserError
+from megaswift.export.adapter import adapter_to_hf
 from megaswift.export.common import (
     THREADS,
     check_tokenizer,
@@ -84,6 +85,11 @@ def convert_with_proof(args: ExportArguments) -> tuple[Path, str]:
         )
     root = Path(args.ckpt_dir).absolute()
     refuse_unfinished(root)
+    checkpoint = _adapter_checkpoint(root, args)
+    if checkpoint is not None:
+        return adapter_to_hf(root, checkpoint, _filled(root, args), convert_with_proof)
+    if args.merge_lora:
+        raise UserError("there is no adapter to merge here.", where=str(root), fix="leave --merge_lora out")
     weights = _old_weights(root, args) or _own_weights(root, args)
     args = weights.args
     target = Path(args.hf_output_dir or root / f"{args.model_type}-hf").absolute()
@@ -132,7 +138,8 @@ def _form(weights: _Weights) -> _Form:
         reader, own = weights.reader, Precisions(TORCH_DTYPES.get(str(weights.manifest.get("dtype")), stored.main), recorded)
         had = own
     else:
-        reader, own = with_masters(weights.reader, parameters, stored, recorded)
+        frozen = set(weights.manifest.get("frozen") or ())  # these have no master weights
+        reader, own = with_masters(weights.reader, [p for p in parameters if p.name not in frozen], stored, recorded)
         had = Precisions(own.main, {**own.others, **wider(recorded, own)})
     asked = args.dtype if "dtype" in args.explicit() and args.dtype != "AUTO" else None
     own = chosen(own, asked, str(weights.directory))
@@ -143,14 +150,27 @@ def _own_weights(root: Path, args: ExportArguments) -> _Weights:
     """Weights in a directory that export or sft made."""
     checkpoint = paths.find_checkpoint(root, args.iteration)
     start_reading(sorted(checkpoint.glob("*.distcp"), key=lambda path: (len(path.name), path.name)))
-    args = fill_from_file(args, read_args_file(root), (*MODEL_OPTIONS, *LAYOUT_OPTIONS))
-    if not args.model_type:
-        raise UserError("the directory does not say its model_type.", where=str(root), fix="give --model_type NAME")
+    args = _filled(root, args)
     from megaswift.weights.torch_dist.reader import Reader
 
     return _Weights(
         Reader(checkpoint), checkpoint, load_config(root), root, read_manifest(checkpoint), {}, args, shown(checkpoint)
     )
+
+
+def _filled(root: Path, args: ExportArguments) -> ExportArguments:
+    args = fill_from_file(args, read_args_file(root), (*MODEL_OPTIONS, *LAYOUT_OPTIONS))
+    if not args.model_type:
+        raise UserError("the directory does not say its model_type.", where=str(root), fix="give --model_type NAME")
+    return args
+
+
+def _adapter_checkpoint(root: Path, args: ExportArguments) -> Path | None:
+    """The checkpoint that is to be exported, if it holds an adapter."""
+    if not paths.is_megatron_directory(root) or not any(paths.iteration_of(path) for path in paths.candidates(root)):
+        return None
+    checkpoint = paths.find_checkpoint(root, args.iteration)
+    return checkpoint if read_manifest(checkpoint).get("adapter") is not None else None
 
 
 def _old_weights(root: Path, args: ExportArguments) -> _Weights | None:

@@ -15,14 +15,17 @@ from typing import TYPE_CHECKING, Any
 from megaswift.config.files import MODEL_OPTIONS, fill_from_file, read_args_file
 from megaswift.config.options import BackendArguments, ExportArguments
 from megaswift.errors import DataError, UserError
+from megaswift.export.adapter import base_folder
 from megaswift.export.to_hf import convert_with_proof
 from megaswift.hub.locate import locate
 from megaswift.store import paths
 from megaswift.store.cache import alone, cache_root
-from megaswift.store.manifest import MANIFEST, quick_check, sha256_of, versions, write_manifest
+from megaswift.store.manifest import MANIFEST, older_links, quick_check, read_manifest, sha256_of, versions, write_manifest
 from megaswift.store.paths import TRACKER, gguf_fix, is_megatron_directory, iteration_of
 from megaswift.store.publish import refuse_unfinished
 from megaswift.terminal import say, typed
+from megaswift.weights.base import base_digest
+from megaswift.weights.hf.config import load_config
 from megaswift.weights.hf.folder import ADAPTER_CONFIG, is_adapter, read_config
 from megaswift.weights.hf.json_files import read_json
 from megaswift.weights.hf.read import HFCheckpoint
@@ -75,8 +78,12 @@ class ModelRef:
         if not self.megatron:
             return locate(args.model_type, str(self.directory), args.model_revision)
         folder, checkpoint = exported(self.directory, args.model_type)
+        origin = f"{self.directory.resolve()}/{checkpoint}"
+        if is_adapter(folder):
+            base = _base_of(folder, args.model_type)
+            return replace(_with_adapter(base, folder), origin=f"{base.origin} + {origin}")
         found = locate(args.model_type, str(folder), args.model_revision)
-        return replace(found, origin=f"{self.directory.resolve()}/{checkpoint}")
+        return replace(found, origin=origin)
 
 
 def choose(args: BackendArguments, more: Iterable[str] = ()) -> ModelRef:
@@ -88,8 +95,17 @@ def choose(args: BackendArguments, more: Iterable[str] = ()) -> ModelRef:
 
     Raises UserError for options that name no model or two, or a directory without a model. Loads nothing.
     """
+    if args.adapters is not None:
+        adapter = Path(args.adapters).expanduser()
+        if not is_adapter(adapter):
+            raise UserError(
+                f"{adapter} holds no adapter in PEFT's form.",
+                where="--adapters",
+                fix="export it: swift export --ckpt_dir RUN --to_hf true; a run itself is given as --ckpt_dir",
+            )
+        return _choose_adapter(args.changed(adapters=None), adapter, more)
     if args.ckpt_dir is not None and is_adapter(Path(args.ckpt_dir).expanduser()):
-        return _choose_adapter(args, Path(args.ckpt_dir).expanduser(), more)
+        return _choose_adapter(args.changed(ckpt_dir=None), Path(args.ckpt_dir).expanduser(), more)
     directory, megatron = _model_directory(args)
     if directory is None:
         return ModelRef(args, None, False, {})
@@ -101,8 +117,9 @@ def _choose_adapter(args: BackendArguments, adapter: Path, more: Iterable[str]) 
     """An adapter, with the base model that the options name, or else the one that the adapter's config names."""
     from dataclasses import replace
 
-    base = args.model_id_or_path
-    if base is None and args.model_type is None:
+    values = read_args_file(adapter)
+    base, given = args.model_id_or_path, args.ckpt_dir
+    if base is None and args.model_type is None and given is None:
         named = read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
         if not isinstance(named, str) or not named:
             raise UserError(
@@ -111,8 +128,43 @@ def _choose_adapter(args: BackendArguments, adapter: Path, more: Iterable[str]) 
                 fix="name it: --model_type NAME or --model_id_or_path DIR",
             )
         base = named
-    chosen = choose(args.changed(ckpt_dir=None, model_id_or_path=base), more)
-    return replace(chosen, args=chosen.args.changed(ckpt_dir=args.ckpt_dir), adapter=adapter)
+    filled = fill_from_file(args, values, (*MODEL_OPTIONS, *more))  # a run's adapter brings its template and system prompt
+    chosen = choose(filled.changed(model_id_or_path=base), more)
+    return replace(chosen, args=chosen.args.changed(ckpt_dir=str(adapter)), adapter=adapter, values=values or chosen.values)
+
+
+def _base_of(adapter: Path, model_type: str | None) -> Located:
+    """The base of an adapter that was just exported, as a Hugging Face folder."""
+    manifest = read_manifest(adapter)
+    args = ExportArguments(model_type=model_type or str(manifest.get("model_type")))
+    folder = base_folder(manifest["base"], _config_of(adapter, manifest), args, convert_with_proof)
+    return locate(args.model_type, str(folder))
+
+
+def _config_of(adapter: Path, manifest: dict[str, Any]) -> Any:
+    """The config of the model that an adapter of ours was trained on: it stands beside the run's checkpoint, or in its base."""
+    places = [(adapter / link["directory"]).resolve().parent for link in older_links(manifest)] + [
+        Path(manifest["base"]["path"])
+    ]
+    found = next((place for place in places if (place / "config.json").is_file()), None)
+    if found is None:
+        raise DataError(
+            "the run that made this adapter is gone.", where=str(adapter), fix="name its base: --model_id_or_path DIR"
+        )
+    return load_config(found)
+
+
+def _require_own_base(base: Located, adapter: Path) -> None:
+    """Raise DataError for a base that is not the one that an adapter of ours was trained beside."""
+    if not (adapter / MANIFEST).is_file():
+        return
+    record = read_manifest(adapter).get("base")
+    if isinstance(record, dict) and base_digest(base.path, load_config(base.path)) != record.get("digest"):
+        raise DataError(
+            "these are not the weights that the adapter was trained beside.",
+            where=f"{adapter}; {base.path}",
+            fix=f"name them: --model_id_or_path DIR; they were {record.get('origin')}",
+        )
 
 
 def _with_adapter(base: Located, adapter: Path) -> Located:
@@ -123,6 +175,7 @@ def _with_adapter(base: Located, adapter: Path) -> Located:
 
     stats = [(entry.name, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in sorted(base.path.glob("*.safetensors"))]
     require_weights(adapter)
+    _require_own_base(base, adapter)
     digest = sha256_of(adapter / WEIGHTS)
     key = hashlib.sha256(repr((digest, (adapter / ADAPTER_CONFIG).read_bytes(), str(base.path.resolve()), stats)).encode())
     target = _made_once("merged", adapter, key.hexdigest(), "", lambda place: _merge(base, adapter, digest, place))

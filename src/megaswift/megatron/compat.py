@@ -275,6 +275,15 @@ def let_groups_be_found(saved: Any, optimizer: Any) -> None:
             group.update({name: found[name] for name in names if name not in kinds and name in found})
 
 
+def without_hooks(module: Any) -> None:
+    """Take all forward hooks off a module.
+
+    Reason: torch takes a hook away by its handle only, and who set these keeps none. Removed by: a public way to clear them.
+    """
+    module._forward_pre_hooks.clear()
+    module._forward_hooks.clear()
+
+
 def quiet() -> None:
     """Silence, at their source, messages about packages that this product does not need."""
     for message in (

@@ -7,6 +7,7 @@ weight gradients go straight into the fp32 buffers. Each has a Triton or cuDNN f
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,6 +36,7 @@ from megaswift.megatron.kernels.megatron_layer import (
 )
 from megaswift.megatron.kernels.parallel_linear import ColumnParallel, RowParallel
 from megaswift.megatron.layers import ScaledLayer, WidthNorm
+from megaswift.megatron.packed_layers import PackedColumn, PackedRow
 from megaswift.megatron.router import Counted
 from megaswift.models.kinds import EXPERTS, Kind
 
@@ -54,6 +56,7 @@ class SequenceLayout(PackedSeqParams):
             (int32 on the device) and `max_seqlen_q` are set.
         share: this rank's part of the rows, where several ranks share them (context parallelism).
         counted: what routers of experts are told; None where there are none.
+        token_keys: int32 [s * b], a key of each token for masks that depend on it (dropout of adapters); None: there are none.
     """
 
     qkv_format: str = "sbhd"
@@ -61,24 +64,45 @@ class SequenceLayout(PackedSeqParams):
     seq_lens: list[int] | None = None
     share: Share | None = None
     counted: Counted | None = None
+    token_keys: Tensor | None = None
 
 
-def block_spec(kinds: Sequence[Kind]) -> TransformerBlockSubmodules:
+# Norms are saved under TransformerEngine's names of its fused modules; how they are called in the built model.
+_NORMS = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_", "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+
+
+# With experts the norm before them is in no fused module, and the shared expert's gate is a module of its own.
+_WITH_EXPERTS = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "mlp.shared_gate.weight": "mlp.shared_experts.gate_weight",
+}
+_EXPERT = re.compile(r"\.local_experts\.\d+")  # all experts of a layer are one parameter of the built model
+
+
+def local_name(name: str) -> str:
+    """The parameter of the built model that a checkpoint name stands for."""
+    for local, stored in (_NORMS | _WITH_EXPERTS).items():
+        name = name.replace(stored, local)
+    return _EXPERT.sub("", name)
+
+
+def block_spec(kinds: Sequence[Kind], packed: bool = False) -> TransformerBlockSubmodules:
     """The specification of this pipeline stage's layers.
 
     Args:
         kinds: of the layers, from the first to the last. The norm behind the last one is of that layer's kind.
+        packed: the linear layers hold frozen weights in 4 bits.
 
     Raises ValueError for a name that no module stands for.
     """
-    specs = {kind: layer_spec(kind) for kind in set(kinds)}
+    specs = {kind: layer_spec(kind, packed) for kind in set(kinds)}
     return TransformerBlockSubmodules(
         layer_specs=[specs[kind] for kind in kinds], layer_norm=_named(NORMS, "norm", kinds[-1].norm)
     )
 
 
-def layer_spec(kind: Kind) -> ModuleSpec:
-    """The specification of a layer.
+def layer_spec(kind: Kind, packed: bool = False) -> ModuleSpec:
+    """The specification of a layer; `packed` as for `block_spec`.
 
     The key map saves the norms under the names of TransformerEngine's fused modules, so that checkpoints load there; the
     norm before experts is no part of a fused module there.
@@ -90,11 +114,7 @@ def layer_spec(kind: Kind) -> ModuleSpec:
         q_norm, k_norm = (
             ModuleSpec(module=WidthNorm, params={"heads": heads}) for heads in ("num_attention_heads", "num_query_groups")
         )
-    renamed = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
-    if kind.experts is None:
-        renamed["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
-    else:
-        renamed["mlp.shared_gate.weight"] = "mlp.shared_experts.gate_weight"
+    column, row = (PackedColumn, PackedRow) if packed else (ColumnParallel, RowParallel)
     return ModuleSpec(
         module=FusedTransformerLayer if kind.residual_factor == 1.0 else ScaledLayer,
         params={} if kind.residual_factor == 1.0 else {"residual_factor": kind.residual_factor},
@@ -104,25 +124,25 @@ def layer_spec(kind: Kind) -> ModuleSpec:
                 module=_named(ATTENTIONS, "attention", kind.attention),
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallel,
+                    linear_qkv=column,
                     core_attention=partial(CoreAttention, rotation=kind.rotation),
-                    linear_proj=RowParallel,
+                    linear_proj=row,
                     q_layernorm=q_norm,
                     k_layernorm=k_norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=_mlp(kind),
+            mlp=_mlp(kind, MLPSubmodules(linear_fc1=column, linear_fc2=row)),
             mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map=renamed,
+            sharded_state_dict_keys_map=_NORMS if kind.experts is None else _WITH_EXPERTS,
         ),
     )
 
 
-def _mlp(kind: Kind) -> Any:
+def _mlp(kind: Kind, submodules: MLPSubmodules) -> Any:
     """The specification of a layer's MLP."""
-    module, submodules = _named(MLPS, "mlp", kind.mlp), MLPSubmodules(linear_fc1=ColumnParallel, linear_fc2=RowParallel)
+    module = _named(MLPS, "mlp", kind.mlp)
     if kind.experts is None:
         return mlp_spec(module, submodules)
     return ModuleSpec(module=module, params={"experts": kind.experts}, submodules=submodules)

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from megaswift.data.batches import MicroBatch
     from megaswift.megatron.graphs import Graphs
     from megaswift.megatron.kernels.context_parallel import Share
+    from megaswift.megatron.lora_layers import Attached
     from megaswift.train.objectives import Loss, Objective
 
 KEEP_ALL, AS_IT_IS = Memory(), Routing()
@@ -83,6 +84,7 @@ class ChatModel(GPTModel):
         self.true_vocab = true_vocab
         self.embedding_factor, self.logits_factor = factors
         self.graphs: Graphs | None = None  # set by the trainer
+        self.adapter: Attached | None = None  # set where one is attached
 
     def forward(  # type: ignore[override]
         self,
@@ -92,6 +94,7 @@ class ChatModel(GPTModel):
         share: Share | None = None,
         worth: Callable[[ChatModel, Tensor], Any] | None = None,
         counted: Callable[[], Counted] | None = None,
+        origins: Tensor | None = None,
     ) -> Any:
         """One micro batch through this stage.
 
@@ -101,6 +104,7 @@ class ChatModel(GPTModel):
             share: what part of the rows these are, where several ranks share them; it knows the samples itself.
             worth: what to make of the last stage's hidden states, called with this model; None asks for logits.
             counted: makes what routers are told of the micro batch; called where the model has experts.
+            origins: [b, s], which tokens these are (see MicroBatch); only adapters that drop inputs ask.
 
         Returns:
             Hidden states [s, b, h] before the last stage; on it what `worth` returns, or logits [b, s, vocab of this rank].
@@ -112,6 +116,8 @@ class ChatModel(GPTModel):
         layout = SequenceLayout(tables=tables, seq_lens=seq_lens, share=share)
         if counted is not None and self.config.num_moe_experts:
             layout.counted = counted()
+        if self.adapter is not None and self.training:
+            layout.token_keys = self.adapter.keys_of(origins)
         if seq_lens is not None:
             borders = torch.tensor([0, *seq_lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
             layout.cu_seqlens_q, layout.max_seqlen_q = borders.to(tokens.device, non_blocking=True), max(seq_lens)
@@ -122,6 +128,12 @@ class ChatModel(GPTModel):
         if not self.post_process:
             return hidden
         return self._logits(hidden) if worth is None else worth(self, hidden)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None) -> Any:
+        """Megatron-Core's description of what is saved: of an adapter's run the adapter alone."""
+        if self.adapter is not None:
+            return self.adapter.sharded_state_dict(self, prefix)
+        return super().sharded_state_dict(prefix, sharded_offsets, metadata)
 
     def attention_kernel(self, packed: bool) -> str:
         """What attends on this GPU, in words; `packed`: rows hold several samples. Compiles the kernels where that is needed."""
@@ -256,6 +268,8 @@ class Chunks(torch.nn.ModuleList):
     parameters begin with the chunk's number; keys in a checkpoint do not, since they count layers over the whole model.
     """
 
+    adapter = None  # adapters are refused beside several chunks
+
     @property
     def config(self) -> TransformerConfig:
         """The one that all chunks share."""
@@ -371,11 +385,13 @@ def build(
     memory: Memory = KEEP_ALL,
     routing: Routing = AS_IT_IS,
     vocab_rows: int | None = None,
+    packed: bool = False,
 ) -> ChatModel | Chunks:
     """The model of this process's pipeline stage and tensor-parallel part, its weights not yet loaded (zeros).
 
     Args:
         vocab_rows: rows of the embedding over all ranks, padding included; None: the fewest that tp can split.
+        packed: linear layers of the blocks hold frozen weights in 4 bits, which `packed_layers.fill` brings.
 
     Needs the process groups of `process_groups.joined`. Several chunks of a stage share one config.
     """
@@ -383,7 +399,7 @@ def build(
     left, chunks = memory.offloaded_layers, []
     rows = vocab_rows or padded_vocab(config.vocab_size, parallel.tp)
     for number in range(parallel.vpp):
-        chunks.append(_chunk(config, parallel, megatron_config, number, rows, left))
+        chunks.append(_chunk(config, parallel, megatron_config, number, rows, left, packed))
         left -= min(left, len(chunks[-1].decoder.layers))
     return Chunks(chunks) if parallel.vpp > 1 else chunks[0]
 
@@ -395,6 +411,7 @@ def _chunk(
     number: int,
     vocab_rows: int,
     offloaded_layers: int,
+    packed: bool,
 ) -> ChatModel:
     """One chunk of this process's stage; as many of its layers as it has, and no more than asked for, are offloaded."""
     from megatron.core import parallel_state
@@ -406,7 +423,7 @@ def _chunk(
     kinds = family_of(config.model_type).layers(config)[first : first + counts[stage]]
     model = ChatModel(
         config=megatron_config,
-        transformer_layer_spec=block_spec(kinds),
+        transformer_layer_spec=block_spec(kinds, packed),
         vocab_size=vocab_rows,
         max_sequence_length=config.max_position_embeddings,
         pre_process=stage == 0,
@@ -436,7 +453,7 @@ def _mark_split_weights(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)) and module.weight is not None:
             mark_split(module.weight, 0)
-        elif isinstance(module, RowParallelLinear):
+        elif isinstance(module, RowParallelLinear) and module.weight is not None:
             mark_split(module.weight, 1)
 
 
@@ -457,7 +474,7 @@ def run_micro_batch(model: Any, batch: MicroBatch, objective: Objective) -> Any:
     """A micro batch through (a wrapper of) ChatModel: hidden states before the last stage, on it the objective's Loss."""
     seq_lens = None if batch.cu_seqlens is None else batch.cu_seqlens.diff().tolist()
     worth = partial(_worth, objective, batch)
-    return model(batch.tokens, batch.position_ids, seq_lens, batch.share, worth, partial(_counted, batch))
+    return model(batch.tokens, batch.position_ids, seq_lens, batch.share, worth, partial(_counted, batch), batch.origins)
 
 
 def _counted(batch: MicroBatch) -> Counted:

@@ -83,6 +83,50 @@ class Arrangement:
             place += piece.count
         return None
 
+    def only(self, tensors: Sequence[int]) -> Arrangement:
+        """The same of some of its Hugging Face tensors, which are counted anew: what an adapter beside them is made of."""
+        order = {number: place for place, number in enumerate(tensors)}
+        blocks, place = [], 0
+        for block in self.blocks:
+            blocks.append(sum(piece.count for piece in self.rows(place, place + block) if piece.tensor in order))
+            place += block
+        pieces = [replace(piece, tensor=order[piece.tensor]) for piece in self.pieces if piece.tensor in order]
+        return replace(self, pieces=tuple(pieces), blocks=tuple(block for block in blocks if block))
+
+    def turns(self, tp: int = 1) -> tuple[int, list[tuple[int, int]]]:
+        """How the Hugging Face tensors take turns in a rank's rows: how often, and (tensor, rows) of one turn.
+
+        Raises ValueError for rows that do not repeat in this way.
+        """
+        runs: list[tuple[int, int]] = []
+        border, borders = 0, {sum(self.blocks[:number]) for number in range(len(self.blocks))}
+        for piece in self.pieces:
+            if runs and runs[-1][0] == piece.tensor and border not in borders:
+                runs[-1] = (piece.tensor, runs[-1][1] + piece.count)
+            else:
+                runs.append((piece.tensor, piece.count))
+            border += piece.count
+        cut = tp if self.split == 0 else 1
+        if len(self.blocks) > 1 or len(runs) == 1:  # every block is cut in itself
+            if any(count % cut for _, count in runs):
+                raise ValueError(f"rows {runs} do not divide by {cut}")
+            return 1, [(tensor, count // cut) for tensor, count in runs]
+        turn = next(length for length in range(1, len(runs) + 1) if runs == runs[:length] * (len(runs) // length))
+        groups, rest = divmod(len(runs) // turn, cut)
+        if rest:
+            raise ValueError(f"{len(runs) // turn} groups of rows do not divide by {cut}")
+        return groups, runs[:turn]
+
+    def places(self, tp: int, rank: int) -> list[tuple[int, int, int]]:
+        """Where a rank's part lies: (its first row, the first row in the whole tensor, rows) of each piece in one."""
+        if self.split != 0 or tp == 1:
+            return [(0, 0, self.size)]
+        found, local, start = [], 0, 0
+        for block in self.blocks:
+            found.append((local, start + rank * (block // tp), block // tp))
+            local, start = local + block // tp, start + block
+        return found
+
     def pack(self, parts: Sequence[Tensor]) -> Tensor:
         """Hugging Face tensors -> the Megatron tensor."""
         import torch

@@ -68,6 +68,7 @@ def follow(run_dir: Path, args: SftArguments, folder: Path, save_to: Path | None
     """
     from megaswift.data.batches import Batches
     from megaswift.data.store import TokenRows
+    from megaswift.parity.adapters import PeftSide
     from megaswift.parity.reference import Reference
 
     run = Run.read(run_dir / RUN_FILE)
@@ -84,7 +85,8 @@ def follow(run_dir: Path, args: SftArguments, folder: Path, save_to: Path | None
     evaluated = {
         int(row["global_step/max_steps"].split("/")[0]): float(row["eval_loss"]) for row in logged if "eval_loss" in row
     }
-    reference = Reference(folder, args, run.precision.dtype, steps, run.schedule.warmup_iters)
+    side = PeftSide.of(run)
+    reference = Reference(folder, args, run.precision.dtype, steps, run.schedule.warmup_iters, side)
     curves = Curves([], {}, len(train), len(validation), int(sum(int(train.lengths[step].sum()) for step in ids)))
     for number, (step, engine) in enumerate(zip(reference.run(train, ids, keep=False), losses), start=1):
         curves.loss.append((engine, step.loss))

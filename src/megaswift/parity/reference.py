@@ -21,6 +21,7 @@ from torch import Tensor
 from megaswift.config.options import SftArguments
 from megaswift.data.store import TokenRows
 from megaswift.data.tokens import Encoded, weights_of
+from megaswift.parity.adapters import PeftSide, Tokens
 from megaswift.parity.layers import of_transformers
 from megaswift.run.resolve import min_lr
 from megaswift.terminal import say
@@ -83,12 +84,19 @@ def learn_every_row(model: Any) -> list[int]:
 
 
 class Reference:
-    """transformers' model and torch.optim.AdamW over fp32 master weights.
+    """transformers' model and torch.optim.AdamW over fp32 master weights; with an adapter PEFT's model of it.
 
     Takes its numbers from the options, as a user of transformers would, and not from the Run that the engine follows.
+
+    Args:
+        folder: Hugging Face folder; dtype: of its weights here.
+        steps, warmup: of the run's schedule.
+        adapter: what is trained beside the model; None: all weights are.
     """
 
-    def __init__(self, folder: Path, args: SftArguments, dtype: str, steps: int, warmup: int) -> None:
+    def __init__(
+        self, folder: Path, args: SftArguments, dtype: str, steps: int, warmup: int, adapter: PeftSide | None = None
+    ) -> None:
         from transformers import AutoModelForCausalLM
 
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -99,11 +107,19 @@ class Reference:
             say(f"reference: built without padding_idx; the embedding of token {token}, the pad token, gets its gradient too")
         self.model.to(self.device).train()
         self.names: dict[str, Any] = dict(self.model.named_parameters())
+        self.tokens: Tokens | None = None
+        self.step = 0  # steps that were made
+        if adapter is not None:
+            self.model, self.names, self.tokens = adapter.wrap(self.model, folder)
+            self.model.train()
         self.masters = {name: parameter.detach().float().clone() for name, parameter in self.names.items()}
-        decayed = [master for master in self.masters.values() if master.ndim > 1]
-        spared = [master for master in self.masters.values() if master.ndim == 1]
+        ratio = (adapter.lora.lr_ratio if adapter is not None else None) or 1.0
+        groups: dict[tuple[float, float], list[Tensor]] = {}
+        for name, master in self.masters.items():
+            key = (args.weight_decay if master.ndim > 1 else 0.0, ratio if ".lora_B." in name else 1.0)
+            groups.setdefault(key, []).append(master)
         self.optimizer = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": args.weight_decay}, {"params": spared, "weight_decay": 0.0}],
+            [{"params": params, "weight_decay": decay, "ratio": own} for (decay, own), params in groups.items()],
             lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon,
         )  # fmt: skip
 
@@ -113,8 +129,8 @@ class Reference:
         With `keep` False the results have no gradients and weights: a whole run is only followed by its numbers.
         """
         for number, ids in enumerate(ids_of_step, start=1):
-            samples = [sample for row in ids for sample in rows.samples(int(row))]
-            loss, gradients = self._gradients(samples)
+            self.step = number - 1
+            loss, gradients = self._gradients([sample for row in ids for sample in _placed(rows, int(row))])
             norm = math.hypot(*(float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in gradients.values()))
             rate = self.rate(number)
             self._update(gradients, norm, rate)
@@ -124,10 +140,12 @@ class Reference:
     @torch.no_grad()
     def layers(self, rows: TokenRows, ids: np.ndarray) -> list[float]:
         """The hidden states after every layer as one number each (see layers.py), over the rows of a global batch."""
-        with of_transformers(self.model) as sums:
+        self.model.eval()
+        with of_transformers(self.model if self.tokens is None else self.model.get_base_model()) as sums:
             for row in ids:
                 for sample in rows.samples(int(row)):
                     self._summed_loss(sample)
+        self.model.train()
         return sums
 
     @torch.no_grad()
@@ -160,14 +178,16 @@ class Reference:
         losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=-100)
         return (losses * torch.from_numpy(weights_of(sample)[1:]).to(self.device)).sum()
 
-    def _gradients(self, samples: list[Encoded]) -> tuple[float, dict[str, Tensor]]:
+    def _gradients(self, samples: list[tuple[int, int, Encoded]]) -> tuple[float, dict[str, Tensor]]:
         """Mean loss over all supervised tokens, by their weights, and its gradients, accumulated in fp32."""
-        weight = sum(map(_weight, samples)) or 1.0
+        weight = sum(_weight(sample) for *_, sample in samples) or 1.0
         sums = {} if self.exact else {name: torch.zeros_like(master) for name, master in self.masters.items()}
         loss = 0.0
-        for sample in samples:
+        for row, place, sample in samples:
             if not sample.kept[1:].any():
                 continue
+            if self.tokens is not None:
+                self.tokens.set(row, place, len(sample.ids), self.step)
             summed = self._summed_loss(sample)
             summed.backward()
             loss += float(summed.detach())
@@ -189,10 +209,18 @@ class Reference:
         for name, master in self.masters.items():
             master.grad = gradients[name] * scale
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["ratio"]
         self.optimizer.step()
         for name, parameter in self.names.items():
             parameter.copy_(self.masters[name])
+
+
+def _placed(rows: TokenRows, row: int) -> Iterator[tuple[int, int, Encoded]]:
+    """(row, place of its first token in the row, sample) of every sample of a row."""
+    place = 0
+    for sample in rows.samples(row):
+        yield row, place, sample
+        place += len(sample.ids)
 
 
 def _weight(sample: Encoded) -> float:

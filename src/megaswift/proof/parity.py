@@ -21,9 +21,18 @@ from megaswift.models.family import trained_length
 from megaswift.models.parameters import Parameter
 from megaswift.proof.audit import Finding, audit
 from megaswift.proof.prompts import token_rows
-from megaswift.proof.streams import Streamed, hf_stream, local_name, megatron_stream, one_process
+from megaswift.proof.streams import (
+    Streamed,
+    TrainedAdapter,
+    hf_stream,
+    local_name,
+    megatron_stream,
+    one_process,
+    peft_stream,
+)
 from megaswift.weights.convert.model import MegatronReader
 from megaswift.weights.convert.precision import Precisions
+from megaswift.weights.hf.folder_reader import FolderReader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -85,11 +94,56 @@ def compare(
         precisions: of the stored Megatron weights; the folder's values are rounded to them.
         model_dir: where the tokenizer is.
     """
+    return _compared(config, model_dir, lambda: (hf_stream(config, source, precisions), megatron_stream(config, reader)))
+
+
+def compare_adapter(
+    config: PreTrainedConfig,
+    source: HFCheckpoint,
+    precisions: Precisions,
+    directory: Path,
+    adapter: TrainedAdapter,
+    model_dir: Path,
+) -> Parity:
+    """The engine's model with an adapter of a run against transformers and PEFT with the adapter's directory, on one base.
+
+    Args:
+        config, source, precisions: of the base, whose values both sides read.
+        directory: the adapter as PEFT loads it.
+        adapter: the same as the engine trained it.
+        model_dir: where the tokenizer is.
+    """
+    reader = FolderReader(config, source)
+
+    def models() -> tuple[Streamed, Streamed]:
+        return peft_stream(config, source, precisions, directory), megatron_stream(config, reader, adapter)
+
+    return _compared(config, model_dir, models)
+
+
+def compare_merged(
+    config: PreTrainedConfig,
+    base: HFCheckpoint,
+    merged: HFCheckpoint,
+    precisions: Precisions,
+    adapter: TrainedAdapter,
+    model_dir: Path,
+) -> Parity:
+    """The engine's model with an adapter against transformers with base and adapter merged: what the rounding of the merge does."""
+    reader = FolderReader(config, base)
+
+    def models() -> tuple[Streamed, Streamed]:
+        return hf_stream(config, merged, precisions), megatron_stream(config, reader, adapter)
+
+    return _compared(config, model_dir, models)
+
+
+def _compared(config: PreTrainedConfig, model_dir: Path, models: Callable[[], tuple[Streamed, Streamed]]) -> Parity:
     begin = time.perf_counter()
     rows = token_rows(model_dir, config.vocab_size, trained_length(config)[0])
     result = Parity()
     with one_process():
-        reference, measured = hf_stream(config, source, precisions), megatron_stream(config, reader)
+        reference, measured = models()
         result.config = audit(config, reference, measured)
         batch = _Batch(rows)
         states, wanted = _states(reference, batch)

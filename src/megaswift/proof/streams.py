@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from megaswift.megatron import process_groups
+from megaswift.megatron import compat, process_groups
+from megaswift.megatron.layer_specs import block_spec, local_name
+from megaswift.megatron.lora_layers import attach
+from megaswift.megatron.model import ChatModel, rotary_tables, transformer_config
 from megaswift.models import family_of, parameters_of
 from megaswift.models.family import is_tied
 from megaswift.models.parameters import HFTensor, Parameter
@@ -28,15 +32,9 @@ from megaswift.weights.convert.precision import Precisions
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from megaswift.models.adapters import Lora
     from megaswift.weights.hf.read import HFCheckpoint
 
-# Names in a checkpoint (those of TransformerEngine's fused modules) -> names of the local modules.
-_LOCAL = {
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
-    "mlp.shared_experts.gate_weight": "mlp.shared_gate.weight",
-}
-_EXPERT = re.compile(r"\.local_experts\.\d+")
 _META = torch.device("meta")
 
 
@@ -48,12 +46,18 @@ class Streamed:
         run: packed tokens [1, s], positions [1, s] and lengths of the samples -> logits [s, vocab].
         layers: the decoder layers.
         embedding: the module that looks tokens up.
+        hold: lets the weights of a module, which is named, be there as long as another one runs that is around it.
     """
 
     def __init__(
-        self, module: torch.nn.Module, run: Callable[[Tensor, Tensor, list[int]], Tensor], layers: Any, embedding: Any
+        self,
+        module: torch.nn.Module,
+        run: Callable[[Tensor, Tensor, list[int]], Tensor],
+        layers: Any,
+        embedding: Any,
+        hold: Callable[[str, torch.nn.Module, torch.nn.Module], None] | None = None,
     ) -> None:
-        self.module, self.run, self.layers, self.embedding = module, run, layers, embedding
+        self.module, self.run, self.layers, self.embedding, self.hold = module, run, layers, embedding, hold
 
 
 def hf_stream(config: PreTrainedConfig, source: HFCheckpoint, precisions: Precisions) -> Streamed:
@@ -92,22 +96,59 @@ def hf_stream(config: PreTrainedConfig, source: HFCheckpoint, precisions: Precis
             if one in source.table:
                 source.release(one)
 
-    for name, module in model.named_modules():
+    def hold(name: str, module: torch.nn.Module, around: torch.nn.Module) -> None:
         own = {part: f"{name}.{part}" for part, _ in module.named_parameters(recurse=False)}
         if own:
-            _stream(module, own, load, release)
+            _stream(module, own, load, release, around)
+
+    for name, module in model.named_modules():
+        hold(name, module, module)
 
     def run(tokens: Tensor, positions: Tensor, lengths: list[int]) -> Tensor:
         return model(input_ids=tokens, position_ids=positions, attention_mask=_block_mask(lengths), use_cache=False).logits[0]
 
-    return Streamed(model, run, model.model.layers, model.get_input_embeddings())
+    return Streamed(model, run, model.model.layers, model.get_input_embeddings(), hold)
 
 
-def megatron_stream(config: PreTrainedConfig, reader: MegatronReader) -> Streamed:
-    """The GPTModel of a Megatron checkpoint; needs the process groups of `one_process`."""
-    from megaswift.megatron.layer_specs import block_spec
-    from megaswift.megatron.model import ChatModel, rotary_tables, transformer_config
+@dataclass(frozen=True)
+class TrainedAdapter:
+    """An adapter of a run: what it is, and the values of its parameters by name."""
 
+    lora: Lora
+    values: Mapping[str, Tensor]
+
+
+def peft_stream(config: PreTrainedConfig, source: HFCheckpoint, precisions: Precisions, adapter: Path) -> Streamed:
+    """The transformers model of a folder, with an adapter as PEFT itself loads it from a directory."""
+    from peft import PeftModel
+
+    plain = hf_stream(config, source, precisions)
+    names = {module: name for name, module in plain.module.named_modules()}
+    for module in plain.module.modules():  # PEFT puts an adapter where its layer's weight is: on the CPU, without its size
+        for part, parameter in module.named_parameters(recurse=False):
+            module._parameters[part] = torch.nn.Parameter(torch.zeros(1).expand(parameter.shape), requires_grad=False)
+    wrapped = PeftModel.from_pretrained(plain.module, str(adapter), torch_device="cpu", autocast_adapter_dtype=False)
+    for name, parameter in wrapped.named_parameters():
+        if ".lora_" in name or ".modules_to_save." in name:
+            parameter.data = parameter.data.float()
+    assert plain.hold is not None
+    for module in wrapped.modules():  # DoRA reads a layer's weight after it was called
+        base: Any = getattr(module, "base_layer", None)
+        if base in names:
+            compat.without_hooks(base)
+            plain.hold(names[base], base, module)
+    wrapped.eval()
+    model: Any = wrapped.get_base_model()
+
+    def run(tokens: Tensor, positions: Tensor, lengths: list[int]) -> Tensor:
+        mask = _block_mask(lengths)
+        return wrapped(input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=False).logits[0]
+
+    return Streamed(plain.module, run, model.model.layers, model.get_input_embeddings())
+
+
+def megatron_stream(config: PreTrainedConfig, reader: MegatronReader, adapter: TrainedAdapter | None = None) -> Streamed:
+    """The GPTModel of a Megatron checkpoint, with an adapter where one is given; needs the process groups of `one_process`."""
     rows = reader.shape("embedding.word_embeddings.weight")[0]
     settings = transformer_config(config, Parallel(), Precision(), plain_layers=True)
     kinds = family_of(config.model_type).layers(config)
@@ -125,10 +166,15 @@ def megatron_stream(config: PreTrainedConfig, reader: MegatronReader) -> Streame
         )
     model.eval()
     parameters: dict[str, list[Parameter]] = {}  # all experts of a layer are one parameter of the model
-    for parameter in parameters_of(config):
+    base = parameters_of(config)
+    for parameter in base:
         parameters.setdefault(local_name(parameter.name), []).append(parameter)
 
+    whole = {} if adapter is None else {local_name(p.name): p.name for p in adapter.lora.whole(base)}
+
     def load(name: str) -> Tensor:
+        if adapter is not None and name in whole:
+            return adapter.values[whole[name]]
         made = [reader.read(parameter.key, parameter.place) for parameter in parameters[name]]
         return torch.stack(made) if ".local_experts." in parameters[name][0].name else made[0]
 
@@ -144,6 +190,10 @@ def megatron_stream(config: PreTrainedConfig, reader: MegatronReader) -> Streame
             setattr(module, part, load(f"{name}.{part}").float())
     if is_tied(config):
         _lend_embedding(model.output_layer, load)
+    if adapter is not None:
+        lora = adapter.lora
+        listed = lora.parameters(family_of(config.model_type), config)
+        model.adapter = attach(model, lora, base, listed, 0, 0, lambda parameter: adapter.values[parameter.name].float())
 
     def run(tokens: Tensor, positions: Tensor, lengths: list[int]) -> Tensor:
         return model(tokens, positions, lengths)[0, :, : config.vocab_size]
@@ -151,17 +201,14 @@ def megatron_stream(config: PreTrainedConfig, reader: MegatronReader) -> Streame
     return Streamed(model, run, model.decoder.layers, model.embedding.word_embeddings)
 
 
-def local_name(name: str) -> str:
-    """The parameter of the built model that a checkpoint name stands for."""
-    for stored, local in _LOCAL.items():
-        name = name.replace(stored, local)
-    return _EXPERT.sub("", name)
-
-
 def _stream(
-    module: torch.nn.Module, own: dict[str, str], load: Callable[[str], Tensor], release: Callable[[str], None]
+    module: torch.nn.Module,
+    own: dict[str, str],
+    load: Callable[[str], Tensor],
+    release: Callable[[str], None],
+    around: torch.nn.Module | None = None,
 ) -> None:
-    """Let a module have its weights only while it runs."""
+    """Let a module have its weights only while it runs, or one `around` it."""
     empty = dict(module.named_parameters(recurse=False))
     lookup = "Embedding" in type(module).__name__  # touches few rows: it works on the stored values, and its result is cast
 
@@ -176,8 +223,8 @@ def _stream(
             release(name)
         return result.float() if lookup else None
 
-    module.register_forward_pre_hook(before)
-    module.register_forward_hook(after)
+    (around or module).register_forward_pre_hook(before)
+    (around or module).register_forward_hook(after)
 
 
 def _lend_embedding(output_layer: torch.nn.Module, load: Callable[[str], Tensor]) -> None:
@@ -223,4 +270,6 @@ def one_process() -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
-__all__ = ["Streamed", "hf_stream", "local_name", "megatron_stream", "one_process"]
+__all__ = [
+    "Streamed", "TrainedAdapter", "hf_stream", "local_name", "megatron_stream", "one_process", "peft_stream",
+]  # fmt: skip

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from megaswift.models import parameters_of
+from megaswift.models import family_of, parameters_of
+from megaswift.models.adapters import Lora, linear
 from megaswift.models.family import sizes_of
-from megaswift.models.stages import by_rank, passes_in_flight, stage_weights
+from megaswift.models.stages import by_rank, passes_in_flight, stage_layers, stage_weights
 from megaswift.run.experts import experts_of, mlp_widths
 from megaswift.run.spec import Parallel, Run
 from megaswift.weights.dtypes import BYTES
@@ -15,9 +17,12 @@ from megaswift.weights.dtypes import BYTES
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from megaswift.models.parameters import Parameter
+
 # Bytes of a parameter's two moments.
 STATE_BYTES = {"fp32": 8, "bf16": 4, "8bit": 2}
 GRADIENT_BYTES = MASTER_BYTES = 4
+PACKED_BYTES = 0.5 + 4 / 64  # of a value in 4 bits, and its part of an fp32 scale
 
 
 @dataclass(frozen=True)
@@ -30,14 +35,22 @@ class MemoryEstimate:
 
 def estimate(run: Run, config: PreTrainedConfig) -> MemoryEstimate:
     """What the fullest rank holds, activations on the device left out: its layers, and embedding and output layer."""
-    dtype, parallel = run.precision.dtype, run.parallel
+    dtype, method, parallel = run.precision.dtype, run.method, run.parallel
+    weights = trained = rank_weights(config, parallel)
+    held = weights * BYTES[dtype]
+    if method.adapter is not None or method.frozen:
+        trained = trainable_of_rank(trained_parameters(method.adapter, method.frozen, config), config, parallel)
+    if method.adapter is not None:
+        share = packed_share(method.adapter, config)
+        held = int(weights * ((1 - share) * BYTES[dtype] + share * PACKED_BYTES)) + trained * BYTES[dtype]
     each = STATE_BYTES[run.optimizer.state_dtype] + (0 if dtype == "fp32" else MASTER_BYTES)
-    # Shared out over the ranks that have the same weights; those of experts are others than those of the rest.
-    weights, state = max(
-        (dense + experts, dense * each // (parallel.dp * parallel.cp) + experts * each // parallel.expert_dp)
-        for dense, experts in stage_parts(config, parallel)
-    )
-    device = {"weights": weights * BYTES[dtype], "gradients": weights * GRADIENT_BYTES, "optimizer": state}
+    state = trained * each // (parallel.dp * parallel.cp)  # shared out over the ranks that have the same weights
+    if trained == weights:  # those of experts are other ranks than those of the rest
+        _, state = max(
+            (dense + experts, dense * each // (parallel.dp * parallel.cp) + experts * each // parallel.expert_dp)
+            for dense, experts in stage_parts(config, parallel)
+        )
+    device = {"weights": held, "gradients": trained * GRADIENT_BYTES, "optimizer": state}
     host = {}
     if run.memory.optimizer_on_host:
         device["optimizer"], host["optimizer"] = 0, state
@@ -87,6 +100,38 @@ def parameter_count(config: PreTrainedConfig) -> int:
     return sum(parameter.size for parameter in parameters_of(config))
 
 
-def checkpoint_bytes(config: PreTrainedConfig, dtype: str, only_model: bool) -> int:
-    """Bytes of one checkpoint: the weights, and unless `only_model` their fp32 masters and two moments."""
-    return parameter_count(config) * (BYTES[dtype] + (0 if only_model else 12))
+def checkpoint_bytes(
+    config: PreTrainedConfig, dtype: str, only_model: bool, adapter: Lora | None = None, frozen: Sequence[str] = ()
+) -> int:
+    """Bytes of one checkpoint: the weights, or an adapter, and unless `only_model` fp32 masters and moments of what is trained."""
+    trained = sum(parameter.size for parameter in trained_parameters(adapter, frozen, config))
+    saved = parameter_count(config) if adapter is None else trained
+    return saved * BYTES[dtype] + (0 if only_model else trained * 12)
+
+
+def trained_parameters(adapter: Lora | None, frozen: Sequence[str], config: PreTrainedConfig) -> list[Parameter]:
+    """What is trained: of an adapter, or of the model what is not frozen."""
+    if adapter is not None:
+        return adapter.parameters(family_of(config.model_type), config)
+    kept = set(frozen)
+    return [parameter for parameter in parameters_of(config) if parameter.name not in kept]
+
+
+def packed_share(adapter: Lora, config: PreTrainedConfig) -> float:
+    """Share of a model's weights that are held in 4 bits."""
+    if adapter.bits is None:
+        return 0.0
+    base = parameters_of(config)
+    return sum(parameter.size for parameter in linear(base)) / sum(parameter.size for parameter in base)
+
+
+def trainable_of_rank(trained: list[Parameter], config: PreTrainedConfig, parallel: Parallel) -> int:
+    """How many values the fullest rank trains."""
+    stage_of = [stage for stage, count in enumerate(stage_layers(config, parallel.pp)) for _ in range(count)]
+    sizes = [0] * parallel.pp
+    for parameter in trained:
+        own = parameter.size // (1 if parameter.arrangement.split is None else parallel.tp)
+        layered = parameter.name.startswith("decoder.layers.")
+        stage = stage_of[int(parameter.name.split(".")[2])] if layered else 0 if parameter.name.startswith("embedding.") else -1
+        sizes[stage] += own
+    return max(sizes)

@@ -122,7 +122,13 @@ def resolve(
             beta2=args.adam_beta2,
             epsilon=args.adam_epsilon,
         ),
-        method=Method(),
+        method=Method(
+            sft_type=args.sft_type,  # type: ignore[arg-type]
+            frozen=tuple(source.frozen),
+            adapter=source.adapter,
+            base=source.base,
+            adapter_start=args.adapters if source.adapter is not None and source.first_step == 0 else None,
+        ),
         data=data,
         saving=Saving(
             run_dir=run_dir,
@@ -134,7 +140,7 @@ def resolve(
             only_model=args.save_only_model,
             hf_copies=args.save_safetensors,
             in_background=args.async_save,
-            checkpoint_bytes=checkpoint_bytes(source.config, dtype, args.save_only_model),
+            checkpoint_bytes=checkpoint_bytes(source.config, dtype, args.save_only_model, source.adapter, source.frozen),
         ),
         guards=Guards(
             nonfinite=args.nonfinite,  # type: ignore[arg-type]
@@ -170,7 +176,13 @@ def _overlaps(args: SftArguments, config: Any, parallel: Parallel) -> bool:
     """
     if args.overlap_grad_reduce is not None:
         return args.overlap_grad_reduce
-    return parallel.device == "cuda" and args.cuda_graphs != "true" and rank_weights(config, parallel) >= OVERLAP_FROM
+    small = args.sft_type != "full"  # an adapter has little to reduce
+    return (
+        parallel.device == "cuda"
+        and args.cuda_graphs != "true"
+        and not small
+        and rank_weights(config, parallel) >= OVERLAP_FROM
+    )
 
 
 def accumulation(args: SftArguments, world_size: int) -> int:

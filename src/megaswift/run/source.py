@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from megaswift.config.files import LAYOUT_OPTIONS, MODEL_OPTIONS, fill_from_file, read_args_file, with_home
 from megaswift.config.options import SftArguments
-from megaswift.errors import UserError
+from megaswift.errors import DataError, UserError
 from megaswift.hub.locate import locate
 from megaswift.launch.versions import has_bf16
 from megaswift.models import parameters_of
-from megaswift.run.problems import contradictions, problems, refuse, usable_length
+from megaswift.models.adapters import Lora
+from megaswift.run.method import (
+    LORA,
+    METHOD_OPTIONS,
+    adapter_of,
+    check_same_adapter,
+    check_same_frozen,
+    check_same_method,
+    frozen_parameters,
+    parameters_of_adapter,
+    with_method_defaults,
+)
+from megaswift.run.problems import contradictions, layout_problems, problems, refuse, usable_length
 from megaswift.run.resolve import World, resolve
 from megaswift.run.resume import check_same_base, check_same_model, newest_run, newest_whole
 from megaswift.run.spec import Parallel
@@ -22,6 +34,7 @@ from megaswift.store.manifest import read_manifest
 from megaswift.store.paths import gguf_fix
 from megaswift.store.publish import refuse_unfinished
 from megaswift.terminal import say, shown
+from megaswift.weights.base import base_digest, base_record
 from megaswift.weights.dtypes import TRAINED
 from megaswift.weights.hf.config import check_source, load_config
 from megaswift.weights.hf.folder import check_config
@@ -42,6 +55,9 @@ class TrainingSource:
     run_dir: Path | None  # the run to go on with, if it is one
     first_step: int
     new_tokens: NewTokens | None = None
+    adapter: Lora | None = None  # what is trained, where it is not the weights themselves
+    base: dict[str, Any] | None = None  # the weights beside the adapter: a record of weights.base
+    frozen: list[str] = field(default_factory=list)  # names of parameters that stay as they are in full training
 
 
 def resolve_source(args: SftArguments, leads: bool = True) -> TrainingSource:
@@ -52,17 +68,17 @@ def resolve_source(args: SftArguments, leads: bool = True) -> TrainingSource:
     """
     from megaswift.weights.load_hf import is_hf_folder
 
-    args = with_home(args)
+    args, origin = with_home(args), None
     root = _newest_run(args, leads) if args.resume else None
     if root is None:
-        root, args = _start_root(args)
+        root, args, origin = _start_root(args)
     refuse_unfinished(root)
     values = read_args_file(root)
     # A run that goes on in another layout is given one: then the old one's other half means nothing.
     relaid = args.explicit() & set(LAYOUT_OPTIONS) and _is_run(root)
     # A Hugging Face folder has no layout: its options file tells the one that it was exported from.
     own_layout = () if relaid or is_hf_folder(root) else LAYOUT_OPTIONS
-    args = fill_from_file(args, values, (*MODEL_OPTIONS, *own_layout))
+    args = fill_from_file(args, values, (*MODEL_OPTIONS, *own_layout, *(METHOD_OPTIONS if _is_run(root) else ())))
     if not args.model_type:
         raise UserError("the directory does not say its model_type.", where=str(root), fix="give --model_type NAME")
     converted = not is_hf_folder(root)
@@ -71,13 +87,32 @@ def resolve_source(args: SftArguments, leads: bool = True) -> TrainingSource:
     config = load_config(root)
     args = args.changed(new_special_tokens=listed_tokens(args.new_special_tokens))
     args.check_choices()
-    _check_tensors(root, checkpoint if converted else None, config)
-    manifest = read_manifest(checkpoint) if converted else _folder_precisions(root, config)
+    manifest = read_manifest(checkpoint) if converted else {}
     goes_on = bool(manifest.get("optimizer")) and paths.iteration_of(checkpoint) > 0
+    if goes_on or manifest.get("adapter") is not None:
+        check_same_method(args, manifest, shown(root))
+    else:
+        args = _with_start_adapter(args)
+    args = with_method_defaults(args)
+    refuse(layout_problems(config, Parallel(world_size=args.tp * args.pp * args.cp, tp=args.tp, pp=args.pp, cp=args.cp)))
+    adapter, frozen = adapter_of(args, config), frozen_parameters(args, config)
+    if goes_on and adapter is not None:
+        check_same_adapter(adapter, manifest["adapter"], shown(root))
+    _check_tensors(root, checkpoint if converted else None, config, adapter if goes_on else None)
+    if not converted:
+        manifest = _folder_precisions(root, config)
+    base = None
     if goes_on:
         check_same_model(args, values, manifest, shown(root))
         check_config(root, manifest)
-        check_same_base(_named(args), checkpoint, manifest)
+        if adapter is None:
+            check_same_frozen(frozen, manifest, shown(root))
+            check_same_base(_named(args), checkpoint, manifest)
+        else:
+            adapter, base = Lora.from_record(manifest["adapter"]), base_of(manifest["base"], args, config, shown(root))
+    elif adapter is not None:
+        _check_start_adapter(args, adapter, config)
+        base = base_record(checkpoint, root, config, origin)
     dtype = str(manifest["dtype"]) if goes_on and manifest.get("dtype") else _dtype(args, str(manifest.get("dtype")))
     source = TrainingSource(
         args=args,
@@ -88,6 +123,9 @@ def resolve_source(args: SftArguments, leads: bool = True) -> TrainingSource:
         manifest=manifest,
         run_dir=root if goes_on else None,
         first_step=paths.iteration_of(checkpoint) if goes_on else 0,
+        adapter=adapter,
+        base=base,
+        frozen=frozen,
     )
     _check(source)
     if not goes_on:
@@ -123,8 +161,8 @@ def _new_tokens(tokens: list[str], root: Path, goes_on: bool) -> NewTokens | Non
     return found
 
 
-def _start_root(args: SftArguments) -> tuple[Path, SftArguments]:
-    """The directory to start from, and the options with the model type that it tells.
+def _start_root(args: SftArguments) -> tuple[Path, SftArguments, str | None]:
+    """The directory to start from, the options with the model type that it tells, and where it came from if it was looked up.
 
     --resume_from_checkpoint names it; else it is the converted model in {model_type}-tp{tp}-pp{pp}, or without one the
     Hugging Face model itself, whose weights are then loaded straight into the ranks.
@@ -142,10 +180,10 @@ def _start_root(args: SftArguments) -> tuple[Path, SftArguments]:
     if named is None and (args.model_id_or_path or not paths.is_megatron_directory(default)):
         found = locate(args.model_type, args.model_id_or_path, args.model_revision)
         say(f"starting from {found.model_type} ({found.origin}), without a conversion")
-        return found.path, args.changed(model_type=found.model_type)
+        return found.path, args.changed(model_type=found.model_type), found.origin
     root = Path(named or default).absolute()
     if paths.is_megatron_directory(root) or is_hf_folder(root):
-        return root, args
+        return root, args, None
     if fix := gguf_fix(root):
         raise UserError(f"{shown(root)} is no model that can be trained.", where="--resume_from_checkpoint", fix=fix)
     name = args.model_type or "NAME"
@@ -169,7 +207,7 @@ def _newest_run(args: SftArguments, leads: bool) -> Path | None:
 
 
 def _model_type(args: SftArguments) -> str | None:
-    root, args = _start_root(args)
+    root, args, _ = _start_root(args)
     return read_args_file(root).get("model_type") or args.model_type
 
 
@@ -197,7 +235,74 @@ def _checkpoint(args: SftArguments, root: Path, leads: bool) -> Path:
     return checkpoint
 
 
-def _check_tensors(root: Path, checkpoint: Path | None, config: Any) -> None:
+def base_of(record: dict[str, Any], args: SftArguments, config: Any, where: str) -> dict[str, Any]:
+    """The base of an adapter's run: where the run found it, or where the options say that it is now.
+
+    Raises DataError or UserError where it is not there, or holds other weights.
+    """
+    from megaswift.weights.load_hf import is_hf_folder
+
+    kept = Path(str(record.get("path")))
+    named = args.model_id_or_path or (None if _is_weights(kept) else args.model_type)
+    if named is None:
+        place = kept
+    else:
+        found = locate(args.model_type, args.model_id_or_path, args.model_revision)
+        place = found.path if is_hf_folder(found.path) else paths.find_checkpoint(found.path)
+    if base_digest(place, config) != record.get("digest"):
+        raise DataError(
+            "these are not the weights that the adapter was trained beside.",
+            where=f"{where}; {shown(place)}",
+            fix=f"name them: --model_id_or_path DIR; they were {record.get('origin')}",
+        )
+    return {**record, "path": str(place.absolute())}
+
+
+def _is_weights(place: Path) -> bool:
+    from megaswift.weights.load_hf import is_hf_folder
+
+    return is_hf_folder(place) or (place / "metadata.json").is_file()
+
+
+def _with_start_adapter(args: SftArguments) -> SftArguments:
+    """With --adapters rank, alpha, scale and modules are the adapter's own. Raises UserError where options say another."""
+    if args.adapters is None:
+        return args
+    if args.sft_type != LORA:
+        raise UserError("--adapters goes with --sft_type lora.", where="--adapters", fix="add --sft_type lora")
+    from megaswift.weights.convert.lora import adapter_options
+
+    own = adapter_options(Path(args.adapters))
+    differs = [name for name in sorted(own) if name in args.explicit() and getattr(args, name) != own[name]]
+    if differs:
+        raise UserError(
+            f"the adapter has {differs[0]} {own[differs[0]]}, not {getattr(args, differs[0])}.",
+            where=f"--{differs[0]}, --adapters",
+            fix=f"leave --{differs[0]} out: it is taken from the adapter",
+        )
+    return args.changed(**own)
+
+
+def _check_start_adapter(args: SftArguments, adapter: Lora, config: Any) -> None:
+    """Raise DataError unless --adapters holds exactly the tensors of the adapter that is to be trained."""
+    if args.adapters is None:
+        return
+    from megaswift.weights.convert.lora import load_adapter
+
+    wanted = {part.name: part.shape for parameter in parameters_of_adapter(adapter, config) for part in parameter.hf}
+    found = {name: tuple(value.shape) for name, value in load_adapter(Path(args.adapters)).items()}
+    wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    if wrong:
+        name = wrong[0]
+        raise DataError(
+            f"the adapter does not fit the model: {name} has {list(found[name]) if name in found else 'no value'}, "
+            f"{list(wanted[name]) if name in wanted else 'nothing'} expected.",
+            where=str(args.adapters),
+            fix="name the model that it was made for",
+        )
+
+
+def _check_tensors(root: Path, checkpoint: Path | None, config: Any, adapter: Lora | None = None) -> None:
     """Raise DataError unless names and shapes of the weights are those of config.json: before a rank builds that model."""
     if checkpoint is None:
         check_source(HFCheckpoint.open(root), config)
@@ -205,7 +310,8 @@ def _check_tensors(root: Path, checkpoint: Path | None, config: Any) -> None:
     from megaswift.weights.convert import check_megatron
     from megaswift.weights.torch_dist.reader import Reader
 
-    check_megatron(Reader(checkpoint), parameters_of(config))
+    parameters = parameters_of(config) if adapter is None else parameters_of_adapter(adapter, config)
+    check_megatron(Reader(checkpoint), parameters)
 
 
 def _folder_precisions(folder: Path, config: Any) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from megaswift.models.adapters import Lora
+
 T = TypeVar("T")
 
 RUN_FILE = "run.json"
@@ -156,9 +158,13 @@ class OptimizerSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """What is trained."""
+    """What is trained: all weights but those that are frozen, or an adapter beside all of them."""
 
-    sft_type: Literal["full"] = "full"
+    sft_type: Literal["full", "lora"] = "full"
+    frozen: tuple[str, ...] = ()  # names of the model's parameters that stay as they are in full training
+    adapter: Lora | None = None
+    base: dict[str, Any] | None = None  # the weights that the adapter stands beside: `base_record` of weights.base
+    adapter_start: str | None = None  # directory of an adapter in PEFT's form that training begins from
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ class Gradients:
         self.bare_model = self
         self.optimizer: Any = None
         self.scheduler: Any = None
+        self.some_layers = None if trainer.some_layers is None else ""
 
     def settle_weights(self) -> None:
         """Nothing to wait for: no weight is read."""
@@ -36,6 +37,8 @@ class Gradients:
         state = self.trainer.bare_model.sharded_state_dict(prefix=prefix, metadata=metadata)
         result = {}
         for name, item in state.items():
+            if isinstance(item, (ShardedTensor, ShardedTensorFactory)) and getattr(item.data, "main_grad", None) is None:
+                continue  # it stays as it is
             if isinstance(item, ShardedTensor):
                 own = getattr(item.data, "main_grad", None)  # a buffer has none
                 gradient = torch.zeros_like(item.data, dtype=torch.float32) if own is None else own / self.divisor

@@ -148,6 +148,9 @@ def _origin(run: Run, run_dir: Path) -> dict[str, Any]:
     start = Path(run.model.checkpoint)
     found: dict[str, Any] = {"config": read_config(Path(run.model.directory))}
     found |= {"other_dtypes": run.model.other_dtypes} if run.model.other_dtypes else {}
+    method = run.method
+    found |= {"adapter": method.adapter.record(), "base": method.base} if method.adapter is not None else {}
+    found |= {"frozen": list(method.frozen)} if method.frozen else {}
     own = (
         read_manifest(start) if run.schedule.first_step else {"rows_before": run.model.rows_before}
     )  # of this run's own checkpoint

@@ -17,38 +17,81 @@ import torch
 from megaswift.data.batches import Batches, EvalBatches, MicroBatch
 from megaswift.data.store import TokenRows
 from megaswift.megatron import process_groups
+from megaswift.models import parameters_of
+from megaswift.models.adapters import Lora
 from megaswift.models.stages import by_rank, stage_layers
 from megaswift.run.memory import layer_activations
 from megaswift.run.spec import Run
 from megaswift.train.checkpoint.load import load_training_state, load_weights
 from megaswift.train.objectives import SupervisedTokens
+from megaswift.weights.convert.lora import load_adapter
 from megaswift.weights.dtypes import BYTES
 from megaswift.weights.hf.config import load_config
+from megaswift.weights.hf.folder_reader import FolderReader
+from megaswift.weights.hf.read import HFCheckpoint
 from megaswift.weights.load_hf import is_hf_folder, load_hf_weights
 from megaswift.weights.load_new_rows import fill_new_rows
+from megaswift.weights.torch_dist.reader import Reader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from megaswift.models.parameters import Parameter
+    from megaswift.train.adapters import Adapter
     from megaswift.train.trainer import Trainer
 
 
 def restore_trainer(run: Run) -> tuple[Trainer, dict[str, Any]]:
     """Model and optimizer with the weights, or the whole state, of the run's checkpoint; and what was saved beside it."""
-    from megaswift.megatron.model import build, recompute_parts
+    from megaswift.megatron.freeze import freeze
+    from megaswift.megatron.model import Chunks, build, recompute_parts
     from megaswift.train.trainer import Trainer
 
-    config, start = load_config(Path(run.model.directory)), Path(run.model.checkpoint)
-    model = build(config, run.parallel, run.precision, run.memory, run.routing)
-    if run.schedule.first_step == 0:
-        (load_hf_weights if is_hf_folder(start) else load_weights)(model, start)
+    config, start, method = load_config(Path(run.model.directory)), Path(run.model.checkpoint), run.method
+    packed = method.adapter is not None and method.adapter.bits is not None
+    model = build(config, run.parallel, run.precision, run.memory, run.routing, packed=packed)
+    if run.schedule.first_step == 0 or method.base is not None:
+        weights = Path(method.base["path"]) if method.base else start
+        (load_hf_weights if is_hf_folder(weights) else load_weights)(model, weights)
+        if packed:
+            _pack_weights(model, config, weights, run.parallel.pp)
         if run.model.rows_before is not None:
             fill_new_rows(model, start, Path(run.model.directory), run.model.rows_before, config.vocab_size)
+    if method.adapter is not None:
+        assert not isinstance(model, Chunks), "refused before any rank starts"
+        _adapter(run, method.adapter, config).attach(model)
+    elif method.frozen:
+        freeze(model, method.frozen, stage_layers(config, run.parallel.pp))
     trainer = Trainer(model, run, SupervisedTokens())
     recompute_parts(model, _recomputed(run, config))
     if run.schedule.first_step == 0:
         return trainer, {}
     return trainer, load_training_state(trainer, start, layout=run.parallel.layout)
+
+
+def _pack_weights(model: Any, config: PreTrainedConfig, start: Path, pp: int) -> None:
+    """The weights of linear layers, read one by one and held in 4 bits."""
+    from megatron.core import parallel_state
+
+    from megaswift.megatron.packed_layers import fill
+
+    source: Any = FolderReader(config, HFCheckpoint.open(start)) if is_hf_folder(start) else Reader(start)
+    first = sum(stage_layers(config, pp)[: parallel_state.get_pipeline_model_parallel_rank()])
+
+    def read(parameter: Parameter) -> torch.Tensor:
+        value = source.read(parameter.key, parameter.place)
+        source.release(parameter.key, parameter.place)
+        return value
+
+    fill(model, parameters_of(config), first, read)
+
+
+def _adapter(run: Run, lora: Lora, config: PreTrainedConfig) -> Adapter:
+    """What the run trains beside the model's frozen weights."""
+    from megaswift.train.adapters import LoraAdapter
+
+    begun = None if run.method.adapter_start is None else load_adapter(Path(run.method.adapter_start))
+    return LoraAdapter(lora, config, run.parallel.pp, run.seed, begun)
 
 
 def _recomputed(run: Run, config: PreTrainedConfig) -> str:
@@ -86,5 +129,7 @@ def to_device(group: list[MicroBatch], device: torch.device) -> list[MicroBatch]
     """Micro batches on the rank's device; borders of packed rows stay on the host, which reads them."""
     if device.type == "cpu":
         return group
-    names = ("tokens", "position_ids")
-    return [replace(batch, **{name: getattr(batch, name).to(device, non_blocking=True) for name in names}) for batch in group]
+    names = ("tokens", "position_ids", "origins")
+    moved = [{name: getattr(batch, name) for name in names if getattr(batch, name) is not None} for batch in group]
+    there = [{name: value.to(device, non_blocking=True) for name, value in values.items()} for values in moved]
+    return [replace(batch, **values) for batch, values in zip(group, there, strict=True)]

@@ -12,7 +12,13 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer import (
+    OptimizerConfig,
+    ParamGroupOverride,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -23,9 +29,11 @@ from megaswift.megatron import compat
 from megaswift.megatron.graphs import Graphs
 from megaswift.megatron.kernels.context_parallel import shard_batch
 from megaswift.megatron.kernels.linear_ops import linear_ops_of
+from megaswift.megatron.kernels.lora import sum_over_tensor_parallel
 from megaswift.megatron.kernels.main_grad import settle_main_grads, zero_main_grads
 from megaswift.megatron.kernels.megatron_optimizer import FusedOptimizer, fuse_optimizer, gradient_norm
 from megaswift.megatron.model import ChatModel, Chunks, chunks_of, run_micro_batch
+from megaswift.models.adapters import LORA_B
 from megaswift.models.stages import group_of_micro_batches
 from megaswift.weights.torch_dtypes import TORCH_DTYPES
 
@@ -69,7 +77,9 @@ class Trainer:
         compat.use_our_adamw()
         self.chunks, config = chunks_of(model), model.config
         overlap, self.gathers_late = run.parallel.overlap_grad_reduce, run.parallel.overlap_param_gather
-        self.chunks[0].graphs = self.graphs = Graphs(self.chunks[0].decoder, run.memory.cuda_graphs, overlap)
+        # Graphs of layers with adapters were not proven: masks and gradients would have to be filled in for each replay.
+        graphs = "never" if model.adapter is not None else run.memory.cuda_graphs
+        self.chunks[0].graphs = self.graphs = Graphs(self.chunks[0].decoder, graphs, overlap)
         settings = DistributedDataParallelConfig(
             use_distributed_optimizer=True,
             grad_reduce_in_fp32=True,
@@ -90,7 +100,7 @@ class Trainer:
             for wrapped, chunk in zip(self.wrapped, self.chunks, strict=True):
                 wait_for_whole_layers(wrapped, chunk)
         options = optimizer_config(run)
-        optimizer = get_megatron_optimizer(options, self.wrapped, get_standard_config_overrides(options))
+        optimizer = get_megatron_optimizer(options, self.wrapped, group_options(options, model))
         # Under fp16 it stays as it was: the loss scaler needs Megatron's own step.
         self.optimizer = fuse_optimizer(optimizer, run.optimizer.state_dtype, on_host=run.memory.optimizer_on_host)
         for chained in optimizer.chained_optimizers:
@@ -101,6 +111,13 @@ class Trainer:
         config.finalize_model_grads_func = self._finalize
         self.run_schedule = get_forward_backward_func()
         self.norm_limit = math.inf  # a step with a larger gradient norm changes nothing
+
+    @property
+    def some_layers(self) -> str | None:
+        """Names begin so in a checkpoint whose tensors may lack layers: the optimizer has nothing of what is not trained."""
+        model = self.bare_model
+        frozen = model.adapter is None and any(not parameter.requires_grad for parameter in model.parameters())
+        return "optimizer." if frozen else None
 
     def close(self) -> None:
         """Let go of model, optimizer and process groups, which would otherwise live as long as this process.
@@ -133,6 +150,8 @@ class Trainer:
         for wrapped in self.wrapped:
             wrapped.train()
             zero_main_grads(wrapped)
+        if self.bare_model.adapter is not None:
+            self.bare_model.adapter.keys.step = int(self.scheduler.num_steps)
         self.optimizer.zero_grad()
         with self.graphs.step(), linear_ops_of(self.bare_model.config).unchanged_weights(len(batches)):
             sums = self._forward_backward(batches, forward_only=False)
@@ -150,7 +169,7 @@ class Trainer:
     def update(self, sums: Tensor) -> StepResult:
         """One step of schedule and optimizer with the gradients at hand, unless something is not finite or a spike."""
         self.scheduler.step(increment=1)  # before the update: step k of n uses the rate of step k, so the last one uses min_lr
-        rate = max(group["lr"] for group in self.optimizer.param_groups)
+        rate = max(group["lr"] for group in self.optimizer.param_groups if group["default_config"])
         before = self._loss_scale()
         skipped = self.optimizer.prepare_grads()  # fp16: gradients of a rank overflowed; all ranks have agreed on it
         mean = sums[0] / divisor(sums)
@@ -201,6 +220,8 @@ class Trainer:
         for wrapped in self.wrapped:
             settle_main_grads(wrapped)
         finalize_model_grads(chunks, None, **options)
+        for wrapped in self.wrapped:
+            sum_over_tensor_parallel(wrapped.params_with_grad, parallel_state.get_tensor_model_parallel_group())
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[list[MicroBatch]]) -> float:
@@ -307,6 +328,16 @@ def optimizer_config(run: Run) -> OptimizerConfig:
         initial_loss_scale=INITIAL_LOSS_SCALE,
         min_loss_scale=MIN_LOSS_SCALE,
     )
+
+
+def group_options(options: OptimizerConfig, model: ChatModel | Chunks) -> dict[ParamKey, ParamGroupOverride]:
+    """What some weights have in place of the optimizer's options: no decay for vectors, another rate for every B of an adapter."""
+    found = get_standard_config_overrides(options)
+    ratio = model.adapter.lora.lr_ratio if model.adapter is not None else None
+    if ratio is not None:
+        rates: ParamGroupOverride = {"max_lr": options.lr * ratio, "min_lr": options.min_lr * ratio}
+        found[ParamKey(name=f"*.{LORA_B}")] = rates
+    return found
 
 
 def schedule(optimizer: Any, spec: Schedule, weight_decay: float) -> OptimizerParamScheduler:

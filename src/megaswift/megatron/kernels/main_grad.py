@@ -95,6 +95,17 @@ def accumulate_product(weight: Tensor, grad_output: Tensor, inputs: Tensor) -> T
     return placeholder(weight)
 
 
+def add_gradient(weight: Tensor, gradient: Tensor) -> Tensor | None:
+    """weight.main_grad += gradient (fp32, the weight's shape); returns what autograd shall receive for the weight."""
+    if not has_main_grad(weight):
+        return gradient.to(weight.dtype)
+    if take_stale(weight):
+        buffer(weight).copy_(gradient)
+    else:
+        buffer(weight).add_(gradient)
+    return placeholder(weight)
+
+
 def accumulate_rows(weight: Tensor, partial: Tensor) -> Tensor | None:
     """The gradient of a vector (a norm's weight, a bias) from its parts [programs, n]: into main_grad or as a tensor.
 

@@ -23,11 +23,17 @@ def _linear(layer: Any, x: Tensor, weight: Tensor, arguments: dict[str, Any]) ->
     )
 
 
+def _is_frozen(weight: Tensor, arguments: dict[str, Any]) -> bool:
+    """Whether nothing of a layer is trained: Megatron-Core's way gives no gradient to the bias of a frozen weight."""
+    bias = arguments.get("bias")
+    return not weight.requires_grad and not (bias is not None and bias.requires_grad)
+
+
 class ColumnParallel(ColumnParallelLinear):
     """A ColumnParallelLinear in all but its product; frozen weights take Megatron-Core's own way."""
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or not weight.requires_grad or kwargs.get("grad_output_buffer") is not None:
+        if args or _is_frozen(weight, kwargs) or kwargs.get("grad_output_buffer") is not None:
             return super()._forward_impl(input, weight, *args, **kwargs)
         return _linear(self, input, weight, kwargs)
 
@@ -36,6 +42,6 @@ class RowParallel(RowParallelLinear):
     """A RowParallelLinear in all but its product; frozen weights take Megatron-Core's own way."""
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or not weight.requires_grad or kwargs.get("grad_output_buffer") is not None:
+        if args or _is_frozen(weight, kwargs) or kwargs.get("grad_output_buffer") is not None:
             return super()._forward_impl(input, weight, *args, **kwargs)
         return _linear(self, input, weight, kwargs)

@@ -23,6 +23,7 @@ _OPTIONS = (
     "weight_decay",
     "wd_mult",
     "lr_mult",
+    "default_config",
 )  # of a parameter group: never from a checkpoint
 
 

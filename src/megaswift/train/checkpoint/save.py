@@ -43,6 +43,10 @@ class TrainingState(Protocol):
     optimizer: Any
     scheduler: Any
 
+    @property
+    def some_layers(self) -> str | None:
+        """Tensors whose names begin so are saved of some layers alone, of those that are trained; None: all are whole."""
+
     def settle_weights(self) -> None:
         """Wait until this rank has all new weights; all ranks call it at once."""
 
@@ -93,7 +97,7 @@ class Saving:
         self.manifest = manifest | {"iteration": iteration, "optimizer": not only_model}
         self.temporary = _agreed_directory(self.target, needed)
         state.settle_weights()  # a collective: before anything can fail on one rank alone
-        self.part = _Part()
+        self.part, self.some_layers = _Part(), state.some_layers
         self.common: dict[str, Any] = {}
         self.thread: threading.Thread | None = None
         try:
@@ -126,7 +130,7 @@ class Saving:
         """Wait for this rank's file, agree, publish. Returns the directory; all ranks raise the same DataError."""
         if self.thread is not None:
             self.thread.join()
-        _publish(self.temporary, self.target, _gathered(self.part), self.common, self.manifest)
+        _publish(self.temporary, self.target, _gathered(self.part), self.common, self.manifest, self.some_layers)
         fault_point("save.published")
         return self.target
 
@@ -271,14 +275,21 @@ def _write_part(directory: Path, chunks: list[writer.Chunk], objects: dict[str, 
     part.table = writer.tensor_table(chunks) | writer.object_table(objects)
 
 
-def _publish(temporary: Path, target: Path, parts: list[_Part], common: dict[str, Any], manifest: dict[str, Any]) -> None:
+def _publish(
+    temporary: Path,
+    target: Path,
+    parts: list[_Part],
+    common: dict[str, Any],
+    manifest: dict[str, Any],
+    some_layers: str | None = None,
+) -> None:
     """Rank 0 makes the directory whole and names it; every rank learns how that went."""
     problem = "; ".join(part.error for part in parts if part.error)
     if dist.get_rank() == 0:
         try:
             if problem:
                 raise OSError(problem)
-            _complete(temporary, target, parts, common, manifest)
+            _complete(temporary, target, parts, common, manifest, some_layers)
         except Exception as error:
             shutil.rmtree(temporary, ignore_errors=True)
             problem = problem or f"rank 0: {_reason(error)} ({temporary})"
@@ -292,13 +303,21 @@ def _publish(temporary: Path, target: Path, parts: list[_Part], common: dict[str
         )
 
 
-def _complete(temporary: Path, target: Path, parts: list[_Part], common: dict[str, Any], manifest: dict[str, Any]) -> None:
+def _complete(
+    temporary: Path,
+    target: Path,
+    parts: list[_Part],
+    common: dict[str, Any],
+    manifest: dict[str, Any],
+    some_layers: str | None = None,
+) -> None:
     """Index, manifest, name, tracker: in this order."""
     files: dict[str, writer.FileDigest] = {}
     for part in parts:
         files.update(part.files)
     fault_point("save.before_index")
-    files |= writer.write_index(temporary, [part.table for part in parts], [part.storage for part in parts], common)
+    tables, storage = [part.table for part in parts], [part.storage for part in parts]
+    files |= writer.write_index(temporary, tables, storage, common, some_layers)
     fault_point("save.before_manifest")
     write_manifest(temporary, manifest | {"kind": "megatron", "files": {name: vars(digest) for name, digest in files.items()}})
     fault_point("save.before_rename")

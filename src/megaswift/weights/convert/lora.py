@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _PART = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
+_LENGTHS = ".lora_magnitude_vector"
 # Kinds of adapter that compute something else than W + scale x B A.
 _REFUSED = {
-    "use_dora": "DoRA",
     "fan_in_fan_out": "transposed weights (fan_in_fan_out)",
     "lora_bias": "biases in the adapter (lora_bias)",
     "alora_invocation_tokens": "activation by tokens (aLoRA)",
@@ -51,37 +51,51 @@ class Adapter:
         base: the model that it was trained on, as its config names it.
         pairs: weight name -> (A, B, scale).
         replaced: weight name -> a whole tensor that takes the place of the base's (modules_to_save).
+        lengths: weight name -> the length of each row (DoRA, https://arxiv.org/abs/2402.09353).
     """
 
     path: Path
     base: str | None
     pairs: dict[str, tuple[Tensor, Tensor, float]] = field(default_factory=dict)
     replaced: dict[str, Tensor] = field(default_factory=dict)
+    lengths: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: Path) -> Adapter:
         """Read an adapter directory. Raises UserError for a kind that cannot be merged, DataError for damaged files."""
         config, where = read_json(path / ADAPTER_CONFIG), str(path / ADAPTER_CONFIG)
-        if str(config.get("peft_type", "LORA")).upper() != "LORA":
-            raise UserError(f"the adapter is {config['peft_type']}, not LoRA.", where=where, fix="merge it with peft first")
-        for name, what in _REFUSED.items():
-            if config.get(name):
-                raise UserError(
-                    f"the adapter uses {what}, which cannot be merged.", where=where, fix="merge it with peft first"
-                )
-        _require_plain_start(config, where)
+        _require_plain(config, where, "merged")
         require_weights(path)
         read_header(path / WEIGHTS)  # names what is wrong with a damaged file
         from safetensors.torch import load_file
 
         base = config.get("base_model_name_or_path")
-        made = cls(path, base if isinstance(base, str) and base else None)
-        halves: dict[str, dict[str, Tensor]] = {}
-        for name, value in load_file(path / WEIGHTS).items():
+        return cls._made(path, base if isinstance(base, str) and base else None, load_file(path / WEIGHTS), config, where)
+
+    def added_to(self, name: str, weight: Tensor) -> Tensor:
+        """A matrix of the base with the adapter in it, fp32."""
+        a, b, scale = self.pairs[name]
+        made = torch.addmm(weight.float(), b.float(), a.float(), alpha=scale)
+        if name in self.lengths:
+            made *= (self.lengths[name].float() / made.norm(dim=1)).unsqueeze(1)
+        return made
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], scale: float, path: Path, base: str) -> Adapter:
+        """An adapter whose tensors are at hand, under PEFT's names; `path`: where they are from."""
+        rank = next(value.shape[0] for name, value in tensors.items() if ".lora_A." in name)
+        return cls._made(path, base, tensors, {"lora_alpha": scale * rank}, str(path))
+
+    @classmethod
+    def _made(cls, path: Path, base: str | None, tensors: Mapping[str, Tensor], config: dict[str, Any], where: str) -> Adapter:
+        made, halves = cls(path, base), dict[str, dict[str, Tensor]]()
+        for name, value in tensors.items():
             plain = name.removeprefix(_PREFIX)
             part = _PART.fullmatch(plain)
             if part is not None:
                 halves.setdefault(part.group(1), {})[part.group(2)] = value
+            elif plain.endswith(_LENGTHS):
+                made.lengths[f"{plain.removesuffix(_LENGTHS)}.weight"] = value
             elif "lora_" in plain:
                 raise UserError(f"the adapter has {name}, which cannot be merged.", where=where, fix="merge it with peft first")
             else:
@@ -89,6 +103,16 @@ class Adapter:
         for module, half in halves.items():
             made.pairs[f"{module}.weight"] = _pair(module, half, config, str(path / WEIGHTS))
         return made
+
+
+def _require_plain(config: dict[str, Any], where: str, done: str) -> None:
+    """Raise UserError for a kind of adapter that computes something else than W + scale x B A; `done`: what it is wanted for."""
+    if str(config.get("peft_type", "LORA")).upper() != "LORA":
+        raise UserError(f"the adapter is {config['peft_type']}, not LoRA.", where=where, fix="merge it with peft first")
+    for name, what in _REFUSED.items():
+        if config.get(name):
+            raise UserError(f"the adapter uses {what}, which cannot be {done}.", where=where, fix="merge it with peft first")
+    _require_plain_start(config, where)
 
 
 def _require_plain_start(config: dict[str, Any], where: str) -> None:
@@ -108,6 +132,42 @@ def _require_plain_start(config: dict[str, Any], where: str) -> None:
         where=where,
         fix=fix,
     )
+
+
+def adapter_options(path: Path) -> dict[str, Any]:
+    """The options of `swift sft` that an adapter directory decides.
+
+    Raises UserError for an adapter that cannot be trained on: another kind, or one whose layers differ in rank or alpha.
+    """
+    config, where = read_json(path / ADAPTER_CONFIG), str(path / ADAPTER_CONFIG)
+    _require_plain(config, where, "trained on")
+    patterns = [name for name in ("rank_pattern", "alpha_pattern") if config.get(name)]
+    if patterns:
+        raise UserError(
+            f"the adapter has a {patterns[0]}: its layers differ in {patterns[0].split('_')[0]}.",
+            where=where,
+            fix="merge it into its base, and begin a new adapter from that",
+        )
+    names = [name.removeprefix(_PREFIX) for name in load_adapter(path)]
+    modules = {_PART.fullmatch(name) for name in names}
+    whole = {name.removesuffix(".weight") for name in names if "lora_" not in name}
+    return {
+        "lora_rank": int(config.get("r", 8)),
+        "lora_alpha": float(config.get("lora_alpha", 8)),
+        "use_rslora": bool(config.get("use_rslora")),
+        "use_dora": bool(config.get("use_dora")),
+        "target_modules": sorted({match.group(1) for match in modules if match is not None}),
+        "modules_to_save": sorted(whole),
+    }
+
+
+def load_adapter(path: Path) -> dict[str, Tensor]:
+    """PEFT's name -> value of every tensor of an adapter directory, without the name that PEFT may give an adapter."""
+    from safetensors.torch import load_file
+
+    require_weights(path)
+    read_header(path / WEIGHTS)  # names what is wrong with a damaged file
+    return {name.replace(".default.weight", ".weight"): value for name, value in load_file(path / WEIGHTS).items()}
 
 
 def require_weights(path: Path) -> None:
@@ -133,11 +193,20 @@ def _by_pattern(patterns: Any, module: str, default: Any) -> Any:
     return default
 
 
-def merge_adapter(adapter: Adapter, base: HFCheckpoint, out: Path, manifest: Callable[[Any], None] | None = None) -> Path:
+def merge_adapter(
+    adapter: Adapter,
+    base: HFCheckpoint,
+    out: Path,
+    manifest: Callable[[Any], None] | None = None,
+    extra_files: Mapping[str, bytes] | None = None,
+    replace: bool = False,
+) -> Path:
     """Write base and adapter as one Hugging Face folder, in the base's dtypes. Memory: the adapter and one tensor a thread.
 
     Args:
         manifest: called with the written folder's record before it gets its name.
+        extra_files: name -> content of more files.
+        replace: take the place of what is at `out`.
 
     Raises DataError where the adapter does not fit the base.
     """
@@ -157,7 +226,7 @@ def merge_adapter(adapter: Adapter, base: HFCheckpoint, out: Path, manifest: Cal
     if "tokenizer_config.json" not in own:  # a tokenizer is taken as a whole or not at all
         own = {}
     files = {file.name: file for file in base.side_files()} | own
-    write_checkpoint(out, planned, list(files.values()), before_publish=manifest)
+    write_checkpoint(out, planned, list(files.values()), extra_files=extra_files, before_publish=manifest, replace=replace)
     return out
 
 
@@ -184,5 +253,4 @@ def _merged(adapter: Adapter, base: HFCheckpoint, name: str) -> Tensor:
     weight = base.tensor(name)
     if name not in adapter.pairs:
         return weight
-    a, b, scale = adapter.pairs[name]
-    return torch.addmm(weight.float(), b.float(), a.float(), alpha=scale).to(weight.dtype)
+    return adapter.added_to(name, weight).to(weight.dtype)

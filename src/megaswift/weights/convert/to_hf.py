@@ -18,17 +18,22 @@ if TYPE_CHECKING:
 
 
 def planned_hf_tensors(
-    reader: MegatronReader, config: PreTrainedConfig, precisions: Precisions, finite: FiniteCheck | None = None
+    reader: MegatronReader,
+    config: PreTrainedConfig,
+    precisions: Precisions,
+    finite: FiniteCheck | None = None,
+    parameters: list[Parameter] | None = None,
 ) -> list[PlannedTensor]:
     """Every Hugging Face tensor with the way to get its values, in the order of the computation.
 
     Args:
         precisions: of the tensors to be made; values are cast to them.
         finite: judges every tensor; default: NaN and infinity are refused.
+        parameters: what the checkpoint holds where it is not the model itself: an adapter's.
 
     Parts of one fused tensor are unpacked together and kept only until the last of them was taken.
     """
-    parameters = parameters_of(config)
+    parameters = parameters_of(config) if parameters is None else parameters
     check_megatron(reader, parameters)
     check = finite or FiniteCheck()
     sources: dict[str, list[tuple[_Source, int]]] = {}  # by name of the Hugging Face tensor: where its parts come from

@@ -159,13 +159,20 @@ def _storage_of(name: str, places: list[list[Any]]) -> dict[Any, Any]:
 
 
 def write_index(
-    directory: Path, tables: list[dict[str, Any]], storage: list[dict[Any, Any]], common: dict[str, Any]
+    directory: Path,
+    tables: list[dict[str, Any]],
+    storage: list[dict[Any, Any]],
+    common: dict[str, Any],
+    some_layers: str | None = None,
 ) -> dict[str, FileDigest]:
     """Write common.pt, metadata.json and last the index, from the parts of all writers.
 
+    Args:
+        some_layers: tensors whose names begin so may lack whole layers, those that are not trained.
+
     Raises DataError unless the chunks of every tensor cover it exactly.
     """
-    index = Metadata(state_dict_metadata=_merged(tables), storage_data={})
+    index = Metadata(state_dict_metadata=_merged(tables, some_layers), storage_data={})
     for part in storage:
         index.storage_data.update(part)
     digests = {}
@@ -194,7 +201,7 @@ def object_table(objects: dict[str, Any]) -> dict[str, Any]:
     return {name: BytesStorageMetadata() for name in objects}
 
 
-def _merged(tables: list[dict[str, Any]]) -> dict[str, Any]:
+def _merged(tables: list[dict[str, Any]], some_layers: str | None = None) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for table in tables:
         for key, entry in table.items():
@@ -203,7 +210,11 @@ def _merged(tables: list[dict[str, Any]]) -> dict[str, Any]:
             else:
                 merged[key] = entry
     for key, entry in merged.items():
-        if hasattr(entry, "chunks") and sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
+        if not hasattr(entry, "chunks"):
+            continue
+        held, whole = sum(chunk.sizes.numel() for chunk in entry.chunks), entry.size.numel()
+        may_lack = some_layers is not None and key.startswith(some_layers) and 0 < held < whole
+        if held != whole and not (may_lack and held % (whole // entry.size[0]) == 0):
             raise DataError(
                 "the parts of a tensor do not cover it exactly once.", where=key, fix="nothing was saved; report it"
             )

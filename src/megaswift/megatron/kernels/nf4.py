@@ -1,0 +1,99 @@
+"""Frozen weights in 4 bits: NF4 of QLoRA (https://arxiv.org/abs/2305.14314), byte for byte as bitsandbytes packs it.
+
+64 values of a row share a scale, the largest of their magnitudes (fp32); each is the nearest of 16 quantiles of a normal
+distribution. Blocks run along rows, so rows, and columns in multiples of 64, can be cut: a part of a matrix is packed as
+it is in the whole. A product makes the weight anew, forward and backward; nothing of it is kept in between.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megaswift.megatron.kernels.linear_ops import LinearOps
+from megaswift.megatron.kernels.triton_support import jit, tl, use_triton
+
+BLOCK = 64
+# The 16 values of appendix E, in the fp32 digits that bitsandbytes has.
+CODE = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight [n, k] in 4 bits.
+
+    Args:
+        data: uint8 [n, k / 2], the first of two neighbours in the upper half of a byte.
+        scales: fp32 [n, k / 64].
+    """
+
+    data: Tensor
+    scales: Tensor
+
+    requires_grad = False  # what Megatron-Core asks a layer's weight
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the weight."""
+        return torch.Size((self.data.shape[0], self.data.shape[1] * 2))
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes."""
+        return self.data.nbytes + self.scales.nbytes
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """The weight that it stands for, [n, k]."""
+        return unpack(self.data, self.scales, dtype)
+
+
+def pack(weight: Tensor) -> Packed:
+    """A weight [n, k] of any precision in 4 bits; k is a multiple of 64."""
+    code = torch.tensor(CODE, dtype=torch.float32, device=weight.device)
+    blocks = weight.float().reshape(weight.shape[0], -1, BLOCK)
+    scales = blocks.abs().amax(-1)
+    shares = blocks / scales.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
+    index = torch.bucketize(shares, (code[1:] + code[:-1]) / 2).to(torch.uint8).reshape(weight.shape)
+    return Packed(index[:, ::2] << 4 | index[:, 1::2], scales)
+
+
+@jit
+def _unpack_kernel(packed, scales, code, out, count, BLOCK_BYTES: tl.constexpr, HALF: tl.constexpr):
+    place = tl.program_id(0) * BLOCK_BYTES + tl.arange(0, BLOCK_BYTES)
+    inside = place < count
+    byte = tl.load(packed + place, mask=inside, other=0).to(tl.int32)
+    scale = tl.load(scales + place // HALF, mask=inside, other=0.0)
+    first = tl.load(code + (byte >> 4)) * scale
+    second = tl.load(code + (byte & 15)) * scale
+    tl.store(out + 2 * place, first.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + 2 * place + 1, second.to(out.dtype.element_ty), mask=inside)
+
+
+def unpack(data: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight [n, k] of packed bytes [n, k / 2] and scales [n, k / 64]: reads half a byte a value, writes one."""
+    code = torch.tensor(CODE, dtype=torch.float32, device=data.device)
+    if use_triton(data):
+        out = torch.empty((data.shape[0], data.shape[1] * 2), dtype=dtype, device=data.device)
+        _unpack_kernel[((data.numel() + 1023) // 1024,)](data, scales, code, out, data.numel(), 1024, BLOCK // 2, num_warps=4)
+        return out
+    index = torch.stack((data >> 4, data & 15), -1).flatten(1)
+    return (code[index.long()].view(*scales.shape, BLOCK) * scales.unsqueeze(-1)).flatten(1).to(dtype)
+
+
+class PackedOps(LinearOps):
+    """The products of a layer whose weight is packed."""
+
+    def forward(self, x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """x [..., k] @ weight [n, k]^T + bias [n]."""
+        return F.linear(x, weight.weight(x.dtype), bias)
+
+    def input_grad(self, grad: Tensor, weight: Packed) -> Tensor:  # type: ignore[override]
+        """grad [..., n] @ weight [n, k]."""
+        return torch.matmul(grad, weight.weight(grad.dtype))

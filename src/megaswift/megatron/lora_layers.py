@@ -1,0 +1,270 @@
+"""Adapters on a built model: its linear layers' classes are exchanged here and nowhere else, the base is frozen.
+
+The layers keep their weights, names and everything around the product, so the base loads as before; what is saved is the
+adapter alone, described by the same list of parameters that export reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megaswift.megatron.freeze import need_gradients_of_inputs
+from megaswift.megatron.kernels.counter_dropout import Dropout, token_keys
+from megaswift.megatron.kernels.linear_ops import linear_ops_of
+from megaswift.megatron.kernels.lora import LoraCall, Parts, Rows, lora_linear, row_norms, scaled_rows
+from megaswift.megatron.kernels.nf4 import Packed
+from megaswift.megatron.kernels.parallel_linear import ColumnParallel, RowParallel
+from megaswift.megatron.layer_specs import local_name
+from megaswift.megatron.packed_layers import PACKED_OPS, PackedColumn, PackedRow
+from megaswift.models.adapters import LORA_B, MAGNITUDE, Lora, Site, local_module
+from megaswift.models.parameters import Arrangement, Parameter
+
+
+class StepKeys:
+    """Which tokens the layers are working on, for dropout: set by each layer before it runs, recomputed or not."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.step = 0  # set by the trainer before the first micro batch of a step
+        self.current: Tensor | None = None
+
+    def of(self, origins: Tensor | None) -> Tensor:
+        """int32 [s * b], in the order of hidden states; origins as a MicroBatch has them."""
+        if origins is None:
+            raise ValueError("adapters with dropout need to know which tokens a micro batch holds")
+        return token_keys(origins, self.seed, self.step).t().reshape(-1).contiguous()
+
+
+class _LoraLayer:
+    """What both kinds share; set by `attach`."""
+
+    lora_A: torch.nn.Parameter
+    lora_B: torch.nn.Parameter
+    lora_magnitude: torch.nn.Parameter | None
+    lora_call: LoraCall
+    step_keys: StepKeys
+
+    def _product(self, x: Tensor, weight: Tensor, options: dict[str, Any]) -> Tensor:
+        layer: Any = self
+        keys = self.step_keys.current if layer.training and self.lora_call.dropout is not None else None
+        call = replace(
+            self.lora_call,
+            sequence=bool(options.get("sequence_parallel")),
+            reduce_grad=bool(options.get("allreduce_dgrad")),
+            group=options.get("tp_group"),
+        )
+        if self.lora_magnitude is None:
+            return lora_linear(x, weight, options.get("bias"), self.lora_A, self.lora_B, keys, call)
+        norms = self._norms(weight)
+        product = lora_linear(x, weight, None, self.lora_A, self.lora_B, keys, call)
+        scaled = scaled_rows(product, self.lora_magnitude, norms, call.parts)
+        return scaled if options.get("bias") is None else scaled + options["bias"]
+
+    def _norms(self, weight: Any) -> Tensor:
+        """Of the rows of W + scale * B A, in the order of B."""
+        layer: Any = self
+        values = weight.weight(self.lora_A.dtype) if isinstance(weight, Packed) else weight
+        columns = layer.tp_group if isinstance(self, RowParallel) else None
+        return row_norms(values, self.lora_A, self.lora_B, self.lora_call, columns)
+
+
+class LoraColumn(_LoraLayer, ColumnParallel):
+    """A column-parallel layer with an adapter: A whole on every rank, B cut as the weight is."""
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self._product(input, weight, kwargs)
+
+
+class LoraRow(_LoraLayer, RowParallel):
+    """A row-parallel layer with an adapter: A cut as the weight is, B whole on every rank."""
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self._product(input, weight, kwargs)
+
+
+class Attached:
+    """The adapter of a built model on one rank: which of its parameters are trained, and how they are saved.
+
+    Args:
+        held: name of a parameter in the local model -> what it is a part of.
+    """
+
+    def __init__(self, lora: Lora, held: Mapping[str, Parameter], keys: StepKeys) -> None:
+        self.lora, self.held, self.keys = lora, held, keys
+
+    def keys_of(self, origins: Tensor | None) -> Tensor | None:
+        """Keys of a micro batch's tokens in this step; None where nothing is dropped."""
+        return self.keys.of(origins) if self.lora.dropout > 0.0 else None
+
+    def sharded_state_dict(self, model: torch.nn.Module, prefix: str = "") -> dict[str, Any]:
+        """Megatron-Core's description of the parts that this rank holds; nothing of the base is in it."""
+        own = dict(model.named_parameters())
+        return {f"{prefix}{name}": described(own[name], parameter) for name, parameter in self.held.items()}
+
+
+def described(value: Tensor, parameter: Parameter) -> Any:
+    """A rank's part of a parameter, as Megatron-Core saves and loads it: several pieces where its arrangement has blocks."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+    tp, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
+    split, lead = parameter.arrangement.split, len(parameter.place)
+    layers = [(axis, place, count) for axis, (place, count) in enumerate(zip(parameter.place, parameter.counts, strict=True))]
+    copies = (0, rank if split is None else 0, parallel_state.get_data_parallel_rank(with_context_parallel=True))
+    options: dict[str, Any] = {"prepend_axis_num": lead, "allow_shape_mismatch": parameter.padded}
+
+    def piece(key: str, data: Tensor, cut: list[tuple[int, int, int]], replica: Any) -> ShardedTensor:
+        return ShardedTensor.from_rank_offsets(key, data, *layers, *cut, replica_id=replica, **options)
+
+    if split is None or tp == 1:
+        return piece(parameter.key, value, [], copies)
+    if split or len(parameter.arrangement.blocks) == 1:
+        return piece(parameter.key, value, [(lead + split, rank, tp)], copies)
+    places = parameter.arrangement.places(tp, rank)
+
+    def build(key: str, data: Tensor, replica: Any, _range: Any) -> list[ShardedTensor]:
+        rows = sum(parameter.arrangement.blocks)
+        return [
+            piece(key, data[first : first + count], [(lead, start // count, rows // count)], replica)
+            for first, start, count in places
+        ]
+
+    return ShardedTensorFactory(parameter.key, value, build, torch.cat, copies)
+
+
+def attach(
+    model: Any,
+    lora: Lora,
+    base: Sequence[Parameter],
+    parameters: Sequence[Parameter],
+    first_layer: int,
+    seed: int,
+    values: Callable[[Parameter], Tensor | None],
+) -> Attached:
+    """Freeze a built model and give its layers the adapter; before it is wrapped for data parallelism.
+
+    Args:
+        model: ChatModel of one pipeline stage.
+        base: the model's parameters; parameters: the adapter's.
+        first_layer: the stage's first layer in the whole model.
+        values: the whole first value of each of the adapter's parameters, which is cut here; None for lengths of rows that
+            are those of the base.
+    """
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    keys = StepKeys(seed)
+    listed = {parameter.name: parameter for parameter in parameters}
+    held: dict[str, Parameter] = {}
+    for site in lora.sites(base):
+        name = local_module(site.module, first_layer, len(model.decoder.layers))
+        if name is None:
+            continue
+        module = model.get_submodule(name)
+        halves = {half: listed[f"{site.module}.{half}"] for half in lora.of_site(site)}
+        _exchange(module, site, halves, lora, keys, values)
+        held |= {f"{name}.{half}": parameter for half, parameter in halves.items()}
+    own = dict(model.named_parameters())
+    for parameter in lora.whole(base):
+        name = _local_parameter(parameter.name, first_layer, model)
+        if name is not None:
+            _begin(own[name], listed[parameter.name], values(listed[parameter.name]))
+            held[name] = listed[parameter.name]
+    if lora.dropout > 0.0:
+        for layer in model.decoder.layers:
+            layer.register_forward_pre_hook(_sees(keys), with_kwargs=True)
+    need_gradients_of_inputs(model)
+    return Attached(lora, held, keys)
+
+
+@torch.no_grad()
+def _begin(weight: torch.nn.Parameter, parameter: Parameter, value: Tensor | None) -> None:
+    """Let a weight of the base be trained, from a value where an adapter brings one."""
+    weight.requires_grad_(True)
+    if value is None or weight.is_meta:
+        return
+    tp, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
+    if parameter.padded:  # rows that only pad the vocabulary stay zero
+        value = torch.nn.functional.pad(value, (0, 0, 0, weight.shape[0] * tp - value.shape[0]))
+    weight.copy_(parameter.arrangement.shard(value, tp)[rank])
+
+
+def _sees(keys: StepKeys) -> Callable[..., None]:
+    def hook(_module: Any, _args: Any, options: dict[str, Any]) -> None:
+        keys.current = options["packed_seq_params"].token_keys
+
+    return hook
+
+
+def _exchange(
+    module: Any,
+    site: Site,
+    halves: Mapping[str, Parameter],
+    lora: Lora,
+    keys: StepKeys,
+    values: Callable[[Parameter], Any],
+) -> None:
+    kinds, adapted = ((ColumnParallel, PackedColumn), LoraColumn) if site.is_column else ((RowParallel, PackedRow), LoraRow)
+    if type(module) not in kinds:
+        raise TypeError(f"{site.module} is a {type(module).__name__}: an adapter knows only {kinds[0].__name__}")
+    weight, tp, rank = module.weight, module.tp_group.size(), module.tp_group.rank()
+    packed = type(module) is kinds[1]
+    values_of = weight.data if packed else weight
+    device = "cpu" if values_of.is_meta else values_of.device  # where weights come and go the adapter stays
+    module.lora_magnitude = None
+    for name, parameter in halves.items():
+        if name == MAGNITUDE:
+            continue
+        part = parameter.arrangement.shard(values(parameter), tp)[rank].to(device, module.config.params_dtype).contiguous()
+        module.register_parameter(name, _marked(torch.nn.Parameter(part), parameter, tp))
+    module.__class__ = adapted
+    module.step_keys = keys
+    first = 0 if site.is_column else rank * weight.shape[1]
+    dropout = Dropout(lora.dropout, site.module, first) if lora.dropout > 0.0 else None
+    order = halves[LORA_B].arrangement
+    outputs = rows_of(site.base.arrangement, site.tensors, tp)
+    module.lora_call = LoraCall(
+        Parts(outputs, rows_of(order, range(len(site.tensors)), tp)),
+        lora.scale,
+        PACKED_OPS if packed else linear_ops_of(module.config),
+        dropout=dropout,
+    )
+    if MAGNITUDE in halves:
+        begun = values(halves[MAGNITUDE])
+        part = module._norms(weight) if begun is None else halves[MAGNITUDE].arrangement.shard(begun, tp)[rank]
+        made = torch.nn.Parameter(part.to(device, module.config.params_dtype).contiguous())
+        del module.lora_magnitude
+        module.register_parameter(MAGNITUDE, _marked(made, halves[MAGNITUDE], tp))
+
+
+def _marked(made: torch.nn.Parameter, parameter: Parameter, tp: int) -> torch.nn.Parameter:
+    """What Megatron-Core's gradient norm, and `sum_over_tensor_parallel`, ask a parameter."""
+    split = parameter.arrangement.split
+    made.tensor_model_parallel = split is not None and tp > 1  # type: ignore[attr-defined]
+    made.partition_dim, made.partition_stride = -1 if split is None else split, 1  # type: ignore[attr-defined]
+    made.partial_gradient = split is None  # type: ignore[attr-defined]
+    return made
+
+
+def rows_of(arrangement: Arrangement, tensors: Sequence[int], tp: int) -> tuple[Rows, ...]:
+    """Where rows of some Hugging Face tensors lie in a rank's part of a fused matrix."""
+    groups, turn = arrangement.turns(tp)
+    width, starts, place = sum(count for _, count in turn), {}, 0
+    for tensor, count in turn:
+        starts[tensor] = (place, count)
+        place += count
+    return tuple(Rows(groups, width, *starts[tensor]) for tensor in tensors)
+
+
+def _local_parameter(name: str, first: int, model: Any) -> str | None:
+    local: str | None = name
+    if name.startswith("decoder.layers."):
+        local = local_module(name, first, len(model.decoder.layers))
+    if local is None:
+        return None
+    local = local_name(local)
+    return local if local in dict(model.named_parameters()) else None

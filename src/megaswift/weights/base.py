@@ -1,0 +1,92 @@
+"""The weights that an adapter stands beside, known by what they hold: SHA-256 over the tensors, whatever form they lie in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megaswift.errors import DataError
+from megaswift.models import parameters_of
+from megaswift.models.parameters import hf_shapes
+from megaswift.store.cache import cache_root
+from megaswift.store.manifest import MANIFEST, read_manifest
+from megaswift.store.publish import put
+from megaswift.weights.hf.read import HFCheckpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+_THREADS = 2
+
+
+def base_digest(directory: Path, config: PreTrainedConfig) -> str:
+    """SHA-256 of the names and the raw values of a model's Hugging Face tensors.
+
+    Args:
+        directory: a Hugging Face folder, or converted Megatron weights, whose manifest recorded them.
+
+    The same for the folder and for what was converted from it without a cast. Raises DataError for trained Megatron weights:
+    they have no such record.
+    """
+    names = list(hf_shapes(parameters_of(config)))
+    recorded = read_manifest(directory).get("hf_tensors") if (directory / MANIFEST).is_file() else None
+    if isinstance(recorded, dict) and all(name in recorded for name in names):
+        return _of({name: str(recorded[name]) for name in names})
+    if not (directory / "config.json").is_file():
+        raise DataError(
+            "an adapter cannot begin from these weights: nothing recorded what they hold, tensor by tensor.",
+            where=str(directory),
+            fix="export them first (swift export --ckpt_dir RUN --to_hf true) and begin from that folder",
+        )
+    return _of(_of_folder(directory, names))
+
+
+def _of(digests: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()
+
+
+def _of_folder(folder: Path, names: list[str]) -> dict[str, str]:
+    """Of every tensor; read once for each state of the files, and kept in the cache."""
+    from megaswift.weights.convert.model import digest
+
+    source = HFCheckpoint.open(folder)
+    files = sorted({source.file_of(name).resolve() for name in names})
+    state = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    kept = cache_root() / "tensors" / f"{hashlib.sha256(json.dumps(state).encode()).hexdigest()}.json"
+    try:
+        found = json.loads(kept.read_text(encoding="utf-8"))
+        if isinstance(found, dict) and set(names) <= set(found):
+            return found
+    except (OSError, ValueError):
+        pass
+
+    def one(name: str) -> str:
+        value = digest(source.tensor(name))
+        source.release(name)
+        return value
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        made = dict(zip(names, pool.map(one, names), strict=True))
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    put(kept, json.dumps(made), durable=False)
+    return made
+
+
+def base_record(checkpoint: Path, root: Path, config: PreTrainedConfig, origin: str | None) -> dict[str, Any]:
+    """What a run's checkpoints say of their base.
+
+    Args:
+        checkpoint: the weights; root: the directory that was named for them.
+        origin: how they are called elsewhere ("hf:owner/name", a directory); None: as the weights' own manifest says.
+    """
+    named = origin
+    if named is None and (checkpoint / MANIFEST).is_file():
+        named = dict(read_manifest(checkpoint).get("source") or {}).get("origin")
+    return {
+        "digest": base_digest(checkpoint, config),
+        "path": str(checkpoint.absolute()),
+        "origin": named or str(root.absolute()),
+    }

@@ -1,0 +1,70 @@
+"""Weights in 4 bits: the nearest of sixteen values in each block, in bitsandbytes' order of bits, whole and in parts."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tests.kernels.conftest import LIMITS, off
+
+from megaswift.megatron.kernels.lora import LoraCall, Parts, lora_linear
+from megaswift.megatron.kernels.nf4 import BLOCK, CODE, PackedOps, pack, unpack
+
+
+def nearest(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Index of the nearest value of each weight, and the scale of each block, one by one in fp64."""
+    blocks = weight.double().reshape(weight.shape[0], -1, BLOCK)
+    scales = blocks.abs().amax(-1)
+    distance = (blocks / scales.unsqueeze(-1)).unsqueeze(-1) - torch.tensor(CODE, dtype=torch.float64)
+    return distance.abs().argmin(-1).reshape(weight.shape), scales
+
+
+def test_each_is_the_nearest_value() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(96, 256) * 0.05
+    packed, (index, scales) = pack(weight), nearest(weight)
+    assert packed.data.dtype == torch.uint8 and packed.shape == weight.shape
+    assert packed.nbytes == weight.numel() // 2 + 4 * weight.numel() // BLOCK
+    assert torch.equal(packed.data >> 4, index[:, ::2].to(torch.uint8)), "the first of two stands in the upper half"
+    assert torch.equal(packed.data & 15, index[:, 1::2].to(torch.uint8))
+    assert torch.equal(packed.scales, scales.float())
+    again = pack(packed.weight(torch.float32))
+    assert torch.equal(again.data, packed.data) and torch.equal(again.scales, packed.scales), "a packed weight packs as it is"
+
+
+def test_the_bytes_are_those_of_bitsandbytes() -> None:
+    """What bitsandbytes 0.50.2 makes of these weights (quantize_4bit, nf4, blocks of 64), by its SHA-256."""
+    number = torch.arange(64 * 128)
+    weight = (
+        ((number * number * 31 + number * 97) % 1009 - 504).view(64, 128) / 512 * torch.arange(1.0, 65.0).unsqueeze(1)
+    )  # exact everywhere
+    packed = pack(weight)
+    assert hashlib.sha256(packed.data.numpy().tobytes()).hexdigest() == BYTES
+    assert pack(torch.zeros(2, 64)).data.unique().tolist() == [0x77], "zeros are zeros"
+
+
+BYTES = "ea9810909d10056fcedb7683cc802dfc9cf84a96697faef677594af4c182e066"
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_parts_pack_as_in_the_whole(axis: int) -> None:
+    weight = torch.randn(64, 256)
+    whole, parts = pack(weight), [pack(part) for part in weight.chunk(2, axis)]
+    assert torch.equal(torch.cat([part.data for part in parts], axis), whole.data)
+    assert torch.equal(torch.cat([part.scales for part in parts], axis), whole.scales)
+
+
+def test_products_are_those_of_the_weight_that_it_stands_for(case: tuple[str, torch.dtype]) -> None:
+    device, dtype = case
+    packed = pack(torch.randn(48, 128, device=device) * 0.1)
+    weight = packed.weight(dtype)
+    assert torch.equal(unpack(packed.data.cpu(), packed.scales.cpu(), dtype), weight.cpu())
+    x, y = (torch.ones(5, 2, 128, device=device, dtype=dtype).mul_(0.3).requires_grad_() for _ in range(2))
+    bias = torch.randn(48, device=device).to(dtype)
+    got = lora_linear(x, packed, bias, None, None, None, LoraCall(Parts((), ()), 0.0, PackedOps()))
+    want = F.linear(y, weight, bias)
+    got.square().sum().backward()
+    want.square().sum().backward()
+    assert off(got, want) < LIMITS[dtype] and off(x.grad, y.grad) < LIMITS[dtype]

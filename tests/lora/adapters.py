@@ -1,0 +1,113 @@
+"""Adapters for tests: random ones that PEFT made on a tiny model, PEFT's own losses and gradients, and an engine's run with them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megaswift.data.store import TokenRows
+from megaswift.data.tokens import weights_of
+from megaswift.models import family_of
+from megaswift.models.adapters import Lora, saved_modules, target_modules
+from megaswift.models.family import is_tied
+from megaswift.models.parameters import Parameter
+from megaswift.parity.adapters import as_packed, plain
+from megaswift.run.spec import Method, Run
+from megaswift.weights.hf.config import load_config
+
+SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def lora_of(folder: Path, words: list[str] | None = None, saved: list[str] | None = None, **changes: Any) -> Lora:
+    """A description for a folder's model: rank 4, alpha 8, without dropout."""
+    config = load_config(folder)
+    base = family_of(config.model_type).parameters(config)
+    whole = saved_modules(base, saved, is_tied(config)) if saved else ()
+    return Lora(
+        **{
+            "rank": 4,
+            "alpha": 8.0,
+            "dropout": 0.0,
+            "targets": target_modules(base, words or ["all-linear"]),
+            "saved": whole,
+            **changes,
+        }
+    )
+
+
+def peft_model(folder: Path, lora: Lora, seed: int = 5, **changes: Any) -> Any:
+    """PEFT's model in fp32 with random values everywhere in the adapter."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    for module in base.modules():  # the pad token's row is trained as any other
+        if isinstance(module, torch.nn.Embedding):
+            module.padding_idx = None
+    config = family_of(base.config.model_type).parameters(base.config)
+    if lora.bits is not None:
+        as_packed(base, config)
+    values = lora.peft_config(config, str(folder)) | changes
+    names = ("r", "lora_alpha", "target_modules", "modules_to_save", "use_rslora", "use_dora", "init_lora_weights")
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **{name: values[name] for name in names}))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name and "magnitude" not in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+            elif "magnitude" in name:
+                parameter.mul_(1 + 0.2 * torch.randn(parameter.shape, generator=generator))
+            elif "modules_to_save" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return model.train()
+
+
+def plain_names(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """PEFT's names in memory -> in its files."""
+    return {plain(name): value for name, value in values.items()}
+
+
+def peft_step(model: Any, data: TokenRows) -> tuple[float, float, dict[str, Tensor]]:
+    """(mean loss, gradient norm, gradients by name) of all rows, sample by sample."""
+    total = torch.zeros(())
+    weight = 0.0
+    for sample in (sample for row in range(len(data)) for sample in data.samples(row)):
+        ids, weights = torch.tensor(sample.ids[None]).long(), torch.from_numpy(weights_of(sample))[1:]
+        losses = F.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="none")
+        summed = (losses * weights).sum()
+        summed.backward()
+        total, weight = total + summed.detach(), weight + float(weights.sum())
+    found = {name: part.grad / weight for name, part in model.named_parameters() if part.requires_grad}
+    norm = float(torch.stack([gradient.double().norm() for gradient in found.values()]).norm())
+    return float(total / weight), norm, plain_names(found)
+
+
+def adapted(made: Run, lora: Lora, start: Path | None) -> Run:
+    """A run of full training as one that trains an adapter."""
+    method = Method(sft_type="lora", adapter=lora, adapter_start=None if start is None else str(start))
+    return replace(made, method=method)
+
+
+def by_hf_name(directory: Path, parameters: list[Parameter]) -> dict[str, Tensor]:
+    """Hugging Face name -> value of all that a checkpoint of an adapter holds; nothing else may be in it."""
+    from megaswift.weights.convert.model import check_megatron, read_hf
+    from megaswift.weights.torch_dist.reader import Reader
+
+    reader = Reader(directory)
+    check_megatron(reader, parameters)
+    return {
+        part.name: value
+        for parameter in parameters
+        for part, value in zip(parameter.hf, read_hf(reader, parameter), strict=True)
+    }
+
+
+def parameters_of(folder: Path, lora: Lora) -> list[Parameter]:
+    """The adapter's list."""
+    config = load_config(folder)
+    return lora.parameters(family_of(config.model_type), config)

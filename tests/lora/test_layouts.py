@@ -1,0 +1,112 @@
+"""LoRA against PEFT at every layout: loss, gradient norm and the gradient of every tensor, packed and padded, with recompute."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from megaswift.data.store import TokenRows
+from megaswift.run.spec import Run
+from tests.engine.test_packed import LAYOUTS, job
+from tests.lora.adapters import adapted, by_hf_name, lora_of, parameters_of, peft_model, peft_step
+from tests.ranks import RankPool
+from tests.training import tiny_start, write_rows
+
+SAMPLES = 48
+SOME = (
+    "tp1 pp1 dp1",
+    "tp2",
+    "tp2 pp2, sequence parallel",
+    "cp2",
+)  # with one kind of model at all, these tell the others' faults
+EVERYWHERE = "MEGASWIFT_LONG" in os.environ
+
+
+def one_step(jobs: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    """On one rank: what each job's only step gives; its gradients are saved."""
+    from megaswift.megatron import process_groups as ranks
+    from megaswift.train.checkpoint.save import save
+    from megaswift.train.gradients import Gradients
+    from megaswift.train.setup import open_batches, restore_trainer
+
+    loaded = [Run.read(Path(path)) for path, _ in jobs]
+    result = []
+    with ranks.joined(loaded[0].parallel, 42) as rank:
+        for item, (_, target) in zip(loaded, jobs, strict=True):
+            trainer, _ = restore_trainer(item)
+            batches, _ = open_batches(item, rank)
+            frozen = {name: value.clone() for name, value in trainer.bare_model.named_parameters() if not value.requires_grad}
+            sums = trainer.gradients(batches.step(0))
+            save(Path(target), 1, Gradients(trainer, trainer.gradient_divisor(sums)), only_model=True, extra={}, manifest={})
+            step = trainer.update(sums)
+            own = dict(trainer.bare_model.named_parameters())
+            assert all(torch.equal(own[name], value) for name, value in frozen.items()), "the base does not move"
+            buffered = sum(
+                buffer.numel_unpadded if hasattr(buffer, "numel_unpadded") else buffer.grad_data.numel()
+                for buffer in trainer.model.buffers
+            )
+            result.append({"loss": step.loss, "norm": step.grad_norm, "buffered": buffered})
+            trainer.close()
+    return result
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "llama tied": {"family": "llama", "tied": True},
+    "qwen2 untied, rsLoRA": {"family": "qwen2", "tied": False, "lora": {"rslora": True}, "layouts": SOME},
+    "ernie4_5 tied, q and v and up": {
+        "family": "ernie4_5", "tied": True, "words": ["q_proj", "v_proj", "up_proj"], "layouts": SOME,
+    },
+    "qwen3 untied, some layers, norms and head": {
+        "family": "qwen3", "tied": False, "words": [r"model\.layers\.[02]\.self_attn\..*", r".*layers\.1\.mlp\.down_proj", "k_proj"],
+        "saved": ["norm", "input_layernorm", "q_norm", "lm_head", "embed_tokens"], "layouts": SOME,
+    },
+    "qwen2 tied, DoRA": {"family": "qwen2", "tied": True, "lora": {"dora": True}, "layouts": SOME},
+    "qwen2 tied, base in 4 bits, k and down": {
+        "family": "qwen2", "tied": True, "sizes": {"hidden_size": 128, "intermediate_size": 128}, "lora": {"bits": 4},
+        "words": ["k_proj", "down_proj"], "layouts": SOME,
+    },
+}  # fmt: skip
+FORMS: dict[str, dict[str, Any]] = {
+    "packed": {"packing": True},
+    "padded": {"padding_free": False},
+    "recomputed": {"padding_free": False, "gradient_checkpointing": True},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_those_of_peft(case: str, pool: RankPool, tmp_path: Path) -> None:
+    chosen = CASES[case]
+    start = tiny_start(tmp_path, chosen["family"], tie_word_embeddings=chosen["tied"], **chosen.get("sizes", {}))
+    folder, rows = tmp_path / "hf", write_rows(tmp_path / "rows.jsonl", SAMPLES)
+    lora = lora_of(folder, chosen.get("words"), chosen.get("saved"), **chosen.get("lora", {}))
+    model = peft_model(folder, lora)
+    model.save_pretrained(tmp_path / "adapter")
+    parameters, wanted = parameters_of(folder, lora), None
+    names = tuple(LAYOUTS) if EVERYWHERE else chosen.get("layouts", tuple(LAYOUTS))
+    for number, name in enumerate(names):
+        (world, *layout), jobs = LAYOUTS[name], []
+        for form, options in FORMS.items():
+            path = tmp_path / f"{number}-{form}.json"
+            with mock.patch.dict(os.environ, {"NPROC_PER_NODE": str(world)}):
+                made = job(start, rows, world, *layout, batch=1 if form == "packed" else 2, samples=SAMPLES, **options)
+            adapted(made, lora, tmp_path / "adapter").write(path)
+            jobs.append((str(path), str(tmp_path / f"{name} {form}")))
+        if wanted is None:
+            wanted = peft_step(model, TokenRows.open(made.data.train))
+        loss, norm, gradients = wanted
+        assert set(gradients) == {part.name for parameter in parameters for part in parameter.hf}
+        for (_, target), figures in zip(jobs, pool.run(world, one_step, jobs)[0], strict=True):
+            what = f"{case}: {Path(target).name}"
+            assert figures["loss"] == pytest.approx(loss, abs=2e-6), what
+            assert figures["norm"] == pytest.approx(norm, rel=1e-5), what
+            found = by_hf_name(Path(target) / "iter_0000001", parameters)
+            worst = max((float((found[key] - value).norm() / value.norm()), key) for key, value in gradients.items())
+            print(
+                f"{what:60} loss {abs(figures['loss'] - loss):.1e} norm {abs(figures['norm'] / norm - 1):.1e} gradient {worst[0]:.1e} {worst[1]}"
+            )
+            assert worst[0] < 2e-5, f"{what}: {worst}"
