@@ -22,6 +22,12 @@ def tiny_config(name: str, **changes: Any) -> Any:
     return CONFIG_MAPPING[family.hf_types[0]](**{**family.tiny, **changes})
 
 
+def dense_families() -> list[str]:
+    """Families without experts: adapters of the others are refused."""
+    made = {family.name: family for family in families().values()}
+    return [name for name in FAMILIES if all(kind.experts is None for kind in made[name].layers(tiny_config(name)))]
+
+
 def tiny_model(name: str, seed: int = 0, **changes: Any) -> Any:
     """A tiny model with random weights everywhere: biases and norms too, so that nothing hides behind zeros and ones."""
     from transformers import AutoModelForCausalLM

@@ -23,7 +23,7 @@ def described(name: str = "qwen2", words: tuple[str, ...] = ("all-linear",), **c
     return lora.parameters(family_of(config.model_type), config), lora
 
 
-@pytest.mark.parametrize("name", tiny.FAMILIES)
+@pytest.mark.parametrize("name", tiny.dense_families())
 @pytest.mark.parametrize("dora", [False, True])
 def test_names_and_shapes_are_those_of_peft(name: str, dora: bool) -> None:
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
