@@ -3,6 +3,7 @@
 # make test-long    the default suite, and the parity document made once on tiny models
 # make test-gpu     the kernels, CUDA graphs, offload, FP8 and inference on an NVIDIA GPU
 # make test-vllm, make test-eval    the vLLM backend; EvalScope, lm-eval and the server, each in an environment of its own
+# make test-newest   the engine on the newest Megatron-Core, in an environment of its own with Python 3.12
 # make faults  every fault at every named point, about 15 minutes; writes the tables of docs/reliability.md
 # make mutants plants each fault of tests/mutants/rooms in a scratch copy and shows the test that sees it, about half an hour on one busy core; ONLY="data launch"
 # make parity  measures what docs/parity.md says and writes it, about half an hour; DATA=rows.json#400 names instruction rows to learn
@@ -17,7 +18,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 CPU_TORCH := 2.13.0+cpu
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test test-gpu test-long faults faults-again mutants check bench parity clean test-vllm test-eval
+.PHONY: demo test test-gpu test-long faults faults-again mutants check bench parity clean test-vllm test-eval test-newest
 
 demo: $(VENV)/ready
 	LORA=$(LORA) $(BIN)/python examples/demo.py
@@ -104,10 +105,36 @@ test-eval: .venv-eval/ready
 	@.venv-eval/bin/python -m pip install --quiet --disable-pip-version-check "evalscope>=1.14.1,<2" "lm-eval>=0.4.9,<0.5" fastapi uvicorn openai "transformers>=5.16,<5.20"
 	@touch $@
 
+# What a later move would meet: a Megatron-Core that Python 3.11 cannot have. megaswift itself is not installed there, since it
+# asks for another version, but found through PYTHONPATH. Megatron-Core imports Triton there, GPU or not.
+NEWEST     := 0.19.2
+NEWEST_VENV := .venv-newest
+PYTHON312  ?= $(shell for one in python3.12 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.12*/bin/python3.12; do \
+  "$$one" -c "" 2>/dev/null && echo "$$one" && break; done)
+
+test-newest: $(NEWEST_VENV)/ready
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 PYTHONPATH=src $(NEWEST_VENV)/bin/python -m pytest -p no:cacheprovider -n 2 --dist loadfile \
+	  tests/engine tests/kernels tests/checkpoint
+
+$(NEWEST_VENV)/ready: pyproject.toml
+	@test -n "$(PYTHON312)" || { \
+	  echo "make test-newest needs Python 3.12, which Megatron-Core $(NEWEST) asks for, and there is no python3.12 here."; \
+	  echo "Install it, or name one: make test-newest PYTHON312=/path/to/python3.12"; exit 1; }
+	@$(PYTHON312) -m venv $(NEWEST_VENV)
+	@echo "installing what megaswift needs, with megatron-core $(NEWEST)"
+	@$(NEWEST_VENV)/bin/python -c "import torch" 2>/dev/null || \
+	  $(NEWEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --index-url $(CPU_INDEX) "torch==$(CPU_TORCH)" || \
+	  $(NEWEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check "torch==$(firstword $(subst +, ,$(CPU_TORCH)))"
+	@$(NEWEST_VENV)/bin/python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+	  print(*[line for line in project['dependencies'] + project['optional-dependencies']['dev'] if not line.startswith('megatron-core')], \
+	  'megatron-core==$(NEWEST)', 'triton>=3.6', sep='\n')" > $(NEWEST_VENV)/needs.txt
+	@$(NEWEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r $(NEWEST_VENV)/needs.txt
+	@touch $@
+
 # An environment that also sees the packages of .venv, the editable megaswift among them.
 define beside
 $(BIN)/python -m venv $(1) && $(BIN)/python -c "import site; print(*['import site; site.addsitedir(%r)' % p for p in site.getsitepackages()], sep='\n')" > $$(ls -d $(1)/lib/python3*/site-packages)/beside.pth
 endef
 
 clean:
-	rm -rf $(VENV) .venv-vllm .venv-eval demo
+	rm -rf $(VENV) .venv-vllm .venv-eval $(NEWEST_VENV) demo

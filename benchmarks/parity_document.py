@@ -31,9 +31,9 @@ from parity_text import write_document  # noqa: E402
 
 # mbsN lays N rows end to end in one micro batch, with attention within each row; "padded" pads them to the longest instead.
 # The global batch is 4 rows, and 8 in MORE, so that mbs4 and mbs8 are one big batch where tp1 accumulates micro batches.
-LAYOUTS = "tp1 tp2,sp pp2 dp2 mbs4 mbs4,padded recompute resume"
+LAYOUTS = "tp1 tp2,sp pp2 pp2,vpp2 dp2 mbs4 mbs4,padded recompute resume"
 PACKED = "tp1 tp2,sp pp2 mbs4"
-MORE = "tp1 tp2 tp4,sp pp4 tp2,pp2 tp2,pp2,sp tp2,pp2,dp2,sp mbs8 mbs8,padded math pp2,mbs2,padded,recompute tp2,sp,resume"
+MORE = "tp1 tp2 tp4,sp pp4 tp2,pp2 tp2,pp2,sp tp2,pp2,vpp2,sp tp2,pp2,dp2,sp mbs8 mbs8,padded math pp2,mbs2,padded,recompute tp2,sp,resume"
 QUICK_LAYOUTS = "tp1 tp2,sp pp2 mbs4,padded resume"
 NOISE_LAYOUTS = "tp1 tp2 tp2,sp pp2 dp2 mbs4 mbs4,padded tp2,pp2,sp recompute"
 TRANSFORMERS: dict[str, tuple[int, list[str]]] = {

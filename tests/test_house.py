@@ -253,6 +253,77 @@ def run(): return sft._plan, their._restored(1), rotate._cache, self._x, sft.__n
     ]
 
 
+# Where the class of an object of Megatron-Core's may be exchanged, and its private names used: each with its reason there.
+PATCHES = "megaswift.megatron.compat"
+ADAPTERS = "megaswift.megatron.lora_layers"  # the one place that attaches adapters exchanges classes, too
+# Names with an underscore that others have no public form of, by module. Torch's operators are among them, `os._exit` is public.
+UNDERSCORED = {
+    "megaswift.weights.torch_dist.writer": {"_StorageInfo"},  # what torch's own index holds
+    "megaswift.weights.hf.unpickle": {"_Unpickler"},  # the one written in Python, which can be told what to build
+    "megaswift.proof.streams": {"_parameters"},  # of a module, in place of which others are put
+    "megaswift.megatron.kernels.activation_offload": {"_version"},  # how often a tensor was changed in place
+    "megaswift.megatron.kernels.flash_attention_4": {"_flash_attn_fwd", "_flash_attn_bwd"},  # without autograd around them
+    "megaswift.data.hubs": {"_fingerprint"},  # of a dataset, by which it is cached
+    "megaswift.evaluation.evalscope_scorer": {"_benchmark_meta", "_temporary_attribute"},  # what its own evaluator asks
+}
+
+
+def patches(name: str, text: str) -> list[str]:
+    """Exchanges of a class, and private names of third parties. What a class says of itself and its parent is its own."""
+    tree, found = ast.parse(text), []
+    nodes = list(ast.walk(tree))
+    ours = {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    ours |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
+    ours |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    ours -= {method.name for kind in nodes if isinstance(kind, ast.ClassDef) for method in kind.body if overrides(kind, method)}
+
+    def theirs(attribute: str) -> bool:
+        return attribute.startswith("_") and not attribute.startswith("__") and attribute not in UNDERSCORED.get(name, ())
+
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] != "megaswift":
+            found += [f"{name} imports {alias.name}" for alias in node.names if theirs(alias.name)]
+        if not isinstance(node, ast.Attribute):
+            continue
+        if node.attr == "__class__" and isinstance(node.ctx, ast.Store) and name != ADAPTERS:
+            found.append(f"{name} sets {ast.unparse(node)}")
+        owner = ast.unparse(node.value)
+        operators = owner in ("torch", "torch.ops.aten") or (owner, node.attr) == ("os", "_exit")
+        if theirs(node.attr) and node.attr not in ours and owner not in ("self", "cls", "super()") and not operators:
+            found.append(f"{name} uses {ast.unparse(node)}")
+    return [] if name == PATCHES else found
+
+
+def overrides(kind: ast.ClassDef, method: ast.stmt) -> bool:
+    """Whether a method asks its parent for the same: it is the parent's name then."""
+    return isinstance(method, ast.FunctionDef) and f"super().{method.name}(" in ast.unparse(method)
+
+
+def test_patches_of_others_stand_in_one_place() -> None:
+    found = [line for name, path in modules().items() for line in patches(name, path.read_text(encoding="utf-8"))]
+    assert not found, "\n".join(found)
+
+
+def test_a_patch_elsewhere_is_seen() -> None:
+    text = """from torch.optim import _secret
+class Ours(Theirs):
+    def _state(self, key): return super()._state(key)
+    def _own(self): return self._hidden
+    def value(self, other): return other._own()
+def use(ddp, block):
+    block.__class__ = Ours
+    torch._foreach_norm(block._state(1))
+    return ddp._hook(), type(block).__class__
+"""
+    assert sorted(patches("megaswift.megatron.graphs", text)) == [
+        "megaswift.megatron.graphs imports _secret",
+        "megaswift.megatron.graphs sets block.__class__",
+        "megaswift.megatron.graphs uses block._state",
+        "megaswift.megatron.graphs uses ddp._hook",
+    ]
+    assert patches(PATCHES, text) == []
+
+
 def dtype_tables(text: str) -> list[str]:
     """Dictionaries that say which torch dtype a name means."""
     tables = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Dict)]

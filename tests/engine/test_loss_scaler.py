@@ -69,7 +69,7 @@ def steps(path: str, bad: dict[int, int], initial: float, window: int) -> list[d
         for place in range(job.schedule.train_iters):
             sums = trainer.gradients(batches.step(place))
             if bad.get(place + 1) == dist.get_rank():
-                for weight in trainer.model.parameters():  # a data-parallel rank owns a part of the buffers only
+                for weight in trainer.bare_model.parameters():  # a data-parallel rank owns a part of the buffers only
                     weight.main_grad.view(-1)[0] = math.inf
             result = trainer.update(sums)
             weights = torch.cat([weight.detach().reshape(-1) for weight in trainer.bare_model.parameters()])

@@ -52,7 +52,7 @@ def first_moments(path: str, dtype: str) -> list[tuple[float, float]]:
         for wanted in NORMS:
             trainer, train, _ = trainer_of(path, dtype, rank)
             sums = trainer.gradients(train.step(0))
-            buffers = [weight.main_grad for weight in trainer.model.parameters()]
+            buffers = [weight.main_grad for weight in trainer.bare_model.parameters()]
             scale = trainer.gradient_divisor(sums) * (trainer._loss_scale() or 1.0)
             norm = math.sqrt(sum(float(buffer.double().square().sum()) for buffer in buffers)) / scale
             for buffer in buffers:

@@ -69,16 +69,18 @@ def _plain(block: Any) -> None:
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer.attention import SelfAttention
     from megatron.core.transformer.identity_op import IdentityOp
-    from megatron.core.transformer.mlp import MLP
+    from megatron.core.transformer.mlp import MLP, MLPSubmodules
     from megatron.core.transformer.transformer_layer import TransformerLayer
+
+    from megaswift.megatron.compat import mlp_spec
 
     for layer in block.layer_specs:
         layer.module, parts = TransformerLayer, layer.submodules
         parts.input_layernorm = parts.pre_mlp_layernorm = _Norm
-        attention, mlp = parts.self_attention, parts.mlp
-        attention.module, mlp.module = SelfAttention, MLP
+        parts.mlp = mlp_spec(MLP, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
+        attention = parts.self_attention
+        attention.module = SelfAttention
         attention.submodules.linear_qkv, attention.submodules.linear_proj = ColumnParallelLinear, RowParallelLinear
-        mlp.submodules.linear_fc1, mlp.submodules.linear_fc2 = ColumnParallelLinear, RowParallelLinear
         for name in ("q_layernorm", "k_layernorm"):
             if getattr(attention.submodules, name) is not IdentityOp:
                 setattr(attention.submodules, name, _Norm)

@@ -58,6 +58,7 @@ def parity(
         (4, {"tp": 2, "pp": 2, "sequence_parallel": True}),
         (2, {"tp": 1, "pp": 1, "packing": True, "max_length": 48}),
         (2, {"tp": 1, "pp": 2, "packing": True, "max_length": 48}),
+        (4, {"tp": 2, "pp": 2, "vpp": 2, "sequence_parallel": True, "packing": True, "max_length": 48}),
     ],
     ids=str,
 )
@@ -83,7 +84,7 @@ def test_planted_faults_are_named(fault: str, pool: RankPool, start: tuple[Path,
 
 
 def test_layouts_are_compared(pool: RankPool, start: tuple[Path, Path], tmp_path: Path) -> None:
-    layouts = "tp1 tp2,sp pp2,mbs2 dp2,padded tp2,pp2,recompute pp2,resume"
+    layouts = "tp1 tp2,sp pp2,mbs2 dp2,padded tp2,pp2,recompute pp2,vpp2,resume"
     found = parity(pool, start, tmp_path, 1, layouts=layouts, gradient_accumulation_steps=8, steps=6)
     assert found["problem"] is None
     assert list(found["layouts"]) == layouts.split()

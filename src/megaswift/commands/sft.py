@@ -31,7 +31,7 @@ from megaswift.run.resolve import warmup_note
 from megaswift.run.resume import check_unchanged, kept_batch
 from megaswift.run.setup import prepared, resolved, streamed_rows, template_of
 from megaswift.run.source import TrainingSource, resolve_source
-from megaswift.run.spec import RUN_FILE, Run
+from megaswift.run.spec import RUN_FILE, Parallel, Run
 from megaswift.run.table import filled_rows
 from megaswift.store.cache import cache_root
 from megaswift.store.lock import LOCK, filling, locked
@@ -219,7 +219,7 @@ def _print_plan(run: Run, config: PreTrainedConfig, memory: MemoryEstimate, data
     fp8 = " with FP8 products in the blocks" if run.precision.fp8 else ""
     device = memory.device
     out.print(
-        f"{parallel.world_size} processes = tp {parallel.tp} x pp {parallel.pp}{_stages(config, parallel.pp)} x {cp}dp {parallel.dp}, {run.precision.dtype}{fp8}\n"
+        f"{parallel.world_size} processes = tp {parallel.tp} x pp {parallel.pp}{_stages(config, parallel)} x {cp}dp {parallel.dp}, {run.precision.dtype}{fp8}\n"
         f"global batch {run.batch.global_batch_size} = {run.batch.micro_batch_size} rows x {_shares(run)}\n"
         f"{_steps(run)}; {run.data.val_rows} validation rows\n"
         f"{_trained(run, config)}\n"
@@ -256,9 +256,12 @@ def _shares(run: Run) -> str:
     )
 
 
-def _stages(config: PreTrainedConfig, pp: int) -> str:
-    """How many layers each pipeline stage has, where they differ."""
-    stages = stage_layers(config, pp)
+def _stages(config: PreTrainedConfig, parallel: Parallel) -> str:
+    """How many layers each pipeline stage has, where they differ, and in which chunks."""
+    stages = stage_layers(config, parallel.pp, parallel.vpp)
+    if parallel.vpp > 1:
+        parts = [" + ".join(map(str, stages[rank :: parallel.pp])) for rank in range(parallel.pp)]
+        return f" ({', '.join(dict.fromkeys(parts))} layers in {parallel.vpp} chunks)"
     return f" ({', '.join(map(str, stages))} layers)" if len(set(stages)) > 1 else ""
 
 

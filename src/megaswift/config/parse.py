@@ -152,6 +152,13 @@ REFUSED = {
     "eval_batch_size": "evaluation uses --batch_size",
 }
 
+# Megatron-Core's names for options that have a shorter one here.
+RENAMED = {
+    "virtual_pipeline_model_parallel_size": "use --vpp, with the same number",
+    "num_virtual_stages_per_pipeline_rank": "use --vpp, with the same number",
+    "num_layers_per_virtual_pipeline_stage": "use --vpp: the layers of the model / (--pp x this number)",
+}
+
 # Other names that ms-swift gives to options, and what they are called here.
 ALIASES = {
     "quant_bits": "quantization_bit",
@@ -222,6 +229,8 @@ def _require_known(cls: type[Any], name: str, known: dict[str, Any]) -> None:
         return
     if name in REFUSED:
         raise UserError(f"--{name} has no effect on this backend, so it is refused.", where=f"--{name}", fix=REFUSED[name])
+    if name in RENAMED and "vpp" in known:
+        raise UserError(f"--{name} has another name here.", where=f"--{name}", fix=RENAMED[name])
     raise UserError(f"unknown option --{name}.", where="command line", fix=f"did you mean: {nearest(name, list(known))}?")
 
 

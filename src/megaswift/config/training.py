@@ -99,6 +99,9 @@ class ParallelArguments(BaseArguments):
         low=1,
         unit="processes",
     )
+    vpp: int = option(
+        1, "Chunks of layers of each pipeline stage, which take turns: processes wait less, and send more; needs pp > 1.", low=1
+    )
 
 
 @dataclass(kw_only=True)

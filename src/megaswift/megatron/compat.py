@@ -11,6 +11,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -140,6 +141,54 @@ def use_our_adamw() -> None:
     distrib_optimizer.USING_APEX_OPTIMIZER = True
 
 
+def become(built: Any, kind: type) -> Any:
+    """Let an object that Megatron-Core built be of a class of ours from here on; returns it.
+
+    Reason: Megatron-Core builds optimizers, the embedding and the block of layers of classes that it names itself. A wrapper
+    would change the names in checkpoints, and what asks `isinstance`.
+    Removed by: a Megatron-Core release that takes these classes as arguments.
+
+    Args:
+        kind: a subclass of the object's class, or of a parent of it where it replaces all that the class adds.
+
+    Raises TypeError for any other class.
+    """
+    if not issubclass(kind, (type(built), *(parent for parent in type(built).__bases__ if parent is not object))):
+        raise TypeError(f"a {type(built).__name__} cannot become a {kind.__name__}: they have no parent in common")
+    built.__class__ = kind
+    return built
+
+
+# What a DistributedOptimizer keeps of a parameter, and where. Reason: its names for it are private, and what it offers
+# gathers the state of all ranks. Removed by: a way to read and write what one rank holds.
+
+
+def state_of_shard(optimizer: Any, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Master weights and moments of what this rank's optimizer holds of a parameter."""
+    return optimizer._get_main_param_and_optimizer_states(parameter)
+
+
+def set_state_of_shard(optimizer: Any, parameter: torch.Tensor, states: dict[str, torch.Tensor]) -> None:
+    """The inverse of `state_of_shard`."""
+    optimizer._set_main_param_and_optimizer_states(parameter, states)
+
+
+def weights_of_shard(optimizer: Any, parameter: torch.Tensor) -> torch.Tensor:
+    """The flat stretch of the model's own weights, in their buffer, that this rank's optimizer updates."""
+    place = optimizer._get_model_param_range_map(parameter)["gbuf_world_in_bucket"]
+    buffer, _, bucket = optimizer.model_param_gbuf_map[parameter]
+    return optimizer.buffers[buffer].buckets[bucket].param_data.view(-1)[place.start : place.end]
+
+
+def wait_for_weights(wrapped: Any) -> Any:
+    """A forward hook of the data-parallel wrapper: the module called waits until its own weights are gathered.
+
+    Reason: the wrapper hangs it to modules that are called; our fused operations take weights from others.
+    Removed by: a public way to wait for a parameter.
+    """
+    return wrapped._make_forward_pre_hook()
+
+
 def guard_checkpoint_reads() -> None:
     """Let every load of a torch_dist checkpoint go through checkpoint.guard.
 
@@ -169,6 +218,70 @@ def guard_checkpoint_reads() -> None:
 
     FileSystemReader.read_metadata = read_metadata  # type: ignore[method-assign]
     DefaultLoadPlanner.load_bytes = load_bytes  # type: ignore[method-assign]
+
+
+def mlp_spec(module: Any, submodules: Any) -> Any:
+    """A layer's MLP, in the form in which this version of Megatron-Core builds it.
+
+    Reason: 0.16.1 wants a ModuleSpec; 0.19 calls what it is given, with arguments that a class's `as_mlp_submodule` takes.
+    Removed by: nothing older than 0.19 being supported.
+    """
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    build = getattr(module, "as_mlp_submodule", None)
+    return ModuleSpec(module=module, submodules=submodules) if build is None else partial(build, submodules=submodules)
+
+
+def mark_split(weight: torch.Tensor, axis: int) -> None:
+    """Mark a weight as cut over tensor-parallel ranks along an axis, unless it is marked.
+
+    Reason: 0.16.1 marks weights while it initialises them only, later versions in any case, and none takes a second mark.
+    Removed by: nothing older than 0.19 being supported.
+    """
+    from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+
+    if not hasattr(weight, "tensor_model_parallel"):
+        set_tensor_model_parallel_attributes(weight, True, axis, 1)
+    elif not weight.tensor_model_parallel or weight.partition_dim != axis:  # type: ignore[attr-defined]
+        raise AssertionError(f"a weight split along axis {axis} is marked otherwise by Megatron-Core")
+
+
+def gradients_for_norm(optimizer: Any) -> list[torch.Tensor]:
+    """The gradients of a rank's optimizer that count in the norm, each weight once.
+
+    Reason: 0.19 has another name for it. Removed by: nothing older being supported.
+    """
+    name = "get_main_grads_for_grad_norm"
+    return getattr(optimizer, name if hasattr(optimizer, name) else "get_grads_for_grad_norm")()
+
+
+def let_groups_be_found(saved: Any, optimizer: Any) -> None:
+    """Give the parameter groups of a checkpoint the rates of the optimizer that will load them.
+
+    Reason: 0.19 finds the saved group of each of an optimizer's groups by everything that a user may set for a group, the
+    rates among it, so that a run could not go on with another learning rate. Removed by: groups found by what they hold.
+
+    Args:
+        saved: what `optimizer.state_dict()` gave, one of a chain or a list of them; changed in place.
+    """
+    from megatron.core.optimizer.optimizer import param_group_identifier_keys as names
+
+    kinds = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")  # all names that 0.16.1 has
+    parts = saved if isinstance(saved, list) else [saved]
+    for part, inner in zip(parts, optimizer.chained_optimizers, strict=True):
+        ours = {tuple(group.get(name) for name in kinds): group for group in inner.param_groups}
+        for group in part["optimizer"]["param_groups"]:
+            found = ours.get(tuple(group.get(name) for name in kinds), {})
+            group.update({name: found[name] for name in names if name not in kinds and name in found})
+
+
+def without_hooks(module: Any) -> None:
+    """Take all forward hooks off a module.
+
+    Reason: torch takes a hook away by its handle only, and who set these keeps none. Removed by: a public way to clear them.
+    """
+    module._forward_pre_hooks.clear()
+    module._forward_hooks.clear()
 
 
 def quiet() -> None:

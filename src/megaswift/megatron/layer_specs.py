@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor
 
+from megaswift.megatron.compat import mlp_spec
 from megaswift.megatron.kernels.context_parallel import Share
 from megaswift.megatron.kernels.megatron_layer import (
     CoreAttention,
@@ -111,10 +112,7 @@ def layer_spec(kind: Kind, packed: bool = False) -> ModuleSpec:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(
-                module=_named(MLPS, "mlp", kind.mlp),
-                submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row),
-            ),
+            mlp=mlp_spec(_named(MLPS, "mlp", kind.mlp), MLPSubmodules(linear_fc1=column, linear_fc2=row)),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=_NORMS,
         ),

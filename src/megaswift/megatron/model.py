@@ -15,12 +15,12 @@ from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
-    set_tensor_model_parallel_attributes,
 )
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megaswift.megatron.compat import mark_split
 from megaswift.megatron.kernels.activation_offload import offload_activations
 from megaswift.megatron.kernels.attention import describe
 from megaswift.megatron.kernels.fp8_linear import Fp8LinearOps
@@ -239,6 +239,35 @@ class RotaryTable:
         return (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)
 
 
+class Chunks(torch.nn.ModuleList):
+    """Several ChatModels of one process, first to last; what saves, loads and counts weights takes it as one model.
+
+    Virtual stages are numbered in the order of the computation: chunk c of pipeline rank r is stage c * pp + r. Names of
+    parameters begin with the chunk's number; keys in a checkpoint do not, since they count layers over the whole model.
+    """
+
+    adapter = None  # adapters are refused beside several chunks
+
+    @property
+    def config(self) -> TransformerConfig:
+        """The one that all chunks share."""
+        first: Any = self[0]
+        return first.config
+
+    def sharded_state_dict(self, prefix: str = "", **options: Any) -> dict[str, Any]:
+        """Megatron-Core's sharded state dict of all chunks; `load_state_dict` takes the same names."""
+        whole: dict[str, Any] = {}
+        for number, chunk in enumerate(chunks_of(self)):
+            part = chunk.sharded_state_dict(prefix="", **options)
+            whole |= {f"{prefix}{number}.{name}": item for name, item in part.items()}
+        return whole
+
+
+def chunks_of(model: ChatModel | Chunks) -> list[ChatModel]:
+    """The chunks of a process, first to last: mostly one."""
+    return list(model) if isinstance(model, Chunks) else [model]  # type: ignore[arg-type]
+
+
 def rotary_tables(config: PreTrainedConfig, kinds: Sequence[Kind], device: torch.device) -> dict[str, RotaryTable]:
     """Every table that layers of these kinds rotate by."""
     names = sorted({kind.rotation for kind in kinds if kind.rotation is not None})
@@ -260,7 +289,7 @@ def transformer_config(
         # Where any layer has these norms their gradients are summed over tensor-parallel ranks.
         qk_layernorm=any(kind.qk_norm for kind in family.layers(config)),
         hetereogenous_dist_checkpoint=family.is_mixed(config),
-        pipeline_model_parallel_layout=pipeline_layout(config, parallel.pp),
+        pipeline_model_parallel_layout=pipeline_layout(config, parallel.pp, parallel.vpp),
         activation_func=F.silu,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
@@ -270,6 +299,7 @@ def transformer_config(
         persist_layer_norm=False,
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
         context_parallel_size=parallel.cp,
         sequence_parallel=parallel.sequence_parallel,
         variable_seq_lengths=parallel.pp > 1,
@@ -283,16 +313,18 @@ def transformer_config(
         perform_initialization=False,
         calculate_per_token_loss=True,
         deterministic_mode=precision.deterministic,
-        batch_p2p_comm=torch.cuda.is_available(),
+        # Chunks that take turns receive from both neighbours, which are one at pp 2: what is sent in a batch would be mixed up.
+        overlap_p2p_comm=parallel.vpp > 1,
+        batch_p2p_comm=torch.cuda.is_available() and parallel.vpp == 1,
         attention=precision.attention,
         linear_ops=Fp8LinearOps() if precision.fp8 else PLAIN,
         plain_layers=plain_layers,
     )
 
 
-def pipeline_layout(config: PreTrainedConfig, pp: int) -> list[list[str]] | None:
-    """Megatron-Core's description of stages that have different numbers of layers; None where all have as many."""
-    counts = stage_layers(config, pp)
+def pipeline_layout(config: PreTrainedConfig, pp: int, vpp: int = 1) -> list[list[str]] | None:
+    """Megatron-Core's description of (virtual) stages with different numbers of layers; None where all have as many."""
+    counts = stage_layers(config, pp, vpp)
     if len(set(counts)) == 1:
         return None
     stages = [["decoder"] * count for count in counts]
@@ -306,29 +338,48 @@ def build(
     memory: Memory = KEEP_ALL,
     vocab_rows: int | None = None,
     packed: bool = False,
-) -> ChatModel:
+) -> ChatModel | Chunks:
     """The model of this process's pipeline stage and tensor-parallel part, its weights not yet loaded (zeros).
 
     Args:
         vocab_rows: rows of the embedding over all ranks, padding included; None: the fewest that tp can split.
         packed: linear layers of the blocks hold frozen weights in 4 bits, which `packed_layers.fill` brings.
 
-    Needs the process groups of `process_groups.joined`.
+    Needs the process groups of `process_groups.joined`. Several chunks of a stage share one config.
     """
+    megatron_config, left, chunks = transformer_config(config, parallel, precision, memory), memory.offloaded_layers, []
+    rows = vocab_rows or padded_vocab(config.vocab_size, parallel.tp)
+    for number in range(parallel.vpp):
+        chunks.append(_chunk(config, parallel, megatron_config, number, rows, left, packed))
+        left -= min(left, len(chunks[-1].decoder.layers))
+    return Chunks(chunks) if parallel.vpp > 1 else chunks[0]
+
+
+def _chunk(
+    config: PreTrainedConfig,
+    parallel: Parallel,
+    megatron_config: EngineConfig,
+    number: int,
+    vocab_rows: int,
+    offloaded_layers: int,
+    packed: bool,
+) -> ChatModel:
+    """One chunk of this process's stage; as many of its layers as it has, and no more than asked for, are offloaded."""
     from megatron.core import parallel_state
 
-    megatron_config = transformer_config(config, parallel, precision, memory)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    stage, counts = parallel_state.get_pipeline_model_parallel_rank(), stage_layers(config, parallel.pp)
+    stage = number * parallel.pp + parallel_state.get_pipeline_model_parallel_rank()
+    counts = stage_layers(config, parallel.pp, parallel.vpp)
     first = sum(counts[:stage])
     kinds = family_of(config.model_type).layers(config)[first : first + counts[stage]]
     model = ChatModel(
         config=megatron_config,
         transformer_layer_spec=block_spec(kinds, packed),
-        vocab_size=vocab_rows or padded_vocab(config.vocab_size, parallel.tp),
+        vocab_size=vocab_rows,
         max_sequence_length=config.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=stage == 0,
+        post_process=stage == len(counts) - 1,
+        vp_stage=number if parallel.vpp > 1 else None,
         share_embeddings_and_output_weights=is_tied(config),
         ropes=rotary_tables(config, kinds, device),
         true_vocab=config.vocab_size,
@@ -337,8 +388,8 @@ def build(
         for parameter in model.parameters():
             parameter.zero_()  # rows of vocabulary padding stay zero, whatever the checkpoint brings
     _mark_split_weights(model)
-    if memory.offloaded_layers:
-        offload_activations(model.decoder, memory.offloaded_layers)
+    if offloaded_layers:
+        offload_activations(model.decoder, min(offloaded_layers, len(kinds)))
     return fuse_embedding(model.to(device))
 
 
@@ -350,12 +401,12 @@ def _mark_split_weights(model: torch.nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)) and module.weight is not None:
-            set_tensor_model_parallel_attributes(module.weight, True, 0, 1)
+            mark_split(module.weight, 0)
         elif isinstance(module, RowParallelLinear) and module.weight is not None:
-            set_tensor_model_parallel_attributes(module.weight, True, 1, 1)
+            mark_split(module.weight, 1)
 
 
-def recompute_parts(model: ChatModel, parts: str) -> None:
+def recompute_parts(model: ChatModel | Chunks, parts: str) -> None:
     """Let the MLPs compute parts again in the backward pass.
 
     Args:

@@ -27,7 +27,10 @@ class AdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         adam_w_mode: bool = True,
+        **newer: Any,
     ) -> None:
+        if any(newer.values()):  # later versions of Megatron-Core pass more: capturable, which is False unless it was asked for
+            raise TypeError(f"this AdamW has no such options: {newer}")
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, step=0))
         self.update = torch._fused_adamw_ if adam_w_mode else torch._fused_adam_
 

@@ -29,7 +29,7 @@ def _built_without_weight(layer: Any, config: Any, build: Callable[[], None]) ->
             build()
     finally:
         config.use_cpu_initialization = on_cpu
-    del layer._parameters["weight"]
+    del layer.weight
     layer.weight = None
     if layer.bias is not None:
         device = "cpu" if on_cpu else torch.cuda.current_device()

@@ -82,6 +82,7 @@ def _model_parallel(parallel: Parallel, seed: int, rank: int, world: int, local_
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
         context_parallel_size=parallel.cp,
     )
     model_parallel_cuda_manual_seed(seed)

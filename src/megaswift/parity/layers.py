@@ -35,13 +35,11 @@ def of_engine(trainer: Any, batches: list[MicroBatch], rows: TokenRows) -> list[
     """
     from megatron.core import parallel_state
 
-    model = trainer.bare_model
+    config = trainer.bare_model.config
     tp = parallel_state.get_tensor_model_parallel_rank()
-    split = model.config.sequence_parallel
-    layers = model.decoder.layers
-    first = layers[0].layer_number - 1
-    sums = torch.zeros(1 + model.config.num_layers, dtype=torch.float64, device=batches[0].tokens.device)
-    calls = [0] * (1 + len(layers))
+    split = config.sequence_parallel
+    sums = torch.zeros(1 + config.num_layers, dtype=torch.float64, device=batches[0].tokens.device)
+    calls = [0] * (1 + config.num_layers)
     masks = [_own_tokens(batch, rows).t().to(sums.device) for batch in batches]
 
     def add(place: int, hidden: Tensor) -> None:
@@ -51,17 +49,17 @@ def of_engine(trainer: Any, batches: list[MicroBatch], rows: TokenRows) -> list[
             mask = mask.chunk(parallel_state.get_tensor_model_parallel_world_size(), dim=0)[tp]
         elif tp:
             return
-        index = 0 if place == 0 else first + place
-        sums[index] += hidden.double().square().sum(-1)[mask].sum()
+        sums[place] += hidden.double().square().sum(-1)[mask].sum()
 
     with contextlib.ExitStack() as stack:
-        if model.pre_process:
-            entry = layers[0].register_forward_pre_hook(
-                lambda _, args, kwargs: add(0, args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-            )
-            stack.callback(entry.remove)
-        for number, layer in enumerate(layers, start=1):
-            stack.callback(layer.register_forward_hook(lambda _, __, output, place=number: add(place, _tensor(output))).remove)
+        for layer in (layer for chunk in trainer.chunks for layer in chunk.decoder.layers):
+            if layer.layer_number == 1:
+                entry = layer.register_forward_pre_hook(
+                    lambda _, args, kwargs: add(0, args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+                )
+                stack.callback(entry.remove)
+            hook = layer.register_forward_hook(lambda _, __, output, place=layer.layer_number: add(place, _tensor(output)))
+            stack.callback(hook.remove)
         trainer.evaluate(iter([batches]))
     dist.all_reduce(sums)
     return list(sums.tolist())

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megaswift.config.options import SftArguments
 from megaswift.errors import UserError
 
-_SIZES = re.compile(r"(tp|pp|cp|dp|mbs)(\d+)")
+_SIZES = re.compile(r"(tp|pp|vpp|cp|dp|mbs)(\d+)")
 _SWITCHES = {
     "sp": {"sequence_parallel": True},
     "recompute": {"gradient_checkpointing": True},
@@ -31,6 +31,7 @@ class Layout:
     name: str
     tp: int = 1
     pp: int = 1
+    vpp: int = 1
     cp: int = 1
     dp: int = 1
     mbs: int | None = None
@@ -57,6 +58,7 @@ class Layout:
         values: dict[str, object] = {
             "tp": self.tp,
             "pp": self.pp,
+            "vpp": self.vpp,
             "cp": self.cp,
             "batch_size": batch,
         }
@@ -81,7 +83,7 @@ def parse_layouts(text: str) -> list[Layout]:
                 raise UserError(
                     f"layout {word!r}: {part!r} is not known.",
                     where="--layouts",
-                    fix=f"use tpN, ppN, cpN, dpN, mbsN and {', '.join(_SWITCHES)}, for example: tp2,pp2,sp",
+                    fix=f"use tpN, ppN, vppN, cpN, dpN, mbsN and {', '.join(_SWITCHES)}, for example: tp2,pp2,sp",
                 )
         found.append(Layout(word, switches=tuple(switches), **sizes))
     if len(found) < 2:

@@ -64,7 +64,7 @@ def audit(config: PreTrainedConfig, reference: Streamed, measured: Streamed) -> 
         (
             "q/k norm",
             _layers(theirs.model.layers, lambda one: hasattr(one.self_attn, "q_norm")),
-            _layers(ours.decoder.layers, lambda one: bool(list(one.self_attention.q_layernorm.parameters()))),
+            _layers(ours.decoder.layers, lambda one: _has_weights(one.self_attention.q_layernorm)),
         ),
         (
             "layers that rotate",
@@ -111,6 +111,11 @@ def _layers(layers: Any, has: Callable[[Any], bool]) -> str:
     """Which layers have something, in words."""
     found = [number for number, layer in enumerate(layers) if has(layer)]
     return "all" if len(found) == len(layers) else ", ".join(map(str, found)) or "none"
+
+
+def _has_weights(module: torch.nn.Module | None) -> bool:
+    """Where there is no norm Megatron-Core has a module without weights, in later versions none at all."""
+    return module is not None and any(True for _ in module.parameters())
 
 
 def _name(function: Any) -> str:

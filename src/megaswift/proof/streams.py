@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from megaswift.megatron import process_groups
+from megaswift.megatron import compat, process_groups
 from megaswift.megatron.layer_specs import block_spec, local_name
 from megaswift.megatron.lora_layers import attach
 from megaswift.megatron.model import ChatModel, rotary_tables, transformer_config
@@ -120,8 +120,7 @@ def peft_stream(config: PreTrainedConfig, source: HFCheckpoint, precisions: Prec
     for module in wrapped.modules():  # DoRA reads a layer's weight after it was called
         base: Any = getattr(module, "base_layer", None)
         if base in names:
-            base._forward_pre_hooks.clear()
-            base._forward_hooks.clear()
+            compat.without_hooks(base)
             plain.hold(names[base], base, module)
     wrapped.eval()
     model: Any = wrapped.get_base_model()

@@ -209,7 +209,11 @@ def _label(axes: Axes, tag: Tag, subtitle: str) -> None:
 def _subtitle(plan: dict[str, Any]) -> str:
     """The run in one line: model, precision and layout, as far as plan.json tells."""
     parts = [str(plan[key]) for key in ("model_type", "dtype") if plan.get(key)]
-    sizes = {key: plan[key] for key in ("tp", "pp", "cp", "dp") if plan.get(key) and (key, plan[key]) != ("cp", 1)}
+    sizes = {
+        key: plan[key]
+        for key in ("tp", "pp", "vpp", "cp", "dp")
+        if plan.get(key) and (plan[key] != 1 or key not in ("vpp", "cp"))
+    }
     layout = ", ".join(f"{key} {size}" for key, size in sizes.items())
     return "   ".join([*parts, *([layout] if layout else [])])
 

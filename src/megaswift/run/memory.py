@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from megaswift.models import family_of, parameters_of
 from megaswift.models.adapters import Lora, linear
 from megaswift.models.family import sizes_of
-from megaswift.models.stages import stage_layers, stage_weights
+from megaswift.models.stages import by_rank, passes_in_flight, stage_layers, stage_weights
 from megaswift.run.spec import Parallel, Run
 from megaswift.weights.dtypes import BYTES
 
@@ -54,7 +54,7 @@ def estimate(run: Run, config: PreTrainedConfig) -> MemoryEstimate:
 
 def rank_weights(config: PreTrainedConfig, parallel: Parallel) -> int:
     """Parameters of the fullest rank."""
-    return max(stage_weights(config, parallel.pp)) // parallel.tp
+    return max(by_rank(stage_weights(config, parallel.pp, parallel.vpp), parallel.pp)) // parallel.tp
 
 
 def layer_activations(run: Run, config: PreTrainedConfig) -> int:
@@ -64,7 +64,8 @@ def layer_activations(run: Run, config: PreTrainedConfig) -> int:
     hidden), queries, keys and values, both halves of the first MLP product and their SwiGLU.
     """
     sizes, parallel = sizes_of(config), run.parallel
-    tokens = run.batch.micro_batch_size * run.batch.max_length // parallel.cp * parallel.pp
+    passes = passes_in_flight(parallel.pp, parallel.vpp, run.batch.micro_batches)
+    tokens = run.batch.micro_batch_size * run.batch.max_length // parallel.cp * passes
     if run.memory.recompute == "layers":
         return tokens * sizes.hidden // (parallel.tp if parallel.sequence_parallel else 1)
     qkv = (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim

@@ -28,6 +28,7 @@ def plan_of(run: Run, config: PreTrainedConfig, memory: MemoryEstimate) -> dict[
         "world_size": parallel.world_size,
         "tp": parallel.tp,
         "pp": parallel.pp,
+        "vpp": parallel.vpp,
         "dp": parallel.dp,
         "cp": parallel.cp,
         "padded_vocab": padded_vocab(config.vocab_size, parallel.tp),
@@ -47,7 +48,7 @@ def plan_of(run: Run, config: PreTrainedConfig, memory: MemoryEstimate) -> dict[
         "optimizer_cpu_offload": run.memory.optimizer_on_host,
         "cpu_offloading_num_layers": run.memory.offloaded_layers,
         "host_bytes": memory.host,
-        "stages": list(stage_layers(config, parallel.pp)),
+        "stages": list(stage_layers(config, parallel.pp, parallel.vpp)),
         "parameters": parameter_count(config),
         "trainable": sum(p.size for p in trained_parameters(run.method.adapter, run.method.frozen, config)),
     }

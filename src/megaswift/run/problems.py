@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from megaswift.config.options import SftArguments
 from megaswift.errors import DataError, UserError
 from megaswift.models.family import sizes_of, trained_length
-from megaswift.models.stages import stage_layers
+from megaswift.models.stages import by_rank, stage_layers
 from megaswift.run.spec import FP8_MULTIPLE, Parallel, Run
 
 if TYPE_CHECKING:
@@ -64,6 +64,8 @@ def problems(run: Run, config: PreTrainedConfig) -> Iterator[Problem]:
     yield from _numbers(run)
     yield from _device(run)
     yield from layout_problems(config, run.parallel)
+    yield from _turns(run)
+    yield from _partly(run)
     yield from _offload(run, config)
     yield from _fp8(run, config)
     yield from _fp16(run)
@@ -143,6 +145,7 @@ def layout_problems(config: PreTrainedConfig, parallel: Parallel) -> Iterator[Pr
             where="--pp",
             fix=f"use at most {sizes.layers}",
         )
+    yield from _chunks(sizes.layers, pp, parallel.vpp)
     if parallel.sequence_parallel and tp == 1:
         yield Problem(
             "--sequence_parallel true needs --tp above 1.", where="--sequence_parallel", fix="leave it out, or raise --tp"
@@ -158,8 +161,54 @@ def layout_problems(config: PreTrainedConfig, parallel: Parallel) -> Iterator[Pr
         )
 
 
+def _chunks(layers: int, pp: int, vpp: int) -> Iterator[Problem]:
+    """Chunks of stages that there are no layers for, or nothing to wait for."""
+    if vpp > 1 and pp == 1:
+        yield Problem(
+            f"--vpp {vpp} needs --pp above 1: chunks of one stage have no other stage to wait for.",
+            where="--vpp",
+            fix=f"leave it out{_up_to(layers // vpp)}",
+        )
+    elif vpp > 1 and pp * vpp > layers:
+        yield Problem(
+            f"--pp {pp} x --vpp {vpp} is more than the model's {layers} layers: each chunk has one at least.",
+            where="--vpp",
+            fix=f"use --vpp {layers // pp}" if layers >= 2 * pp else f"leave it out{_up_to(layers // vpp)}",
+        )
+
+
+def _up_to(pp: int) -> str:
+    """The numbers of stages that have as many chunks as were asked for, as another way out."""
+    return "" if pp < 2 else ", or use --pp 2" if pp == 2 else f", or use --pp 2 to {pp}"
+
+
+def _turns(run: Run) -> Iterator[Problem]:
+    """Too few micro batches for chunks to take turns: each has its turn when as many as there are stages have passed it."""
+    parallel, batch = run.parallel, run.batch
+    if parallel.vpp == 1 or batch.micro_batches >= parallel.pp:
+        return
+    rows = batch.global_batch_size // parallel.dp
+    fits = [size for size in _divisors(rows) if rows // size >= parallel.pp]
+    yield Problem(
+        f"--vpp {parallel.vpp} at --pp {parallel.pp} needs {parallel.pp} micro batches a step on each data-parallel rank, "
+        f"there are {batch.micro_batches}.",
+        where="--vpp, --batch_size",
+        fix=f"use --batch_size {max(fits)}, or leave --vpp out" if fits else "leave --vpp out, or use a smaller --pp",
+    )
+
+
+def _partly(run: Run) -> Iterator[Problem]:
+    """What is trained beside, or of, a model, and the layouts that it was proven at."""
+    if run.parallel.vpp > 1 and (run.method.adapter is not None or run.method.frozen):
+        what = "an adapter" if run.method.adapter is not None else "frozen weights"
+        yield Problem(
+            f"--vpp {run.parallel.vpp} was not proven with {what}.", where="--vpp", fix="leave --vpp out; --pp alone works"
+        )
+
+
 def _offload(run: Run, config: PreTrainedConfig) -> Iterator[Problem]:
-    layers, wanted = min(stage_layers(config, run.parallel.pp)), run.memory.offloaded_layers
+    parallel, wanted = run.parallel, run.memory.offloaded_layers
+    layers = min(by_rank(stage_layers(config, parallel.pp, parallel.vpp), parallel.pp))
     if not 0 <= wanted <= layers:
         yield Problem(
             f"--cpu_offloading_num_layers {wanted} is not between 0 and the {layers} layers of a process.",

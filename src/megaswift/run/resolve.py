@@ -152,6 +152,7 @@ def _parallel(args: SftArguments, config: Any, world: World) -> Parallel:
         world_size=world.size,
         tp=args.tp,
         pp=args.pp,
+        vpp=args.vpp,
         cp=args.cp,
         sequence_parallel=args.sequence_parallel,
     )

@@ -43,6 +43,7 @@ class Parallel:
     world_size: int = 1
     tp: int = 1
     pp: int = 1
+    vpp: int = 1  # chunks of layers of each pipeline stage, which take turns
     cp: int = 1
     sequence_parallel: bool = False
     overlap_grad_reduce: bool = False

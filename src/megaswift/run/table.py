@@ -70,9 +70,13 @@ TABLE = (
 )
 
 
+# What the original has no row for; told where it is used.
+FURTHER = (Row(("virtual_pipeline_model_parallel_size",), "vpp", lambda run: run.parallel.vpp),)
+
+
 def megatron_names() -> dict[str, str]:
     """Option -> Megatron-Core's names for it."""
-    return {row.sft: ", ".join(row.megatron) for row in TABLE if row.sft.isidentifier()}
+    return {row.sft: ", ".join(row.megatron) for row in TABLE + FURTHER if row.sft.isidentifier()}
 
 
 def megatron_arguments(run: Run) -> dict[str, Any]:
@@ -85,7 +89,8 @@ def filled_rows(run: Run) -> list[tuple[str, str, str]]:
     expressions: dict[tuple[str, ...], str] = {("train_iters",): "max_steps"} if run.schedule.epochs is None else {}
     if run.batch.of_earlier_run:
         expressions["global_batch_size",] = "that of the run, which goes on"
-    return [(", ".join(row.megatron), expressions.get(row.megatron, row.sft), _text(row.value(run))) for row in TABLE]
+    rows = [*TABLE, *(row for row in FURTHER if row.value(run) > 1)]
+    return [(", ".join(row.megatron), expressions.get(row.megatron, row.sft), _text(row.value(run))) for row in rows]
 
 
 def _text(value: Any) -> str:

@@ -64,7 +64,10 @@ def measure_cost(trainer: Any, batches: list[MicroBatch]) -> tuple[float, float]
     Runs on all ranks at once, before the first step; it leaves nothing but gradients, which every step begins by clearing.
     The two ways take turns, and the fastest pass of each counts.
     """
-    config, one = trainer.bare_model.config, batches[:1]
+    config = trainer.bare_model.config
+    one = batches[
+        : 1 if len(trainer.wrapped) == 1 else config.pipeline_model_parallel_size
+    ]  # chunks need so many to take turns
     times: dict[bool, list[float]] = {True: [], False: []}
     try:
         for turn in range(REPEATS + 1):  # the first of each compiles kernels and is not counted
@@ -79,7 +82,7 @@ def measure_cost(trainer: Any, batches: list[MicroBatch]) -> tuple[float, float]
         config.deterministic_mode = True
     fastest = torch.tensor([min(times[True]), min(times[False])], device=torch.cuda.current_device())
     dist.all_reduce(fastest, op=dist.ReduceOp.MAX)
-    with_it, without = (1e3 * fastest).tolist()
+    with_it, without = (1e3 * fastest / len(one)).tolist()
     return with_it, without
 
 

@@ -49,7 +49,7 @@ class Gradients:
 
     def _gather(self) -> None:
         """Put the parts that the data-parallel ranks reduced together again: the distributed optimizer keeps them apart."""
-        for buffer in self.trainer.model.buffers:
+        for buffer in (buffer for wrapped in self.trainer.wrapped for buffer in wrapped.buffers):
             for bucket in buffer.buckets:
                 group = buffer.data_parallel_group
                 size = dist.get_world_size(group)

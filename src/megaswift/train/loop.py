@@ -53,7 +53,7 @@ def train(run: Run) -> None:
             ):
                 if rank.on_gpu:
                     packed = run.batch.padding_free or run.batch.packing
-                    log.note(f"attention: {trainer.bare_model.attention_kernel(packed)}")
+                    log.note(f"attention: {trainer.chunks[0].attention_kernel(packed)}")
                 training = Training(run, rank, run_dir, trainer, batches, callbacks, signals)
                 training.attend(log, watchdog, validation, extra)
                 training.run()

@@ -19,7 +19,7 @@ from megaswift.data.store import TokenRows
 from megaswift.megatron import process_groups
 from megaswift.models import parameters_of
 from megaswift.models.adapters import Lora
-from megaswift.models.stages import stage_layers
+from megaswift.models.stages import by_rank, stage_layers
 from megaswift.run.memory import layer_activations
 from megaswift.run.spec import Run
 from megaswift.train.checkpoint.load import load_training_state, load_weights
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 def restore_trainer(run: Run) -> tuple[Trainer, dict[str, Any]]:
     """Model and optimizer with the weights, or the whole state, of the run's checkpoint; and what was saved beside it."""
     from megaswift.megatron.freeze import freeze
-    from megaswift.megatron.model import build, recompute_parts
+    from megaswift.megatron.model import Chunks, build, recompute_parts
     from megaswift.train.trainer import Trainer
 
     config, start, method = load_config(Path(run.model.directory)), Path(run.model.checkpoint), run.method
@@ -58,6 +58,7 @@ def restore_trainer(run: Run) -> tuple[Trainer, dict[str, Any]]:
         if run.model.rows_before is not None:
             fill_new_rows(model, start, Path(run.model.directory), run.model.rows_before, config.vocab_size)
     if method.adapter is not None:
+        assert not isinstance(model, Chunks), "refused before any rank starts"
         _adapter(run, method.adapter, config).attach(model)
     elif method.frozen:
         freeze(model, method.frozen, stage_layers(config, run.parallel.pp))
@@ -99,7 +100,9 @@ def _recomputed(run: Run, config: PreTrainedConfig) -> str:
         return run.memory.recompute
     if run.parallel.device == "cpu":
         return "none"
-    layers = max(stage_layers(config, run.parallel.pp)) - run.memory.offloaded_layers  # that stay on the device
+    layers = (
+        max(by_rank(stage_layers(config, run.parallel.pp, run.parallel.vpp), run.parallel.pp)) - run.memory.offloaded_layers
+    )  # that stay on the device
     needed = layers * layer_activations(run, config) * BYTES[run.precision.dtype]
     return "swiglu" if needed > 0.8 * torch.cuda.mem_get_info()[0] else "none"
 

@@ -32,8 +32,9 @@ from megaswift.megatron.kernels.linear_ops import linear_ops_of
 from megaswift.megatron.kernels.lora import sum_over_tensor_parallel
 from megaswift.megatron.kernels.main_grad import settle_main_grads, zero_main_grads
 from megaswift.megatron.kernels.megatron_optimizer import FusedOptimizer, fuse_optimizer, gradient_norm
-from megaswift.megatron.model import ChatModel, run_micro_batch
+from megaswift.megatron.model import ChatModel, Chunks, chunks_of, run_micro_batch
 from megaswift.models.adapters import LORA_B
+from megaswift.models.stages import group_of_micro_batches
 from megaswift.weights.torch_dtypes import TORCH_DTYPES
 
 if TYPE_CHECKING:
@@ -68,36 +69,38 @@ class Trainer:
 
     def __init__(
         self,
-        model: ChatModel,
+        model: ChatModel | Chunks,
         run: Run,
         objective: Objective,
     ) -> None:
         self.bare_model, self.objective = model, objective
         compat.use_our_adamw()
-        config = model.config
-        wrapped = Float16Module(config, model) if config.bf16 or config.fp16 else model
-        overlap = run.parallel.overlap_grad_reduce
+        self.chunks, config = chunks_of(model), model.config
+        overlap, self.gathers_late = run.parallel.overlap_grad_reduce, run.parallel.overlap_param_gather
         # Graphs of layers with adapters were not proven: masks and gradients would have to be filled in for each replay.
         graphs = "never" if model.adapter is not None else run.memory.cuda_graphs
-        model.graphs = self.graphs = Graphs(model.decoder, graphs, overlap)
+        self.chunks[0].graphs = self.graphs = Graphs(self.chunks[0].decoder, graphs, overlap)
+        settings = DistributedDataParallelConfig(
+            use_distributed_optimizer=True,
+            grad_reduce_in_fp32=True,
+            check_for_nan_in_grad=False,
+            overlap_grad_reduce=overlap,
+            overlap_param_gather=self.gathers_late,
+            bucket_size=BUCKET_SIZE,
+        )
+        half = config.bf16 or config.fp16
         with self.graphs.stream_of_step():  # the wrapper's hooks belong to the stream that is current here
-            self.model = DistributedDataParallel(
-                config,
-                DistributedDataParallelConfig(
-                    use_distributed_optimizer=True,
-                    grad_reduce_in_fp32=True,
-                    check_for_nan_in_grad=False,
-                    overlap_grad_reduce=overlap,
-                    overlap_param_gather=run.parallel.overlap_param_gather,
-                    bucket_size=BUCKET_SIZE,
-                ),
-                wrapped,
-            )
-        config.no_sync_func = self.model.no_sync if overlap else None
-        if self.model.ddp_config.overlap_param_gather:
-            wait_for_whole_layers(self.model, model)
+            self.wrapped = [
+                DistributedDataParallel(config, settings, Float16Module(config, chunk) if half else chunk)
+                for chunk in self.chunks
+            ]
+        waits = [wrapped.no_sync for wrapped in self.wrapped]
+        config.no_sync_func = (waits if len(waits) > 1 else waits[0]) if overlap else None
+        if self.gathers_late:
+            for wrapped, chunk in zip(self.wrapped, self.chunks, strict=True):
+                wait_for_whole_layers(wrapped, chunk)
         options = optimizer_config(run)
-        optimizer = get_megatron_optimizer(options, [self.model], group_options(options, model))
+        optimizer = get_megatron_optimizer(options, self.wrapped, group_options(options, model))
         # Under fp16 it stays as it was: the loss scaler needs Megatron's own step.
         self.optimizer = fuse_optimizer(optimizer, run.optimizer.state_dtype, on_host=run.memory.optimizer_on_host)
         for chained in optimizer.chained_optimizers:
@@ -122,16 +125,17 @@ class Trainer:
         The wrapper and its gradient hooks hold each other out of Python's sight, and Megatron-Core keeps every config alive,
         whose functions are bound to the trainer.
         """
-        self.model.grad_accs.clear()
-        self.bare_model.graphs = None
+        for wrapped in self.wrapped:
+            wrapped.grad_accs.clear()
+        self.chunks[0].graphs = None
         config = self.bare_model.config
         for name in ("grad_scale_func", "finalize_model_grads_func", "no_sync_func", "grad_sync_func", "param_sync_func"):
             setattr(config, name, None)
 
     def settle_weights(self) -> None:
         """Wait until this rank has all new weights; all ranks call it, before anything but a forward pass reads them."""
-        if self.model.ddp_config.overlap_param_gather:
-            self.model.start_param_sync(force_sync=True)
+        for wrapped in self.wrapped if self.gathers_late else ():
+            wrapped.start_param_sync(force_sync=True)
 
     def step(self, batches: list[MicroBatch]) -> StepResult:
         """Update the weights once from this rank's micro batches of one global batch."""
@@ -143,17 +147,19 @@ class Trainer:
         Returns the sums of the global batch, fp64 on the device: losses, weights, and the objective's metrics in their order.
         `gradient_divisor` tells what the gradient buffers must be divided by to be gradients of the mean loss.
         """
-        self.model.train()
+        for wrapped in self.wrapped:
+            wrapped.train()
+            zero_main_grads(wrapped)
         if self.bare_model.adapter is not None:
             self.bare_model.adapter.keys.step = int(self.scheduler.num_steps)
-        zero_main_grads(self.model)
         self.optimizer.zero_grad()
         with self.graphs.step(), linear_ops_of(self.bare_model.config).unchanged_weights(len(batches)):
             sums = self._forward_backward(batches, forward_only=False)
         if self.fused:
             self.optimizer.divisor = divisor(sums).float()
         else:
-            self.model.scale_gradients(divisor(sums).float().reciprocal())
+            for wrapped in self.wrapped:
+                wrapped.scale_gradients(divisor(sums).float().reciprocal())
         return sums
 
     def gradient_divisor(self, sums: Tensor) -> float:
@@ -211,14 +217,17 @@ class Trainer:
 
     def _finalize(self, chunks: list[Any], num_tokens: Tensor | None = None, **options: Any) -> None:
         """After the last backward pass: reduce the gradients over ranks; they are divided later, by the sum of weights."""
-        settle_main_grads(self.model)
+        for wrapped in self.wrapped:
+            settle_main_grads(wrapped)
         finalize_model_grads(chunks, None, **options)
-        sum_over_tensor_parallel(self.model.params_with_grad, parallel_state.get_tensor_model_parallel_group())
+        for wrapped in self.wrapped:
+            sum_over_tensor_parallel(wrapped.params_with_grad, parallel_state.get_tensor_model_parallel_group())
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[list[MicroBatch]]) -> float:
         """The loss of all batches together: the sum of their losses over the sum of their weights."""
-        self.model.eval()
+        for wrapped in self.wrapped:
+            wrapped.eval()
         total, weight = 0.0, 0.0
         for group in batches:
             summed, more, *_ = self._forward_backward(group, forward_only=True).tolist()
@@ -229,10 +238,14 @@ class Trainer:
         """Run Megatron-Core's schedule; the sums of losses, weights and metrics over the whole global batch (fp64)."""
         if parallel_state.get_context_parallel_world_size() > 1:
             batches = [shard_batch(batch, parallel_state.get_context_parallel_group()) for batch in batches]
+        iterators = [iter(batches) for _ in self.wrapped]
+        if len(iterators) > 1:
+            pp = parallel_state.get_pipeline_model_parallel_world_size()
+            self.bare_model.config.microbatch_group_size_per_vp_stage = group_of_micro_batches(len(batches), pp)
         reports = self.run_schedule(
             forward_step_func=partial(forward_step, self.objective),
-            data_iterator=iter(batches),
-            model=[self.model],
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.wrapped,
             num_microbatches=len(batches),
             seq_length=batches[0].tokens.shape[1],
             micro_batch_size=batches[0].tokens.shape[0],
@@ -261,7 +274,7 @@ def wait_for_whole_layers(ddp: DistributedDataParallel, model: ChatModel) -> Non
 
     Megatron-Core's hooks wait when a module is called; our fused operations take weights from modules that are not.
     """
-    wait = ddp._make_forward_pre_hook()
+    wait = compat.wait_for_weights(ddp)
 
     def hook(parts: list[torch.nn.Module]) -> Any:
         def wait_for_all(*_: Any) -> None:
@@ -317,7 +330,7 @@ def optimizer_config(run: Run) -> OptimizerConfig:
     )
 
 
-def group_options(options: OptimizerConfig, model: ChatModel) -> dict[ParamKey, ParamGroupOverride]:
+def group_options(options: OptimizerConfig, model: ChatModel | Chunks) -> dict[ParamKey, ParamGroupOverride]:
     """What some weights have in place of the optimizer's options: no decay for vectors, another rate for every B of an adapter."""
     found = get_standard_config_overrides(options)
     ratio = model.adapter.lora.lr_ratio if model.adapter is not None else None

@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from megaswift.megatron.compat import become
 from megaswift.megatron.kernels.pinned import PageLocked
 
 SMALLEST = 1 << 20  # bytes; what is smaller stays on the device
@@ -241,8 +242,7 @@ def offload_activations(block: TransformerBlock, layers: int) -> ActivationOfflo
     if type(block) is not TransformerBlock:
         raise TypeError(f"activations of a {type(block).__name__} cannot be offloaded; it must be a TransformerBlock")
     offload = ActivationOffload(layers)
-    block.__class__ = OffloadingBlock
-    block.offload = offload
+    become(block, OffloadingBlock).offload = offload
     behind = [] if block.final_layernorm is None else [block.final_layernorm]
     for number, module in enumerate((*block.layers, *behind)):
         module.register_forward_pre_hook(lambda _, __, number=number: offload.enter(number))

@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 
+from megaswift.megatron.compat import become
 from megaswift.megatron.kernels.megatron_layer import FusedEmbedding
 
 
@@ -16,7 +17,7 @@ def fuse_embedding(model: Any) -> Any:
     """
     if not model.pre_process or type(model.embedding.word_embeddings) is not VocabParallelEmbedding:
         return model
-    model.embedding.word_embeddings.__class__ = FusedEmbedding
+    become(model.embedding.word_embeddings, FusedEmbedding)
     # Megatron-Core sets it so that two uses' placeholders sum to zero; here only one of the two uses makes a placeholder.
     model.embedding.word_embeddings.weight.zero_out_wgrad = False
     return model

@@ -16,6 +16,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from torch import Tensor
 
+from megaswift.megatron.compat import become, gradients_for_norm, weights_of_shard
 from megaswift.megatron.kernels.fused_adamw import AddressTable, FusedAdamW, sum_of_squares
 from megaswift.megatron.kernels.pinned import HostTensors
 from megaswift.megatron.kernels.small_moments import read_moments, write_moments
@@ -47,7 +48,7 @@ class _Sharded(DistributedOptimizer):
 
 def _squared_norm(inner: DistributedOptimizer) -> Tensor:
     """Sum of squares of this rank's part of the gradient, summed over the ranks that share it."""
-    grads = inner.get_main_grads_for_grad_norm()
+    grads = gradients_for_norm(inner)
     table = inner.__dict__.setdefault("_norm_table", AddressTable())
     total = sum_of_squares(grads, table) if grads else torch.zeros((), device=torch.cuda.current_device())
     group = inner.get_grad_stats_parallel_group()
@@ -121,10 +122,7 @@ def _link_weights(inner: DistributedOptimizer) -> None:
     """Tell each fp32 shard where its bf16 weight lies in the buffers."""
     for mains, models in zip(inner.shard_fp32_from_float16_groups, inner.model_float16_groups):
         for main, model in zip(mains, models):
-            place = inner._get_model_param_range_map(model)["gbuf_world_in_bucket"]
-            buffer, _, bucket = inner.model_param_gbuf_map[model]
-            data = inner.buffers[buffer].buckets[bucket].param_data.view(-1)
-            main.low_precision_weight = data[place.start : place.end]
+            main.low_precision_weight = weights_of_shard(inner, model)
 
 
 def _move_masters(inner: DistributedOptimizer, host: HostTensors) -> None:
@@ -162,13 +160,12 @@ def fuse_optimizer(optimizer: Any, moments: str = "fp32", on_host: bool = False)
             return optimizer
     for inner in chain:
         _link_weights(inner)
-        inner.__class__ = _Sharded
-        inner.optimizer.__class__ = FusedAdamW
+        become(inner, _Sharded)
+        become(inner.optimizer, FusedAdamW)
         inner.optimizer.moments = moments
         if on_host:
             inner.optimizer.host = HostTensors()
             _move_masters(inner, inner.optimizer.host)
     if on_host and torch.cuda.is_available():
         torch.cuda.empty_cache()  # what the master weights leave counts as free from here on
-    optimizer.__class__ = FusedOptimizer
-    return optimizer
+    return become(optimizer, FusedOptimizer)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from megaswift.errors import DataError
+from megaswift.megatron import compat
 from megaswift.store.faults import fault_point
 from megaswift.store.manifest import read_manifest
 from megaswift.train.checkpoint import optimizer_state
@@ -69,6 +70,7 @@ def load_training_state(state: TrainingState, directory: Path, *, layout: dict[s
 def _restore_optimizer(state: TrainingState, loaded: dict[str, Any]) -> None:
     """Steps and the place in the schedule; rates and decay are those of this run's options."""
     ours = [{name: group[name] for name in _OPTIONS if name in group} for group in state.optimizer.param_groups]
+    compat.let_groups_be_found(loaded["optimizer"], state.optimizer)
     state.optimizer.load_state_dict(loaded["optimizer"])
     for group, options in zip(state.optimizer.param_groups, ours):
         group.update(options)

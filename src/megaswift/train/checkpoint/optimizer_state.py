@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megaswift.errors import DataError
+from megaswift.megatron import compat
 from megaswift.weights.torch_dist.reader import Reader, key_of
 
 STATES = ("param", "exp_avg", "exp_avg_sq")  # fp32 master weight and Adam's two moments
@@ -47,13 +48,13 @@ class Shard:
 
     def read(self) -> dict[str, Tensor]:
         """The states of STATES: flat, fp32, on the optimizer's device."""
-        found = self.optimizer._get_main_param_and_optimizer_states(self.parameter)
+        found = compat.state_of_shard(self.optimizer, self.parameter)
         return {name: found[name].detach().view(-1) for name in STATES}
 
     @torch.no_grad()
     def write(self, states: dict[str, Tensor]) -> None:
         """Take over all states, flat, from any device."""
-        self.optimizer._set_main_param_and_optimizer_states(self.parameter, states)
+        compat.set_state_of_shard(self.optimizer, self.parameter, states)
 
 
 def small_state(optimizer: Any) -> Any:
