@@ -20,7 +20,7 @@ from megaswift.parity.adapters import as_packed, plain
 from megaswift.run.spec import Method, Run
 from megaswift.weights.hf.config import load_config
 
-SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+torch.set_num_threads(1)  # models this small only wait for each other's threads
 
 
 def lora_of(folder: Path, words: list[str] | None = None, saved: list[str] | None = None, **changes: Any) -> Lora:
