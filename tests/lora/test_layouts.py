@@ -48,7 +48,7 @@ def one_step(jobs: list[tuple[str, str]]) -> list[dict[str, Any]]:
             assert all(torch.equal(own[name], value) for name, value in frozen.items()), "the base does not move"
             buffered = sum(
                 buffer.numel_unpadded if hasattr(buffer, "numel_unpadded") else buffer.grad_data.numel()
-                for buffer in trainer.model.buffers
+                for buffer in (buffer for wrapped in trainer.wrapped for buffer in wrapped.buffers)
             )
             result.append({"loss": step.loss, "norm": step.grad_norm, "buffered": buffered})
             trainer.close()
