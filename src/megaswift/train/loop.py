@@ -24,7 +24,6 @@ from megaswift.store.faults import fault_point
 from megaswift.train.callbacks import Callbacks, GraphNotes, Heartbeat, StopOnSignal
 from megaswift.train.determinism import CostOfDeterminism, deterministic
 from megaswift.train.evaluation import Evaluation
-from megaswift.train.expert_health import ExpertHealth
 from megaswift.train.log import RunLog
 from megaswift.train.saving import Checkpoints, saves_after
 from megaswift.train.setup import open_batches, restore_trainer, to_device
@@ -78,6 +77,8 @@ class Training:
 
     def attend(self, log: RunLog, watchdog: Watchdog, validation: EvalBatches | None, extra: dict[str, Any]) -> None:
         """Have everything beside the steps done, in this order."""
+        from megaswift.train.expert_health import ExpertHealth
+
         spec, trainer, callbacks, last = self.spec, self.trainer, self.callbacks, self.spec.schedule.train_iters
         checkpoints = Checkpoints(spec, self.rank, trainer, self.batches.fingerprint, self.run_dir, log, watchdog, callbacks)
         callbacks.add(StopOnSignal(self.signals))
