@@ -1,1 +1,5 @@
-"""All that knows Megatron-Core: the parts that we bring to it, the model, process groups, kernels."""
+"""All that knows Megatron-Core. Its messages about packages that are not needed are silenced before anything here imports it."""
+
+from megaswift.megatron import compat
+
+compat.quiet()
