@@ -36,7 +36,7 @@ def _save_padded(folder: str, release: str, target: str) -> None:
             with torch.no_grad():
                 for table in tables:
                     table[WORDS - PADDED :] = 7.0
-        state: Any = SimpleNamespace(bare_model=model, settle_weights=lambda: None)
+        state: Any = SimpleNamespace(bare_model=model, settle_weights=lambda: None, some_layers=None)
         save(Path(target), 1, state, only_model=True, extra={}, manifest={})
 
 

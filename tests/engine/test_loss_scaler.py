@@ -134,7 +134,7 @@ def overflow_always(path: str) -> None:
         sums = plain(self, batches)
         count[0] += 1
         if count[0] > 1 and os.environ["RANK"] == "1":
-            next(iter(self.model.parameters())).main_grad.fill_(math.inf)
+            next(iter(self.bare_model.parameters())).main_grad.fill_(math.inf)
         return sums
 
     with mock.patch.object(Trainer, "gradients", bad):
