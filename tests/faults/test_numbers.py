@@ -33,7 +33,7 @@ def poison(step: int, rank: int, factor: float, gradient_only: bool) -> None:
         if steps[0] != step:
             return sums
         if int(os.environ["RANK"]) == rank:
-            for parameter in self.model.parameters():
+            for parameter in self.bare_model.parameters():
                 if gradient_only:
                     parameter.main_grad.view(-1)[0] = factor
                     break
