@@ -57,6 +57,7 @@ class Layout:
     tp: int = 1
     pp: int = 1
     cp: int = 1
+    vpp: int = 1
     variant: str = ""
 
     VARIANTS: ClassVar = {
@@ -67,14 +68,14 @@ class Layout:
 
     @property
     def words(self) -> tuple[str, ...]:
-        sizes = {key: size for key, size in (("--tp", self.tp), ("--pp", self.pp), ("--cp", self.cp)) if size > 1}
-        return (*(word for key, size in sizes.items() for word in (key, str(size))), *self.VARIANTS[self.variant])
+        sizes = {"--tp": self.tp, "--pp": self.pp, "--vpp": self.vpp, "--cp": self.cp}
+        return (*(word for key, size in sizes.items() if size > 1 for word in (key, str(size))), *self.VARIANTS[self.variant])
 
     def dp(self, gpus: int) -> int:
         return gpus // (self.tp * self.pp * self.cp)
 
     def name(self, gpus: int) -> str:
-        sizes = (("tp", self.tp), ("pp", self.pp), ("cp", self.cp), ("dp", self.dp(gpus)))
+        sizes = (("tp", self.tp), ("pp", self.pp), ("vpp", self.vpp), ("cp", self.cp), ("dp", self.dp(gpus)))
         return " ".join([*(f"{key}{size}" for key, size in sizes if size > 1), *self.variant.split()]) or "1"
 
 
@@ -82,6 +83,7 @@ def layouts(gpus: int) -> list[Layout]:
     """The layouts of the comparison that fit the number of GPUs, each once, and the variants of some."""
     shapes = [(gpus, 1, 1), (2, 1, 1), (1, 1, 1), (2, 2, 1), (1, gpus, 1), (1, 1, gpus)]
     found = [Layout(*shape) for shape in dict.fromkeys(shapes) if gpus % math.prod(shape) == 0]
+    found += [replace(layout, vpp=2) for layout in found if layout.pp > 1]
     found += [replace(layout, variant="sequence parallel") for layout in found if layout.tp > 1]
     return [*found, Layout(variant="nothing overlapped")]
 
@@ -110,7 +112,7 @@ def predicted(layout: Layout, options: argparse.Namespace) -> dict[str, float]:
     # Context parallelism gathers keys and values of a row in each layer and scatters their gradients.
     keys = hidden * cp * 2 * size.num_key_value_heads / size.num_attention_heads
     context = micro * size.num_hidden_layers * 2 * (keys * (cp - 1) / cp / LINK + LATENCY) if cp > 1 else 0.0
-    bubble = (compute + tensor) * (pp - 1) / micro
+    bubble = (compute + tensor) * (pp - 1) / micro / layout.vpp
     shares = dp * cp  # ranks with the same weights share the optimizer's state
     data = own * (4 + 2) * (shares - 1) / shares / LINK  # fp32 gradients scattered, bf16 weights gathered
     # gradient, master, two moments read, three written; zeroed gradients
@@ -123,7 +125,8 @@ def predicted(layout: Layout, options: argparse.Namespace) -> dict[str, float]:
     kept = tokens * 2 * (6 * size.hidden_size + 2 * heads + 3 * size.intermediate_size)
     shared = tp if layout.variant == "sequence parallel" else 1
     activations = (kept - tokens * 8 * size.hidden_size) / tp + tokens * 8 * size.hidden_size / shared
-    memory = own * (2 + 4 + 12 / shares) + activations * size.num_hidden_layers / pp * min(micro, pp)
+    passes = pp if layout.vpp == 1 else (2 * (pp - 1) + (layout.vpp - 1) * pp + 1) / layout.vpp  # whole stages in flight
+    memory = own * (2 + 4 + 12 / shares) + activations * size.num_hidden_layers / pp * min(micro, passes)
     parts = dict(
         compute=compute, tensor=tensor, context=context, bubble=bubble, gradients=gradients, data=data, update=update
     )  # fmt: skip
