@@ -102,6 +102,13 @@ class Adapter:
                 made.replaced[plain] = value
         for module, half in halves.items():
             made.pairs[f"{module}.weight"] = _pair(module, half, config, str(path / WEIGHTS))
+        bare = sorted(set(made.pairs) - set(made.lengths)) if config.get("use_dora") else []
+        if bare:
+            raise UserError(
+                f"the adapter uses DoRA, but has no lengths of rows for {len(bare)} matrices, first {bare[0]}.",
+                where=where,
+                fix="save it again with peft, or set use_dora to false if it was trained as plain LoRA",
+            )
         return made
 
 
