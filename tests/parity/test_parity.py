@@ -161,11 +161,7 @@ def learning(pool: RankPool, start: tuple[Path, Path], output: Path, fault: str,
     return json.loads(next(output.rglob("parity.json")).read_text(encoding="utf-8"))
 
 
-# A bias that is chosen by and never trained has no gradient, which `swift parity` looks for: it stops there with an error.
-_NO_GRADIENT = pytest.mark.xfail(strict=True, reason="swift parity does not know weights without a gradient")
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[_NO_GRADIENT] * (name == "dots1")) for name in tiny.FAMILIES])
+@pytest.mark.parametrize("name", tiny.FAMILIES)
 def test_families(name: str, pool: RankPool, tmp_path: Path) -> None:
     made = tiny_start(tmp_path, name), write_rows(tmp_path / "rows.jsonl")
     assert parity(pool, made, tmp_path / "out", 2, tp=2, pp=1, steps=2)["problem"] is None

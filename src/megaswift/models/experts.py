@@ -72,6 +72,21 @@ def expert_rules(
     return only(rules, has_experts)
 
 
+def usual_expert_rules(bias: str | None = None) -> tuple[Rule, ...]:
+    """The tensors of a layer of experts under the names that most families give them; `bias` as for `expert_rules`."""
+    layer = "model.layers.{i}."
+    expert = layer + "mlp.experts.{e}."
+    return expert_rules(
+        layer + "mlp.gate.weight",
+        expert + "gate_proj.weight",
+        expert + "up_proj.weight",
+        expert + "down_proj.weight",
+        norm=layer + "post_attention_layernorm.weight",
+        loaded=layer + "mlp.experts.",
+        bias=bias,
+    )
+
+
 def shared_rules(gate: str, up: str, down: str, token_gate: str | None = None) -> tuple[Rule, ...]:
     """The tensors of an expert that every token goes to, and of the gate by which each weighs it."""
     shared = _MLP + "shared_experts."

@@ -37,16 +37,17 @@ class Gradients:
         state = self.trainer.bare_model.sharded_state_dict(prefix=prefix, metadata=metadata)
         result = {}
         for name, item in state.items():
-            if isinstance(item, (ShardedTensor, ShardedTensorFactory)) and getattr(item.data, "main_grad", None) is None:
-                continue  # it stays as it is
-            if isinstance(item, ShardedTensor):
-                own = getattr(item.data, "main_grad", None)  # a buffer has none
-                gradient = torch.zeros_like(item.data, dtype=torch.float32) if own is None else own / self.divisor
-                result[name] = replace(item, data=gradient, dtype=gradient.dtype)
-            elif isinstance(item, ShardedTensorFactory):
-                result[name] = replace(item, data=item.data.main_grad / self.divisor)
-            else:
+            if not isinstance(item, (ShardedTensor, ShardedTensorFactory)):
                 result[name] = item
+                continue
+            own = getattr(item.data, "main_grad", None)
+            if own is None and isinstance(item.data, torch.nn.Parameter):
+                continue  # it is frozen
+            gradient = (
+                torch.zeros_like(item.data, dtype=torch.float32) if own is None else own / self.divisor
+            )  # buffers have none
+            kind = {"dtype": gradient.dtype} if isinstance(item, ShardedTensor) else {}
+            result[name] = replace(item, data=gradient, **kind)
         return result
 
     def _gather(self) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from megaswift.models.experts import ROUTING_FIELDS, dense_mlp, expert_rules, kind_with, shared_rules, without_mlp
+from megaswift.models.experts import ROUTING_FIELDS, dense_mlp, kind_with, shared_rules, usual_expert_rules, without_mlp
 from megaswift.models.families.qwen3 import QWEN3
 from megaswift.models.family import Family, decoder_settings
 from megaswift.models.kinds import Experts, Kind
 
 _LAYER = "model.layers.{i}."
-_EXPERT, _SHARED = _LAYER + "mlp.experts.{e}.", _LAYER + "mlp.shared_experts."
+_SHARED = _LAYER + "mlp.shared_experts."
 
 
 def _kind(config: Any, layer: int) -> Kind:
@@ -36,15 +36,7 @@ DOTS1 = Family(
     hf_types=("dots1",),
     rules=without_mlp(QWEN3.rules)
     + dense_mlp(QWEN3.rules)
-    + expert_rules(
-        _LAYER + "mlp.gate.weight",
-        _EXPERT + "gate_proj.weight",
-        _EXPERT + "up_proj.weight",
-        _EXPERT + "down_proj.weight",
-        norm=_LAYER + "post_attention_layernorm.weight",
-        loaded=_LAYER + "mlp.experts.",
-        bias=_LAYER + "mlp.gate.e_score_correction_bias",
-    )
+    + usual_expert_rules(_LAYER + "mlp.gate.e_score_correction_bias")
     + shared_rules(_SHARED + "gate_proj.weight", _SHARED + "up_proj.weight", _SHARED + "down_proj.weight"),
     settings=decoder_settings,
     kind=_kind,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from megaswift.models.experts import ROUTING_FIELDS, expert_rules, kind_with, without_mlp
+from megaswift.models.experts import ROUTING_FIELDS, kind_with, usual_expert_rules, without_mlp
 from megaswift.models.families.llama import LLAMA
 from megaswift.models.family import Family, decoder_settings
 from megaswift.models.kinds import Experts, Kind
 from megaswift.models.rules import copy
 
 _LAYER, _ATTENTION = "model.layers.{i}.", "decoder.layers.{i}.self_attention."
-_EXPERT = _LAYER + "mlp.experts.{e}."
 
 
 def _kind(config: Any, layer: int) -> Kind:
@@ -28,14 +27,7 @@ OLMOE = Family(
         copy(_ATTENTION + "q_layernorm.weight", _LAYER + "self_attn.q_norm.weight", ("q_rows",), split=0),
         copy(_ATTENTION + "k_layernorm.weight", _LAYER + "self_attn.k_norm.weight", ("kv_rows",), split=0),
     )
-    + expert_rules(
-        _LAYER + "mlp.gate.weight",
-        _EXPERT + "gate_proj.weight",
-        _EXPERT + "up_proj.weight",
-        _EXPERT + "down_proj.weight",
-        norm=_LAYER + "post_attention_layernorm.weight",
-        loaded=_LAYER + "mlp.experts.",
-    ),
+    + usual_expert_rules(),
     settings=decoder_settings,
     kind=_kind,
     extra_fields=ROUTING_FIELDS,

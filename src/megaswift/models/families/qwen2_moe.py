@@ -7,13 +7,21 @@ from __future__ import annotations
 from typing import Any
 
 from megaswift.errors import UserError
-from megaswift.models.experts import ROUTING_FIELDS, dense_mlp, every_step, expert_rules, kind_with, shared_rules, without_mlp
+from megaswift.models.experts import (
+    ROUTING_FIELDS,
+    dense_mlp,
+    every_step,
+    kind_with,
+    shared_rules,
+    usual_expert_rules,
+    without_mlp,
+)
 from megaswift.models.families.qwen2 import QWEN2
 from megaswift.models.family import Family
 from megaswift.models.kinds import Experts, Kind
 
 _LAYER = "model.layers.{i}."
-_EXPERT, _SHARED = _LAYER + "mlp.experts.{e}.", _LAYER + "mlp.shared_expert."
+_SHARED = _LAYER + "mlp.shared_expert."
 
 
 def _kind(config: Any, layer: int) -> Kind:
@@ -41,14 +49,7 @@ QWEN2_MOE = Family(
     hf_types=("qwen2_moe",),
     rules=without_mlp(QWEN2.rules)
     + dense_mlp(QWEN2.rules)
-    + expert_rules(
-        _LAYER + "mlp.gate.weight",
-        _EXPERT + "gate_proj.weight",
-        _EXPERT + "up_proj.weight",
-        _EXPERT + "down_proj.weight",
-        norm=_LAYER + "post_attention_layernorm.weight",
-        loaded=_LAYER + "mlp.experts.",
-    )
+    + usual_expert_rules()
     + shared_rules(
         _SHARED + "gate_proj.weight",
         _SHARED + "up_proj.weight",

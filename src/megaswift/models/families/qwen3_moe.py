@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from megaswift.models.experts import ROUTING_FIELDS, dense_mlp, every_step, expert_rules, kind_with, without_mlp
+from megaswift.models.experts import ROUTING_FIELDS, dense_mlp, every_step, kind_with, usual_expert_rules, without_mlp
 from megaswift.models.families.qwen3 import QWEN3
 from megaswift.models.family import Family, decoder_settings
 from megaswift.models.kinds import Experts, Kind
-
-_LAYER = "model.layers.{i}."
-_EXPERT = _LAYER + "mlp.experts.{e}."
 
 
 def _kind(config: Any, layer: int) -> Kind:
@@ -25,16 +22,7 @@ def _kind(config: Any, layer: int) -> Kind:
 QWEN3_MOE = Family(
     name="qwen3_moe",
     hf_types=("qwen3_moe",),
-    rules=without_mlp(QWEN3.rules)
-    + dense_mlp(QWEN3.rules)
-    + expert_rules(
-        _LAYER + "mlp.gate.weight",
-        _EXPERT + "gate_proj.weight",
-        _EXPERT + "up_proj.weight",
-        _EXPERT + "down_proj.weight",
-        norm=_LAYER + "post_attention_layernorm.weight",
-        loaded=_LAYER + "mlp.experts.",
-    ),
+    rules=without_mlp(QWEN3.rules) + dense_mlp(QWEN3.rules) + usual_expert_rules(),
     settings=decoder_settings,
     kind=_kind,
     extra_fields=ROUTING_FIELDS | {"decoder_sparse_step", "mlp_only_layers"},
