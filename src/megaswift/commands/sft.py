@@ -23,6 +23,7 @@ from megaswift.data.kept import kept_data
 from megaswift.errors import Stopped, UserError
 from megaswift.launch import agent, versions
 from megaswift.launch.signals import Interrupted, StopSignals
+from megaswift.models import parameters_of
 from megaswift.models.stages import stage_layers
 from megaswift.report.curves import write_images
 from megaswift.run.memory import MemoryEstimate, estimate, parameter_count, trained_parameters
@@ -239,9 +240,11 @@ def _trained(run: Run, config: PreTrainedConfig) -> str:
         return f"trained: {own:,} of {whole:,} parameters" + (
             f", {100 * own / whole:.3g} %; the others stay" if own < whole else ""
         )
+    without = adapter.left_out(parameters_of(config))
+    left = f"; {' and '.join(without.values())} stay as they are (--target_modules {' '.join(without)})" if without else ""
     return (
         f"trained: {own:,} parameters of a LoRA adapter (rank {adapter.rank}, alpha {adapter.alpha:g}) "
-        f"beside {whole:,} frozen ones, {100 * own / (whole + own):.2g} % of all"
+        f"beside {whole:,} frozen ones, {100 * own / (whole + own):.2g} % of all{left}"
     )
 
 

@@ -57,8 +57,8 @@ class AdapterArguments(BaseArguments):
     )
     target_modules: list[str] = option(
         ["all-linear"],
-        "Hugging Face modules that get an adapter: all-linear (those in the blocks), ends of names (q_proj), or regular expressions "
-        "of whole names.",
+        "Hugging Face modules that get an adapter: all-linear (those in the blocks that every token goes through), all-experts, "
+        "all-router, ends of names (q_proj), or regular expressions of whole names.",
     )
     modules_to_save: list[str] = option(
         [],

@@ -132,9 +132,15 @@ def peft_stream(config: PreTrainedConfig, source: HFCheckpoint, precisions: Prec
         if ".lora_" in name or ".modules_to_save." in name:
             parameter.data = parameter.data.float()
     assert plain.hold is not None
-    for module in wrapped.modules():  # DoRA reads a layer's weight after it was called
-        base: Any = getattr(module, "base_layer", None)
-        if base in names:
+    held: set[torch.nn.Module] = set()
+    for (
+        module
+    ) in wrapped.modules():  # outer ones first; DoRA reads a layer's weight after it was called, and experts are adapted before
+        base: Any = module
+        while hasattr(base, "base_layer"):
+            base = base.base_layer
+        if base is not module and base in names and base not in held:
+            held.add(base)
             compat.without_hooks(base)
             plain.hold(names[base], base, module)
     wrapped.eval()
