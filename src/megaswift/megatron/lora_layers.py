@@ -18,8 +18,8 @@ from torch import Tensor
 from megaswift.megatron.experts import StackedLinear
 from megaswift.megatron.freeze import need_gradients_of_inputs
 from megaswift.megatron.kernels.counter_dropout import Dropout, token_keys
-from megaswift.megatron.kernels.linear_ops import linear_ops_of
-from megaswift.megatron.kernels.lora import LoraCall, Parts, Rows, lora_linear, row_norms, scaled_rows
+from megaswift.megatron.kernels.linear_ops import PLAIN, linear_ops_of
+from megaswift.megatron.kernels.lora import LoraCall, Parts, Rows, lora_linear, row_norms, scaled_rows, take_out
 from megaswift.megatron.kernels.lora_experts import ExpertHalves, add_low_rank
 from megaswift.megatron.kernels.nf4 import Packed
 from megaswift.megatron.kernels.parallel_linear import ColumnParallel, RowParallel
@@ -326,12 +326,29 @@ def _exchange(
         PACKED_OPS if packed else linear_ops_of(module.config),
         dropout=dropout,
     )
+    if lora.is_part_of_base and not values_of.is_meta:
+        take_out(module.weight.data, module.lora_A, module.lora_B, module.lora_call)
     if MAGNITUDE in halves:
         begun = values(halves[MAGNITUDE])
         part = module._norms(weight) if begun is None else halves[MAGNITUDE].arrangement.shard(begun, tp)[rank]
         made = torch.nn.Parameter(part.to(device, module.config.params_dtype).contiguous())
         del module.lora_magnitude
         module.register_parameter(MAGNITUDE, _marked(made, halves[MAGNITUDE], tp))
+
+
+def take_out_whole(weight: Tensor, site: Site, lora: Lora, start: Mapping[str, Tensor]) -> None:
+    """Take what an adapter began as out of a matrix that is no rank's part, in place.
+
+    Args:
+        start: the whole first values by names of parameters.
+    """
+    halves = lora.of_site(site)
+    parts = Parts(
+        rows_of(site.base.arrangement, site.tensors, 1),
+        rows_of(halves[LORA_B].arrangement, range(len(site.tensors)), 1),
+    )
+    a, b = (start[halves[half].name] for half in (LORA_A, LORA_B))
+    take_out(weight, a, b, LoraCall(parts, lora.scale, PLAIN))
 
 
 def _exchange_router(module: Any, halves: Mapping[str, Parameter], lora: Lora, values: Callable[[Parameter], Any]) -> None:

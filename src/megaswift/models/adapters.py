@@ -78,7 +78,8 @@ class Lora:
         saved: names of Hugging Face modules that are trained themselves and saved whole beside the adapter.
         rslora: whether the scale is alpha / sqrt(r).
         init: how A begins (B is zero): "true" uniform as PEFT does, "gaussian" normal with deviation 1 / r; RANDOM for comparisons:
-            B is not zero then, so that A has a gradient from the first step on.
+            B is not zero then, so that A has a gradient from the first step on. Or how both begin as a part of the base:
+            "pissa", "pissa_niter_N", "olora" (`weights.convert.lora_start`).
         lr_ratio: the learning rate of every B, as a multiple of that of A (https://arxiv.org/abs/2402.12354); None: 1.
         dora: whether every adapted row of W + scale * B A has a length of its own that is trained (https://arxiv.org/abs/2402.09353).
         bits: in which the base's linear layers are held, 4 or None: as they are.
@@ -99,6 +100,11 @@ class Lora:
     def scale(self) -> float:
         """What B A x is multiplied by."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    @property
+    def is_part_of_base(self) -> bool:
+        """Whether it begins as a part of the base, which is taken out of the base's weights in memory."""
+        return self.init.startswith(("pissa", "olora"))
 
     def record(self) -> dict[str, Any]:
         """JSON-ready; `from_record` reads it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,9 +85,19 @@ class PeftSide:
                     parameter.copy_(begun[name])
                 elif ".lora_" in name and not name.endswith("lora_magnitude_vector"):
                     parameter.copy_(first_value(name, tuple(parameter.shape), self.lora, self.seed).to(parameter.device))
+            if self.lora.is_part_of_base:
+                self._take_out(wrapped, trained)
         tokens = Tokens(self.seed)
         self._same_dropout(wrapped, tokens, model.config)
         return wrapped, trained, tokens
+
+    def _take_out(self, wrapped: Any, trained: Mapping[str, Any]) -> None:
+        """Let the frozen weights lack what the adapter begins as."""
+        for name, a in trained.items():
+            if f".{LORA_A}." in name:
+                weight = wrapped.get_submodule(name.removesuffix(f".{LORA_A}.weight")).base_layer.weight
+                b = trained[name.replace(LORA_A, LORA_B)]
+                weight.copy_(weight.float() - self.lora.scale * b.detach().float() @ a.detach().float())
 
     def _same_dropout(self, wrapped: Any, tokens: Tokens, config: PreTrainedConfig) -> None:
         modules = {

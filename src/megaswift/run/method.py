@@ -102,6 +102,8 @@ def adapter_of(args: SftArguments, config: PreTrainedConfig) -> Lora | None:
             fix="add --lora_dropout 0",
         )
     _require_known_with_experts(lora, base)
+    if lora.is_part_of_base:
+        _require_plain_for_start(lora, base)
     if lora.bits is not None:
         _require_blocks(args, base)
     _require_work_everywhere(lora, config, args.pp)
@@ -133,6 +135,26 @@ def _require_known_with_experts(lora: Lora, base: list[Parameter]) -> None:
             where="--quantization_bit",
             fix="leave it out, and spread the experts with --ep",
         )
+
+
+def _require_plain_for_start(lora: Lora, base: list[Parameter]) -> None:
+    """Raise UserError for what an adapter that begins as a part of the base was not proven with."""
+    routed = any(site.is_expert or site.is_router for site in lora.sites(base))
+    for given, option, why in (
+        (
+            lora.bits is not None,
+            "--quantization_bit",
+            "what is left of a weight would be rounded to 4 bits, and its first values with it",
+        ),
+        (lora.dora, "--use_dora", "the lengths of rows are those of the whole weights"),
+        (routed, "--target_modules", "PEFT begins adapters of experts and routers in no such way"),
+    ):
+        if given:
+            raise UserError(
+                f"--init_weights {lora.init} does not go with {option}: {why}.",
+                where=f"--init_weights, {option}",
+                fix="leave one of them out",
+            )
 
 
 def _require_blocks(args: SftArguments, base: list[Parameter]) -> None:

@@ -212,6 +212,15 @@ def row_norms(weight: Tensor, a: Tensor, b: Tensor, call: LoraCall, columns: dis
     return found.squeeze(1)
 
 
+@torch.no_grad()
+def take_out(weight: Tensor, a: Tensor, b: Tensor, call: LoraCall) -> None:
+    """weight [n, k] -= scale * B A, in place, of the rows that have an adapter: a [parts * r, k], b [rows of the parts, r]."""
+    parts = call.parts
+    for own, out, half in zip(a.float().chunk(len(parts.outputs)), parts.outputs, parts.halves, strict=True):
+        left = torch.addmm(out.of_rows(weight).float(), half.of_rows(b).float(), own, alpha=-call.scale)
+        out.set_rows(weight, left.to(weight.dtype))
+
+
 class _Scaled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, magnitude: Tensor, norms: Tensor, parts: Parts) -> Tensor:
