@@ -113,6 +113,12 @@ class Adapter:
         return made
 
 
+def check_adapter(path: Path) -> None:
+    """Raise UserError for an adapter that computes something else than W + scale x B A, DataError for one without weights."""
+    _require_plain(read_json(path / ADAPTER_CONFIG), str(path / ADAPTER_CONFIG), "used beside its base")
+    require_weights(path)
+
+
 def _require_plain(config: dict[str, Any], where: str, done: str) -> None:
     """Raise UserError for a kind of adapter that computes something else than W + scale x B A; `done`: what it is wanted for."""
     if str(config.get("peft_type", "LORA")).upper() != "LORA":
