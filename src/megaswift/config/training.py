@@ -248,7 +248,7 @@ class SpeedArguments(BaseArguments):
     recompute_modules: str = option(
         "auto",
         "Parts of a layer to recompute in the backward pass: swiglu (nearly free), or mlp (its first product too: half of the "
-        "memory or less, a fifth more work). auto: swiglu where memory is short.",
+        "memory or less, a fifth more work). auto: swiglu with adapters, and where memory is short.",
         ("auto", "none", "swiglu", "mlp"),
     )
     fp8: bool = option(

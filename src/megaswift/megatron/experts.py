@@ -28,7 +28,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megaswift.megatron.kernels.expert_mlp import expert_mlp, grouped, sum_rows, take_rows, weighted_swiglu
+from megaswift.megatron.kernels.expert_mlp import expert_mlp, grouped, sum_rows, take_rows
+from megaswift.megatron.kernels.expert_rows import weighted_swiglu
 from megaswift.megatron.kernels.lora_experts import ExpertHalves, lora_expert_mlp
 from megaswift.megatron.kernels.megatron_layer import FusedMLP
 from megaswift.megatron.router import Counted, Router

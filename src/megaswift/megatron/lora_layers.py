@@ -21,6 +21,7 @@ from megaswift.megatron.kernels.counter_dropout import Dropout, token_keys
 from megaswift.megatron.kernels.linear_ops import PLAIN, linear_ops_of
 from megaswift.megatron.kernels.lora import LoraCall, Parts, Rows, lora_linear, row_norms, scaled_rows, take_out
 from megaswift.megatron.kernels.lora_experts import ExpertHalves, add_low_rank
+from megaswift.megatron.kernels.megatron_layer import SECOND_PRODUCTS
 from megaswift.megatron.kernels.nf4 import Packed
 from megaswift.megatron.kernels.parallel_linear import ColumnParallel, RowParallel
 from megaswift.megatron.layer_specs import local_name
@@ -54,9 +55,12 @@ class _LoraLayer:
     lora_call: LoraCall
     step_keys: StepKeys
 
-    def _product(self, x: Tensor, weight: Tensor, options: dict[str, Any]) -> Tensor:
+    def _keys(self) -> Tensor | None:
         layer: Any = self
-        keys = self.step_keys.current if layer.training and self.lora_call.dropout is not None else None
+        return self.step_keys.current if layer.training and self.lora_call.dropout is not None else None
+
+    def _product(self, x: Tensor, weight: Tensor, options: dict[str, Any]) -> Tensor:
+        keys = self._keys()
         call = replace(
             self.lora_call,
             sequence=bool(options.get("sequence_parallel")),
@@ -87,6 +91,13 @@ class LoraColumn(_LoraLayer, ColumnParallel):
 
 class LoraRow(_LoraLayer, RowParallel):
     """A row-parallel layer with an adapter: A cut as the weight is, B whole on every rank."""
+
+    def after_swiglu(self, both: Tensor, residual: Tensor | None, needed: bool) -> Tensor | None:
+        """This rank's part of the product of silu(gate) * up, see `LoraCall.gated`; None where this adapter has more to do."""
+        if self.lora_magnitude is not None:
+            return None
+        call = replace(self.lora_call, gated=True, needed=needed)
+        return lora_linear(both, self.weight, None, self.lora_A, self.lora_B, self._keys(), call, residual)
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self._product(input, weight, kwargs)
@@ -334,6 +345,9 @@ def _exchange(
         made = torch.nn.Parameter(part.to(device, module.config.params_dtype).contiguous())
         del module.lora_magnitude
         module.register_parameter(MAGNITUDE, _marked(made, halves[MAGNITUDE], tp))
+
+
+SECOND_PRODUCTS[LoraRow] = LoraRow.after_swiglu
 
 
 def take_out_whole(weight: Tensor, site: Site, lora: Lora, start: Mapping[str, Tensor]) -> None:

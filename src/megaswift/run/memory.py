@@ -76,7 +76,7 @@ def layer_activations(run: Run, config: PreTrainedConfig) -> int:
     """The most values that a layer keeps for the backward passes of all micro batches in flight, with rows of max_length.
 
     Without recomputation: the layer's input, what follows its two norms, attention's result and the sum after it (5 x
-    hidden), queries, keys and values, both halves of the first MLP product and their SwiGLU. Of experts, each token's row and
+    hidden), queries, keys and values, both halves of the first MLP product and their SwiGLU, as far as they are kept. Of experts, each token's row and
     the first product for every expert that it goes to, evenly spread.
     """
     sizes, parallel = sizes_of(config), run.parallel
@@ -85,7 +85,8 @@ def layer_activations(run: Run, config: PreTrainedConfig) -> int:
     if run.memory.recompute == "layers":
         return tokens * sizes.hidden // (parallel.tp if parallel.sequence_parallel else 1)
     qkv = (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim
-    kept, experts = (qkv + 3 * sizes.ffn) // parallel.tp, experts_of(config)
+    wide = {"swiglu": 2, "mlp": 0}.get(run.memory.recompute, 3)
+    kept, experts = (qkv + wide * sizes.ffn) // parallel.tp, experts_of(config)
     if experts is not None:
         routed = experts.chosen * (sizes.hidden + 2 * experts.ffn)
         kept = max(

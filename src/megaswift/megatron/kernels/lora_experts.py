@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaswift.megatron.kernels.expert_mlp import grouped, grouped_outer, weighted_swiglu, weighted_swiglu_grads
+from megaswift.megatron.kernels.expert_mlp import grouped, grouped_outer
+from megaswift.megatron.kernels.expert_rows import weighted_swiglu, weighted_swiglu_backward
 from megaswift.megatron.kernels.main_grad import add_gradient
 
 
@@ -48,15 +49,14 @@ def add_low_rank(y: Tensor, x: Tensor, halves: ExpertHalves, ends: Tensor) -> Te
     return low
 
 
-def low_rank_grads(grad: Tensor, x: Tensor, low: Tensor, halves: ExpertHalves, ends: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of `add_low_rank`: what reaches x, and the gradients of A and B, from that of y [t, n]."""
+def low_rank_grads(grad: Tensor, low: Tensor, halves: ExpertHalves, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """Of `add_low_rank`, from the gradient of y [t, n]: those of A x [t, parts * r], the scale in it, and of B."""
     pieces, rows = [], []
     for own, piece, b in zip(grad.chunk(halves.parts, 1), low.chunk(halves.parts, 1), halves.b.chunk(halves.parts, 1)):
         own = own.contiguous()
         pieces.append(_product(own, b, ends))
         rows.append(_outer(own, piece.contiguous(), ends))
-    dlow = torch.cat(pieces, 1).mul_(halves.scale)
-    return _product(dlow, halves.a, ends), _outer(dlow, x, ends), torch.cat(rows, 1) * halves.scale
+    return torch.cat(pieces, 1).mul_(halves.scale), torch.cat(rows, 1).mul_(halves.scale)
 
 
 def _product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -100,26 +100,23 @@ class _LoraExpertMLP(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, both, weights, ends, low1, low2 = ctx.saved_tensors
         grad, (one, two) = grads[0].contiguous(), ctx.halves
-        grad_hidden = grouped(grad, ctx.second, ends)
         da1 = db1 = da2 = db2 = None
-        if two is None:
-            grad_both, grad_weights, _ = weighted_swiglu_grads(grad_hidden, both, weights)
-        else:  # what SwiGLU made is needed before its gradient is whole
-            hidden = weighted_swiglu(both, weights)
-            more, da2, db2 = low_rank_grads(grad, hidden, low2, two, ends)
-            grad_both, grad_weights, _ = weighted_swiglu_grads(grad_hidden + more, both, weights)
-            da2, db2 = _added(two, da2, db2)
-        grad_x = grouped(grad_both, ctx.first, ends) if ctx.needs_input_grad[0] else None
+        dlow: Any = None
+        hidden = grouped(grad, ctx.second, ends)  # its gradient, until SwiGLU's backward makes it again
+        if two is not None:
+            dlow, change = low_rank_grads(grad, low2, two, ends)
+            db2 = add_gradient(two.b, change)
+            hidden.add_(_product(dlow, two.a, ends))
+        grad_weights = weighted_swiglu_backward(hidden, both, weights)  # both becomes its gradient
+        if two is not None:
+            da2 = add_gradient(two.a, _outer(dlow, hidden, ends))
+        grad_x = grouped(both, ctx.first, ends) if ctx.needs_input_grad[0] else None
         if one is not None:
-            more, da1, db1 = low_rank_grads(grad_both, x, low1, one, ends)
-            da1, db1 = _added(one, da1, db1)
-            grad_x = grad_x + more if grad_x is not None else None
+            dlow, change = low_rank_grads(both, low1, one, ends)
+            if grad_x is not None:
+                grad_x.add_(_product(dlow, one.a, ends))
+            da1, db1 = add_gradient(one.a, _outer(dlow, x, ends)), add_gradient(one.b, change)
         return grad_x, grad_weights, None, None, da1, db1, da2, db2, None, None
-
-
-def _added(halves: ExpertHalves, da: Tensor, db: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients in the buffers of their parameters; what autograd shall receive for them."""
-    return add_gradient(halves.a, da), add_gradient(halves.b, db)
 
 
 def lora_expert_mlp(

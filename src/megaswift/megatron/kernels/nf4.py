@@ -66,14 +66,17 @@ def pack(weight: Tensor) -> Packed:
 
 @jit
 def _unpack_kernel(packed, scales, code, out, count, BLOCK_BYTES: tl.constexpr, HALF: tl.constexpr):
-    place = tl.program_id(0) * BLOCK_BYTES + tl.arange(0, BLOCK_BYTES)
+    start = tl.program_id(0).to(tl.int64) * BLOCK_BYTES
+    place = start + tl.arange(0, BLOCK_BYTES)
     inside = place < count
     byte = tl.load(packed + place, mask=inside, other=0).to(tl.int32)
     scale = tl.load(scales + place // HALF, mask=inside, other=0.0)
     first = tl.load(code + (byte >> 4)) * scale
     second = tl.load(code + (byte & 15)) * scale
-    tl.store(out + 2 * place, first.to(out.dtype.element_ty), mask=inside)
-    tl.store(out + 2 * place + 1, second.to(out.dtype.element_ty), mask=inside)
+    # Both halves as one row of neighbours: stores of every other value would take twice the memory's time.
+    both = tl.interleave(first.to(out.dtype.element_ty), second.to(out.dtype.element_ty))
+    here = 2 * start + tl.arange(0, 2 * BLOCK_BYTES)
+    tl.store(out + here, both, mask=here < 2 * count)
 
 
 def unpack(data: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -97,3 +100,11 @@ class PackedOps(LinearOps):
     def input_grad(self, grad: Tensor, weight: Packed) -> Tensor:  # type: ignore[override]
         """grad [..., n] @ weight [n, k]."""
         return torch.matmul(grad, weight.weight(grad.dtype))
+
+    def add_forward(self, onto: Tensor, x: Tensor, weight: Packed) -> Tensor:
+        """onto [tokens, n] += x [tokens, k] @ weight [n, k]^T."""
+        return super().add_forward(onto, x, weight.weight(x.dtype))
+
+    def add_input_grad(self, onto: Tensor, grad: Tensor, weight: Packed) -> Tensor:
+        """onto [tokens, k] += grad [tokens, n] @ weight [n, k]."""
+        return super().add_input_grad(onto, grad, weight.weight(grad.dtype))
