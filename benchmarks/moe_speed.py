@@ -33,7 +33,7 @@ def shape_of(layers: int) -> Any:
     """The config of a model with so many layers."""
     from transformers import Qwen3MoeConfig
 
-    sizes = TINY if layers == 0 else REAL | {"num_hidden_layers": layers}
+    sizes: dict[str, Any] = TINY if layers == 0 else REAL | {"num_hidden_layers": layers}
     config = Qwen3MoeConfig(
         max_position_embeddings=32768, norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[],
         tie_word_embeddings=False, **sizes,
@@ -99,13 +99,9 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
         each = sorted(b - a for a, b in zip(times[4:], times[5:]))
         median = each[len(each) // 2]
         if options.profile and rank.dp_rank == 0 and world == 1:
-            from torch.profiler import ProfilerActivity, profile
+            from profiling import profiled
 
-            with profile(activities=[ProfilerActivity.CUDA]) as recorded:
-                for step in range(2):
-                    trainer.step([batches[step]])
-            table = recorded.key_averages().table(sort_by="cuda_time_total", row_limit=45, max_name_column_width=70)
-            print(table, file=sys.stderr)
+            print(profiled(lambda step: trainer.step([batches[step]])), file=sys.stderr)
         memory = torch.cuda.max_memory_allocated() / 2**30 if rank.on_gpu else None
         trainer.close()
     return {

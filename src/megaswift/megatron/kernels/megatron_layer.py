@@ -28,6 +28,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megaswift.megatron.compat import become
 from megaswift.megatron.kernels.attention import dense_causal, packed_causal
 from megaswift.megatron.kernels.context_parallel import shared_causal
 from megaswift.megatron.kernels.embedding import embedding
@@ -67,6 +68,19 @@ class FusedEmbedding(VocabParallelEmbedding):
         if self.reduce_scatter_embeddings:
             return reduce_scatter_to_sequence_parallel_region(output, group=self.tp_group)
         return reduce_from_tensor_model_parallel_region(output, group=self.tp_group)
+
+
+def fuse_embedding(model: Any) -> Any:
+    """Let the embedding add its gradient to main_grad; to be called before the model is wrapped for data parallelism.
+
+    A tied output layer must then compute its loss by `linear_cross_entropy(..., shared_with_embedding=model.pre_process)`.
+    """
+    if not model.pre_process or type(model.embedding.word_embeddings) is not VocabParallelEmbedding:
+        return model
+    become(model.embedding.word_embeddings, FusedEmbedding)
+    # Megatron-Core sets it so that two uses' placeholders sum to zero; here only one of the two uses makes a placeholder.
+    model.embedding.word_embeddings.weight.zero_out_wgrad = False
+    return model
 
 
 class CoreAttention(torch.nn.Module):
@@ -310,7 +324,7 @@ class FusedTransformerLayer(TransformerLayer):
         )
         dropout = self.training and self.hidden_dropout > 0.0
         single = type(self.cross_attention) is IdentityOp
-        return exact and single and not (_plain(self) or asks or off or dropout or self.is_moe_layer)
+        return exact and single and not (_plain(self) or asks or off or dropout)
 
 
 def _plain(module: Any) -> bool:
