@@ -128,8 +128,9 @@ def packed_share(adapter: Lora, config: PreTrainedConfig) -> float:
 
 def trainable_of_rank(trained: list[Parameter], config: PreTrainedConfig, parallel: Parallel) -> int:
     """How many values the fullest rank trains."""
-    stage_of = [stage for stage, count in enumerate(stage_layers(config, parallel.pp)) for _ in range(count)]
-    sizes = [0] * parallel.pp
+    counts = stage_layers(config, parallel.pp, parallel.vpp)
+    stage_of = [stage for stage, count in enumerate(counts) for _ in range(count)]
+    sizes = [0] * len(counts)
     for parameter in trained:
         parts = parallel.etp if is_expert(parameter) else parallel.tp
         own = parameter.size // (1 if parameter.arrangement.split is None else parts)
@@ -137,4 +138,4 @@ def trainable_of_rank(trained: list[Parameter], config: PreTrainedConfig, parall
         layered = parameter.name.startswith("decoder.layers.")
         stage = stage_of[int(parameter.name.split(".")[2])] if layered else 0 if parameter.name.startswith("embedding.") else -1
         sizes[stage] += own
-    return max(sizes)
+    return max(by_rank(sizes, parallel.pp))
