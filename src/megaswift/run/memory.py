@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # Bytes of a parameter's two moments.
 STATE_BYTES = {"fp32": 8, "bf16": 4, "8bit": 2}
 GRADIENT_BYTES = MASTER_BYTES = 4
-PACKED_BYTES = 0.5 + 4 / 64  # of a value in 4 bits, and its part of an fp32 scale
+PACKED_BYTES = {False: 0.5 + 4 / 64, True: 0.5 + 1 / 64}  # of a value in 4 bits, and its part of a scale in fp32, or 8 bits
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,9 @@ def estimate(run: Run, config: PreTrainedConfig) -> MemoryEstimate:
         trained = trainable_of_rank(trained_parameters(method.adapter, method.frozen, config), config, parallel)
     if method.adapter is not None:
         share = packed_share(method.adapter, config)
-        held = int(weights * ((1 - share) * BYTES[dtype] + share * PACKED_BYTES)) + trained * BYTES[dtype]
+        held = (
+            int(weights * ((1 - share) * BYTES[dtype] + share * PACKED_BYTES[method.adapter.double])) + trained * BYTES[dtype]
+        )
     each = STATE_BYTES[run.optimizer.state_dtype] + (0 if dtype == "fp32" else MASTER_BYTES)
     state = trained * each // (parallel.dp * parallel.cp)  # shared out over the ranks that have the same weights
     if trained == weights:  # those of experts are other ranks than those of the rest

@@ -94,7 +94,14 @@ def adapter_of(args: SftArguments, config: PreTrainedConfig) -> Lora | None:
         lr_ratio=args.lora_plus_lr_ratio,
         bits=args.quantization_bit,
         dora=args.use_dora,
+        double=args.bnb_4bit_use_double_quant,
     )
+    if lora.double and lora.bits is None:
+        raise UserError(
+            "scales are held in 8 bits where weights are in 4.",
+            where="--bnb_4bit_use_double_quant",
+            fix="add --quantization_bit 4, or leave it out",
+        )
     if lora.dora and lora.dropout > 0.0:
         raise UserError(
             "with dropout DoRA takes the base's product of dropped inputs, too: twice the work of every layer.",
