@@ -142,7 +142,7 @@ class Router(torch.nn.Module):
             padding: bool [t], True where a token does not count for what is noted, nor for losses of the router.
             weight: of the micro batch, see Counted; None: nothing is noted.
         """
-        logits = _RouterLogits.apply(x, self.weight, self.dtype, self.sum_group)
+        logits = self.logits(x)
         how, wide = self.experts, torch.promote_types(logits.dtype, torch.float32)
         if how.score == "softmax":
             scores = logits.softmax(-1, dtype=wide)
@@ -158,6 +158,14 @@ class Router(torch.nn.Module):
         if weight is not None and (self.watching or (self.training and torch.is_grad_enabled())):
             weights = self._noted(weights, logits, scores, chosen, padding, weight)
         return weights, chosen
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x [t, h] -> [t, experts], in the precision that tokens are routed in."""
+        return _RouterLogits.apply(x, self.weight, self.dtype, self.sum_group)
+
+    def routing_matrix(self) -> Tensor:
+        """fp32 [experts, h]: what x is multiplied by."""
+        return self.weight.detach().float()
 
     def _chosen(self, scores: Tensor) -> Tensor:
         """Numbers of the experts with the largest scores, bias and groups taken into account: [t, e] to [t, chosen]."""

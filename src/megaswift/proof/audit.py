@@ -118,7 +118,7 @@ def _mlps(theirs: list[Any], ours: list[Any]) -> list[tuple[str, Any, Any]]:
     experts = [hasattr(mlp, "experts") for mlp in theirs]
     if any(experts):
         twin, mlp = theirs[experts.index(True)], ours[experts.index(True)]
-        gate, router = getattr(twin, "gate", None) or twin.router, mlp.router.experts
+        gate, router = _bare(getattr(twin, "gate", None) or twin.router), mlp.router.experts
         shared = getattr(twin, "shared_expert", None) or getattr(twin, "shared_experts", None)
         shared_gate = getattr(twin, "shared_expert_gate", None)
         rows += [
@@ -127,7 +127,11 @@ def _mlps(theirs: list[Any], ours: list[Any]) -> list[tuple[str, Any, Any]]:
                 _layers(theirs, lambda one: hasattr(one, "experts")),
                 _layers(ours, lambda one: hasattr(one, "experts")),
             ),
-            ("experts, rows of one", list(twin.experts.gate_up_proj.shape[:2]), list(mlp.experts.linear_fc1.weight.shape[:2])),
+            (
+                "experts, rows of one",
+                list(_bare(twin.experts).gate_up_proj.shape[:2]),
+                list(mlp.experts.linear_fc1.weight.shape[:2]),
+            ),
             ("num_experts_per_tok", int(gate.top_k), router.chosen),
             ("norm_topk_prob", bool(getattr(gate, "norm_topk_prob", True)), router.renormalise),
             *_choices(gate, mlp.router),
@@ -171,7 +175,14 @@ def _factors(config: Any, theirs: Any, ours: Any) -> list[tuple[str, Any, Any]]:
 
 
 def _activation(mlp: Any) -> str:
-    return _name(getattr(mlp, "experts", mlp).act_fn)
+    return _name(_bare(getattr(mlp, "experts", mlp)).act_fn)
+
+
+def _bare(module: Any) -> Any:
+    """A module of transformers, without what PEFT put around it."""
+    while hasattr(module, "base_layer"):
+        module = module.base_layer
+    return module
 
 
 def _layers(layers: Any, has: Callable[[Any], bool]) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from megaswift.models import family_of, parameters_of
-from megaswift.models.adapters import Lora, linear
+from megaswift.models.adapters import Lora, is_expert, linear
 from megaswift.models.family import sizes_of
 from megaswift.models.stages import by_rank, passes_in_flight, stage_layers, stage_weights
 from megaswift.run.experts import experts_of, mlp_widths
@@ -131,7 +131,9 @@ def trainable_of_rank(trained: list[Parameter], config: PreTrainedConfig, parall
     stage_of = [stage for stage, count in enumerate(stage_layers(config, parallel.pp)) for _ in range(count)]
     sizes = [0] * parallel.pp
     for parameter in trained:
-        own = parameter.size // (1 if parameter.arrangement.split is None else parallel.tp)
+        parts = parallel.etp if is_expert(parameter) else parallel.tp
+        own = parameter.size // (1 if parameter.arrangement.split is None else parts)
+        own //= parallel.ep if is_expert(parameter) else 1
         layered = parameter.name.startswith("decoder.layers.")
         stage = stage_of[int(parameter.name.split(".")[2])] if layered else 0 if parameter.name.startswith("embedding.") else -1
         sizes[stage] += own

@@ -3,7 +3,7 @@
 Nothing that is as wide as the layer crosses ranks for the adapters. In a column-parallel layer every rank computes A x of
 the tokens that it has for W x anyway, and its rows of B; what reaches x from both is summed as one. In a row-parallel layer
 B of this rank's part of A x is added to the part of W x before that is summed. What is left are sums over ranks of the
-gradients of the halves that every rank holds whole (A, or B): once a step, by `sum_over_tensor_parallel`.
+gradients of the halves that every rank holds whole (A, or B): once a step, by `sum_gradients`.
 """
 
 from __future__ import annotations
@@ -264,6 +264,15 @@ def row_norms(weight: Tensor, a: Tensor, b: Tensor, call: LoraCall, columns: dis
     return found.squeeze(1)
 
 
+@torch.no_grad()
+def take_out(weight: Tensor, a: Tensor, b: Tensor, call: LoraCall) -> None:
+    """weight [n, k] -= scale * B A, in place, of the rows that have an adapter: a [parts * r, k], b [rows of the parts, r]."""
+    parts = call.parts
+    for own, out, half in zip(a.float().chunk(len(parts.outputs)), parts.outputs, parts.halves, strict=True):
+        left = torch.addmm(out.of_rows(weight).float(), half.of_rows(b).float(), own, alpha=-call.scale)
+        out.set_rows(weight, left.to(weight.dtype))
+
+
 class _Scaled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, magnitude: Tensor, norms: Tensor, parts: Parts) -> Tensor:
@@ -297,11 +306,15 @@ def scaled_rows(y: Tensor, magnitude: Tensor, norms: Tensor, parts: Parts) -> Te
     return _Scaled.apply(y, magnitude, norms, parts)
 
 
-def sum_over_tensor_parallel(parameters: Iterable[torch.nn.Parameter], group: dist.ProcessGroup) -> None:
-    """Sum the gradient buffers of halves that every rank of `group` holds whole, at the end of a step's backward passes."""
+def sum_gradients(parameters: Iterable[torch.nn.Parameter], mark: str, group: dist.ProcessGroup) -> None:
+    """Sum the gradient buffers of parameters that every rank of `group` holds whole, at the end of a step's backward passes.
+
+    Args:
+        mark: the attribute by which their gradients are known as parts.
+    """
     if dist.get_world_size(group) == 1:
         return
-    buffers = [buffer(parameter) for parameter in parameters if getattr(parameter, "partial_gradient", False)]
+    buffers = [buffer(parameter) for parameter in parameters if getattr(parameter, mark, False)]
     if not buffers:
         return
     flat = torch.cat([part.reshape(-1) for part in buffers])
