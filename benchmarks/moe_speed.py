@@ -1,10 +1,11 @@
 """Experts on one GPU, or ep over several, through the product's own trainer, beside transformers' grouped products in one run.
 
-python benchmarks/moe_speed.py [--peer PATH/peer_moe.py] [--layers 8] [--seq 4096] [--micro 2] [--ways none,layers] [--profile]
+python benchmarks/moe_speed.py [--peer PATH/peer_moe.py] [--layers 8] [--seq 4096] [--micro 2] [--ways none,layers] [--lora attention|all] [--profile]
 torchrun --nproc-per-node 2 benchmarks/moe_speed.py --one none --ep 2
 
 Random weights in the shape of Qwen3-30B-A3B with so many layers (0: a tiny one), all trained, fp32 master weights and
-moments; random tokens, one micro batch a step. `layers`: whole layers are recomputed. Each run is a process of its own.
+moments; random tokens, one micro batch a step. `layers`: whole layers are recomputed. `--lora attention` trains adapters of
+rank 8 on attention alone, `--lora all` on the experts too, beside a frozen base. Each run is a process of its own.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +54,26 @@ def run_of(config: Any, options: argparse.Namespace, world: int) -> Any:
     args = SftArguments(
         model_type="bench", dataset=["none"], max_steps=100, batch_size=options.micro, gradient_accumulation_steps=1,
         max_length=options.seq, learning_rate=1e-5, gradient_checkpointing=options.one == "layers", ep=options.ep,
+        sft_type="lora" if options.lora else "full",
     )  # fmt: skip
     dtype = "bf16" if torch.cuda.is_available() else "fp32"
     source = TrainingSource(args, Path("none"), Path("none"), config, dtype, manifest={}, run_dir=None, first_step=0)
     return resolve(args, source, World.of(world), DataRef(train="rows", train_rows=10**6), run_dir="none")
 
 
-def trainer_of(run: Any, config: Any) -> Any:
+def adapter_of(config: Any, which: str) -> Any:
+    """The adapter that is meant by --lora."""
+    from megaswift.models import parameters_of
+    from megaswift.models.adapters import Lora, target_modules
+
+    words = ["all-linear", *(["all-experts"] if which == "all" else [])]
+    return Lora(rank=8, alpha=32, dropout=0.0, targets=target_modules(parameters_of(config), words))
+
+
+def trainer_of(run: Any, config: Any, lora: Any) -> Any:
     """A trainer with random weights; the process groups must have been joined."""
     from megaswift.megatron.model import build, recompute_parts
+    from megaswift.train.adapters import LoraAdapter
     from megaswift.train.objectives import SupervisedTokens
     from megaswift.train.trainer import Trainer
 
@@ -69,6 +82,8 @@ def trainer_of(run: Any, config: Any) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.fill_(1.0) if "norm" in name else parameter.normal_(0.0, 0.02)
+    if lora is not None:
+        LoraAdapter(lora, config, 1, 0).attach(model)
     made = Trainer(model, run, SupervisedTokens())
     recompute_parts(model, run.memory.recompute)
     return made
@@ -80,11 +95,15 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
 
     from megaswift.data.batches import MicroBatch
     from megaswift.megatron import process_groups as ranks
+    from megaswift.run.spec import Method
 
     world, config, seq, micro = int(os.environ.get("WORLD_SIZE", 1)), shape_of(options.layers), options.seq, options.micro
     run = run_of(config, options, world)
+    lora = adapter_of(config, options.lora) if options.lora else None
+    if lora is not None:
+        run = replace(run, method=Method(sft_type="lora", adapter=lora))
     with ranks.joined(run.parallel, 42) as rank:
-        trainer = trainer_of(run, config)
+        trainer = trainer_of(run, config, lora)
         generator = torch.Generator().manual_seed(rank.dp_rank)
         positions = torch.arange(seq).repeat(micro, 1).to(rank.device)
         rows = [torch.randint(0, config.vocab_size, (micro, seq + 1), generator=generator) for _ in range(4)]
@@ -105,7 +124,7 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
         memory = torch.cuda.max_memory_allocated() / 2**30 if rank.on_gpu else None
         trainer.close()
     return {
-        "ours": options.one, "layers": options.layers, "seq": seq, "mbs": micro, "processes": world, "ep": options.ep,
+        "ours": options.one, "lora": options.lora or "", "layers": options.layers, "seq": seq, "mbs": micro, "processes": world, "ep": options.ep,
         "step_s": round(median, 4), "tok_s_gpu": round(micro * seq / median), "mem_gb": memory and round(memory, 1),
         "loss": round(loss, 4), "first": rank.dp_rank == 0,
     }  # fmt: skip
@@ -113,13 +132,15 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
 
 def run_all(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Every way and the peer, each in a process of its own."""
+    adapters = ["--lora", options.lora] if options.lora else []
+    number = {None: "0", "attention": "1", "all": "2"}[options.lora]
     sizes = ["--layers", str(options.layers), "--seq", str(options.seq), "--micro", str(options.micro)]
     commands = [
-        [__file__, *sizes, "--steps", str(options.steps), "--one", way, *(["--profile"] * options.profile)]
+        [__file__, *sizes, *adapters, "--steps", str(options.steps), "--one", way, *(["--profile"] * options.profile)]
         for way in options.ways.split(",")
     ]
     if options.peer is not None:
-        tail = [str(options.layers), str(options.seq), str(options.micro), "0"]
+        tail = [str(options.layers), str(options.seq), str(options.micro), number]
         commands += [[str(options.peer), *tail, "1" if way == "layers" else "0", "12"] for way in options.ways.split(",")]
     results = []
     for command in commands:
@@ -142,6 +163,7 @@ def main() -> int:
     parser.add_argument("--micro", type=int, default=2)
     parser.add_argument("--steps", type=int, default=14)
     parser.add_argument("--ep", type=int, default=1)
+    parser.add_argument("--lora", choices=("attention", "all"))
     parser.add_argument("--one")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out", type=Path)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from megaswift.megatron.kernels.expert_mlp import expert_mlp, sum_rows, take_rows
+from megaswift.megatron.kernels.expert_rows import put_gradient
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 CASES = {"some": [5, 0, 3, 8], "the first alone": [16, 0, 0, 0], "no row": [0, 0, 0, 0]}
@@ -56,6 +57,15 @@ def test_rows_go_out_and_come_back(device: str) -> None:
     assert torch.autograd.gradcheck(
         lambda value: sum_rows(value, places, source), torch.randn(6, 4, dtype=torch.float64, device=device, requires_grad=True)
     )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_gradients_are_put_into_fp32(device: str, overwrite: bool) -> None:
+    gradient = torch.randn(3, 70, 41, device=device).bfloat16()
+    target = torch.full(gradient.shape, torch.nan if overwrite else 0.5, device=device)
+    put_gradient(target, gradient, overwrite=overwrite)
+    assert torch.equal(target, gradient.float() + (0.0 if overwrite else 0.5))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="tensor cores")

@@ -13,7 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megaswift.megatron.kernels.expert_rows import add_rows, gather_rows, weighted_swiglu, weighted_swiglu_backward
+from megaswift.megatron.kernels.expert_rows import (
+    add_rows,
+    gather_rows,
+    put_gradient,
+    weighted_swiglu,
+    weighted_swiglu_backward,
+)
 from megaswift.megatron.kernels.main_grad import buffer, has_main_grad, placeholder, take_stale
 
 
@@ -46,10 +52,7 @@ def _weight_grad(weight: Tensor, grad: Tensor, x: Tensor, ends: Tensor) -> Tenso
     product = grouped_outer(grad, x, ends)
     if not has_main_grad(weight):
         return product
-    if take_stale(weight):
-        buffer(weight).copy_(product)
-    else:
-        buffer(weight).add_(product)
+    put_gradient(buffer(weight), product, overwrite=take_stale(weight))
     return placeholder(weight)
 
 

@@ -36,6 +36,23 @@ class ExpertHalves:
         """How many Hugging Face modules the product is made of: gate and up, or one."""
         return self.a.shape[1] // self.b.shape[2]
 
+    def spread(self) -> Tensor:
+        """B as [e, n, parts * r] behind all of A, with zeros where a part has no say: one product then serves all parts."""
+        if self.parts == 1:
+            return self.b
+        rows = self.b.view(len(self.b), self.parts, -1, self.b.shape[2])
+        whole = rows.new_zeros((*rows.shape[:3], self.parts, rows.shape[3]))
+        for number in range(self.parts):
+            whole[:, number, :, number] = rows[:, number]
+        return whole.view(len(self.b), self.b.shape[1], -1)
+
+    def gathered(self, whole: Tensor) -> Tensor:
+        """The inverse for a gradient: [e, n, r] of [e, n, parts * r]."""
+        if self.parts == 1:
+            return whole
+        blocks = whole.view(len(whole), self.parts, -1, self.parts, self.b.shape[2])
+        return torch.stack([blocks[:, number, :, number] for number in range(self.parts)], 1).view(self.b.shape)
+
 
 def add_low_rank(y: Tensor, x: Tensor, halves: ExpertHalves, ends: Tensor) -> Tensor:
     """Add the adapter's part to y [t, n], in place; A x [t, parts * r] is kept for the way back.
@@ -44,19 +61,14 @@ def add_low_rank(y: Tensor, x: Tensor, halves: ExpertHalves, ends: Tensor) -> Te
         x: [t, k], sorted by expert; ends: int32 [e], the row after each expert's last.
     """
     low = _product(x, halves.a.transpose(1, 2), ends)
-    for out, piece, b in zip(y.chunk(halves.parts, 1), low.chunk(halves.parts, 1), halves.b.chunk(halves.parts, 1)):
-        out.add_(_product(piece.contiguous(), b.transpose(1, 2), ends), alpha=halves.scale)
+    y.add_(_product(low, halves.spread().transpose(1, 2), ends), alpha=halves.scale)
     return low
 
 
 def low_rank_grads(grad: Tensor, low: Tensor, halves: ExpertHalves, ends: Tensor) -> tuple[Tensor, Tensor]:
     """Of `add_low_rank`, from the gradient of y [t, n]: those of A x [t, parts * r], the scale in it, and of B."""
-    pieces, rows = [], []
-    for own, piece, b in zip(grad.chunk(halves.parts, 1), low.chunk(halves.parts, 1), halves.b.chunk(halves.parts, 1)):
-        own = own.contiguous()
-        pieces.append(_product(own, b, ends))
-        rows.append(_outer(own, piece.contiguous(), ends))
-    return torch.cat(pieces, 1).mul_(halves.scale), torch.cat(rows, 1).mul_(halves.scale)
+    change = halves.gathered(_outer(grad, low, ends))
+    return _product(grad, halves.spread(), ends).mul_(halves.scale), change.mul_(halves.scale)
 
 
 def _product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:

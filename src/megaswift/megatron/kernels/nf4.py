@@ -11,6 +11,7 @@ all its rows: 0.52 bytes a weight in place of 0.56.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,9 +111,15 @@ class Packed:
         return unpack(self.data, self.scales.values() if isinstance(self.scales, SmallScales) else self.scales, dtype)
 
 
+@functools.cache
+def _code(device: torch.device) -> Tensor:
+    """CODE on a device, copied there once: each copy from the host waits for it."""
+    return torch.tensor(CODE, dtype=torch.float32, device=device)
+
+
 def pack(weight: Tensor) -> Packed:
     """A weight [n, k] of any precision in 4 bits; k is a multiple of 64."""
-    code = torch.tensor(CODE, dtype=torch.float32, device=weight.device)
+    code = _code(weight.device)
     blocks = weight.float().reshape(weight.shape[0], -1, BLOCK)
     scales = blocks.abs().amax(-1)
     shares = blocks / scales.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
@@ -145,7 +152,7 @@ def _unpack_kernel(packed, scales, code, out, count, BLOCK_BYTES: tl.constexpr, 
 
 def unpack(data: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight [n, k] of packed bytes [n, k / 2] and scales [n, k / 64]: reads half a byte a value, writes one."""
-    code = torch.tensor(CODE, dtype=torch.float32, device=data.device)
+    code = _code(data.device)
     if use_triton(data):
         out = torch.empty((data.shape[0], data.shape[1] * 2), dtype=dtype, device=data.device)
         _unpack_kernel[((data.numel() + 1023) // 1024,)](data, scales, code, out, data.numel(), 1024, BLOCK // 2, num_warps=4)
