@@ -132,6 +132,7 @@ def test_options_of_adapters_mean_something_only_beside_one() -> None:
         ({"target_modules": []}, "no module is named"),
         ({"lora_rank": 0}, "not 1 or more"),
         ({"quantization_bit": 3}, "not 4 or more"),
+        ({"bnb_4bit_use_double_quant": True}, "where weights are in 4"),
     ],
     ids=str,
 )  # fmt: skip

@@ -148,8 +148,9 @@ class Trainer:
         for wrapped in self.wrapped:
             wrapped.train()
             zero_main_grads(wrapped)
-        if self.bare_model.adapter is not None:
-            self.bare_model.adapter.keys.step = int(self.scheduler.num_steps)
+        for chunk in self.chunks:
+            if chunk.adapter is not None:
+                chunk.adapter.keys.step = int(self.scheduler.num_steps)
         self.optimizer.zero_grad()
         with self.graphs.step(), linear_ops_of(self.bare_model.config).unchanged_weights(len(batches)):
             sums = self._forward_backward(batches, forward_only=False)
