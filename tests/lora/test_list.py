@@ -127,7 +127,7 @@ def test_options_of_adapters_mean_something_only_beside_one() -> None:
     [
         ({"quantization_bit": 4, "tp": 2}, "blocks of 64 along a row"),
         ({"use_dora": True}, "twice the work"),
-        ({"recompute_modules": "mlp"}, "keeps its inputs"),
+        ({"recompute_modules": "mlp"}, "not computed again"),
         ({"fp8": True}, "not proven"),
         ({"target_modules": []}, "no module is named"),
         ({"lora_rank": 0}, "not 1 or more"),

@@ -69,11 +69,11 @@ def adapter_of(args: SftArguments, config: PreTrainedConfig) -> Lora | None:
             where="--new_special_tokens",
             fix="leave it out, or train all weights: --sft_type full",
         )
-    if args.recompute_modules in ("swiglu", "mlp"):
+    if args.recompute_modules == "mlp":
         raise UserError(
-            "beside an adapter a layer keeps its inputs, for the gradients of A: there is nothing to gain in parts of it.",
+            "beside an adapter the first product of an MLP is not computed again: its low-rank part would have to be, too.",
             where="--recompute_modules",
-            fix="leave it out; --gradient_checkpointing true recomputes whole layers",
+            fix="leave it out (swiglu); --gradient_checkpointing true recomputes whole layers",
         )
     if args.fp8:
         raise UserError(

@@ -73,7 +73,7 @@ def _numbers(run: Run) -> Iterator[Problem]:
             "--use_flash_attn": run.precision.attention != "fastest",
             "--overlap_grad_reduce true": run.parallel.overlap_grad_reduce,
             "--fp8": run.precision.fp8,
-            "--sft_type lora": run.method.adapter is not None,
+            "--ep above 1": run.parallel.ep > 1,
             "--cpu_offloading_num_layers": run.memory.offloaded_layers > 0,
         }
         yield from (_no_graphs(name) for name, given in others.items() if given)

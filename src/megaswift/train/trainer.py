@@ -77,9 +77,7 @@ class Trainer:
         compat.use_our_adamw()
         self.chunks, config = chunks_of(model), model.config
         overlap, self.gathers_late = run.parallel.overlap_grad_reduce, run.parallel.overlap_param_gather
-        # Graphs of layers with adapters were not proven: masks and gradients would have to be filled in for each replay.
-        graphs = "never" if model.adapter is not None else run.memory.cuda_graphs
-        self.chunks[0].graphs = self.graphs = Graphs(self.chunks[0].decoder, graphs, overlap)
+        self.chunks[0].graphs = self.graphs = Graphs(self.chunks[0].decoder, run.memory.cuda_graphs, overlap)
         settings = DistributedDataParallelConfig(
             use_distributed_optimizer=True,
             grad_reduce_in_fp32=True,
