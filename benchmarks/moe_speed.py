@@ -54,7 +54,7 @@ def run_of(config: Any, options: argparse.Namespace, world: int) -> Any:
     args = SftArguments(
         model_type="bench", dataset=["none"], max_steps=100, batch_size=options.micro, gradient_accumulation_steps=1,
         max_length=options.seq, learning_rate=1e-5, gradient_checkpointing=options.one == "layers", ep=options.ep,
-        sft_type="lora" if options.lora else "full",
+        sft_type="lora" if options.lora else "full", cuda_graphs=options.graphs,
     )  # fmt: skip
     dtype = "bf16" if torch.cuda.is_available() else "fp32"
     source = TrainingSource(args, Path("none"), Path("none"), config, dtype, manifest={}, run_dir=None, first_step=0)
@@ -127,7 +127,7 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "ours": options.one, "lora": options.lora or "", "layers": options.layers, "seq": seq, "mbs": micro, "processes": world, "ep": options.ep,
         "step_s": round(median, 4), "tok_s_gpu": round(micro * seq / median), "mem_gb": memory and round(memory, 1),
-        "loss": round(loss, 4), "graphs": trainer.graphs.on, "note": note, "first": rank.dp_rank == 0,
+        "loss": round(loss, 6), "graphs": trainer.graphs.on, "note": note, "first": rank.dp_rank == 0,
     }  # fmt: skip
 
 
@@ -137,7 +137,18 @@ def run_all(options: argparse.Namespace) -> list[dict[str, Any]]:
     number = {None: "0", "attention": "1", "all": "2"}[options.lora]
     sizes = ["--layers", str(options.layers), "--seq", str(options.seq), "--micro", str(options.micro)]
     commands = [
-        [__file__, *sizes, *adapters, "--steps", str(options.steps), "--one", way, *(["--profile"] * options.profile)]
+        [
+            __file__,
+            *sizes,
+            *adapters,
+            "--graphs",
+            options.graphs,
+            "--steps",
+            str(options.steps),
+            "--one",
+            way,
+            *(["--profile"] * options.profile),
+        ]
         for way in options.ways.split(",")
     ]
     if options.peer is not None:
@@ -165,6 +176,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=14)
     parser.add_argument("--ep", type=int, default=1)
     parser.add_argument("--lora", choices=("attention", "all"))
+    parser.add_argument("--graphs", choices=("auto", "true", "false"), default="auto")
     parser.add_argument("--one")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out", type=Path)
