@@ -76,6 +76,7 @@ def main() -> None:
     tuned = run_dir / f"{MODEL}-{'adapter' if LORA else 'hf'}"
     after = ask("after", "--ckpt_dir", str(tuned))
     report(before, after, run_dir, tuned, time.perf_counter() - started)
+    print(figures(DEMO / run_dir), flush=True)
 
 
 def report(before: list[str], after: list[str], run_dir: Path, tuned: Path, seconds: float) -> None:
@@ -97,6 +98,18 @@ def report(before: list[str], after: list[str], run_dir: Path, tuned: Path, seco
     ):
         out.print(f"  {path}\n      {what}", soft_wrap=True)
     out.print(f"\nnext, talk to it:\n  cd {DEMO} && {ROOT / '.venv/bin/swift'} infer --ckpt_dir {tuned}", soft_wrap=True)
+
+
+def figures(run_dir: Path) -> str:
+    """What training took and left, in one line, from the run's own files; `make demo` and `make demo LORA=1` are compared by it."""
+    rows = [json.loads(line) for line in (run_dir / "logging.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps, plan = [row for row in rows if "loss" in row], json.loads((run_dir / "plan.json").read_text(encoding="utf-8"))
+    saved = sum(file.stat().st_size for file in run_dir.glob("iter_*/*") if file.is_file())
+    return (
+        f"\ntrained {plan['trainable'] / 1e6:.1f} of {plan['parameters'] / 1e6:.1f} million values in {steps[-1]['elapsed_s']:.0f} s, loss "
+        f"{steps[0]['loss']:.2f} to {steps[-1]['loss']:.2f}, at most {max(row['memory_gb'] for row in steps):.2f} GB a process; "
+        f"checkpoint {saved / 1e6:.0f} MB"
+    )
 
 
 if __name__ == "__main__":

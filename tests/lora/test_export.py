@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -184,3 +186,20 @@ def test_what_vllm_refuses() -> None:
     assert "shape" in vllm_refuses(config, {name.format("B"): (8, 32)})
     assert "lm_head" in vllm_refuses(config, {"base_model.model.lm_head.lora_A.weight": (8, 32)})
     assert "does not know" in vllm_refuses(config, {"model.norm.weight": (32,)})
+
+
+def test_the_demo_tells_what_training_took(runs: Any) -> None:
+    """From the run's own files: what is trained of how much, time, losses, memory, the checkpoint's size."""
+    path = Path(__file__).parents[2] / "examples" / "demo.py"
+    spec = importlib.util.spec_from_file_location("demo", path)
+    assert spec is not None and spec.loader is not None
+    demo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(demo)
+    run, _ = runs("linear")
+    found = re.search(
+        r"trained ([\d.]+) of ([\d.]+) million values in \d+ s, loss ([\d.]+) to ([\d.]+), at most ([\d.]+) GB a process; checkpoint (\d+) MB",
+        demo.figures(run),
+    )
+    assert found is not None
+    trained, whole, first, last, memory, _ = map(float, found.groups())
+    assert trained < whole and last < first and 0.1 < memory < 20

@@ -370,7 +370,11 @@ def _named(
     words: Sequence[str], known: list[str], what: str, where: str, shorthands: Mapping[str, set[str]] | None = None
 ) -> tuple[str, ...]:
     chosen: set[str] = set()
+    whole = set(known)
     for word in words:
+        if word in whole and "." in word:  # an adapter of all experts names thousands
+            chosen.add(word)
+            continue
         matches = (shorthands or {}).get(word) or {name for name in known if name == word or name.endswith(f".{word}")}
         if not matches and re.search(r"[^\w.]", word):
             try:

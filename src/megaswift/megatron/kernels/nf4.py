@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +72,7 @@ def small_scales(scales: Tensor) -> SmallScales:
 
 
 @functools.cache
-def dynamic_code(device: Any) -> Tensor:
+def dynamic_code(device: torch.device | str) -> Tensor:
     """fp32 [256], rising: of each power of ten from 1e-6 to 1 the middles of 1, 2, 4, ... 64 equal parts, both signs; 0 and 1."""
     found = [0.0, 1.0]
     for power in range(7):
