@@ -12,7 +12,7 @@ from megaswift.commands.data import data_main
 from megaswift.config.options import SftArguments
 from megaswift.errors import UserError
 from megaswift.inference.transformers_backend import TransformersBackend
-from megaswift.models.family import context_length, trained_length
+from megaswift.models.lengths import context_length, trained_length
 from megaswift.run.source import resolve_source
 from tests import tiny
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megaswift.errors import DataError
-from megaswift.models.family import NEUTRAL_FIELDS, attention_window, is_tied
+from megaswift.models.family import NEUTRAL_FIELDS, is_tied
 from megaswift.models.kinds import MAIN
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megaswift.models import parameters_of
-from megaswift.models.family import trained_length
+from megaswift.models.lengths import trained_length
 from megaswift.models.parameters import Parameter
 from megaswift.proof.audit import Finding, audit
 from megaswift.proof.prompts import token_rows

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from megaswift.config.options import SftArguments
 from megaswift.errors import DataError, UserError
-from megaswift.models.family import sizes_of, trained_length
+from megaswift.models.family import sizes_of
+from megaswift.models.lengths import trained_length
 from megaswift.models.stages import by_rank, stage_layers
 from megaswift.run.experts import expert_layout_problems, expert_problems, mlp_widths
 from megaswift.run.problem import Problem, divisors, nearest_sizes
