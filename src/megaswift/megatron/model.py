@@ -84,7 +84,7 @@ class ChatModel(GPTModel):
         self.true_vocab = true_vocab
         self.embedding_factor, self.logits_factor, self.logit_cap = factors.embedding, factors.logits, factors.logit_cap
         if factors.embedding_rounded:
-            self.embedding_factor = float(torch.tensor(factors.embedding, dtype=self.config.params_dtype))
+            self.embedding_factor = float(torch.tensor(factors.embedding, dtype=self.config.params_dtype, device="cpu"))
         self.graphs: Graphs | None = None  # set by the trainer
         self.adapter: Attached | None = None  # set where one is attached
 
@@ -393,16 +393,16 @@ def _settings_of(kinds: Sequence[Kind], settings: Mapping[str, Any]) -> dict[str
     )
 
 
-def _gelu_tanh(x: Tensor) -> Tensor:
+def gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-def _squared_relu(x: Tensor) -> Tensor:
+def squared_relu(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
 # The functions behind the names in a Kind.
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu_tanh": _gelu_tanh, "relu2": _squared_relu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu_tanh": gelu_tanh, "relu2": squared_relu}
 
 
 def _expert_settings(kinds: Sequence[Kind], parallel: Parallel, routing: Routing) -> dict[str, Any]:
