@@ -46,11 +46,11 @@ CASES: dict[str, tuple[str, dict[str, Any], int, int, str]] = {
         64,
         "max_position_embeddings",
     ),
-    "window": ("mistral", {"sliding_window": 24}, 64, 24, "its sliding window"),
+    "window that the layers have": ("mistral", {"sliding_window": 24}, 64, 64, "max_position_embeddings"),
     "wide window": ("mistral", {"sliding_window": 4096}, 64, 64, "max_position_embeddings"),
     "no window": ("mistral", {"sliding_window": None}, 64, 64, "max_position_embeddings"),
-    "window in some layers": (
-        "qwen2",
+    "window that they have not": (
+        "smollm3",
         {"sliding_window": 24, "use_sliding_window": True, "layer_types": ["full_attention"] * 3 + ["sliding_attention"]},
         64,
         24,
@@ -72,7 +72,7 @@ def test_data_sft_and_infer_have_one_rule(case: str, tmp_path: Path, monkeypatch
     name, fields, context, trained, reason = CASES[case]
     monkeypatch.setenv("MEGASWIFT_CACHE", str(tmp_path / "cache"))
     common = {"vocab_size": 300, "eos_token_id": 1, "pad_token_id": 2, "max_position_embeddings": 64}
-    if name == "qwen2":
+    if name in ("qwen2", "smollm3"):
         common["rope_parameters"] = {"rope_type": "default", **THETA}
     tiny.save_tiny(tmp_path / "hf", name, **common | fields)
     tiny.write_tokenizer(tmp_path / "hf")

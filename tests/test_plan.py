@@ -73,10 +73,12 @@ def test_lengths() -> None:
     assert usable_length(config, 32) == 32
     with pytest.raises(UserError, match="max_position_embeddings"):
         usable_length(config, config.max_position_embeddings + 1)
-    window = tiny.tiny_config("mistral", sliding_window=16)
+    every = ["sliding_attention"] * 4
+    window = tiny.tiny_config("smollm3", sliding_window=16, use_sliding_window=True, layer_types=every)
     assert usable_length(window, -1) == 16
     with pytest.raises(UserError, match="sliding window"):
         usable_length(window, 17)
+    assert usable_length(tiny.tiny_config("mistral", sliding_window=16), -1) == 256, "its layers have the window themselves"
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 10, 94])

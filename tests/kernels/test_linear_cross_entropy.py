@@ -51,6 +51,30 @@ def test_sum(case, promised, main, keep):
         assert torch.equal(w.main_grad[117:], torch.full((13, 24), 0.25, device=case[0]))
 
 
+@pytest.mark.parametrize("likely", [False, True])
+@pytest.mark.parametrize("rows", [2, 7, 200])
+def test_a_large_vocabulary_loses_no_digits(rows, likely):
+    """As in trained models tokens' rows have a common direction; in the second case one token is far likelier than the others."""
+    torch.manual_seed(5)
+    before, vocab = torch.get_num_threads(), 49152
+    weight, hidden = torch.randn(vocab, 64) + torch.randn(64), torch.randn(rows, 64) * 0.8
+    if likely:
+        hidden = hidden * 0.1 + 0.1
+        weight[17] = 2.5  # a logit of 16
+    for tensor in (weight, hidden):
+        tensor.requires_grad_()
+    labels = torch.randint(0, vocab, (rows,))
+    torch.set_num_threads(2)  # with one MKL adds up otherwise
+    try:
+        loss, _ = linear_cross_entropy(hidden, weight, labels)
+        loss.backward()
+    finally:
+        torch.set_num_threads(before)
+    want, dh, dw = reference(hidden, weight, labels, vocab, 1.0)
+    for have, exact in ((loss, want), (hidden.grad, dh), (weight.grad, dw)):
+        assert (have.double() - exact).norm() < 4e-6 * exact.norm()
+
+
 def test_first_product_overwrites_a_stale_buffer(case):
     h, w, labels = batch(case)
     w.main_grad = torch.full(w.shape, float("nan"), device=case[0])

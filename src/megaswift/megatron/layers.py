@@ -88,7 +88,9 @@ class SumLayer(TransformerLayer):
         """hidden_states [s, b, h] to ([s, b, h], context)."""
         normed = self.input_layernorm(hidden_states)
         layout = kwargs.get("packed_seq_params")
-        attended = self._part("post_self_attn_layernorm", *self.self_attention(normed, attention_mask, packed_seq_params=layout))
+        attended = self._part(
+            "post_self_attn_layernorm", *self.self_attention(normed, attention_mask, packed_seq_params=layout)
+        )
         if self.beside:
             return hidden_states + attended + self._part("post_mlp_layernorm", *self.mlp(normed)), kwargs.get("context")
         hidden_states = hidden_states + attended

@@ -113,7 +113,8 @@ class Family:
         unknown = [
             name
             for name, value in values.items()
-            if name not in NEUTRAL_FIELDS | HONOURED_FIELDS | self.extra_fields | self.left_out | {self.activation_field} and not _says_nothing(value)
+            if name not in NEUTRAL_FIELDS | HONOURED_FIELDS | self.extra_fields | self.left_out | {self.activation_field}
+            and not _says_nothing(value)
         ]
         if unknown:
             raise UserError(

@@ -91,7 +91,9 @@ def copy(megatron: str, hf: str, shape: tuple[str, ...], split: int | None = Non
     )
 
 
-def in_layer(megatron: str, hf: str, *shape: str, split: int | None = None, layers: Callable[[Kind], bool] | None = None) -> Rule:
+def in_layer(
+    megatron: str, hf: str, *shape: str, split: int | None = None, layers: Callable[[Kind], bool] | None = None
+) -> Rule:
     """The same for a tensor of every layer, with names inside it, or of those layers whose kind says so."""
     return replace(copy(f"decoder.layers.{{i}}.{megatron}", f"model.layers.{{i}}.{hf}", shape, split), layers=layers)
 

@@ -173,6 +173,9 @@ class Reference:
         ids = torch.from_numpy(sample.ids.astype(np.int64))[None].to(self.device)
         labels = ids[0, 1:].masked_fill(~torch.from_numpy(sample.kept[1:].copy()).to(self.device), -100)
         logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+        if self.exact and not logits.is_cuda:
+            # On CPUs PyTorch's fp32 softmax of 50,000 columns sums up to 1 +- 1e-5, which is more than is compared here.
+            logits = logits.double()
         if sample.weights is None:
             return F.cross_entropy(logits, labels, reduction="sum", ignore_index=-100)
         losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=-100)

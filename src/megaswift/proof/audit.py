@@ -58,13 +58,15 @@ def audit(config: PreTrainedConfig, reference: Streamed, measured: Streamed) -> 
         ("attention_bias (o)", twin.self_attn.o_proj.bias is not None, attention.linear_proj.bias is not None),
         (
             "q/k norm",
-            _layers(theirs.model.layers, lambda one: any(hasattr(one.self_attn, name) for name in ("q_norm", "query_layernorm"))),
+            _layers(
+                theirs.model.layers, lambda one: any(hasattr(one.self_attn, name) for name in ("q_norm", "query_layernorm"))
+            ),
             _layers(ours.decoder.layers, lambda one: any(_has_weights(norm) for norm in _query_norms(one.self_attention))),
         ),
         (
             "norms around attention and MLP",
-            [sum("Norm" in type(part).__name__ for part in one.children()) for one in theirs.model.layers],
-            [sum("Norm" in type(part).__name__ for part in one.children()) for one in ours.decoder.layers],
+            sorted({sum("Norm" in type(part).__name__ for part in one.children()) for one in theirs.model.layers}),
+            sorted({sum("Norm" in type(part).__name__ for part in one.children()) for one in ours.decoder.layers}),
         ),
         (
             "layers that rotate",
@@ -181,7 +183,7 @@ def _mlps(theirs: list[Any], ours: list[Any]) -> list[tuple[str, Any, Any]]:
     if not all(experts):
         twin, mlp = theirs[experts.index(False)], ours[experts.index(False)]
         rows += [
-            ("intermediate_size", _rows(twin), mlp.linear_fc1.weight.shape[0] // (2 if mlp.config.gated_linear_unit else 1)),
+            ("intermediate_size", _rows(twin), mlp.linear_fc1.weight.shape[0] // (2 if _is_gated(twin) else 1)),
             ("mlp_bias", _first(twin).bias is not None, mlp.linear_fc1.bias is not None),
         ]
     return rows
@@ -228,7 +230,11 @@ def _activation(mlp: Any) -> str:
     """An MLP's function of transformers, and whether it is gated."""
     own = getattr(mlp, "experts", mlp)
     function = next(getattr(own, name) for name in ("act_fn", "activation_fn", "act") if hasattr(own, name))
-    return _gated(_name(function), any(hasattr(own, name) for name in ("gate_proj", "gate_up_proj")))
+    return _gated(_name(function), _is_gated(own))
+
+
+def _is_gated(mlp: Any) -> bool:
+    return any(hasattr(mlp, name) for name in ("gate_proj", "gate_up_proj"))
 
 
 def _gated(name: str, gated: bool) -> str:

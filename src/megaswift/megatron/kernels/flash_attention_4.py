@@ -55,7 +55,9 @@ def _probed(
             cu, longest = ((borders, borders), (max(lengths), max(lengths))) if packed else (None, None)
             narrow = 150 if window else None
             out = _FlashAttention4.apply(*inputs, cu, longest, None, narrow, cap)
-            want = torch.cat([_plain(*one, narrow, cap) for one in zip(*(part.split(lengths, dim=-3) for part in exact))], dim=-3)
+            want = torch.cat(
+                [_plain(*one, narrow, cap) for one in zip(*(part.split(lengths, dim=-3) for part in exact))], dim=-3
+            )
             got = (out, *torch.autograd.grad(out, inputs, grad))
             wanted = (want, *torch.autograd.grad(want, exact, grad.float()))
         for name, one, other in zip(("result", "gradient of the query", "of the key", "of the value"), got, wanted):
@@ -78,9 +80,7 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, window: int | None, cap: float | Non
     return (scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v).transpose(-3, -2)
 
 
-def refusal(
-    query: Tensor, kv_heads: int, *, packed: bool, window: bool = False, cap: float | None = None
-) -> str | None:
+def refusal(query: Tensor, kv_heads: int, *, packed: bool, window: bool = False, cap: float | None = None) -> str | None:
     """Why these tensors cannot go through it: None if they can, "" if it is just not installed or not for this GPU.
 
     Args:
