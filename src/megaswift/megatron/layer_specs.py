@@ -125,7 +125,7 @@ def layer_spec(kind: Kind, packed: bool = False) -> ModuleSpec:
             ModuleSpec(module=WidthNorm, params={"heads": heads, "wide": kind.norm == "wide_rms"})
             for heads in ("num_attention_heads", "num_query_groups")
         )
-    core = dict(rotation=kind.rotation, query_rotation=kind.query_rotation, window=kind.window, score_cap=kind.score_cap)
+    core: Any = dict(rotation=kind.rotation, query_rotation=kind.query_rotation, window=kind.window, score_cap=kind.score_cap)
     module, params = _layer(kind, norm)
     column, row = (PackedColumn, PackedRow) if packed else (ColumnParallel, RowParallel)
     return ModuleSpec(

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from megaswift.megatron.lora_layers import Attached
     from megaswift.train.objectives import Loss, Objective
 
-KEEP_ALL, AS_IT_IS = Memory(), Routing()
+KEEP_ALL, AS_IT_IS, UNCHANGED = Memory(), Routing(), Factors()
 
 
 @dataclass
@@ -76,7 +76,7 @@ class ChatModel(GPTModel):
         *args: Any,
         ropes: Mapping[str, RotaryTable],
         true_vocab: int,
-        factors: Factors = Factors(),
+        factors: Factors = UNCHANGED,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, position_embedding_type="none", **kwargs)

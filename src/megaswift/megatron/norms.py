@@ -23,6 +23,8 @@ class _Norm(torch.nn.Module):
     """
 
     has_bias = False
+    weight: torch.nn.Parameter
+    bias: torch.nn.Parameter
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__()

@@ -102,6 +102,11 @@ class Family:
         """Whether layers of this model differ in the tensors that they have."""
         return is_mixed(self.rules, self.layers(config))
 
+    def loading(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """With what transformers must load such a model to compute what its config says: its SDPA attention drops caps of scores."""
+        capped = any(kind.score_cap is not None for kind in self.layers(config))
+        return {"attn_implementation": "eager"} if capped else {}
+
     def parameters(self, config: PreTrainedConfig) -> list[Parameter]:
         """All tensors of a model of this family, in the order of the computation."""
         kinds = self.layers(config)

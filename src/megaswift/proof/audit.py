@@ -103,8 +103,8 @@ def neutral_fields(config: PreTrainedConfig) -> list[str]:
 
 
 def _epsilons(model: torch.nn.Module) -> list[float]:
-    norms = [vars(module) for module in model.modules() if "Norm" in type(module).__name__]
-    return sorted({float(norm.get("variance_epsilon", norm.get("eps"))) for norm in norms})
+    norms: list[Any] = [module for module in model.modules() if "Norm" in type(module).__name__]
+    return sorted({float(getattr(norm, "variance_epsilon", 0.0) or norm.eps) for norm in norms})
 
 
 def _query(attention: Any) -> Any:
@@ -138,14 +138,15 @@ def _rotates(config: Any, attention: Any) -> bool:
 def _limits(config: Any, theirs: Any, ours: Any) -> list[tuple[str, Any, Any]]:
     """Rows on windows and caps of scores and logits; none for a model without them."""
     cores = [layer.self_attention.core_attention for layer in ours.decoder.layers]
+    count = len(cores)  # how many there should be has a row of its own
     # What transformers' Gemma 3 has under this name its attention does not use.
-    caps = [getattr(layer.self_attn, "attn_logit_softcapping", None) for layer in theirs.model.layers]
+    caps = [getattr(layer.self_attn, "attn_logit_softcapping", None) for layer in theirs.model.layers[:count]]
     rows: list[tuple[str, Any, Any]] = [
         ("attn_logit_softcapping", caps, [core.score_cap for core in cores]),
         ("final_logit_softcapping", getattr(config, "final_logit_softcapping", None), ours.logit_cap),
     ]
     if attention_window(config) is None:
-        rows.append(("sliding_window", windows_of(config, theirs), [core.window for core in cores]))
+        rows.append(("sliding_window", windows_of(config, theirs)[:count], [core.window for core in cores]))
     return [row for row in rows if row[1] != row[2] or any(row[1] if isinstance(row[1], list) else [row[1]])]
 
 

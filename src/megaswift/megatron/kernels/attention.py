@@ -81,7 +81,7 @@ def dense_causal(
         return mixed.transpose(0, 1).reshape(s, b, heads * dim)
     if cap is not None or (window is not None and not _takes_packed(query)):
         rows = [part.transpose(0, 1) for part in (query, key, value)]
-        mixed = block_causal(*rows, softmax_scale, window=window, cap=cap)
+        mixed = block_causal(rows[0], rows[1], rows[2], softmax_scale, window=window, cap=cap)
         return mixed.transpose(0, 1).reshape(s, b, heads * dim)
     if window is not None:  # rows are samples, one after the other
         lengths = Lengths.of([s] * b, [s] * b, query.device)
@@ -173,7 +173,7 @@ class _FlashVarlen(torch.autograd.Function):
         window: int | None,
     ) -> Tensor:
         # Its window counts the keys before a query's own.
-        options = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
+        options: dict[str, Any] = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
         out, lse, state, unused, _ = torch.ops.aten._flash_attention_forward(
             q, k, v, *cu, *longest, 0.0, True, False, scale=scale, **options
         )
@@ -206,7 +206,7 @@ def _by_sample(
         narrow = _narrowed(window, one[1].shape[0])
         if narrow is not None or cap is not None:
             rows = [x.unsqueeze(0) for x in one]
-            parts.append(block_causal(*rows, scale, window=narrow, cap=cap).squeeze(0))
+            parts.append(block_causal(rows[0], rows[1], rows[2], scale, window=narrow, cap=cap).squeeze(0))
             continue
         a, b, c = (x.transpose(0, 1).unsqueeze(0) for x in one)
         before = b.shape[2] - a.shape[2]  # keys that all queries see

@@ -124,8 +124,7 @@ class CoreAttention(torch.nn.Module):
         if layout is not None:
             query, key = self.turned(query, key, layout.tables)
         if layout is not None and layout.share is not None:
-            limits = dict(window=self.window, cap=self.score_cap)
-            return shared_causal(query, key, value, layout.share, self.softmax_scale, **limits)
+            return shared_causal(query, key, value, layout.share, self.softmax_scale, window=self.window, cap=self.score_cap)
         query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))  # [b, heads, s, d]
         if layout is None or layout.seq_lens is None:
             mixed = self._attend(query, key, value)
@@ -137,9 +136,9 @@ class CoreAttention(torch.nn.Module):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         narrow = self.window is not None and self.window < key.shape[2]
         if narrow or self.score_cap is not None:
-            rows = [part.transpose(1, 2) for part in (query, key, value)]
-            limits = dict(window=self.window if narrow else None, cap=self.score_cap)
-            return block_causal(*rows, self.softmax_scale, **limits).transpose(1, 2)
+            query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+            window = self.window if narrow else None
+            return block_causal(query, key, value, self.softmax_scale, window=window, cap=self.score_cap).transpose(1, 2)
         grouped = query.shape[1] != key.shape[1]
         with sdpa_kernel(self.kernels, set_priority=True):
             return F.scaled_dot_product_attention(
@@ -169,7 +168,8 @@ class FusedSelfAttention(SelfAttention):
             return super().forward(hidden_states, attention_mask, **kwargs)
         query, key, value = self._query_key_value(hidden_states, layout)
         core = self.core_attention
-        scale, limits = core.softmax_scale, dict(window=core.window, cap=core.score_cap)
+        scale: float | None = core.softmax_scale
+        limits: Any = dict(window=core.window, cap=core.score_cap)
         if getattr(layout, "share", None) is not None:
             context = shared_causal(query, key, value, layout.share, scale, **limits)
         elif getattr(layout, "seq_lens", None) is None and layout.cu_seqlens_q is None:
