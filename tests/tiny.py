@@ -47,7 +47,8 @@ def tiny_model(name: str, seed: int = 0, **changes: Any) -> Any:
     with torch.no_grad():
         for place, parameter in model.named_parameters():
             if parameter.ndim == 1:
-                parameter.copy_(torch.rand_like(parameter) + (least if "norm" in place else 0.5))
+                low = least if "norm" in place and place.endswith("weight") else 0.5 if name in _CORE else -0.5
+                parameter.copy_(torch.rand_like(parameter) + low)
             else:  # routers are decided: no two experts are nearly as good for a token
                 parameter.copy_(torch.randn_like(parameter) * (0.5 if place.endswith(ROUTERS) else 0.08))
         for name, buffer in model.named_buffers():

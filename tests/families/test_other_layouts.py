@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from tests import tiny
 from tests.engine.test_packed import LAYOUTS
 from tests.ranks import RankPool

@@ -343,7 +343,7 @@ def transformer_config(
         **(whole_layers if memory.recompute == "layers" else {}),
         **_expert_settings(kinds, parallel, routing),
         # Where any layer has these norms their gradients are summed over tensor-parallel ranks.
-        qk_layernorm=any(kind.qk_norm and not kind.qk_norm_over_heads for kind in kinds),
+        qk_layernorm=any(kind.qk_norm_rotated or (kind.qk_norm and not kind.qk_norm_over_heads) for kind in kinds),
         hetereogenous_dist_checkpoint=family.is_mixed(config),
         pipeline_model_parallel_layout=pipeline_layout(config, parallel.pp, parallel.vpp),
         bias_activation_fusion=False,

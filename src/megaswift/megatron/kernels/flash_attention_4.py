@@ -55,9 +55,8 @@ def _probed(
             cu, longest = ((borders, borders), (max(lengths), max(lengths))) if packed else (None, None)
             narrow = 150 if window else None
             out = _FlashAttention4.apply(*inputs, cu, longest, None, narrow, cap)
-            want = torch.cat(
-                [_plain(*one, narrow, cap) for one in zip(*(part.split(lengths, dim=-3) for part in exact))], dim=-3
-            )
+            samples = zip(*(part.split(lengths, dim=-3) for part in exact))
+            want = torch.cat([_plain(q, k, v, narrow, cap) for q, k, v in samples], dim=-3)
             got = (out, *torch.autograd.grad(out, inputs, grad))
             wanted = (want, *torch.autograd.grad(want, exact, grad.float()))
         for name, one, other in zip(("result", "gradient of the query", "of the key", "of the value"), got, wanted):

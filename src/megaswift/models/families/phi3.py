@@ -29,9 +29,9 @@ PHI3 = Family(
     tiny=dict(
         hidden_size=64, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4, intermediate_size=96,
         vocab_size=131, max_position_embeddings=256, pad_token_id=None, bos_token_id=None, eos_token_id=1,
-        sliding_window=9, original_max_position_embeddings=128,
+        sliding_window=9, original_max_position_embeddings=160,
         rope_parameters={
-            "rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "original_max_position_embeddings": 128,
+            "rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "original_max_position_embeddings": 160,
             "short_factor": [1.0, 1.5], "long_factor": [1.0, 4.0],
         },
     ),
