@@ -46,6 +46,23 @@ CASES: dict[str, tuple[str, dict[str, Any], int, int, str]] = {
         64,
         "max_position_embeddings",
     ),
+    "longrope": (
+        "phi3",
+        {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "partial_rotary_factor": 0.5,
+                "original_max_position_embeddings": 32,
+                "short_factor": [1.0, 1.5],
+                "long_factor": [1.0, 4.0],
+                **THETA,
+            },
+            "original_max_position_embeddings": 32,
+        },
+        64,
+        32,
+        "longrope",
+    ),
     "window that the layers have": ("mistral", {"sliding_window": 24}, 64, 64, "max_position_embeddings"),
     "wide window": ("mistral", {"sliding_window": 4096}, 64, 64, "max_position_embeddings"),
     "no window": ("mistral", {"sliding_window": None}, 64, 64, "max_position_embeddings"),

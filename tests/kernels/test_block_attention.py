@@ -67,6 +67,15 @@ def test_the_last_tokens_of_samples(case, window, cap):
     same(got, torch.cat([plain(*part, 0.3, window, cap) for part in parts]), leaves, exact, case[1])
 
 
+def test_a_window_one_token_short():
+    """It is no window as long as the sample, where faster kernels run."""
+    leaves = [torch.randn(9, 1, 2, 8, dtype=torch.float64) for _ in range(3)]
+    got = dense_causal(*leaves, window=8)
+    assert not torch.allclose(got, dense_causal(*leaves)) and torch.equal(
+        dense_causal(*leaves, window=9), dense_causal(*leaves)
+    )
+
+
 def test_in_double_precision():
     leaves = [torch.randn(1, 40, n, 8, dtype=torch.float64, requires_grad=True) for n in (4, 2, 2)]
     exact = [x.detach().clone().requires_grad_() for x in leaves]

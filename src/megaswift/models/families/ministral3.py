@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from megaswift.errors import UserError
 from megaswift.models.families.llama import LLAMA
 from megaswift.models.family import Family, decoder_settings, every_window
 from megaswift.models.kinds import QUERIES, Kind
 
 
 def _kind(config: Any, layer: int) -> Kind:
-    grows = config.rope_parameters.get("llama_4_scaling_beta") is not None
-    return Kind(window=every_window(config), query_rotation=QUERIES if grows else None)
+    for name in ("llama_4_scaling_beta", "original_max_position_embeddings"):
+        if not isinstance(config.rope_parameters.get(name), (int, float)):
+            raise UserError(f"rope_parameters has no {name}, by which queries grow.", where=f"config.json: {name}")
+    return Kind(window=every_window(config), query_rotation=QUERIES)
 
 
 MINISTRAL3 = Family(
