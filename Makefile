@@ -20,7 +20,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 CPU_TORCH := 2.13.0+cpu
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo demo-moe test test-gpu test-long faults faults-again mutants check bench parity clean test-vllm test-eval test-newest test-families
+.PHONY: demo demo-moe test test-gpu test-long test-lora faults faults-again mutants check bench parity clean test-vllm test-eval test-newest test-families
 
 demo: $(VENV)/ready
 	LORA=$(LORA) $(BIN)/python examples/demo.py
@@ -42,6 +42,12 @@ test-gpu: $(VENV)/ready-dev
 
 test-long: export MEGASWIFT_LONG = true
 test-long: test
+
+# Adapters at every layout and in every form; the default suite has a part of it.
+test-lora: export MEGASWIFT_LONG = true
+test-lora: $(VENV)/ready-dev
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s -n 2 --dist load tests/lora tests/kernels/test_lora_kernel.py \
+	  tests/kernels/test_nf4.py
 
 # Figures are measured while nothing else runs. Tests that failed because the machine was busy: make faults-again
 faults: $(VENV)/ready-dev

@@ -45,7 +45,7 @@ def trainer_of(shape: str, seq: int, micro: int, way: str) -> Any:
     config.architectures = ["Qwen2ForCausalLM"]
     args = SftArguments(
         model_type="bench", dataset=["none"], max_steps=100, batch_size=micro, gradient_accumulation_steps=1, max_length=seq,
-        learning_rate=1e-4, gradient_checkpointing="layers" in way,
+        learning_rate=1e-4, gradient_checkpointing="layers" in way, sft_type="lora",
     )  # fmt: skip
     dtype = "bf16" if torch.cuda.is_available() else "fp32"
     source = TrainingSource(args, Path("none"), Path("none"), config, dtype, manifest={}, run_dir=None, first_step=0)
@@ -89,15 +89,9 @@ def ours(shape: str, seq: int, micro: int, way: str, steps: int, profiled: bool)
         each = sorted(b - a for a, b in zip(times[4:], times[5:]))
         median = each[len(each) // 2]
         if profiled:
-            from torch.profiler import ProfilerActivity, profile
+            from profiling import profiled as described
 
-            with profile(activities=[ProfilerActivity.CUDA]) as recorded:
-                for step in range(2):
-                    trainer.step([batches[step]])
-            print(
-                recorded.key_averages().table(sort_by="cuda_time_total", row_limit=40, max_name_column_width=70),
-                file=sys.stderr,
-            )
+            print(described(lambda step: trainer.step([batches[step]])), file=sys.stderr)
         memory = torch.cuda.max_memory_allocated() / 2**30 if rank.on_gpu else None
         trainer.close()
     return {

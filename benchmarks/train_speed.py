@@ -70,8 +70,7 @@ def build_model(shape: str, seq: int, way: str) -> Any:
     from megaswift.megatron.kernels.fp8_linear import Fp8LinearOps
     from megaswift.megatron.kernels.linear_cross_entropy import linear_cross_entropy
     from megaswift.megatron.kernels.linear_ops import PLAIN
-    from megaswift.megatron.kernels.megatron_fuse import fuse_embedding
-    from megaswift.megatron.kernels.megatron_layer import FusedMLP
+    from megaswift.megatron.kernels.megatron_layer import FusedMLP, fuse_embedding
     from megaswift.megatron.model import EngineConfig
     from megaswift.models.kinds import Kind
 

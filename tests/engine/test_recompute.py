@@ -90,6 +90,30 @@ def test_whole_layers_run_again(layout: dict[str, Any], start: tuple[Path, Path]
     assert again.losses == plain.losses and again.norms == plain.norms
 
 
+def products_made(path: str) -> int:
+    """The loop of one rank; how many second products were computed."""
+    from megaswift.megatron.kernels.linear_ops import LinearOps
+
+    count, plain = 0, LinearOps.swiglu_forward
+
+    def counted(self: Any, *arguments: Any, **options: Any) -> Any:
+        nonlocal count
+        count += 1
+        return plain(self, *arguments, **options)
+
+    with mock.patch.object(LinearOps, "swiglu_forward", counted):
+        run_job(path)
+    return count
+
+
+def test_a_result_that_nobody_reads_is_not_computed_again(start: tuple[Path, Path], pool: RankPool, tmp_path: Path) -> None:
+    """The layer's last product only makes the layer's result, which is there already."""
+    plain, once = three_steps(pool, start, tmp_path / "plain", 1, products_made)
+    again, still = three_steps(pool, start, tmp_path / "again", 1, products_made, gradient_checkpointing=True)
+    assert once == still == 3 * 2 * 4
+    assert again.losses == plain.losses and again.norms == plain.norms
+
+
 def test_whole_layers_and_parts_exclude_each_other() -> None:
     with pytest.raises(UserError, match="recomputes whole layers, --recompute_modules mlp parts of them"):
         resolved_run(gradient_checkpointing=True, recompute_modules="mlp")

@@ -117,6 +117,34 @@ def test_an_engine_that_dies_is_told(answers: dict[str, Any]) -> None:
     assert answers["died"].exit_code == ExitCode.RANK_LOST
 
 
+def test_adapters_answer_by_name(folder: Path, tmp_path: Path) -> None:
+    """In one batch, each as transformers and PEFT answer with it; and the model itself."""
+    from dataclasses import replace
+
+    from tests.lora.adapters import lora_of, peft_model, save_adapter
+
+    from megaswift.inference.options import GenerationOptions
+    from megaswift.inference.transformers_backend import TransformersBackend
+    from megaswift.inference.vllm_backend import VllmBackend
+
+    places = {}
+    for name, words in (("first", ["all-linear"]), ("second", ["q_proj", "down_proj"])):
+        lora = lora_of(folder, words, rank=4, alpha=12.0)
+        places[name] = tmp_path / name
+        save_adapter(peft_model(folder, lora, seed=len(places)), lora, places[name])
+    options = GenerationOptions(max_new_tokens=12, temperature=0)
+    names = (None, "first", "second", None)
+    found: dict[str, list[str]] = {}
+    for kind in (TransformersBackend, VllmBackend):
+        more: dict[str, Any] = {} if kind is TransformersBackend else {"gpu_memory_utilization": 0.3}
+        backend: Any = kind.load(folder, dtype="fp32", max_model_len=512, model_type=NAME, adapters=places, **more)
+        prompt = backend.prompt_ids([{"role": "user", "content": QUESTIONS[0]}], options)
+        found[kind.__name__] = [next(backend.answer_all([prompt], replace(options, adapter=name)))[1].text for name in names]
+        backend.close()
+    assert found["VllmBackend"] == found["TransformersBackend"]
+    assert len(set(found["VllmBackend"])) == 3, "they say different things"
+
+
 def test_streams_stop_words_and_seeds(answers: dict[str, Any]) -> None:
     assert "".join(answers["pieces"]) == answers["stream"].text == answers["vllm"][0].text
     assert len(answers["pieces"]) > 1

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from megaswift.megatron.kernels.expert_mlp import expert_mlp, sum_rows, take_rows
+from megaswift.megatron.kernels.expert_rows import put_gradient
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 CASES = {"some": [5, 0, 3, 8], "the first alone": [16, 0, 0, 0], "no row": [0, 0, 0, 0]}
@@ -56,3 +57,32 @@ def test_rows_go_out_and_come_back(device: str) -> None:
     assert torch.autograd.gradcheck(
         lambda value: sum_rows(value, places, source), torch.randn(6, 4, dtype=torch.float64, device=device, requires_grad=True)
     )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_gradients_are_put_into_fp32(device: str, overwrite: bool) -> None:
+    gradient = torch.randn(3, 70, 41, device=device).bfloat16()
+    target = torch.full(gradient.shape, torch.nan if overwrite else 0.5, device=device)
+    put_gradient(target, gradient, overwrite=overwrite)
+    assert torch.equal(target, gradient.float() + (0.0 if overwrite else 0.5))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="tensor cores")
+def test_routers_multiply_in_fp32_on_tensor_cores() -> None:
+    """bf16 in, fp32 out: the logits and both gradients as far from fp64 as fp32 is, not as bf16."""
+    from megaswift.megatron.router import _RouterLogits
+
+    torch.manual_seed(0)
+    x, weight = torch.randn(500, 256, device="cuda").bfloat16(), torch.randn(64, 256, device="cuda").bfloat16()
+    grad = torch.randn(500, 64, device="cuda")
+    mine = [part.clone().requires_grad_() for part in (x, weight)]
+    mine[1].main_grad, mine[1].grad_added_to_main_grad = torch.zeros(64, 256, device="cuda"), False
+    exact = [part.double().requires_grad_() for part in (x, weight)]
+    logits, wanted = _RouterLogits.apply(*mine, torch.float32, None), exact[0] @ exact[1].t()
+    logits.backward(grad)
+    wanted.backward(grad.double())
+    off = lambda one, other: float((one.double() - other).norm() / other.norm())  # noqa: E731
+    assert logits.dtype == torch.float32 and off(logits, wanted) < 1e-6
+    assert off(mine[1].main_grad, exact[1].grad) < 1e-6
+    assert off(mine[0].grad, exact[0].grad.bfloat16().double()) < 1e-4

@@ -11,7 +11,7 @@ from tests.kernels.conftest import LIMITS, off
 
 from megaswift.megatron.kernels.counter_dropout import Dropout, token_keys
 from megaswift.megatron.kernels.linear_ops import PLAIN
-from megaswift.megatron.kernels.lora import LoraCall, Parts, lora_linear, row_norms, scaled_rows
+from megaswift.megatron.kernels.lora import LoraCall, Parts, Rows, lora_linear, row_norms, scaled_rows
 from megaswift.megatron.lora_layers import rows_of
 from megaswift.models.parameters import Arrangement, grouped, stacked, whole
 
@@ -63,6 +63,54 @@ def test_is_what_autograd_makes(layer: str, dropped: float, case: tuple[str, tor
     for name, one, other in zip("xab", ours, theirs, strict=True):
         assert one.grad is not None and other.grad is not None
         assert off(one.grad, other.grad) < LIMITS[dtype], name
+
+
+@pytest.mark.parametrize("dropped", [0.0, 0.4])
+@pytest.mark.parametrize("adapted", [True, False])
+@pytest.mark.parametrize("add", [True, False])
+def test_of_gate_and_up(add: bool, adapted: bool, dropped: float, case: tuple[str, torch.dtype]) -> None:
+    """[gate, up] goes in, silu(gate) * up is multiplied; and the same gradients where the result is not asked for."""
+    device, dtype = case
+    rank, tokens, inputs, size, scale = 3, 10, 8, 24, 1.7
+    make = lambda *shape: (torch.randn(*shape, device=device) * 0.5).to(dtype)  # noqa: E731
+    both, weight, residual, grad = make(5, 2, 2 * inputs), make(size, inputs), make(5, 2, size), make(5, 2, size)
+    a, b = make(rank, inputs), make(size, rank)
+    keys = token_keys(torch.arange(tokens, device=device).view(2, 5), seed=3, step=1).t().reshape(-1)
+    dropout = Dropout(dropped, "some.layer") if dropped else None
+    mask = dropout.factors(keys, inputs, dtype) if dropout else torch.ones((), device=device)
+
+    def made(needed: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        ours = [part.clone().requires_grad_() for part in (both, residual, a, b)]
+        call = LoraCall(
+            Parts((Rows(1, size, 0, size),), (Rows(1, size, 0, size),)),
+            scale,
+            PLAIN,
+            dropout=dropout,
+            gated=True,
+            needed=needed,
+        )
+        halves = (ours[2], ours[3]) if adapted else (None, None)
+        got = lora_linear(ours[0] * 1, weight, None, *halves, keys if dropped else None, call, ours[1] if add else None)
+        got.backward(grad)
+        return got, [part.grad for part in ours if part.grad is not None]
+
+    theirs = [part.double().requires_grad_() for part in (both, residual, a, b)]
+    gate, up = theirs[0].chunk(2, -1)
+    hidden = F.silu(gate) * up
+    want = F.linear(hidden, weight.double()) + (theirs[1] if add else 0.0)
+    if adapted:
+        want = want + scale * F.linear(
+            F.linear((hidden.view(tokens, -1) * mask.double()).view_as(hidden), theirs[2]), theirs[3]
+        )
+    want.backward(grad.double())
+    got, gradients = made(True)
+    assert off(got, want) < LIMITS[dtype]
+    wanted = [part.grad for part in theirs if part.grad is not None]
+    assert len(gradients) == len(wanted) == 1 + add + 2 * adapted
+    for one, other in zip(gradients, wanted, strict=True):
+        assert off(one, other) < LIMITS[dtype]
+    for one, other in zip(made(False)[1], gradients, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_masks_are_fair_and_independent() -> None:

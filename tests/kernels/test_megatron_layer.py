@@ -27,7 +27,7 @@ def _model(fused: bool, tp: int, sequence_parallel: bool, qk_norm: bool) -> Any:
     from megatron.core.models.gpt.gpt_model import GPTModel
 
     from megaswift.megatron import layer_specs as backend
-    from megaswift.megatron.kernels.megatron_fuse import fuse_embedding
+    from megaswift.megatron.kernels.megatron_layer import fuse_embedding
     from megaswift.megatron.model import EngineConfig
     from megaswift.models.kinds import Kind
 

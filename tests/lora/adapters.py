@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 
 from megaswift.data.store import TokenRows
@@ -16,7 +18,7 @@ from megaswift.models import family_of
 from megaswift.models.adapters import Lora, saved_modules, target_modules
 from megaswift.models.family import is_tied
 from megaswift.models.parameters import Parameter
-from megaswift.parity.adapters import as_packed, plain
+from megaswift.parity.adapters import as_packed, peft_of, trained_of
 from megaswift.run.spec import Method, Run
 from megaswift.weights.hf.config import load_config
 
@@ -42,37 +44,38 @@ def lora_of(folder: Path, words: list[str] | None = None, saved: list[str] | Non
 
 def peft_model(folder: Path, lora: Lora, seed: int = 5, **changes: Any) -> Any:
     """PEFT's model in fp32 with random values everywhere in the adapter."""
-    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     for module in base.modules():  # the pad token's row is trained as any other
         if isinstance(module, torch.nn.Embedding):
             module.padding_idx = None
-    config = family_of(base.config.model_type).parameters(base.config)
+    listed = family_of(base.config.model_type).parameters(base.config)
     if lora.bits is not None:
-        as_packed(base, config)
-    values = lora.peft_config(config, str(folder)) | changes
-    names = ("r", "lora_alpha", "target_modules", "modules_to_save", "use_rslora", "use_dora", "init_lora_weights")
-    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **{name: values[name] for name in names}))
+        as_packed(base, listed)
+    model = peft_of(base, lora, listed, **changes)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in trained_of(model, lora, listed).items():
             if "lora_" in name and "magnitude" not in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
             elif "magnitude" in name:
                 parameter.mul_(1 + 0.2 * torch.randn(parameter.shape, generator=generator))
-            elif "modules_to_save" in name:
+            else:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
     return model.train()
 
 
-def plain_names(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """PEFT's names in memory -> in its files."""
-    return {plain(name): value for name, value in values.items()}
+def save_adapter(model: Any, lora: Lora, directory: Path) -> None:
+    """An adapter as we write it, with each expert's matrices apart; where there are no experts that is how PEFT writes it."""
+    listed = family_of(model.config.model_type).parameters(model.config)
+    directory.mkdir(parents=True)
+    values = {name: part.detach().clone() for name, part in trained_of(model, lora, listed).items()}
+    save_file(values, directory / "adapter_model.safetensors")
+    (directory / "adapter_config.json").write_text(json.dumps(lora.peft_config(listed, "base")))
 
 
-def peft_step(model: Any, data: TokenRows) -> tuple[float, float, dict[str, Tensor]]:
+def peft_step(model: Any, lora: Lora, data: TokenRows) -> tuple[float, float, dict[str, Tensor]]:
     """(mean loss, gradient norm, gradients by name) of all rows, sample by sample."""
     total = torch.zeros(())
     weight = 0.0
@@ -82,9 +85,10 @@ def peft_step(model: Any, data: TokenRows) -> tuple[float, float, dict[str, Tens
         summed = (losses * weights).sum()
         summed.backward()
         total, weight = total + summed.detach(), weight + float(weights.sum())
-    found = {name: part.grad / weight for name, part in model.named_parameters() if part.requires_grad}
+    listed = family_of(model.config.model_type).parameters(model.config)
+    found = {name: part.grad / weight for name, part in trained_of(model, lora, listed).items()}
     norm = float(torch.stack([gradient.double().norm() for gradient in found.values()]).norm())
-    return float(total / weight), norm, plain_names(found)
+    return float(total / weight), norm, found
 
 
 def adapted(made: Run, lora: Lora, start: Path | None) -> Run:

@@ -101,8 +101,8 @@ def test_a_run_and_its_adapter_answer_alike(runs: Any, tmp_path: Path, monkeypat
     for args in (
         InferArguments(ckpt_dir=str(run)),
         InferArguments(ckpt_dir=str(adapter)),
-        InferArguments(adapters=str(adapter)),
-        InferArguments(adapters=str(adapter), model_id_or_path=str(folder)),
+        InferArguments(adapters=[str(adapter)]),
+        InferArguments(adapters=[str(adapter)], model_id_or_path=str(folder)),
     ):
         chosen = choose(args, ("system",))
         assert chosen.args.system == "Be short."
@@ -111,9 +111,9 @@ def test_a_run_and_its_adapter_answer_alike(runs: Any, tmp_path: Path, monkeypat
     assert not torch.equal(weights[0]["model.layers.0.self_attn.q_proj.weight"], load_file(folder / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"])  # fmt: skip
     other = tiny_start(tmp_path / "other", "qwen3", seed=3, tie_word_embeddings=False).parent / "hf"
     with pytest.raises(DataError, match="not the weights that the adapter was trained beside"):
-        choose(InferArguments(adapters=str(adapter), model_id_or_path=str(other))).locate()
+        choose(InferArguments(adapters=[str(adapter)], model_id_or_path=str(other))).locate()
     with pytest.raises(UserError, match="no adapter in PEFT's form"):
-        choose(InferArguments(adapters=str(run)))
+        choose(InferArguments(adapters=[str(run)]))
 
 
 def test_what_peft_computes_otherwise_is_not_published(runs: Any, tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def test_gradients_are_those_of_peft(case: str, pool: RankPool, tmp_path: Path) 
             adapted(made, lora, tmp_path / "adapter").write(path)
             jobs.append((str(path), str(tmp_path / f"{name} {form}")))
         if wanted is None:
-            wanted = peft_step(model, TokenRows.open(made.data.train))
+            wanted = peft_step(model, lora, TokenRows.open(made.data.train))
         loss, norm, gradients = wanted
         assert set(gradients) == {part.name for parameter in parameters for part in parameter.hf}
         for (_, target), figures in zip(jobs, pool.run(world, one_step, jobs)[0], strict=True):

@@ -30,6 +30,16 @@ def test_the_engine_is_peft(pool: RankPool, start: tuple[Path, Path], tmp_path: 
     assert ".lora_" in found["reference"][0]["worst_gradient"][1]
 
 
+def test_experts_are_those_of_peft(pool: RankPool, tmp_path: Path) -> None:
+    """Adapters on experts, which PEFT holds in one tensor, and on a shared expert, which has dropout by itself alone."""
+    start = tiny_start(tmp_path, "qwen2_moe"), write_rows(tmp_path / "rows.jsonl")
+    common = {"tp": 2, "ep": 2, "sequence_parallel": True, "use_rslora": True}
+    routed = {"target_modules": ["all-linear", "all-experts", "all-router"], "lora_dropout": 0.0}
+    for number, options in enumerate((routed, {})):
+        found = parity(pool, start, tmp_path / f"{number}", 2, **{**LORA, **common, **options})
+        assert found["problem"] is None and len(found["reference"]) == 3
+
+
 def test_a_wrong_adapter_is_named(pool: RankPool, start: tuple[Path, Path], tmp_path: Path) -> None:
     """The reference scales by alpha / r where the run was told alpha / sqrt(r)."""
     from megaswift.parity.adapters import PeftSide

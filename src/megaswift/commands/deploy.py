@@ -8,6 +8,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,14 +45,16 @@ def deploy_main(arguments: DeployArguments | list[str]) -> None:
     name = args.served_model_name or located.model_type
     listening = _listen(args.host, args.port)  # a port that is taken is told before the model is loaded
     hosts = tuple(dict.fromkeys([*_LOOPBACK_NAMES, _in_url(args.host).lower()])) if is_loopback(args.host) else None
-    rules = Rules(size, args.max_concurrency, hosts, model=name)
+    if name in chosen.named:
+        raise UserError(f"an adapter has the model's own name, {name}.", where="--adapters", fix="use another NAME=DIR")
+    rules = Rules(size, args.max_concurrency, hosts, model=name, adapters=tuple(chosen.named))
     if by_vllm:
         from megaswift.inference.vllm_server import VllmServer
 
-        server = VllmServer(args, located.path, located.model_type, name)
+        server = VllmServer(args, located.path, located.model_type, name, chosen.named)
         greeting = _greeting(name, server.description, args.host, listening, key)
         server.become(replace(rules, greeting=greeting), key, listening)
-    _serve(args, located.path, located.model_type, name, rules, key, listening)
+    _serve(args, located.path, located.model_type, name, chosen.named, rules, key, listening)
 
 
 def check(args: DeployArguments, key: str | None) -> int:
@@ -102,7 +105,14 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _serve(
-    args: DeployArguments, path: Path, model_type: str, name: str, rules: Rules, key: str | None, listening: socket.socket
+    args: DeployArguments,
+    path: Path,
+    model_type: str,
+    name: str,
+    adapters: Mapping[str, Path],
+    rules: Rules,
+    key: str | None,
+    listening: socket.socket,
 ) -> None:
     """Load the model into transformers and serve it."""
     import uvicorn
@@ -110,7 +120,7 @@ def _serve(
     from megaswift.inference.backends import load_backend
     from megaswift.inference.server import Limits, Service, make_app
 
-    backend = load_backend(args, path, model_type)
+    backend = load_backend(args, path, model_type, adapters=adapters)
     options = GenerationOptions(
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
@@ -119,7 +129,7 @@ def _serve(
         repetition_penalty=args.repetition_penalty,
         seed=args.seed,
     )
-    service = Service(backend, name, options, Limits(args.max_new_tokens), args.infer_batch_size, args.system)
+    service = Service(backend, name, options, Limits(args.max_new_tokens), args.infer_batch_size, args.system, tuple(adapters))
     rules = replace(rules, greeting=_greeting(name, backend.description, args.host, listening, key))
     config = uvicorn.Config(
         make_app(service, rules, key),

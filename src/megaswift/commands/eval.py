@@ -27,7 +27,7 @@ from megaswift.evaluation.statistics import wilson
 from megaswift.evaluation.weights import weights_hashes
 from megaswift.inference.model_ref import ModelRef, choose
 from megaswift.inference.options import GenerationOptions
-from megaswift.terminal import LiveLine
+from megaswift.terminal import LiveLine, typed
 
 if TYPE_CHECKING:
     from megaswift.evaluation.comparison import Model
@@ -165,6 +165,11 @@ def _models(args: EvalArguments) -> dict[str, ModelRef]:
     """The models by title; the first is what the others are compared with."""
     if not args.compare:
         chosen = choose(args)
+        if chosen.named:
+            words = " ".join(f"{name}={typed(place)}" for name, place in chosen.named.items())
+            raise UserError(
+                "adapters with names are compared with each other.", where="--adapters", fix=f"--compare base=MODEL {words}"
+            )
         name = chosen.args.model_type or (chosen.directory.name if chosen.directory else args.model_id_or_path)
         return {str(name): chosen}
     if args.ckpt_dir or args.model_type or args.model_id_or_path:

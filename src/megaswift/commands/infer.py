@@ -7,7 +7,7 @@ swift infer --model_type qwen2-7b-instruct --model_id_or_path DIR --val_dataset 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,6 +95,12 @@ def prepare(args: InferArguments) -> Request:
             fix="give --val_dataset FILE; only a model made from a training run has sft_args.json with its datasets",
         )
     _check_held_out(args, values)
+    if len(chosen.named) > 1 and not _talks(args):
+        raise UserError(
+            "a file of questions is answered by one model.",
+            where="--adapters",
+            fix=f"name one of {', '.join(chosen.named)}; or compare them: swift eval --compare base=MODEL NAME=DIR ...",
+        )
     GenerationOptions.from_args(args)
     request = Request(args, chosen, _talks(args))
     if not chosen.megatron:
@@ -132,7 +138,7 @@ def _load(request: Request) -> Any:
     from megaswift.inference.backends import load_backend
 
     args, located = request.args, request.located
-    backend = load_backend(args, located.path, located.model_type)
+    backend = load_backend(args, located.path, located.model_type, adapters=request.chosen.named)
     _note(f"{located.model_type} from {located.origin if request.chosen.megatron else located.path} ({backend.description})")
     if args.num_beams > 1 and args.stream:
         _note(f"beam search cannot stream: with --num_beams {args.num_beams} each answer appears when it is complete")
@@ -147,8 +153,14 @@ def _talk(request: Request, results: Any) -> list[dict[str, Any]]:
     if terminal.person:
         width = max(len(word) for word, _ in WORDS)
         terminal.say("".join(f"  {word:<{width}}  {meaning}\n" for word, meaning in WORDS))
-    options = GenerationOptions.from_args(args)
-    return Conversation(backend, options, terminal, args.system, results, args.stream).run()
+    return Conversation(
+        backend, _options(request), terminal, args.system, results, args.stream, adapters=tuple(request.chosen.named)
+    ).run()
+
+
+def _options(request: Request) -> GenerationOptions:
+    """How answers are drawn; of several adapters the first answers until another is asked for."""
+    return replace(GenerationOptions.from_args(request.args), adapter=next(iter(request.chosen.named), None))
 
 
 def _answer_file(request: Request, results: Any) -> list[dict[str, Any]]:
@@ -160,7 +172,7 @@ def _answer_file(request: Request, results: Any) -> list[dict[str, Any]]:
     return answer_questions(
         backend,
         questions,
-        GenerationOptions.from_args(args),
+        _options(request),
         batch_size=args.infer_batch_size,
         stream=args.stream,
         results=results,

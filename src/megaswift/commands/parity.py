@@ -44,6 +44,7 @@ from megaswift.run.spec import RUN_FILE
 from megaswift.store.paths import iteration_directory
 from megaswift.terminal import say
 from megaswift.weights.convert import Precisions, planned_hf_tensors
+from megaswift.weights.convert.lora_start import make_start
 from megaswift.weights.load_hf import is_hf_folder
 from megaswift.weights.torch_dist.reader import Reader
 
@@ -133,8 +134,12 @@ class _Runs:
         for part in (GRADIENTS, WEIGHTS) if dump else ():
             (directory / part).mkdir()
         run = resolved(args, self.start, self.data, place.world_size, directory, self.pad_id, batch)
-        if run.method.adapter is not None:
-            begun = replace(run.method.adapter, init=RANDOM)
+        adapter = run.method.adapter
+        if adapter is not None and adapter.is_part_of_base and run.method.base is not None:
+            base = Path(run.method.base["path"])
+            make_start(adapter, self.start.config, base, run.seed, Path(str(run.method.adapter_start)))
+        elif adapter is not None:
+            begun = replace(adapter, init=RANDOM)
             run = replace(run, method=replace(run.method, adapter=begun))
         if noise is not None:
             (directory / NOISE).write_text(str(noise), encoding="utf-8")

@@ -23,6 +23,7 @@ from megaswift.data.kept import kept_data
 from megaswift.errors import Stopped, UserError
 from megaswift.launch import agent, versions
 from megaswift.launch.signals import Interrupted, StopSignals
+from megaswift.models import parameters_of
 from megaswift.models.stages import stage_layers
 from megaswift.report.curves import write_images
 from megaswift.run.memory import MemoryEstimate, estimate, parameter_count, trained_parameters
@@ -36,7 +37,7 @@ from megaswift.run.table import filled_rows
 from megaswift.store.cache import cache_root
 from megaswift.store.lock import LOCK, filling, locked
 from megaswift.store.manifest import MANIFEST
-from megaswift.store.paths import hf_copy_of, iteration_directory
+from megaswift.store.paths import INITIAL_ADAPTER, hf_copy_of, iteration_directory
 from megaswift.store.publish import put
 from megaswift.store.retention import clean
 from megaswift.terminal import console, say, shown, typed
@@ -107,11 +108,24 @@ def _train(args: SftArguments, stop: StopSignals) -> Path:
         if start.first_step >= steps:
             say(f"[bold]{shown(run_dir)}[/bold] has made all of its {steps} steps: there is nothing left to do.")
         else:
+            if place.leads:
+                _make_first_values(run, start.config)
             _start(run_dir, run, place, stop)
             stop.interrupt = partial(_interrupt, "after the last step, whose checkpoint is saved")
     if place.leads:
         _say_ready(run_dir, run)
     return run_dir
+
+
+def _make_first_values(run: Run, config: PreTrainedConfig) -> None:
+    """Of an adapter that begins as a part of the base, before any rank starts: decompositions take longer than ranks wait."""
+    lora, base = run.method.adapter, run.method.base
+    if lora is None or base is None or not lora.is_part_of_base or run.schedule.first_step:
+        return
+    from megaswift.weights.convert.lora_start import make_start
+
+    say(f"first values of the adapter ({lora.init}) from {len(lora.sites(parameters_of(config)))} matrices")
+    make_start(lora, config, Path(base["path"]), run.seed, Path(str(run.method.adapter_start)))
 
 
 def _say_ready(run_dir: Path, run: Run) -> None:
@@ -239,9 +253,11 @@ def _trained(run: Run, config: PreTrainedConfig) -> str:
         return f"trained: {own:,} of {whole:,} parameters" + (
             f", {100 * own / whole:.3g} %; the others stay" if own < whole else ""
         )
+    without = adapter.left_out(parameters_of(config))
+    left = f"; {' and '.join(without.values())} stay as they are (--target_modules {' '.join(without)})" if without else ""
     return (
         f"trained: {own:,} parameters of a LoRA adapter (rank {adapter.rank}, alpha {adapter.alpha:g}) "
-        f"beside {whole:,} frozen ones, {100 * own / (whole + own):.2g} % of all"
+        f"beside {whole:,} frozen ones, {100 * own / (whole + own):.2g} % of all{left}"
     )
 
 
@@ -312,7 +328,7 @@ def _fill_run_dir(run_dir: Path, args: SftArguments, run: Run, memory: MemoryEst
 
 # What commands leave in a run's directory, beside the model's own files and what is exported there, which has a manifest.
 _OF_A_RUN = (
-    *RUN_FILES, "iter_*", "trash-*", ".iter_*", "runs", "images", "infer_result", "config.json", "generation_config.json", "tokenizer*", "vocab*",
+    *RUN_FILES, INITIAL_ADAPTER, "iter_*", "trash-*", ".iter_*", "runs", "images", "infer_result", "config.json", "generation_config.json", "tokenizer*", "vocab*",
     "merges.txt", "*.model", "*.tiktoken", "special_tokens_map.json", "added_tokens.json", "chat_template*",
 )  # fmt: skip
 

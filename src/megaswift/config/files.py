@@ -63,7 +63,10 @@ def with_home(args: A) -> A:
     A shell writes it out only where it begins a word: not in --opt=~/x, nor in an option file.
     """
     values = {name: getattr(args, name, None) for name in PATH_OPTIONS}
-    return args.changed(**{name: os.path.expanduser(value) for name, value in values.items() if value})
+    # Of several places, which may have names, each is expanded where it is read.
+    return args.changed(
+        **{name: os.path.expanduser(value) for name, value in values.items() if isinstance(value, str) and value}
+    )
 
 
 def kept_places(args: BaseArguments) -> dict[str, str]:

@@ -155,8 +155,10 @@ class BackendArguments(ModelArguments, TemplateArguments):
         None,
         "Directory of the model: one made by `swift export --to_hf`, a Megatron directory (the newest complete checkpoint), or a LoRA adapter.",
     )
-    adapters: str | None = option(
-        None, "Directory of a LoRA adapter in PEFT's form; its base is the one that it names, unless the model is given."
+    adapters: list[str] = option(
+        [],
+        "Directory of a LoRA adapter in PEFT's form, which answers merged into its base; or one or more NAME=DIR, kept apart: requests and "
+        "conversations choose by name. The base is the one that they name, unless the model is given.",
     )
     infer_backend: str = option(
         "AUTO",

@@ -57,8 +57,8 @@ class AdapterArguments(BaseArguments):
     )
     target_modules: list[str] = option(
         ["all-linear"],
-        "Hugging Face modules that get an adapter: all-linear (those in the blocks), ends of names (q_proj), or regular expressions "
-        "of whole names.",
+        "Hugging Face modules that get an adapter: all-linear (those in the blocks that every token goes through), all-experts, "
+        "all-router, ends of names (q_proj), or regular expressions of whole names.",
     )
     modules_to_save: list[str] = option(
         [],
@@ -74,8 +74,9 @@ class AdapterArguments(BaseArguments):
     )
     init_weights: str = option(
         "true",
-        "How A begins; B is zero. true: uniform, as PEFT does; gaussian: normal with deviation 1 / r.",
-        ("true", "gaussian"),
+        "How an adapter begins. true: A uniform, as PEFT does, B zero; gaussian: A normal with deviation 1 / r; pissa, olora: as the "
+        "largest part of each matrix (singular values, QR), which the frozen weights then lack; pissa_niter_N: the same, quickly.",
+        ("true", "gaussian", "pissa", "pissa_niter_4", "pissa_niter_16", "olora"),
     )
     quantization_bit: int | None = option(
         None,
@@ -247,7 +248,7 @@ class SpeedArguments(BaseArguments):
     recompute_modules: str = option(
         "auto",
         "Parts of a layer to recompute in the backward pass: swiglu (nearly free), or mlp (its first product too: half of the "
-        "memory or less, a fifth more work). auto: swiglu where memory is short.",
+        "memory or less, a fifth more work). auto: swiglu with adapters, and where memory is short.",
         ("auto", "none", "swiglu", "mlp"),
     )
     fp8: bool = option(

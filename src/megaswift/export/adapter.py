@@ -23,6 +23,7 @@ from megaswift.proof.prove import PAGE, summary, write_page
 from megaswift.store.cache import alone, cache_root
 from megaswift.store.files import FileRecord, write_small
 from megaswift.store.manifest import ancestry, quick_check, read_manifest, sha256_of, versions, write_manifest
+from megaswift.store.paths import INITIAL_ADAPTER
 from megaswift.store.publish import publish, workspace
 from megaswift.terminal import say, shown, typed
 from megaswift.weights.base import base_digest
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from megaswift.proof.parity import Parity
+    from megaswift.proof.streams import TrainedAdapter
 
 Convert = Callable[[ExportArguments], Any]
 
@@ -48,8 +50,9 @@ class AdapterRun:
     Args:
         root, checkpoint: the run and its checkpoint; manifest: the checkpoint's.
         base: the base as a Hugging Face folder.
-        tensors: Hugging Face name -> value, in the precision that is written.
-        values: name of a parameter -> the same as the engine has it.
+        lora, parameters, tensors: what is written: its description and list, and Hugging Face name -> value in the precision that
+            is written. Of an adapter that began as a part of the base it has twice the rank, and stands beside the base as it was.
+        trained: the adapter as the engine has it.
     """
 
     root: Path
@@ -61,7 +64,7 @@ class AdapterRun:
     parameters: list[Parameter]
     base: Path
     tensors: dict[str, Tensor]
-    values: dict[str, Tensor]
+    trained: TrainedAdapter
 
 
 def adapter_to_hf(root: Path, checkpoint: Path, args: ExportArguments, convert: Convert) -> tuple[Path, str]:
@@ -80,7 +83,9 @@ def adapter_to_hf(root: Path, checkpoint: Path, args: ExportArguments, convert: 
 
 def _read(root: Path, checkpoint: Path, args: ExportArguments, convert: Convert) -> AdapterRun:
     """Raises DataError for a checkpoint that was changed, or whose base is not there or has other weights."""
+    from megaswift.proof.streams import TrainedAdapter
     from megaswift.weights.convert import FiniteCheck
+    from megaswift.weights.convert.lora_start import as_plain, load_start
     from megaswift.weights.convert.model import check_megatron
     from megaswift.weights.torch_dist.reader import Reader
     from megaswift.weights.torch_dtypes import TORCH_DTYPES
@@ -103,7 +108,19 @@ def _read(root: Path, checkpoint: Path, args: ExportArguments, convert: Convert)
             finite(part.name, own)
             tensors[part.name] = own.contiguous()
     base = base_folder(manifest["base"], config, args, convert)
-    return AdapterRun(root, checkpoint, manifest, args, config, lora, parameters, base, tensors, values)
+    written, start = lora, None
+    if lora.is_part_of_base:
+        first = load_start(root / INITIAL_ADAPTER)
+        start = {
+            p.name: p.arrangement.pack([first[part.name].to(tensors[part.name].dtype) for part in p.hf])
+            for p in parameters
+            if all(part.name in first for part in p.hf)
+        }
+        written, tensors = as_plain(lora, tensors, first)
+        parameters = written.parameters(family_of(config.model_type), config)
+        say(f"began as {lora.init}: written as a plain adapter of rank {written.rank}, for the base as it was")
+    trained = TrainedAdapter(lora, values, start)
+    return AdapterRun(root, checkpoint, manifest, args, config, written, parameters, base, tensors, trained)
 
 
 def base_folder(record: dict[str, Any], config: Any, args: ExportArguments, convert: Convert) -> Path:
@@ -221,11 +238,10 @@ def _adapter_parity(run: AdapterRun, folder: Path, precisions: Any, adapter: Any
 
 
 def _compared(run: AdapterRun, compare: Callable[[Any, Any], Parity]) -> Parity:
-    from megaswift.proof.streams import TrainedAdapter
     from megaswift.weights.convert import precisions_of_folder
 
     precisions = precisions_of_folder(HFCheckpoint.open(run.base), run.config)
-    return compare(precisions, TrainedAdapter(run.lora, run.values))
+    return compare(precisions, run.trained)
 
 
 def _summary(run: AdapterRun, parity: Parity) -> dict[str, Any]:

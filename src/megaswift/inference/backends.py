@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -113,7 +113,14 @@ def _refuse_vllms(args: BackendArguments) -> None:
         )
 
 
-def load_backend(args: BackendArguments, path: Path, model_type: str | None, *, repeatable: bool = False) -> Any:
+def load_backend(
+    args: BackendArguments,
+    path: Path,
+    model_type: str | None,
+    *,
+    repeatable: bool = False,
+    adapters: Mapping[str, Path] | None = None,
+) -> Any:
     """Load a Hugging Face folder into the backend that the options name.
 
     Args:
@@ -121,12 +128,14 @@ def load_backend(args: BackendArguments, path: Path, model_type: str | None, *, 
         path: the folder.
         model_type: registered name, for the template of a tokenizer that brings none.
         repeatable: vLLM makes the same batches of the same prompts in every run; pt always does.
+        adapters: name -> directory of LoRA adapters that are loaded beside the model (`GenerationOptions.adapter`).
     """
     common: dict[str, Any] = {
         "dtype": usable_dtype(args),
         "template_type": args.template_type,
         "model_type": model_type,
         "max_model_len": args.max_model_len,
+        "adapters": adapters or {},
     }
     if pick_backend(args.infer_backend) == "vllm":
         from megaswift.inference.vllm_backend import STARTING, VllmBackend

@@ -22,6 +22,7 @@ WORDS = (
     ("reset-system", "set another system prompt and forget the conversation"),
     ("multi-line", "questions of several lines, each ended by #"),
     ("single-line", "questions of one line again"),
+    ("adapter NAME", "let another of several adapters answer; adapter alone: the model itself"),
     ("Ctrl-C", "stop an answer"),
 )
 
@@ -98,6 +99,7 @@ class Conversation:
     Attributes:
         system: system prompt; "" for none, None for the template's own.
         history: [question, answer] pairs so far.
+        adapters: names of those that may answer.
         rows: what was asked and answered in all, as in the results file.
     """
 
@@ -110,6 +112,7 @@ class Conversation:
     multi_line: bool = False
     history: list[list[str]] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
+    adapters: tuple[str, ...] = ()
 
     def run(self) -> list[dict[str, Any]]:
         """Talk until exit, quit or the end of the input."""
@@ -129,6 +132,8 @@ class Conversation:
     def _read_query(self) -> str | None:
         """The next question; "" when a word was obeyed; None to end."""
         line = self.terminal.ask("<<<[M] " if self.multi_line else "<<< ")
+        if self.adapters and line.split()[:1] == ["adapter"] and self._switched(line.split()[1:]):
+            return ""
         word = _COMMANDS.get(line.strip().removesuffix("#").strip().lower() if self.multi_line else line.strip().lower())
         if word is None:
             return self._read_more(line) if self.multi_line else line
@@ -144,6 +149,14 @@ class Conversation:
             self.multi_line = word == "multi-line"
             self.terminal.say("End a question with #; single-line goes back.\n" if self.multi_line else "")
         return ""
+
+    def _switched(self, words: list[str]) -> bool:
+        """Let another adapter answer from now on; False where the line names none and is a question."""
+        if words and (len(words) > 1 or words[0] not in self.adapters):
+            return False
+        self.options = replace(self.options, adapter=words[0] if words else None)
+        self._forget(f"{words[0] if words else 'The model itself'} answers from now on; the conversation is forgotten.")
+        return True
 
     def _read_more(self, line: str) -> str:
         """The rest of a question of several lines, up to the line that ends with #, or to the end of the input."""

@@ -45,7 +45,7 @@ class Rules:
         new_tokens: most that a request may ask for; a larger number is cut to it. 0: the application sees to it.
         stop_token_ids: tokens that end an answer, added to requests.
         tools: the model's chat template has a place for tools; looked at where new_tokens is.
-        model: name of the model in requests.
+        model: name of the model in requests; adapters: names of those that are loaded beside it.
         greeting: printed on stderr once the server answers.
     """
 
@@ -56,6 +56,7 @@ class Rules:
     stop_token_ids: tuple[int, ...] = ()
     tools: bool = True
     model: str = ""
+    adapters: tuple[str, ...] = ()
     greeting: str = ""
 
     def to_variable(self) -> str:
@@ -151,11 +152,11 @@ class Gate:
         return body
 
     def _model(self, name: str) -> dict[str, Any]:
-        """The one model, as OpenAI's API describes it. Raises Refused for another name."""
-        if name != self._rules.model:
-            raise Refused(
-                404, f"model {name!r} is not served here; use {self._rules.model!r}", "model_not_found", param="model"
-            )
+        """The model, or an adapter of it, as OpenAI's API describes it. Raises Refused for another name."""
+        served = (self._rules.model, *self._rules.adapters)
+        if name not in served:
+            names = " or ".join(map(repr, served))
+            raise Refused(404, f"model {name!r} is not served here; use {names}", "model_not_found", param="model")
         return {"id": name, "object": "model", "created": self._born, "owned_by": "megaswift"}
 
     def _too_large(self) -> Refused:

@@ -7,8 +7,8 @@ import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,7 @@ class ModelRef:
         megatron: whether that directory holds Megatron weights.
         values: what the directory's options file says.
         adapter: directory of a LoRA adapter that is merged into the model.
+        named: name -> directory of LoRA adapters that are loaded beside the model.
     """
 
     args: Any
@@ -55,6 +56,7 @@ class ModelRef:
     megatron: bool
     values: dict[str, Any]
     adapter: Path | None = None
+    named: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def home(self) -> Path | None:
@@ -67,6 +69,8 @@ class ModelRef:
         Raises UserError or DataError.
         """
         found = self._locate_model()
+        for adapter in self.named.values():
+            _require_own_base(found, adapter)
         return found if self.adapter is None else _with_adapter(found, self.adapter)
 
     def _locate_model(self) -> Located:
@@ -95,15 +99,11 @@ def choose(args: BackendArguments, more: Iterable[str] = ()) -> ModelRef:
 
     Raises UserError for options that name no model or two, or a directory without a model. Loads nothing.
     """
-    if args.adapters is not None:
-        adapter = Path(args.adapters).expanduser()
-        if not is_adapter(adapter):
-            raise UserError(
-                f"{adapter} holds no adapter in PEFT's form.",
-                where="--adapters",
-                fix="export it: swift export --ckpt_dir RUN --to_hf true; a run itself is given as --ckpt_dir",
-            )
-        return _choose_adapter(args.changed(adapters=None), adapter, more)
+    if args.adapters:
+        named = _named_adapters(args.adapters)
+        if "" in named:
+            return _choose_adapter(args.changed(adapters=[]), named[""], more)
+        return _choose_beside(args.changed(adapters=[]), named, more)
     if args.ckpt_dir is not None and is_adapter(Path(args.ckpt_dir).expanduser()):
         return _choose_adapter(args.changed(ckpt_dir=None), Path(args.ckpt_dir).expanduser(), more)
     directory, megatron = _model_directory(args)
@@ -111,6 +111,56 @@ def choose(args: BackendArguments, more: Iterable[str] = ()) -> ModelRef:
         return ModelRef(args, None, False, {})
     values = read_args_file(directory)
     return ModelRef(fill_from_file(args, values, (*MODEL_OPTIONS, *more)), directory, megatron, values)
+
+
+def _named_adapters(words: Sequence[str]) -> dict[str, Path]:
+    """Name -> directory of --adapters; "" is the name of a single directory. Raises UserError for what is no adapter."""
+    found: dict[str, Path] = {}
+    for word in words:
+        name, equals, place = word.partition("=")
+        if not equals or is_adapter(Path(word).expanduser()):
+            name, place = "", word
+        adapter = Path(place).expanduser()
+        if not is_adapter(adapter):
+            raise UserError(
+                f"{adapter} holds no adapter in PEFT's form.",
+                where="--adapters",
+                fix="export it: swift export --ckpt_dir RUN --to_hf true; a run itself is given as --ckpt_dir",
+            )
+        if name in found or (not name and len(words) > 1):
+            raise UserError(
+                f"several adapters need a name each, and {word} has {'none' if not name else 'that of another'}.",
+                where="--adapters",
+                fix="for example: --adapters first=DIR second=DIR",
+            )
+        found[name] = adapter
+    return found
+
+
+def _choose_beside(args: BackendArguments, named: dict[str, Path], more: Iterable[str]) -> ModelRef:
+    """Adapters by name, with the base that the options name, or else the one that all of them name."""
+    from dataclasses import replace
+
+    from megaswift.weights.convert.lora import check_adapter
+
+    bases = {}
+    for name, adapter in named.items():
+        check_adapter(adapter)
+        bases[name] = _choose_adapter(args, adapter, more)
+    first = next(iter(named))
+    other = next((name for name, chosen in bases.items() if _place(chosen) != _place(bases[first])), None)
+    if other is not None:
+        raise UserError(
+            f"{first} and {other} were trained on {_place(bases[first])} and {_place(bases[other])}.",
+            where="--adapters",
+            fix="name adapters of one model, or name that model: --model_id_or_path DIR",
+        )
+    return replace(bases[first], args=bases[first].args.changed(ckpt_dir=args.ckpt_dir), adapter=None, named=named)
+
+
+def _place(chosen: ModelRef) -> str:
+    """Which model is meant, in words."""
+    return str(chosen.directory or chosen.args.model_id_or_path or chosen.args.model_type)
 
 
 def _choose_adapter(args: BackendArguments, adapter: Path, more: Iterable[str]) -> ModelRef:

@@ -35,6 +35,7 @@ class GenerationOptions:
         max_length: longest prompt, in tokens; -1 for what the model allows.
         truncation: "delete" refuses a longer prompt, "truncation_left" drops its oldest tokens.
         seed: random state before generation; None leaves it alone.
+        adapter: name of the adapter that answers, of those that the backend has; None: the model itself.
     """
 
     max_new_tokens: int = 2048
@@ -48,6 +49,7 @@ class GenerationOptions:
     max_length: int = -1
     truncation: str = "delete"
     seed: int | None = 42
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         for item in fields(InferArguments):

@@ -7,7 +7,7 @@ import contextlib
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -42,6 +42,11 @@ class Asked:
     jobs: list[Job]
     tools: bool = False
 
+    @property
+    def adapter(self) -> str | None:
+        """The adapter that answers; None: the model itself."""
+        return self.jobs[0].options.adapter
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -66,6 +71,7 @@ class Service:
         name: of the model in requests.
         options: decoding where a request says nothing.
         system: system prompt of conversations that bring none; None for the template's.
+        adapters: names in requests of adapters that the backend has beside the model.
     """
 
     def __init__(
@@ -76,7 +82,9 @@ class Service:
         limits: Limits,
         batch_size: int,
         system: str | None = None,
+        adapters: Sequence[str] = (),
     ) -> None:
+        self.names = (name, *adapters)
         self.name, self.limits, self._system = name, limits, system
         self._backend, self._options = backend, options
         self.line = Line(backend, batch_size)
@@ -115,12 +123,14 @@ class Service:
 
     def _check(self, request: Any, known: frozenset[str]) -> None:
         check_types(request)
-        if request.get("model") not in (None, self.name):
-            raise Refused(404, f"model {request['model']!r} is not served here; use {self.name!r}", "model_not_found")
+        if request.get("model") not in (None, *self.names):
+            names = " or ".join(map(repr, self.names))
+            raise Refused(404, f"model {request['model']!r} is not served here; use {names}", "model_not_found")
         check_supported(request, known)
 
     def _job(self, request: dict[str, Any], ids: Callable[[GenerationOptions], list[int]]) -> Job:
-        options = self._decoding(request)
+        asked = request.get("model")
+        options = replace(self._decoding(request), adapter=None if asked == self.name else asked)
         return Job(ids(options), options, bool(request.get("stream")), asyncio.get_running_loop())
 
     def _conversation(self, messages: Any, tools: list[Any]) -> Conversation:
@@ -157,7 +167,7 @@ class Service:
         """The answer as one object."""
         answers = await asyncio.gather(*map(self._answer, asked.jobs))
         choices = [form.choice(answer, index, asked.tools) for index, answer in enumerate(answers)]
-        return form.object(self.name, _new_id(form)) | {"choices": choices, "usage": _usage(*answers)}
+        return form.object(asked.adapter or self.name, _new_id(form)) | {"choices": choices, "usage": _usage(*answers)}
 
     async def _answer(self, job: Job) -> Answer:
         answer: Answer | None = None
@@ -172,7 +182,7 @@ class Service:
         number, answers = _new_id(form), []
 
         def event(choices: list[dict[str, Any]], **more: Any) -> str:
-            return _event(form.object(self.name, number, chunk=True) | {"choices": choices} | more)
+            return _event(form.object(asked.adapter or self.name, number, chunk=True) | {"choices": choices} | more)
 
         try:
             for index, job in enumerate(asked.jobs):
@@ -215,8 +225,8 @@ def make_app(service: Service, rules: Rules, api_key: str | None) -> Any:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        entry = {"id": service.name, "object": "model", "created": service.born, "owned_by": "megaswift"}
-        return {"object": "list", "data": [entry]}
+        every = [{"id": name, "object": "model", "created": service.born, "owned_by": "megaswift"} for name in service.names]
+        return {"object": "list", "data": every}
 
     async def answer(request: Request, ask: Callable[[Any], Asked], form: Form) -> Any:
         try:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ class TransformersBackend:
 
         self.model, self.tokenizer, self.prompts = model, tokenizer, prompts
         self.context = limited_context(context_length(model.config), max_model_len)
+        self._adapted: Any = None  # PEFT's view of the same model
         self._ends = decoding.end_ids(model, tokenizer) | prompts.end_ids
         # generate() fills what a caller leaves open from here; nothing may come from a file that the user never saw.
         model.generation_config = GenerationConfig()
@@ -50,6 +52,7 @@ class TransformersBackend:
         template_type: str = "AUTO",
         model_type: str | None = None,
         max_model_len: int | None = None,
+        adapters: Mapping[str, Path] | None = None,
     ) -> TransformersBackend:
         """Load a Hugging Face directory.
 
@@ -59,12 +62,38 @@ class TransformersBackend:
             template_type: name of the chat template; AUTO is the tokenizer's own, else that of the model type.
             model_type: registered name, for the template of a tokenizer that brings none.
             max_model_len: most tokens of a prompt and its answer together; None for what the model allows.
+            adapters: name -> directory of LoRA adapters in PEFT's form that answer by name, see GenerationOptions.
 
         Raises DataError for a folder that is damaged or incomplete.
         """
         tokenizer = load_tokenizer(path)
         prompts = Prompts(tokenizer, template_type=template_type, model_type=model_type)
-        return cls(load_model(path, dtype), tokenizer, prompts, max_model_len)
+        made = cls(load_model(path, dtype), tokenizer, prompts, max_model_len)
+        for name, directory in (adapters or {}).items():
+            made._add_adapter(name, directory)
+        return made
+
+    def _add_adapter(self, name: str, directory: Path) -> None:
+        """Load an adapter into the model's layers, beside those that are there."""
+        if self._adapted is None:
+            from peft import PeftModel
+
+            self._adapted = PeftModel.from_pretrained(self.model, str(directory), adapter_name=name)
+        else:
+            self._adapted.load_adapter(str(directory), adapter_name=name)
+        self._adapted.eval()
+
+    @contextlib.contextmanager
+    def _answering(self, adapter: str | None) -> Iterator[None]:
+        """Let the model compute with one of its adapters, or with none."""
+        if self._adapted is None:
+            yield
+        elif adapter is None:
+            with self._adapted.disable_adapter():
+                yield
+        else:
+            self._adapted.set_adapter(adapter, inference_mode=True)
+            yield
 
     @property
     def dtype(self) -> torch.dtype:
@@ -156,14 +185,15 @@ class TransformersBackend:
         if seed is not None:
             torch.manual_seed(seed)
         try:
-            return self.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                generation_config=decoding.generation_config(options, max(room), sorted(self._end_ids(options)), pad),
-                logits_processor=decoding.processors(options, mask, ids),
-                stopping_criteria=decoding.criteria(self.tokenizer, options, longest, room, stops),
-                streamer=streamer,
-            )
+            with self._answering(options.adapter):
+                return self.model.generate(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    generation_config=decoding.generation_config(options, max(room), sorted(self._end_ids(options)), pad),
+                    logits_processor=decoding.processors(options, mask, ids),
+                    stopping_criteria=decoding.criteria(self.tokenizer, options, longest, room, stops),
+                    streamer=streamer,
+                )
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"the GPU's memory is full ({len(prompts)} prompts of up to {longest} tokens).",

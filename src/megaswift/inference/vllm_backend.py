@@ -7,7 +7,7 @@ import itertools
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import InvalidStateError
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
@@ -22,6 +22,11 @@ from megaswift.inference.prompts import Prompts
 from megaswift.inference.text import StopWords, TextAssembler, first_stop, whole_text
 from megaswift.inference.vllm_log import EngineLog
 from megaswift.inference.vllm_place import under_one_name
+from megaswift.proof.adapter_readers import vllm_rank, vllm_refuses
+from megaswift.weights.convert.lora import WEIGHTS
+from megaswift.weights.hf.folder import ADAPTER_CONFIG
+from megaswift.weights.hf.header import read_header
+from megaswift.weights.hf.json_files import read_json
 
 _CPU_CACHE_GIB = "2"  # vLLM would take half of the machine's memory for its cache
 STARTING = "vLLM is starting; on a GPU it compiles for an architecture and size that it has not seen, which can take minutes"
@@ -41,6 +46,7 @@ class VllmBackend:
         self.tokenizer, self.prompts = tokenizer, prompts
         self.description = description
         self._engine, self._log, self._repeatable = engine, log, repeatable
+        self._adapters: dict[str, Any] = {}  # name -> vLLM's request for it
         config = engine.model_config
         self.context, self.dtype = int(config.max_model_len), config.dtype
         self._ends = frozenset(_end_ids(config, tokenizer)) | prompts.end_ids
@@ -60,6 +66,7 @@ class VllmBackend:
         max_num_seqs: int | None = None,
         seed: int = 42,
         repeatable: bool = False,
+        adapters: Mapping[str, Path] | None = None,
     ) -> VllmBackend:
         """Load a Hugging Face directory; see `TransformersBackend.load` for the arguments that both have.
 
@@ -76,6 +83,8 @@ class VllmBackend:
         words = engine_words(gpu_memory_utilization, tensor_parallel_size)
         if max_num_seqs is not None:
             words["max_num_seqs"] = max_num_seqs
+        places = {name: directory.resolve() for name, directory in (adapters or {}).items()}
+        words |= adapter_words(places)
         if repeatable:
             words["async_scheduling"] = False  # else a batch is made before it is known which answers the last one ended
         place = str(path.resolve())  # here: inside the block below a relative path means another place
@@ -101,7 +110,9 @@ class VllmBackend:
         engine = llm.llm_engine
         engine.model_config.model = place  # whatever vLLM may still read here, it finds
         _wake_when_dead(engine, set(multiprocessing.active_children()) - others)
-        return cls(engine, tokenizer, prompts, f"vLLM {__version__}, {precision}", log, repeatable)
+        made = cls(engine, tokenizer, prompts, f"vLLM {__version__}, {precision}", log, repeatable)
+        made._adapters = requests_of(places)
+        return made
 
     def close(self) -> None:
         """End vLLM's engine and free its memory; the backend cannot be used again."""
@@ -213,7 +224,8 @@ class VllmBackend:
             **more,
         )
         with self._telling_of_death():
-            self._engine.add_request(name, {"prompt_token_ids": list(prompt)}, params)
+            chosen = None if options.adapter is None else self._adapters[options.adapter]
+            self._engine.add_request(name, {"prompt_token_ids": list(prompt)}, params, lora_request=chosen)
         return name
 
     def _answer(self, prompt: Sequence[int], output: Any, options: GenerationOptions, interrupted: bool = False) -> Answer:
@@ -309,6 +321,32 @@ def _wake_when_dead(engine: Any, processes: Collection[BaseProcess]) -> None:
                 waiting.set_exception(EngineDeadError())
 
     threading.Thread(target=watch, name="vLLM's engine", daemon=True).start()
+
+
+def adapter_words(adapters: Mapping[str, Path]) -> dict[str, Any]:
+    """What the engine is told about adapters, as names of vLLM's arguments. Raises UserError for one that it does not load."""
+    ranks = []
+    for name, directory in adapters.items():
+        config = read_json(directory / ADAPTER_CONFIG)
+        shapes = {entry.name: tuple(entry.shape) for entry in read_header(directory / WEIGHTS)}
+        refused = vllm_refuses(config, shapes)
+        if refused:
+            raise UserError(
+                f"vLLM does not load the adapter {name}: {refused}.",
+                where=str(directory),
+                fix="give it alone, without a name, so that it is merged; or use --infer_backend pt",
+            )
+        ranks.append(vllm_rank(config))
+    return {"enable_lora": True, "max_loras": len(ranks), "max_lora_rank": max(ranks)} if ranks else {}
+
+
+def requests_of(adapters: Mapping[str, Path]) -> dict[str, Any]:
+    """Name -> vLLM's LoRARequest, numbered from 1."""
+    if not adapters:
+        return {}
+    from vllm.lora.request import LoRARequest
+
+    return {name: LoRARequest(name, number, str(place)) for number, (name, place) in enumerate(adapters.items(), 1)}
 
 
 def engine_words(gpu_memory_utilization: float, tensor_parallel_size: int) -> dict[str, Any]:

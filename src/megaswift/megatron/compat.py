@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -306,3 +307,15 @@ def quiet() -> None:
     # torch.utils.cpp_extension: "No CUDA runtime is found", in the processes that are kept off the GPUs on purpose.
     for name in ("megatron", "torch.distributed", "torch.distributed.checkpoint", "nv_one_logger", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def modules_by_name() -> Iterator[None]:
+    """Let PEFT take `target_modules` for names of modules, whatever the model.
+
+    Reason: of models with experts 0.21 takes `gate_proj` and its like for the routed experts, so that an MLP that every token
+    goes through can be named as a parameter only, which has no dropout. Removed by: a PEFT that tells them apart.
+    """
+    name = "peft.utils.transformers_weight_conversion.convert_peft_config_for_transformers"
+    with mock.patch(name, lambda *_, **__: None):
+        yield

@@ -28,7 +28,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megaswift.megatron.kernels.expert_mlp import expert_mlp, grouped, sum_rows, take_rows, weighted_swiglu
+from megaswift.megatron.kernels.expert_mlp import expert_mlp, grouped, sum_rows, take_rows
+from megaswift.megatron.kernels.expert_rows import weighted_swiglu
+from megaswift.megatron.kernels.lora_experts import ExpertHalves, lora_expert_mlp
 from megaswift.megatron.kernels.megatron_layer import FusedMLP
 from megaswift.megatron.router import Counted, Router
 from megaswift.models.kinds import Experts
@@ -138,7 +140,7 @@ class _Exchange:
     ends: Tensor
 
 
-class _Linear(torch.nn.Module):
+class StackedLinear(torch.nn.Module):
     """The matrices of one product of all experts here, [experts, rows, columns]."""
 
     def __init__(self, weight: Tensor, split: int) -> None:
@@ -148,6 +150,11 @@ class _Linear(torch.nn.Module):
         # Each rank's part counts in the gradient norm, also where etp is 1: the optimizer shares it out over ranks.
         self.weight.tensor_model_parallel = True  # type: ignore[attr-defined]
         self.weight.partition_dim, self.weight.partition_stride = split, 1  # type: ignore[attr-defined]
+
+    @property
+    def halves(self) -> ExpertHalves | None:
+        """Its adapters, where it has any."""
+        return None
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """x [t, columns], sorted by expert, to [t, rows]; training makes both products at once (`expert_mlp`)."""
@@ -174,8 +181,8 @@ class StackedExperts(MegatronModule):
         ffn, hidden = experts.ffn // self.etp.size(), config.hidden_size
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
         made = dict(dtype=config.params_dtype, device=device)
-        self.linear_fc1 = _Linear(torch.zeros((self.here, 2 * ffn, hidden), **made), 1)
-        self.linear_fc2 = _Linear(torch.zeros((self.here, hidden, ffn), **made), 2)
+        self.linear_fc1 = StackedLinear(torch.zeros((self.here, 2 * ffn, hidden), **made), 1)
+        self.linear_fc2 = StackedLinear(torch.zeros((self.here, hidden, ffn), **made), 2)
 
     def forward(self, tokens: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """What the chosen experts make of each token, added up by weight.
@@ -206,7 +213,10 @@ class StackedExperts(MegatronModule):
     def _mlp(self, rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
         if getattr(self.config, "plain_layers", False):  # every module is called, as a check that watches modules wants it
             return self.linear_fc2(weighted_swiglu(self.linear_fc1(rows, ends), weights), ends)
-        return expert_mlp(rows, weights, self.linear_fc1.weight, self.linear_fc2.weight, ends)
+        first, second = self.linear_fc1, self.linear_fc2
+        if first.halves is not None or second.halves is not None:
+            return lora_expert_mlp(rows, weights, first.weight, second.weight, first.halves, second.halves, ends)
+        return expert_mlp(rows, weights, first.weight, second.weight, ends)
 
     def _exchange(self, order: Tensor, ends: Tensor) -> _Exchange:
         """Agree with all ranks of the group who sends how many rows to whom; the host has to know."""

@@ -1,4 +1,4 @@
-"""Adapters on a built model: its linear layers' classes are exchanged here and nowhere else, the base is frozen.
+"""Adapters on a built model: the classes of its layers are exchanged here and nowhere else, the base is frozen.
 
 The layers keep their weights, names and everything around the product, so the base loads as before; what is saved is the
 adapter alone, described by the same list of parameters that export reads.
@@ -11,18 +11,23 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megaswift.megatron.experts import StackedLinear
 from megaswift.megatron.freeze import need_gradients_of_inputs
 from megaswift.megatron.kernels.counter_dropout import Dropout, token_keys
-from megaswift.megatron.kernels.linear_ops import linear_ops_of
-from megaswift.megatron.kernels.lora import LoraCall, Parts, Rows, lora_linear, row_norms, scaled_rows
+from megaswift.megatron.kernels.linear_ops import PLAIN, linear_ops_of
+from megaswift.megatron.kernels.lora import LoraCall, Parts, Rows, lora_linear, row_norms, scaled_rows, take_out
+from megaswift.megatron.kernels.lora_experts import ExpertHalves, add_low_rank
+from megaswift.megatron.kernels.megatron_layer import SECOND_PRODUCTS
 from megaswift.megatron.kernels.nf4 import Packed
 from megaswift.megatron.kernels.parallel_linear import ColumnParallel, RowParallel
 from megaswift.megatron.layer_specs import local_name
 from megaswift.megatron.packed_layers import PACKED_OPS, PackedColumn, PackedRow
-from megaswift.models.adapters import LORA_B, MAGNITUDE, Lora, Site, local_module
+from megaswift.megatron.router import Router
+from megaswift.models.adapters import LORA_A, LORA_B, MAGNITUDE, Lora, Site, is_expert, local_module
 from megaswift.models.parameters import Arrangement, Parameter
 
 
@@ -50,9 +55,12 @@ class _LoraLayer:
     lora_call: LoraCall
     step_keys: StepKeys
 
-    def _product(self, x: Tensor, weight: Tensor, options: dict[str, Any]) -> Tensor:
+    def _keys(self) -> Tensor | None:
         layer: Any = self
-        keys = self.step_keys.current if layer.training and self.lora_call.dropout is not None else None
+        return self.step_keys.current if layer.training and self.lora_call.dropout is not None else None
+
+    def _product(self, x: Tensor, weight: Tensor, options: dict[str, Any]) -> Tensor:
+        keys = self._keys()
         call = replace(
             self.lora_call,
             sequence=bool(options.get("sequence_parallel")),
@@ -84,15 +92,58 @@ class LoraColumn(_LoraLayer, ColumnParallel):
 class LoraRow(_LoraLayer, RowParallel):
     """A row-parallel layer with an adapter: A cut as the weight is, B whole on every rank."""
 
+    def after_swiglu(self, both: Tensor, residual: Tensor | None, needed: bool) -> Tensor | None:
+        """This rank's part of the product of silu(gate) * up, see `LoraCall.gated`; None where this adapter has more to do."""
+        if self.lora_magnitude is not None:
+            return None
+        call = replace(self.lora_call, gated=True, needed=needed)
+        return lora_linear(both, self.weight, None, self.lora_A, self.lora_B, self._keys(), call, residual)
+
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self._product(input, weight, kwargs)
+
+
+class LoraExperts(StackedLinear):
+    """The matrices of one product of all experts here, with an adapter on each.
+
+    As the matrices are: A [experts, parts * r, columns] of the first product and B [experts, rows, r] of the second are whole
+    on every rank that shares an expert, the others are cut.
+    """
+
+    lora_A: torch.nn.Parameter
+    lora_B: torch.nn.Parameter
+    lora_scale: float
+
+    @property
+    def halves(self) -> ExpertHalves:
+        return ExpertHalves(self.lora_A, self.lora_B, self.lora_scale)
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        y = super().forward(x, ends)
+        add_low_rank(y, x, self.halves, ends)
+        return y
+
+
+class LoraRouter(Router):
+    """A router with an adapter, which every rank holds whole and applies to its own tokens."""
+
+    lora_A: torch.nn.Parameter
+    lora_B: torch.nn.Parameter
+    lora_scale: float
+
+    def logits(self, x: Tensor) -> Tensor:
+        low = F.linear(x.to(self.dtype), self.lora_A.to(self.dtype))
+        return super().logits(x) + self.lora_scale * F.linear(low, self.lora_B.to(self.dtype))
+
+    def routing_matrix(self) -> Tensor:
+        return super().routing_matrix() + self.lora_scale * (self.lora_B.detach().float() @ self.lora_A.detach().float())
 
 
 class Attached:
     """The adapter of a built model on one rank: which of its parameters are trained, and how they are saved.
 
     Args:
-        held: name of a parameter in the local model -> what it is a part of.
+        held: name of a parameter in the local model -> what it is a part of; of experts, which are one, the first one here.
     """
 
     def __init__(self, lora: Lora, held: Mapping[str, Parameter], keys: StepKeys) -> None:
@@ -112,6 +163,8 @@ def described(value: Tensor, parameter: Parameter) -> Any:
     """A rank's part of a parameter, as Megatron-Core saves and loads it: several pieces where its arrangement has blocks."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
+    if is_expert(parameter):
+        return _described_experts(value, parameter)
     tp, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
     split, lead = parameter.arrangement.split, len(parameter.place)
     layers = [(axis, place, count) for axis, (place, count) in enumerate(zip(parameter.place, parameter.counts, strict=True))]
@@ -137,6 +190,47 @@ def described(value: Tensor, parameter: Parameter) -> Any:
     return ShardedTensorFactory(parameter.key, value, build, torch.cat, copies)
 
 
+def _described_experts(value: Tensor, parameter: Parameter) -> Any:
+    """As `described`, of all experts here.
+
+    Args:
+        value: [experts, rows, columns] of this rank.
+        parameter: of the first of them.
+    """
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+    group, split, axis = (
+        parallel_state.get_expert_tensor_parallel_group(),
+        parameter.arrangement.split,
+        len(parameter.place) - 1,
+    )
+    size, rank, here = group.size(), group.rank(), len(value)
+    layers = [(number, parameter.place[number], parameter.counts[number]) for number in range(axis)]
+    copies = (0, rank if split is None else 0, parallel_state.get_expert_data_parallel_rank())
+    block = (axis, parameter.place[-1] // here, parameter.counts[-1] // here)
+    if size == 1 or split is None or split or len(parameter.arrangement.blocks) == 1:
+        cut = [] if split is None or size == 1 else [(axis + 1 + split, rank, size)]
+        return ShardedTensor.from_rank_offsets(
+            parameter.key, value, *layers, block, *cut, replica_id=copies, prepend_axis_num=axis
+        )
+    places, rows = parameter.arrangement.places(size, rank), sum(parameter.arrangement.blocks)
+
+    def build(key: str, data: Tensor, replica: Any, _range: Any) -> list[ShardedTensor]:
+        return [
+            ShardedTensor.from_rank_offsets(
+                key, own[first : first + count], *layers, (axis, parameter.place[-1] + number, parameter.counts[-1]),
+                (axis + 1, start // count, rows // count), replica_id=replica, prepend_axis_num=axis + 1,
+            )
+            for number, own in enumerate(data)
+            for first, start, count in places
+        ]  # fmt: skip
+
+    def merge(parts: list[Tensor]) -> Tensor:
+        return torch.cat(parts).view(here, -1, parts[0].shape[-1])
+
+    return ShardedTensorFactory(parameter.key, value, build, merge, copies)
+
+
 def attach(
     model: Any,
     lora: Lora,
@@ -160,19 +254,29 @@ def attach(
     keys = StepKeys(seed)
     listed = {parameter.name: parameter for parameter in parameters}
     held: dict[str, Parameter] = {}
+    routed: dict[str, list[dict[str, Parameter]]] = {}
     for site in lora.sites(base):
         name = local_module(site.module, first_layer, len(model.decoder.layers))
         if name is None:
             continue
-        module = model.get_submodule(name)
         halves = {half: listed[f"{site.module}.{half}"] for half in lora.of_site(site)}
-        _exchange(module, site, halves, lora, keys, values)
+        if site.is_expert:
+            routed.setdefault(local_name(name), []).append(halves)
+            continue
+        module = model.get_submodule(name)
+        if site.is_router:
+            _exchange_router(module, halves, lora, values)
+        else:
+            _exchange(module, site, halves, lora, keys, values)
         held |= {f"{name}.{half}": parameter for half, parameter in halves.items()}
-    own = dict(model.named_parameters())
+    for name, experts in routed.items():
+        own = _exchange_experts(model.get_submodule(name), experts, lora, values)
+        held |= {f"{name}.{half}": parameter for half, parameter in own.items()}
+    every = dict(model.named_parameters())
     for parameter in lora.whole(base):
         name = _local_parameter(parameter.name, first_layer, model)
         if name is not None:
-            _begin(own[name], listed[parameter.name], values(listed[parameter.name]))
+            _begin(every[name], listed[parameter.name], values(listed[parameter.name]))
             held[name] = listed[parameter.name]
     if lora.dropout > 0.0:
         for layer in model.decoder.layers:
@@ -214,7 +318,7 @@ def _exchange(
     weight, tp, rank = module.weight, module.tp_group.size(), module.tp_group.rank()
     packed = type(module) is kinds[1]
     values_of = weight.data if packed else weight
-    device = "cpu" if values_of.is_meta else values_of.device  # where weights come and go the adapter stays
+    device = _device_of(values_of)
     module.lora_magnitude = None
     for name, parameter in halves.items():
         if name == MAGNITUDE:
@@ -233,6 +337,8 @@ def _exchange(
         PACKED_OPS if packed else linear_ops_of(module.config),
         dropout=dropout,
     )
+    if lora.is_part_of_base and not values_of.is_meta:
+        take_out(module.weight.data, module.lora_A, module.lora_B, module.lora_call)
     if MAGNITUDE in halves:
         begun = values(halves[MAGNITUDE])
         part = module._norms(weight) if begun is None else halves[MAGNITUDE].arrangement.shard(begun, tp)[rank]
@@ -241,8 +347,79 @@ def _exchange(
         module.register_parameter(MAGNITUDE, _marked(made, halves[MAGNITUDE], tp))
 
 
+SECOND_PRODUCTS[LoraRow] = LoraRow.after_swiglu
+
+
+def take_out_whole(weight: Tensor, site: Site, lora: Lora, start: Mapping[str, Tensor]) -> None:
+    """Take what an adapter began as out of a matrix that is no rank's part, in place.
+
+    Args:
+        start: the whole first values by names of parameters.
+    """
+    halves = lora.of_site(site)
+    parts = Parts(
+        rows_of(site.base.arrangement, site.tensors, 1),
+        rows_of(halves[LORA_B].arrangement, range(len(site.tensors)), 1),
+    )
+    a, b = (start[halves[half].name] for half in (LORA_A, LORA_B))
+    take_out(weight, a, b, LoraCall(parts, lora.scale, PLAIN))
+
+
+def _exchange_router(module: Any, halves: Mapping[str, Parameter], lora: Lora, values: Callable[[Parameter], Any]) -> None:
+    """Give a router an adapter; what its ranks add to the gradients are those of their own tokens."""
+    if type(module) is not Router:
+        raise TypeError(f"an adapter knows only Router, not {type(module).__name__}")
+    tp = parallel_state.get_tensor_model_parallel_world_size()
+    for name, parameter in halves.items():
+        value = values(parameter).to(_device_of(module.weight), module.config.params_dtype).contiguous()
+        module.register_parameter(name, _marked(torch.nn.Parameter(value), parameter, tp))
+    adapted: Any = module
+    adapted.__class__, adapted.lora_scale = LoraRouter, lora.scale
+
+
+def _exchange_experts(
+    module: Any, experts: Sequence[Mapping[str, Parameter]], lora: Lora, values: Callable[[Parameter], Any]
+) -> dict[str, Parameter]:
+    """Give one product of a layer's experts their adapters; the halves of the first expert here.
+
+    Args:
+        experts: of the whole layer, A and B of each.
+    """
+    if type(module) is not StackedLinear:
+        raise TypeError(f"an adapter knows only StackedLinear, not {type(module).__name__}")
+    group, here = parallel_state.get_expert_tensor_parallel_group(), len(module.weight)
+    first = parallel_state.get_expert_model_parallel_rank() * here
+    own = experts[first : first + here]
+    for name in (LORA_A, LORA_B):
+        parts = [halves[name].arrangement.shard(values(halves[name]), group.size())[group.rank()] for halves in own]
+        made = torch.nn.Parameter(torch.stack(parts).to(_device_of(module.weight), module.weight.dtype))
+        module.register_parameter(name, _marked_expert(made, own[0][name], group.rank()))
+    adapted: Any = module
+    adapted.__class__, adapted.lora_scale = LoraExperts, lora.scale
+    return dict(own[0])
+
+
+def _device_of(weight: Tensor) -> Any:
+    return "cpu" if weight.is_meta else weight.device  # where weights come and go the adapter stays
+
+
+def _marked_expert(made: torch.nn.Parameter, parameter: Parameter, rank: int) -> torch.nn.Parameter:
+    """As `_marked`, for experts, whose gradients other ranks share: see `megatron.experts`.
+
+    Args:
+        rank: among those that hold parts of an expert. What each of them holds whole counts in the norm on the first.
+    """
+    split = parameter.arrangement.split
+    made.allreduce = False  # type: ignore[attr-defined]
+    made.tensor_model_parallel = True  # type: ignore[attr-defined]
+    made.partition_dim, made.partition_stride = -1 if split is None else split + 1, 1  # type: ignore[attr-defined]
+    made.shared = split is None and rank > 0  # type: ignore[attr-defined]
+    made.partial_expert_gradient = split is None  # type: ignore[attr-defined]
+    return made
+
+
 def _marked(made: torch.nn.Parameter, parameter: Parameter, tp: int) -> torch.nn.Parameter:
-    """What Megatron-Core's gradient norm, and `sum_over_tensor_parallel`, ask a parameter."""
+    """What Megatron-Core's gradient norm, and `sum_gradients`, ask a parameter."""
     split = parameter.arrangement.split
     made.tensor_model_parallel = split is not None and tp > 1  # type: ignore[attr-defined]
     made.partition_dim, made.partition_stride = -1 if split is None else split, 1  # type: ignore[attr-defined]

@@ -27,8 +27,7 @@ from megaswift.megatron.kernels.attention import describe
 from megaswift.megatron.kernels.fp8_linear import Fp8LinearOps
 from megaswift.megatron.kernels.linear_cross_entropy import IGNORED, linear_cross_entropy
 from megaswift.megatron.kernels.linear_ops import PLAIN, LinearOps
-from megaswift.megatron.kernels.megatron_fuse import fuse_embedding
-from megaswift.megatron.kernels.megatron_layer import FusedMLP
+from megaswift.megatron.kernels.megatron_layer import FusedMLP, fuse_embedding
 from megaswift.megatron.kernels.sequence_log_probability import sequence_log_probabilities
 from megaswift.megatron.layer_specs import SequenceLayout, block_spec
 from megaswift.megatron.router import Counted

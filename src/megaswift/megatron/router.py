@@ -15,6 +15,19 @@ from megaswift.megatron.kernels.main_grad import buffer, ensure_fresh, has_main_
 from megaswift.models.kinds import Experts
 
 
+def _is_exact_in_bf16(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether tensor cores give the fp32 product: what they multiply is bf16, and products of bf16 and their sums are fp32 there."""
+    return x.is_cuda and x.dtype == torch.bfloat16 and dtype == torch.float32
+
+
+def _in_three(x: Tensor) -> Tensor:
+    """fp32 [t, e] as three bf16 terms that add up to it, side by side: [t, 3 e]."""
+    first = x.to(torch.bfloat16)
+    rest = x - first
+    second = rest.to(torch.bfloat16)
+    return torch.cat((first, second, (rest - second).to(torch.bfloat16)), 1)
+
+
 class _RouterLogits(torch.autograd.Function):
     """x [t, h] @ weight [e, h]^T in a precision of its own; the weight's gradient goes into main_grad."""
 
@@ -22,15 +35,22 @@ class _RouterLogits(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype, group: Any) -> Tensor:
         ctx.save_for_backward(x)
         ctx.weight, ctx.group = weight, group
+        if _is_exact_in_bf16(x, dtype):
+            return torch.mm(x, weight.t(), out_dtype=dtype)
         return x.to(dtype) @ weight.to(dtype).t()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x,), weight, grad = ctx.saved_tensors, ctx.weight, grads[0]
-        grad_x = (grad @ weight.to(grad.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
-        grad_weight = None
+        grad_x = grad_weight = None
+        terms = _in_three(grad) if _is_exact_in_bf16(x, grad.dtype) else None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad @ weight.to(grad.dtype)).to(x.dtype) if terms is None else torch.mm(terms, weight.repeat(3, 1))
         if ctx.needs_input_grad[1]:
-            grad_weight = grad.t() @ x.to(grad.dtype)
+            if terms is None:
+                grad_weight = grad.t() @ x.to(grad.dtype)
+            else:
+                grad_weight = torch.mm(terms.t(), x, out_dtype=grad.dtype).view(3, *weight.shape).sum(0)
             if ctx.group is not None:
                 dist.all_reduce(grad_weight, group=ctx.group)
             if has_main_grad(weight):
@@ -122,7 +142,7 @@ class Router(torch.nn.Module):
             padding: bool [t], True where a token does not count for what is noted, nor for losses of the router.
             weight: of the micro batch, see Counted; None: nothing is noted.
         """
-        logits = _RouterLogits.apply(x, self.weight, self.dtype, self.sum_group)
+        logits = self.logits(x)
         how, wide = self.experts, torch.promote_types(logits.dtype, torch.float32)
         if how.score == "softmax":
             scores = logits.softmax(-1, dtype=wide)
@@ -138,6 +158,14 @@ class Router(torch.nn.Module):
         if weight is not None and (self.watching or (self.training and torch.is_grad_enabled())):
             weights = self._noted(weights, logits, scores, chosen, padding, weight)
         return weights, chosen
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x [t, h] -> [t, experts], in the precision that tokens are routed in."""
+        return _RouterLogits.apply(x, self.weight, self.dtype, self.sum_group)
+
+    def routing_matrix(self) -> Tensor:
+        """fp32 [experts, h]: what x is multiplied by."""
+        return self.weight.detach().float()
 
     def _chosen(self, scores: Tensor) -> Tensor:
         """Numbers of the experts with the largest scores, bias and groups taken into account: [t, e] to [t, chosen]."""

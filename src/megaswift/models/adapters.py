@@ -3,14 +3,15 @@
 A [r, in] and B [out, r] of a module (https://arxiv.org/abs/2106.09685) make W x + scale * B A x of W x, with
 scale = alpha / r, or alpha / sqrt(r) where asked (https://arxiv.org/abs/2312.03732). Where Megatron-Core fuses modules
 into one matrix their As lie one above the other, and their Bs in the rows of the fused matrix, by its own arrangement.
-Everything that reads, writes or counts an adapter walks the same list as for a model.
+Everything that reads, writes or counts an adapter walks the same list as for a model. Each expert has an A and a B of its
+own for each of its matrices: the form in which PEFT had them before transformers stacked experts, which it still reads.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +24,14 @@ if TYPE_CHECKING:
     from megaswift.models.family import Family
 
 PREFIX = "base_model.model."  # PEFT's, before the names of a model's tensors
-ALL_LINEAR = "all-linear"
+ALL_LINEAR, ALL_EXPERTS, ALL_ROUTERS = "all-linear", "all-experts", "all-router"
 RANDOM = "random"
 LORA_A, LORA_B, MAGNITUDE = "lora_A", "lora_B", "lora_magnitude"
+STACKED_GATES = "experts.gate_up_proj"  # how PEFT is told of gate and up of all experts of a layer
 _WEIGHT = ".weight"
+_LAYERS = "decoder.layers."
+_LAYER = re.compile(r"decoder\.layers\.\d+\.")
+_EXPERT = re.compile(r"\.experts\.local_experts\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -43,8 +48,18 @@ class Site:
 
     @property
     def is_column(self) -> bool:
-        """Whether tensor parallelism cuts the matrix by rows (outputs), or else by columns (inputs)."""
+        """Whether tensor parallelism cuts the matrix by rows (outputs), or else, if at all, by columns (inputs)."""
         return self.base.arrangement.split == 0
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether it is of an expert among which tokens are routed."""
+        return is_expert(self.base)
+
+    @property
+    def is_router(self) -> bool:
+        """Whether it is what tokens are routed by."""
+        return is_router(self.base)
 
     @property
     def module(self) -> str:
@@ -59,11 +74,12 @@ class Lora:
     Args:
         rank, alpha: r and alpha.
         dropout: share of a module's inputs that its A does not see in a training step.
-        targets: names of Hugging Face modules, whole.
+        targets: names of Hugging Face modules, whole; of experts each.
         saved: names of Hugging Face modules that are trained themselves and saved whole beside the adapter.
         rslora: whether the scale is alpha / sqrt(r).
         init: how A begins (B is zero): "true" uniform as PEFT does, "gaussian" normal with deviation 1 / r; RANDOM for comparisons:
-            B is not zero then, so that A has a gradient from the first step on.
+            B is not zero then, so that A has a gradient from the first step on. Or how both begin as a part of the base:
+            "pissa", "pissa_niter_N", "olora" (`weights.convert.lora_start`).
         lr_ratio: the learning rate of every B, as a multiple of that of A (https://arxiv.org/abs/2402.12354); None: 1.
         dora: whether every adapted row of W + scale * B A has a length of its own that is trained (https://arxiv.org/abs/2402.09353).
         bits: in which the base's linear layers are held, 4 or None: as they are.
@@ -85,6 +101,11 @@ class Lora:
         """What B A x is multiplied by."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
+    @property
+    def is_part_of_base(self) -> bool:
+        """Whether it begins as a part of the base, which is taken out of the base's weights in memory."""
+        return self.init.startswith(("pissa", "olora"))
+
     def record(self) -> dict[str, Any]:
         """JSON-ready; `from_record` reads it."""
         return asdict(self)
@@ -98,10 +119,20 @@ class Lora:
     def sites(self, base: Sequence[Parameter]) -> list[Site]:
         """The matrices of a model that get an adapter, in the order of its list."""
         wanted, found = set(self.targets), []
-        for parameter in linear(base):
+        for parameter in adaptable(base):
             tensors = tuple(n for n, part in enumerate(parameter.hf) if part.name.removesuffix(_WEIGHT) in wanted)
             if tensors:
                 found.append(Site(parameter, tensors))
+        return found
+
+    def left_out(self, base: Sequence[Parameter]) -> dict[str, str]:
+        """What stays as it is in layers of experts, though it could have an adapter: word for target_modules -> name."""
+        every, sites = adaptable(base), self.sites(base)
+        found = {}
+        if any(map(is_expert, every)) and not any(site.is_expert for site in sites):
+            found[ALL_EXPERTS] = "routed experts"
+        if any(map(is_router, every)) and not any(site.is_router for site in sites):
+            found[ALL_ROUTERS] = "routers"
         return found
 
     def parameters(self, family: Family, config: PreTrainedConfig) -> list[Parameter]:
@@ -127,14 +158,18 @@ class Lora:
         modules = [base.hf[number].name.removesuffix(_WEIGHT) for number in site.tensors]
         rows = [base.hf[number].shape[0] for number in site.tensors]
         order = base.arrangement.only(site.tensors)
-        a_cut = replace(stacked(*[self.rank] * count), split=None) if site.is_column else whole(self.rank, 1)
+        a_cut = (
+            replace(stacked(*[self.rank] * count), split=None) if site.is_column else whole(self.rank, base.arrangement.split)
+        )
         b_cut = order if site.is_column else whole(sum(rows))
 
         def half(name: str, shape: Shape, hf: Sequence[Shape], arrangement: Arrangement, end: str) -> Parameter:
             tensors = tuple(HFTensor(f"{PREFIX}{module}.{end}", one) for module, one in zip(modules, hf, strict=True))
             key = f"{base.key.removesuffix(_WEIGHT)}.{name}"
             full = f"{site.module}.{name}"
-            return replace(base, name=full, key=key, shape=shape, hf=tensors, arrangement=arrangement, padded=False)
+            return replace(
+                base, name=full, key=key, shape=shape, hf=tensors, arrangement=arrangement, padded=False, loaded=None
+            )
 
         found = {
             LORA_A: half(LORA_A, (count * self.rank, inputs), [(self.rank, inputs)] * count, a_cut, "lora_A.weight"),
@@ -147,54 +182,113 @@ class Lora:
     def peft_config(self, base: Sequence[Parameter], model: str, revision: str | None = None) -> dict[str, Any]:
         """adapter_config.json, in PEFT's words.
 
+        Of a model with experts PEFT 0.21 takes `gate_proj` and the like for its routed experts alone, so that whatever is no
+        attention is named as a parameter (`target_parameters`); those have no dropout there. Gate and up of an expert, one
+        tensor in transformers, have one A of twice the rank there, and a B in which the other's half is zero.
+
         Args:
             model: where the base is found, for people and programs that load the adapter alone.
         """
+        modules, parameters = self._words(base)
+        double = any(site.is_expert and site.is_column for site in self.sites(base))
+        plain = self.scale * self.rank if double else self.alpha  # the scale must not follow from twice the rank
         return {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": model,
             "revision": revision,
             "r": self.rank,
-            "lora_alpha": int(self.alpha) if float(self.alpha).is_integer() else self.alpha,
-            "lora_dropout": self.dropout,
-            "use_rslora": self.rslora,
+            "lora_alpha": _number(plain),
+            "lora_dropout": 0.0 if parameters else self.dropout,
+            "use_rslora": self.rslora and not double,
             "use_dora": self.dora,
             "bias": "none",
             "fan_in_fan_out": False,
             "init_lora_weights": self.init if self.init != "true" else True,
-            "target_modules": shortened(self.targets, [part.name.removesuffix(_WEIGHT) for p in linear(base) for part in p.hf]),
+            "target_modules": modules,
+            **({"target_parameters": parameters} if parameters else {}),
             "modules_to_save": shortened(self.saved, [part.name.removesuffix(_WEIGHT) for p in base for part in p.hf], "")
             or None,
-            "rank_pattern": {},
-            "alpha_pattern": {},
+            "rank_pattern": {STACKED_GATES: 2 * self.rank} if double else {},
+            "alpha_pattern": {STACKED_GATES: _number(2 * plain)} if double else {},
             "inference_mode": True,
         }
+
+    def _words(self, base: Sequence[Parameter]) -> tuple[list[str], list[str]]:
+        """How PEFT is told of the modules that have adapters, and of the parameters."""
+        mixed = any(is_router(parameter) for parameter in base)
+        modules: list[str] = []
+        parameters: list[str] = []
+        for site in self.sites(base):
+            names = [site.base.hf[number].name for number in site.tensors]
+            if site.base.loaded is not None:
+                names = [site.base.loaded]
+            if mixed and ".mlp." in site.base.name:
+                parameters += names
+            else:
+                modules += [name.removesuffix(_WEIGHT) for name in names]
+        known = [part.name.removesuffix(_WEIGHT) for p in linear(base) for part in p.hf]
+        held = [name for p in base for name in ([p.loaded] if p.loaded else p.labels)]
+        return shortened(modules, known), _without_layers(list(dict.fromkeys(parameters)), held)
+
+
+def _number(value: float) -> float | int:
+    return int(value) if float(value).is_integer() else value
 
 
 def _keyed(parameters: list[Parameter], base: list[Parameter]) -> list[Parameter]:
     """One key a layer, unless every layer has the same tensors: as Megatron-Core stores layers that differ."""
     layers: dict[str, set[str]] = {}
     for parameter in parameters:
-        if parameter.counts:
+        if _is_stacked(parameter):
             layers.setdefault(parameter.name.split(".")[2], set()).add(parameter.key)
     count = len({parameter.name.split(".")[2] for parameter in base})
     if not layers or (len(layers) == count and len({frozenset(keys) for keys in layers.values()}) == 1):
         return parameters
-    return [replace(p, key=p.name, place=p.place[1:], counts=p.counts[1:]) if p.counts else p for p in parameters]
+    return [
+        replace(p, key=_EXPERT.sub(".experts.experts.", p.name), place=p.place[1:], counts=p.counts[1:])
+        if _is_stacked(p)
+        else p
+        for p in parameters
+    ]
+
+
+def _is_stacked(parameter: Parameter) -> bool:
+    """Whether a checkpoint has it in one tensor with those of other layers."""
+    return parameter.name.startswith(_LAYERS) and not _LAYER.match(parameter.key)
 
 
 def linear(base: Sequence[Parameter]) -> list[Parameter]:
-    """The matrices of a model that can get an adapter: of linear layers inside its blocks, experts and routers left out."""
+    """The matrices of linear layers inside a model's blocks that every token goes through: experts and routers left out."""
     return [
         p
         for p in base
         if len(p.shape) == 2
-        and p.name.startswith("decoder.layers.")
+        and p.name.startswith(_LAYERS)
         and p.name.endswith((".linear_qkv.weight", ".linear_proj.weight", ".linear_fc1.weight", ".linear_fc2.weight"))
-        and ".experts." not in p.name
+        and not is_expert(p)
         and all(part.index is None and part.name.endswith(_WEIGHT) for part in p.hf)
     ]
+
+
+def is_expert(parameter: Parameter) -> bool:
+    """Whether a parameter, of a model or of an adapter, belongs to one of the experts among which tokens are routed."""
+    return _EXPERT.search(parameter.name) is not None
+
+
+def is_router(parameter: Parameter) -> bool:
+    """Whether it is a matrix by which tokens are routed."""
+    return parameter.name.endswith(".mlp.router.weight")
+
+
+def adaptable(base: Sequence[Parameter]) -> list[Parameter]:
+    """The matrices of a model that can get an adapter, in its order.
+
+    Of experts and routers those of folders that hold each expert's matrices apart: PEFT finds no others.
+    """
+    dense = {parameter.name for parameter in linear(base)}
+    apart = all(part.index is None for parameter in base for part in parameter.hf)
+    return [p for p in base if p.name in dense or (apart and (is_expert(p) or is_router(p)))]
 
 
 def local_module(name: str, first: int, count: int) -> str | None:
@@ -205,12 +299,45 @@ def local_module(name: str, first: int, count: int) -> str | None:
 
 
 def target_modules(base: Sequence[Parameter], words: Sequence[str], where: str = "--target_modules") -> tuple[str, ...]:
-    """The modules that words name: `all-linear`, the end of a module's name, or a regular expression of whole names.
+    """The modules that words name.
 
-    Raises UserError for a word that names none, with the nearest names.
+    `all-linear` are the linear layers that every token goes through, `all-experts` the matrices of the experts among which
+    tokens are routed, `all-router` what they are routed by. Other words are the end of a module's name, or a regular
+    expression of whole names.
+
+    Raises UserError for a word that names none, with the nearest names, and for a part of the experts of a layer.
     """
-    known = [part.name.removesuffix(_WEIGHT) for parameter in linear(base) for part in parameter.hf]
-    return _named(words, known, "linear layer inside the blocks", where, shorthand=ALL_LINEAR)
+    every = adaptable(base)
+    lists = {ALL_LINEAR: linear(base), ALL_EXPERTS: list(filter(is_expert, every)), ALL_ROUTERS: list(filter(is_router, every))}
+    shorthands = {word: {name for p in own for name in _modules(p)} for word, own in lists.items()}
+    for word in words:
+        if word in shorthands and not shorthands[word]:
+            mixed = any(is_router(parameter) for parameter in base)
+            why = "its folder holds all experts of a layer in one tensor" if mixed else "it has no experts"
+            raise UserError(f"{word!r} names nothing of this model: {why}.", where=where, fix="use all-linear")
+    known = [name for parameter in every for name in _modules(parameter)]
+    found = _named(words, known, "linear layer inside the blocks", where, shorthands)
+    _require_whole_experts(every, set(found), where)
+    return found
+
+
+def _modules(parameter: Parameter) -> list[str]:
+    return [part.name.removesuffix(_WEIGHT) for part in parameter.hf]
+
+
+def _require_whole_experts(adaptable: Sequence[Parameter], chosen: set[str], where: str) -> None:
+    """Raise UserError where some matrices in the experts of a layer would have an adapter and others none."""
+    layers: dict[str, list[bool]] = {}
+    for parameter in filter(is_expert, adaptable):
+        layers.setdefault(parameter.name.split(".")[2], []).extend(name in chosen for name in _modules(parameter))
+    for layer, meant in layers.items():
+        if any(meant) and not all(meant):
+            raise UserError(
+                f"{sum(meant)} of the {len(meant)} matrices in the experts of layer {layer} are named. In transformers gate and up of "
+                "all of them are one tensor, and PEFT loads an adapter of that only beside one of all their other matrices.",
+                where=where,
+                fix=f"name gate, up and down of all experts of a layer; {ALL_EXPERTS} names those of all layers",
+            )
 
 
 def saved_modules(
@@ -223,7 +350,8 @@ def saved_modules(
     matrices = {
         parameter.name for parameter in base if parameter.name.startswith("decoder.layers.") and len(parameter.shape) > 1
     }
-    known = [p.removesuffix(_WEIGHT) for parameter in base if parameter.name not in matrices for p in parameter.labels]
+    own = [parameter for parameter in base if parameter.trained and parameter.name not in matrices]
+    known = [label.removesuffix(_WEIGHT) for parameter in own for label in parameter.labels]
     known = [name for name in known if not name.endswith(".bias")]
     found = _named(words, known, "norm, embedding or output layer", where)
     shared = [name for name in found if name.endswith(("embed_tokens", "lm_head"))]
@@ -237,10 +365,12 @@ def saved_modules(
     return found
 
 
-def _named(words: Sequence[str], known: list[str], what: str, where: str, shorthand: str | None = None) -> tuple[str, ...]:
+def _named(
+    words: Sequence[str], known: list[str], what: str, where: str, shorthands: Mapping[str, set[str]] | None = None
+) -> tuple[str, ...]:
     chosen: set[str] = set()
     for word in words:
-        matches = set(known) if word == shorthand else {name for name in known if name == word or name.endswith(f".{word}")}
+        matches = (shorthands or {}).get(word) or {name for name in known if name == word or name.endswith(f".{word}")}
         if not matches and re.search(r"[^\w.]", word):
             try:
                 matches = {name for name in known if re.fullmatch(word, name)}
@@ -257,6 +387,16 @@ def _named(words: Sequence[str], known: list[str], what: str, where: str, shorth
     return tuple(name for name in dict.fromkeys(known) if name in chosen)
 
 
+def _without_layers(names: Sequence[str], known: Sequence[str]) -> list[str]:
+    """Names of parameters in layers, without the layer where they mean the same in all of them."""
+
+    def end(name: str) -> str:
+        return name.split(".", 3)[-1]
+
+    ends = {end(name) for name in names}
+    return sorted(ends) if {name for name in known if end(name) in ends} == set(names) else list(names)
+
+
 def shortened(names: Sequence[str], known: Sequence[str], mark: str = ".") -> list[str]:
     """Ends of names that mean these of all known ones and no other; the whole names where there are no such ends.
 
@@ -270,5 +410,6 @@ def shortened(names: Sequence[str], known: Sequence[str], mark: str = ".") -> li
 
 
 __all__ = [
-    "ALL_LINEAR", "LORA_A", "LORA_B", "MAGNITUDE", "PREFIX", "RANDOM", "Lora", "Site", "linear", "local_module", "saved_modules", "shortened", "target_modules",
+    "ALL_EXPERTS", "ALL_LINEAR", "ALL_ROUTERS", "LORA_A", "LORA_B", "MAGNITUDE", "PREFIX", "RANDOM", "STACKED_GATES", "Lora", "Site",
+    "adaptable", "is_expert", "is_router", "linear", "local_module", "saved_modules", "shortened", "target_modules",
 ]  # fmt: skip

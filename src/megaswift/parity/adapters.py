@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from megaswift.megatron.compat import modules_by_name
 from megaswift.megatron.kernels.counter_dropout import Dropout, token_keys
 from megaswift.megatron.kernels.nf4 import pack
 from megaswift.models import parameters_of
-from megaswift.models.adapters import PREFIX, Lora, linear
+from megaswift.models.adapters import LORA_A, LORA_B, PREFIX, Lora, linear
 from megaswift.train.adapters import first_value
 from megaswift.weights.convert.lora import load_adapter
 
@@ -71,27 +73,31 @@ class PeftSide:
 
     def wrap(self, model: Any, folder: Path) -> tuple[Any, dict[str, Any], Tokens]:
         """PEFT's model of a transformers model, its trained parameters by the names of PEFT's files, and its tokens."""
-        from peft import LoraConfig, get_peft_model
-
         base = parameters_of(model.config)
         if self.lora.bits is not None:
             as_packed(model, base)
-        values = self.lora.peft_config(base, str(folder))
-        names = ("r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "modules_to_save")
-        wrapped = get_peft_model(
-            model, LoraConfig(task_type="CAUSAL_LM", lora_dropout=self.lora.dropout, **{name: values[name] for name in names})
-        )
-        trained = {plain(name): parameter for name, parameter in wrapped.named_parameters() if parameter.requires_grad}
+        wrapped = peft_of(model, self.lora, base, self.lora.dropout)
+        trained = trained_of(wrapped, self.lora, base)
         begun = {} if self.start is None else load_adapter(self.start)
         with torch.no_grad():
             for name, parameter in trained.items():
                 if name in begun:
                     parameter.copy_(begun[name])
                 elif ".lora_" in name and not name.endswith("lora_magnitude_vector"):
-                    parameter.copy_(first_value(name, tuple(parameter.shape), self.lora, self.seed))
+                    parameter.copy_(first_value(name, tuple(parameter.shape), self.lora, self.seed).to(parameter.device))
+            if self.lora.is_part_of_base:
+                self._take_out(wrapped, trained)
         tokens = Tokens(self.seed)
         self._same_dropout(wrapped, tokens, model.config)
         return wrapped, trained, tokens
+
+    def _take_out(self, wrapped: Any, trained: Mapping[str, Any]) -> None:
+        """Let the frozen weights lack what the adapter begins as."""
+        for name, a in trained.items():
+            if f".{LORA_A}." in name:
+                weight = wrapped.get_submodule(name.removesuffix(f".{LORA_A}.weight")).base_layer.weight
+                b = trained[name.replace(LORA_A, LORA_B)]
+                weight.copy_(weight.float() - self.lora.scale * b.detach().float() @ a.detach().float())
 
     def _same_dropout(self, wrapped: Any, tokens: Tokens, config: PreTrainedConfig) -> None:
         modules = {
@@ -103,6 +109,102 @@ class PeftSide:
             site = modules.get(name.removeprefix(PREFIX))
             if site is not None and self.lora.dropout > 0.0 and hasattr(module, "lora_dropout"):
                 module.lora_dropout["default"] = _Masked(Dropout(self.lora.dropout, site), tokens)
+
+
+def peft_of(model: Any, lora: Lora, base: Sequence[Parameter], dropout: float = 0.0, **changes: Any) -> Any:
+    """PEFT's model of a transformers model, with an adapter as PEFT begins it; experts and routers are adapted as parameters.
+
+    Args:
+        changes: of what PEFT's LoraConfig is told.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    values = lora.peft_config(base, "")
+    if "target_parameters" in values:
+        sites = lora.sites(base)
+        routed = {site.base.loaded or site.base.hf[0].name for site in sites if site.is_expert or site.is_router}
+        dense = [site for site in sites if not (site.is_expert or site.is_router)]
+        values["target_parameters"] = sorted(routed) or None
+        values["target_modules"] = [
+            site.base.hf[number].name.removesuffix(".weight") for site in dense for number in site.tensors
+        ]
+    names = (
+        "r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "target_parameters", "modules_to_save", "rank_pattern", "alpha_pattern",
+    )  # fmt: skip
+    chosen = {name: values[name] for name in names if name in values} | changes
+    with modules_by_name():
+        return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", lora_dropout=dropout, **chosen))
+
+
+def trained_of(wrapped: Any, lora: Lora, base: Sequence[Parameter]) -> dict[str, Any]:
+    """What is trained of PEFT's model, by the names of PEFT's files; of experts each matrix by itself, as a Part."""
+    own = {plain(name): parameter for name, parameter in wrapped.named_parameters() if parameter.requires_grad}
+    found: dict[str, Any] = {}
+    taken: set[str] = set()
+    for name, (held, view) in _held_otherwise(lora, base).items():
+        found[name] = own[held] if view is None else Part(own[held], view)
+        taken.add(held)
+    return {name: parameter for name, parameter in own.items() if name not in taken} | found
+
+
+class Part:
+    """Some values of a parameter of PEFT's, as if they were one: what is read and written lies in it."""
+
+    def __init__(self, parameter: torch.nn.Parameter, view: Callable[[Tensor], Tensor]) -> None:
+        self.parameter, self.view = parameter, view
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.view(self.parameter).shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.parameter.device
+
+    @property
+    def grad(self) -> Tensor | None:
+        return None if self.parameter.grad is None else self.view(self.parameter.grad)
+
+    @grad.setter
+    def grad(self, value: None) -> None:
+        self.parameter.grad = value
+
+    def detach(self) -> Tensor:
+        """The values, without what they were computed from."""
+        return self.view(self.parameter.detach())
+
+    def copy_(self, value: Tensor) -> None:
+        """Take over values."""
+        self.view(self.parameter.data).copy_(value)
+
+
+def _held_otherwise(lora: Lora, base: Sequence[Parameter]) -> dict[str, tuple[str, Callable[[Tensor], Tensor] | None]]:
+    """Tensors of PEFT's files that its model holds under another name: that name, and which part of the tensor there.
+
+    All experts of a layer are one A [experts * r, in] and one B [out, r * experts], whose last axis counts experts first; of gate
+    and up r is twice as large, and B has zeros where one would meet the other.
+    """
+    found: dict[str, tuple[str, Callable[[Tensor], Tensor] | None]] = {}
+    for site in lora.sites(base):
+        if site.base.loaded is None or not (site.is_expert or site.is_router):
+            continue
+        container, _, leaf = site.base.loaded.rpartition(".")
+        inner = ".base_layer" if leaf == "gate_up_proj" else ""  # gate and up are wrapped first
+        for number, tensor in enumerate(site.base.hf):
+            for half in (LORA_A, LORA_B):
+                name = f"{PREFIX}{tensor.name.removesuffix('.weight')}.{half}.weight"
+                view = _expert_view(site.base, number, half, lora.rank) if site.is_expert else None
+                found[name] = (f"{PREFIX}{container}{inner}.{half}.weight", view)
+    return found
+
+
+def _expert_view(base: Parameter, number: int, half: str, rank: int) -> Callable[[Tensor], Tensor]:
+    expert, experts, width = base.place[-1], base.counts[-1], len(base.hf) * rank
+    ranks, run = slice(number * rank, (number + 1) * rank), base.arrangement.run(number)
+    assert run is not None, "gate and up of an expert lie one above the other"
+    if half == LORA_A:
+        return lambda value: value.view(experts, width, -1)[expert, ranks]
+    return lambda value: value.view(-1, width, experts)[run[0] : run[1], ranks, expert]
 
 
 @torch.no_grad()

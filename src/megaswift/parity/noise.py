@@ -29,7 +29,9 @@ def perturb(trainer: Any, seed: int) -> None:
     for name, weight in trainer.bare_model.named_parameters():
         shared = "embedding" if getattr(weight, "shared_embedding", False) or "word_embeddings" in name else name
         split = rank if getattr(weight, "tensor_model_parallel", False) else 0
-        split = split if getattr(weight, "allreduce", True) else of_experts()
+        if not getattr(weight, "allreduce", True):  # halves of adapters that ranks of an expert hold whole are one
+            whole = getattr(weight, "partial_expert_gradient", False)
+            split = parallel_state.get_expert_model_parallel_rank() if whole else of_experts()
         generator = torch.Generator(device=weight.device).manual_seed(zlib.crc32(f"{seed} {shared} {split}".encode()))
         noise = torch.rand(weight.shape, generator=generator, device=weight.device).mul_(2.0).sub_(1.0)
         weight.copy_(weight.float() * (1.0 + torch.finfo(weight.dtype).eps * noise))

@@ -206,12 +206,16 @@ class Reference:
                 continue  # autograd adds up in fp32 itself
             for name, parameter in self.names.items():
                 sums[name] += parameter.grad.float()
-                parameter.grad = None
+            self._forget_gradients()
         if self.exact:
             for name, parameter in self.names.items():
-                sums[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                parameter.grad = None
+                sums[name] = torch.zeros_like(self.masters[name]) if parameter.grad is None else parameter.grad
+            self._forget_gradients()
         return loss / weight, {name: value / weight for name, value in sums.items()}
+
+    def _forget_gradients(self) -> None:
+        for parameter in self.names.values():  # several may be parts of one tensor: all were read
+            parameter.grad = None
 
     @torch.no_grad()
     def _update(self, gradients: dict[str, Tensor], norm: float, rate: float) -> None:

@@ -161,7 +161,7 @@ def _mlps(theirs: list[Any], ours: list[Any]) -> list[tuple[str, Any, Any]]:
     experts = [hasattr(mlp, "experts") for mlp in theirs]
     if any(experts):
         twin, mlp = theirs[experts.index(True)], ours[experts.index(True)]
-        gate, router = getattr(twin, "gate", None) or twin.router, mlp.router.experts
+        gate, router = _bare(getattr(twin, "gate", None) or twin.router), mlp.router.experts
         shared = getattr(twin, "shared_expert", None) or getattr(twin, "shared_experts", None)
         shared_gate = getattr(twin, "shared_expert_gate", None)
         rows += [
@@ -170,7 +170,11 @@ def _mlps(theirs: list[Any], ours: list[Any]) -> list[tuple[str, Any, Any]]:
                 _layers(theirs, lambda one: hasattr(one, "experts")),
                 _layers(ours, lambda one: hasattr(one, "experts")),
             ),
-            ("experts, rows of one", list(twin.experts.gate_up_proj.shape[:2]), list(mlp.experts.linear_fc1.weight.shape[:2])),
+            (
+                "experts, rows of one",
+                list(_bare(twin.experts).gate_up_proj.shape[:2]),
+                list(mlp.experts.linear_fc1.weight.shape[:2]),
+            ),
             ("num_experts_per_tok", int(gate.top_k), router.chosen),
             ("norm_topk_prob", bool(getattr(gate, "norm_topk_prob", True)), router.renormalise),
             *_choices(gate, mlp.router),
@@ -229,7 +233,7 @@ def _factors(config: Any, theirs: Any, ours: Any) -> list[tuple[str, Any, Any]]:
 
 def _activation(mlp: Any) -> str:
     """An MLP's function of transformers, and whether it is gated."""
-    own = getattr(mlp, "experts", mlp)
+    own = _bare(getattr(mlp, "experts", mlp))
     function = next(getattr(own, name) for name in ("act_fn", "activation_fn", "act") if hasattr(own, name))
     return _gated(_name(function), _is_gated(own))
 
@@ -240,6 +244,13 @@ def _is_gated(mlp: Any) -> bool:
 
 def _gated(name: str, gated: bool) -> str:
     return name if gated else f"{name}, not gated"
+
+
+def _bare(module: Any) -> Any:
+    """A module of transformers, without what PEFT put around it."""
+    while hasattr(module, "base_layer"):
+        module = module.base_layer
+    return module
 
 
 def _layers(layers: Any, has: Callable[[Any], bool]) -> str:

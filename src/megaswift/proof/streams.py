@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megaswift.megatron import compat, process_groups
 from megaswift.megatron.layer_specs import block_spec, local_name
-from megaswift.megatron.lora_layers import attach
+from megaswift.megatron.lora_layers import attach, take_out_whole
 from megaswift.megatron.model import ChatModel, rotary_tables, transformer_config
 from megaswift.models import family_of, parameters_of
 from megaswift.models.family import is_tied
@@ -117,10 +117,15 @@ def hf_stream(config: PreTrainedConfig, source: HFCheckpoint, precisions: Precis
 
 @dataclass(frozen=True)
 class TrainedAdapter:
-    """An adapter of a run: what it is, and the values of its parameters by name."""
+    """An adapter of a run: what it is, and the values of its parameters by name.
+
+    Args:
+        start: the values that it began from, where it began as a part of the base; those are taken out of the weights.
+    """
 
     lora: Lora
     values: Mapping[str, Tensor]
+    start: Mapping[str, Tensor] | None = None
 
 
 def peft_stream(config: PreTrainedConfig, source: HFCheckpoint, precisions: Precisions, adapter: Path) -> Streamed:
@@ -137,9 +142,15 @@ def peft_stream(config: PreTrainedConfig, source: HFCheckpoint, precisions: Prec
         if ".lora_" in name or ".modules_to_save." in name:
             parameter.data = parameter.data.float()
     assert plain.hold is not None
-    for module in wrapped.modules():  # DoRA reads a layer's weight after it was called
-        base: Any = getattr(module, "base_layer", None)
-        if base in names:
+    held: set[torch.nn.Module] = set()
+    for (
+        module
+    ) in wrapped.modules():  # outer ones first; DoRA reads a layer's weight after it was called, and experts are adapted before
+        base: Any = module
+        while hasattr(base, "base_layer"):
+            base = base.base_layer
+        if base is not module and base in names and base not in held:
+            held.add(base)
             compat.without_hooks(base)
             plain.hold(names[base], base, module)
     wrapped.eval()
@@ -178,10 +189,15 @@ def megatron_stream(config: PreTrainedConfig, reader: MegatronReader, adapter: T
 
     whole = {} if adapter is None else {local_name(p.name): p.name for p in adapter.lora.whole(base)}
 
+    begun = {} if adapter is None else {local_name(site.base.name): site for site in adapter.lora.sites(base)}
+
     def load(name: str) -> Tensor:
         if adapter is not None and name in whole:
             return adapter.values[whole[name]]
         made = [reader.read(parameter.key, parameter.place) for parameter in parameters[name]]
+        if name in begun and adapter is not None and adapter.start is not None:
+            made[0] = made[0].float().clone()
+            take_out_whole(made[0], begun[name], adapter.lora, adapter.start)
         return torch.stack(made) if ".local_experts." in parameters[name][0].name else made[0]
 
     def release(name: str) -> None:

@@ -78,10 +78,6 @@ def expert_problems(run: Run, config: PreTrainedConfig) -> Iterator[Problem]:
             )
         return
     for wrong, name, where, fix in (
-        (
-            run.method.adapter is not None, "--sft_type lora", "--sft_type",
-            "train all weights (--sft_type full); adapters of models with experts are not made yet",
-        ),
         (bool(run.method.frozen), "--freeze_parameters", "--freeze_parameters", "train all weights"),
         (run.precision.fp8, "--fp8", "--fp8", "leave it out: experts are multiplied in the precision of --dtype"),
         (

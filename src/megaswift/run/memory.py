@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from megaswift.models import family_of, parameters_of
-from megaswift.models.adapters import Lora, linear
+from megaswift.models.adapters import Lora, is_expert, linear
 from megaswift.models.family import sizes_of
 from megaswift.models.stages import by_rank, passes_in_flight, stage_layers, stage_weights
 from megaswift.run.experts import experts_of, mlp_parts, mlp_widths
@@ -76,7 +76,7 @@ def layer_activations(run: Run, config: PreTrainedConfig) -> int:
     """The most values that a layer keeps for the backward passes of all micro batches in flight, with rows of max_length.
 
     Without recomputation: the layer's input, what follows its two norms, attention's result and the sum after it (5 x
-    hidden), queries, keys and values, both halves of the first MLP product and their SwiGLU. Of experts, each token's row and
+    hidden), queries, keys and values, both halves of the first MLP product and their SwiGLU, as far as they are kept. Of experts, each token's row and
     the first product for every expert that it goes to, evenly spread.
     """
     sizes, parallel = sizes_of(config), run.parallel
@@ -85,7 +85,8 @@ def layer_activations(run: Run, config: PreTrainedConfig) -> int:
     if run.memory.recompute == "layers":
         return tokens * sizes.hidden // (parallel.tp if parallel.sequence_parallel else 1)
     qkv = (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim
-    kept, experts = (qkv + (1 + mlp_parts(config)) * sizes.ffn) // parallel.tp, experts_of(config)
+    wide = {"swiglu": mlp_parts(config), "mlp": 0}.get(run.memory.recompute, 1 + mlp_parts(config))
+    kept, experts = (qkv + wide * sizes.ffn) // parallel.tp, experts_of(config)
     if experts is not None:
         routed = experts.chosen * (sizes.hidden + 2 * experts.ffn)
         kept = max(
@@ -130,7 +131,9 @@ def trainable_of_rank(trained: list[Parameter], config: PreTrainedConfig, parall
     stage_of = [stage for stage, count in enumerate(stage_layers(config, parallel.pp)) for _ in range(count)]
     sizes = [0] * parallel.pp
     for parameter in trained:
-        own = parameter.size // (1 if parameter.arrangement.split is None else parallel.tp)
+        parts = parallel.etp if is_expert(parameter) else parallel.tp
+        own = parameter.size // (1 if parameter.arrangement.split is None else parts)
+        own //= parallel.ep if is_expert(parameter) else 1
         layered = parameter.name.startswith("decoder.layers.")
         stage = stage_of[int(parameter.name.split(".")[2])] if layered else 0 if parameter.name.startswith("embedding.") else -1
         sizes[stage] += own

@@ -10,7 +10,7 @@ from megaswift.config.options import SftArguments, default_of
 from megaswift.config.training import AdapterArguments, FreezeArguments
 from megaswift.errors import UserError, nearest
 from megaswift.models import family_of, parameters_of
-from megaswift.models.adapters import Lora, linear, saved_modules, target_modules
+from megaswift.models.adapters import Lora, is_router, linear, saved_modules, target_modules
 from megaswift.models.family import is_tied
 from megaswift.models.stages import stage_layers
 
@@ -101,10 +101,60 @@ def adapter_of(args: SftArguments, config: PreTrainedConfig) -> Lora | None:
             where="--use_dora, --lora_dropout",
             fix="add --lora_dropout 0",
         )
+    _require_known_with_experts(lora, base)
+    if lora.is_part_of_base:
+        _require_plain_for_start(lora, base)
     if lora.bits is not None:
         _require_blocks(args, base)
     _require_work_everywhere(lora, config, args.pp)
     return lora
+
+
+def _require_known_with_experts(lora: Lora, base: list[Parameter]) -> None:
+    """Raise UserError for what PEFT cannot do to experts and routers, which it adapts as parameters, not as modules."""
+    if not any(is_router(parameter) for parameter in base):
+        return
+    sites = lora.sites(base)
+    routed = [site.base.hf[0].name for site in sites if site.is_expert or site.is_router]
+    mlps = [site.base.hf[0].name for site in sites if ".mlp." in site.base.name]
+    if routed and lora.dropout > 0.0:
+        raise UserError(
+            f"PEFT has no dropout for adapters of experts and routers, and {routed[0]} is to have one.",
+            where="--lora_dropout, --target_modules",
+            fix="add --lora_dropout 0, or --target_modules all-linear, which leaves routed experts and routers as they are",
+        )
+    if mlps and lora.dora:
+        raise UserError(
+            f"PEFT has DoRA for attention alone in models with experts, and {mlps[0]} is to have an adapter.",
+            where="--use_dora, --target_modules",
+            fix="leave --use_dora out, or name the linear layers of attention: --target_modules q_proj k_proj v_proj o_proj",
+        )
+    if lora.bits is not None:
+        raise UserError(
+            "4 bits hold the weights of linear layers; nearly all of this model's are in its experts, which would stay as they are.",
+            where="--quantization_bit",
+            fix="leave it out, and spread the experts with --ep",
+        )
+
+
+def _require_plain_for_start(lora: Lora, base: list[Parameter]) -> None:
+    """Raise UserError for what an adapter that begins as a part of the base was not proven with."""
+    routed = any(site.is_expert or site.is_router for site in lora.sites(base))
+    for given, option, why in (
+        (
+            lora.bits is not None,
+            "--quantization_bit",
+            "what is left of a weight would be rounded to 4 bits, and its first values with it",
+        ),
+        (lora.dora, "--use_dora", "the lengths of rows are those of the whole weights"),
+        (routed, "--target_modules", "PEFT begins adapters of experts and routers in no such way"),
+    ):
+        if given:
+            raise UserError(
+                f"--init_weights {lora.init} does not go with {option}: {why}.",
+                where=f"--init_weights, {option}",
+                fix="leave one of them out",
+            )
 
 
 def _require_blocks(args: SftArguments, base: list[Parameter]) -> None:

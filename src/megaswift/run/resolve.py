@@ -28,6 +28,7 @@ from megaswift.run.spec import (
     Saving,
     Schedule,
 )
+from megaswift.store.paths import INITIAL_ADAPTER
 
 if TYPE_CHECKING:
     from megaswift.run.source import TrainingSource
@@ -101,7 +102,7 @@ def resolve(
             deterministic=args.deterministic,
         ),
         memory=Memory(
-            recompute="layers" if args.gradient_checkpointing else RECOMPUTE[args.recompute_modules],  # type: ignore[arg-type]
+            recompute=_recompute(args),  # type: ignore[arg-type]
             offloaded_layers=args.cpu_offloading_num_layers,
             optimizer_on_host=args.optimizer_cpu_offload,
             cuda_graphs=GRAPHS[args.cuda_graphs],  # type: ignore[arg-type]
@@ -127,7 +128,7 @@ def resolve(
             frozen=tuple(source.frozen),
             adapter=source.adapter,
             base=source.base,
-            adapter_start=args.adapters if source.adapter is not None and source.first_step == 0 else None,
+            adapter_start=_adapter_start(args, source, run_dir),
         ),
         data=data,
         saving=Saving(
@@ -150,6 +151,23 @@ def resolve(
             step_timeout_s=args.step_timeout,
         ),
     )
+
+
+def _adapter_start(args: SftArguments, source: TrainingSource, run_dir: str) -> str | None:
+    """Where the first values of an adapter are read, if they do not follow from names and seed."""
+    if source.adapter is None:
+        return None
+    if source.adapter.is_part_of_base:  # also of a run that goes on: its base lacks them
+        return str(Path(run_dir) / INITIAL_ADAPTER)
+    return args.adapters if source.first_step == 0 else None
+
+
+def _recompute(args: SftArguments) -> str:
+    """What is computed again in the backward pass. With adapters silu(gate) * up always is: it takes half a percent of a step."""
+    if args.gradient_checkpointing:
+        return "layers"
+    adapter = args.sft_type == "lora" and args.recompute_modules == "auto"
+    return "swiglu" if adapter else RECOMPUTE[args.recompute_modules]
 
 
 def _parallel(args: SftArguments, config: Any, world: World) -> Parallel:

@@ -7,6 +7,7 @@
 output/{name}-tp{tp}-pp{pp}/vN-time/  made by `swift sft`
     latest_checkpointed_iteration.txt   10
     iter_0000010/                       torch_dist files and manifest.json
+    initial_adapter/                    what an adapter began as, where that was taken out of the base
     iter_0000010-hf/                    its Hugging Face copy (--save_safetensors true)
     sft_args.json, plan.json, logging.jsonl, runs/, images/, config.json, tokenizer files
 """
@@ -21,6 +22,7 @@ from megaswift.store.manifest import quick_check
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
+INITIAL_ADAPTER = "initial_adapter"  # of a run whose adapter began as a part of the base
 _ITERATION = re.compile(r"iter_(\d{7,})")
 
 

@@ -75,7 +75,7 @@ class ExpertHealth(Callback):
 
     def begin(self, step: int) -> None:
         self.began = step
-        self.first = {number: router.weight.detach().float().clone() for number, router in self.routers.items()}
+        self.first = {number: router.routing_matrix().clone() for number, router in self.routers.items()}
         if "before" not in self.found and self.validation is not None and step == 0:
             self.found["before"] = self._watched()
         self._clear()
@@ -130,8 +130,7 @@ class ExpertHealth(Callback):
                 table[number, : self.experts] = router.seen.load
                 table[number, self.experts : self.experts + 5] = router.seen.figures
             if alone and number in self.first:
-                weight = router.weight.detach().float()
-                table[number, -2] = (weight - self.first[number]).square().sum()
+                table[number, -2] = (router.routing_matrix() - self.first[number]).square().sum()
                 table[number, -1] = self.first[number].square().sum()
         dist.all_reduce(table)
         made = []

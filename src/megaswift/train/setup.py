@@ -25,6 +25,7 @@ from megaswift.run.spec import Run
 from megaswift.train.checkpoint.load import load_training_state, load_weights
 from megaswift.train.objectives import SupervisedTokens
 from megaswift.weights.convert.lora import load_adapter
+from megaswift.weights.convert.lora_start import load_start
 from megaswift.weights.dtypes import BYTES
 from megaswift.weights.hf.config import load_config
 from megaswift.weights.hf.folder_reader import FolderReader
@@ -90,7 +91,8 @@ def _adapter(run: Run, lora: Lora, config: PreTrainedConfig) -> Adapter:
     """What the run trains beside the model's frozen weights."""
     from megaswift.train.adapters import LoraAdapter
 
-    begun = None if run.method.adapter_start is None else load_adapter(Path(run.method.adapter_start))
+    start, read = run.method.adapter_start, load_start if lora.is_part_of_base else load_adapter
+    begun = None if start is None else read(Path(start))
     return LoraAdapter(lora, config, run.parallel.pp, run.seed, begun)
 
 

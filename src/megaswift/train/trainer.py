@@ -29,7 +29,7 @@ from megaswift.megatron import compat
 from megaswift.megatron.graphs import Graphs
 from megaswift.megatron.kernels.context_parallel import shard_batch
 from megaswift.megatron.kernels.linear_ops import linear_ops_of
-from megaswift.megatron.kernels.lora import sum_over_tensor_parallel
+from megaswift.megatron.kernels.lora import sum_gradients
 from megaswift.megatron.kernels.main_grad import settle_main_grads, zero_main_grads
 from megaswift.megatron.kernels.megatron_optimizer import FusedOptimizer, fuse_optimizer, gradient_norm
 from megaswift.megatron.model import ChatModel, Chunks, chunks_of, run_micro_batch
@@ -221,7 +221,9 @@ class Trainer:
             settle_main_grads(wrapped)
         finalize_model_grads(chunks, None, **options)
         for wrapped in self.wrapped:
-            sum_over_tensor_parallel(wrapped.params_with_grad, parallel_state.get_tensor_model_parallel_group())
+            params = wrapped.params_with_grad
+            sum_gradients(params, "partial_gradient", parallel_state.get_tensor_model_parallel_group())
+            sum_gradients(params, "partial_expert_gradient", parallel_state.get_expert_tensor_parallel_group())
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[list[MicroBatch]]) -> float:

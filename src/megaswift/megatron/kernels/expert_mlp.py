@@ -13,6 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megaswift.megatron.kernels.expert_rows import (
+    add_rows,
+    gather_rows,
+    put_gradient,
+    weighted_swiglu,
+    weighted_swiglu_backward,
+)
 from megaswift.megatron.kernels.main_grad import buffer, has_main_grad, placeholder, take_stale
 
 
@@ -45,27 +52,8 @@ def _weight_grad(weight: Tensor, grad: Tensor, x: Tensor, ends: Tensor) -> Tenso
     product = grouped_outer(grad, x, ends)
     if not has_main_grad(weight):
         return product
-    if take_stale(weight):
-        buffer(weight).copy_(product)
-    else:
-        buffer(weight).add_(product)
+    put_gradient(buffer(weight), product, overwrite=take_stale(weight))
     return placeholder(weight)
-
-
-def weighted_swiglu(both: Tensor, weights: Tensor) -> Tensor:
-    """silu(gate) * up * weight of both = [gate, up] [t, 2f] and fp32 weights [t] -> [t, f]."""
-    gate, up = both.chunk(2, -1)
-    return (F.silu(gate) * up * weights.unsqueeze(-1)).to(both.dtype)
-
-
-def weighted_swiglu_grads(grad: Tensor, both: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of `weighted_swiglu`, from its result's gradient [t, f]: the gradients of `both` and of `weights` (fp32), and the result again."""
-    gate, up = both.chunk(2, -1)
-    silu = F.silu(gate)
-    hidden, scaled = silu * up, (grad * weights.unsqueeze(-1)).to(grad.dtype)
-    grad_weights = (grad.float() * hidden.float()).sum(-1)
-    grad_gate = torch.ops.aten.silu_backward(scaled * up, gate)
-    return torch.cat((grad_gate, scaled * silu), -1), grad_weights, (hidden * weights.unsqueeze(-1)).to(both.dtype)
 
 
 class _ExpertMLP(torch.autograd.Function):
@@ -80,10 +68,11 @@ class _ExpertMLP(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x, both, weights, ends), first, second = ctx.saved_tensors, ctx.first, ctx.second
         grad = grads[0].contiguous()
-        grad_both, grad_weights, hidden = weighted_swiglu_grads(grouped(grad, second, ends), both, weights)
+        hidden = grouped(grad, second, ends)  # its gradient, until the next line
+        grad_weights = weighted_swiglu_backward(hidden, both, weights)
         grad_second = _weight_grad(second, grad, hidden, ends) if ctx.needs_input_grad[3] else None
-        grad_first = _weight_grad(first, grad_both, x, ends) if ctx.needs_input_grad[2] else None
-        grad_x = grouped(grad_both, first, ends) if ctx.needs_input_grad[0] else None
+        grad_first = _weight_grad(first, both, x, ends) if ctx.needs_input_grad[2] else None
+        grad_x = grouped(both, first, ends) if ctx.needs_input_grad[0] else None
         return grad_x, grad_weights, grad_first, grad_second, None
 
 
@@ -106,33 +95,24 @@ class _Take(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, source: Tensor, places: Tensor) -> Tensor:
         ctx.save_for_backward(places)
-        return x[source]
+        return gather_rows(x, source)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (places,) = ctx.saved_tensors
-        return _summed(grads[0].contiguous(), places), None, None
+        return add_rows(grads[0].contiguous(), places), None, None
 
 
 class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, places: Tensor, source: Tensor) -> Tensor:
         ctx.save_for_backward(source)
-        return _summed(y, places)
+        return add_rows(y, places)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (source,) = ctx.saved_tensors
-        return grads[0][source], None, None
-
-
-def _summed(y: Tensor, places: Tensor) -> Tensor:
-    if places.shape[1] == 1:
-        return y[places[:, 0]]
-    total = y[places[:, 0]].float() if y.dtype != torch.float64 else y[places[:, 0]]
-    for number in range(1, places.shape[1]):
-        total += y[places[:, number]]
-    return total.to(y.dtype)
+        return gather_rows(grads[0], source), None, None
 
 
 def take_rows(x: Tensor, source: Tensor, places: Tensor) -> Tensor:

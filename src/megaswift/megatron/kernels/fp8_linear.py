@@ -73,6 +73,14 @@ class Fp8LinearOps(LinearOps):
         """grad [..., n] @ weight [n, k], in grad's type."""
         return _product(grad, self._quantized(weight, forward=False), fast=False)
 
+    def add_forward(self, onto: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """As its parent; the product is rounded before it is added."""
+        return onto.add_(self.forward(x, weight))
+
+    def add_input_grad(self, onto: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
+        """As its parent; the product is rounded before it is added."""
+        return onto.add_(self.input_grad(grad, weight))
+
     @contextmanager
     def unchanged_weights(self, micro_batches: int) -> Iterator[None]:
         """Keep quantised weights inside, if several micro batches run and there is room for them."""

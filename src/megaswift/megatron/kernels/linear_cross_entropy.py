@@ -369,7 +369,8 @@ def linear_cross_entropy(
             backward pass is a reduce-scatter.
         shared_with_embedding: the weight is also the input embedding of this rank, whose operation answers autograd for it.
         reduction: "sum", or "none" for each token's loss (no gradient; 0 where there is no label).
-        chunk_bytes: size of the largest piece of logits; default 2.5 GiB on a GPU, 128 MiB on the CPU, half of it with a cap.
+        chunk_bytes: size of the largest piece of logits; default 2.5 GiB on a GPU (a quarter of it for a frozen weight,
+            whose gradient is not gone through with each piece), 128 MiB on the CPU; half of it with a cap.
         cap: a logit x becomes cap * tanh(x / cap) before the softmax; None: it stays.
     Returns:
         loss (fp32; a scalar, or [T] for "none"), and the number of labelled tokens (int64 scalar).
@@ -378,7 +379,8 @@ def linear_cross_entropy(
     rows, chosen, own = labelled_rows(labels, device, factors)
     count = torch.full((), chosen.numel(), dtype=torch.int64, device=device)
     real = weight.shape[0] if vocab_size is None else max(0, min(weight.shape[0], vocab_size - vocab_start))
-    budget = chunk_bytes or (5 << 29 if hidden.is_cuda else 1 << 27) // (1 if cap is None else 2)
+    whole = (5 << 29 if weight.requires_grad else 5 << 27) if hidden.is_cuda else 1 << 27
+    budget = chunk_bytes or whole // (1 if cap is None else 2)
     plan = _Plan(_Shard(vocab_start, real, tp_group), budget, factors=own, cap=cap)
     hidden = hidden.contiguous()
     if reduction == "none" or not torch.is_grad_enabled() or not (hidden.requires_grad or weight.requires_grad):

@@ -41,6 +41,14 @@ class LinearOps:
         """grad [..., n] @ weight [n, k]."""
         return torch.matmul(grad, weight)
 
+    def add_forward(self, onto: Tensor, x: Tensor, weight: Any) -> Tensor:
+        """onto [tokens, n] += x [tokens, k] @ weight [n, k]^T; here the product itself reads what it adds to."""
+        return onto.addmm_(x, weight.t())
+
+    def add_input_grad(self, onto: Tensor, grad: Tensor, weight: Any) -> Tensor:
+        """onto [tokens, k] += grad [tokens, n] @ weight [n, k]."""
+        return onto.addmm_(grad, weight)
+
     def unchanged_weights(self, micro_batches: int) -> AbstractContextManager[None]:
         """A context in which so many micro batches run forward and backward and no weight changes."""
         return nullcontext()

@@ -3,7 +3,7 @@
 Nothing that is as wide as the layer crosses ranks for the adapters. In a column-parallel layer every rank computes A x of
 the tokens that it has for W x anyway, and its rows of B; what reaches x from both is summed as one. In a row-parallel layer
 B of this rank's part of A x is added to the part of W x before that is summed. What is left are sums over ranks of the
-gradients of the halves that every rank holds whole (A, or B): once a step, by `sum_over_tensor_parallel`.
+gradients of the halves that every rank holds whole (A, or B): once a step, by `sum_gradients`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megaswift.megatron.kernels import swiglu
 from megaswift.megatron.kernels.counter_dropout import Dropout
 from megaswift.megatron.kernels.linear_ops import LinearOps
 from megaswift.megatron.kernels.main_grad import accumulate_product, add_gradient, buffer, has_main_grad
@@ -31,21 +32,9 @@ class Rows:
     first: int
     count: int
 
-    def of_columns(self, x: Tensor) -> Tensor:
-        """[tokens, groups * count] of x [tokens, groups * width]; a view unless there are several groups."""
-        return x.view(-1, self.groups, self.width)[:, :, self.first : self.first + self.count].flatten(1)
-
     def of_rows(self, x: Tensor) -> Tensor:
         """[groups * count, n] of x [groups * width, n]."""
         return x.view(self.groups, self.width, -1)[:, self.first : self.first + self.count].flatten(0, 1)
-
-    def add_product(self, target: Tensor, low: Tensor, b: Tensor, alpha: float) -> None:
-        """Add alpha * low [tokens, r] @ b [groups * count, r]^T to these columns of target [tokens, groups * width]."""
-        if self.groups == 1:
-            target[:, self.first : self.first + self.count].addmm_(low, b.t(), alpha=alpha)
-        else:
-            own = target.view(-1, self.groups, self.width)[:, :, self.first : self.first + self.count]
-            own.add_(torch.mm(low, b.t()).view(own.shape), alpha=alpha)
 
     def set_rows(self, target: Tensor, value: Tensor) -> None:
         """Put value [groups * count, n] into these rows of target [groups * width, n]."""
@@ -64,6 +53,29 @@ class Parts:
     outputs: tuple[Rows, ...]
     halves: tuple[Rows, ...]
 
+    def spread(self, b: Tensor, rows: int) -> Tensor:
+        """B [rows of the parts, r] as one matrix [rows, parts * r] behind all of A, with zeros where a part has no say.
+
+        So every part is multiplied by one product, which goes once over what is as wide as the layer.
+        """
+        rank = b.shape[1]
+        if len(self.outputs) == 1 and b.shape[0] == rows:
+            return b
+        whole = torch.zeros((rows, len(self.outputs) * rank), dtype=b.dtype, device=b.device)
+        for number, (out, half) in enumerate(zip(self.outputs, self.halves, strict=True)):
+            out.set_rows(whole[:, number * rank : (number + 1) * rank], half.of_rows(b))
+        return whole
+
+    def gathered(self, whole: Tensor, b: Tensor) -> Tensor:
+        """The inverse for a gradient: fp32 [rows of the parts, r] of [rows, parts * r]."""
+        rank = b.shape[1]
+        if len(self.outputs) == 1 and b.shape[0] == whole.shape[0]:
+            return whole
+        own = torch.empty(b.shape, dtype=whole.dtype, device=b.device)
+        for number, (out, half) in enumerate(zip(self.outputs, self.halves, strict=True)):
+            half.set_rows(own, out.of_rows(whole[:, number * rank : (number + 1) * rank]))
+        return own
+
 
 @dataclass(frozen=True)
 class LoraCall:
@@ -73,6 +85,9 @@ class LoraCall:
         sequence: gather x over `group` on the way in, and scatter its gradient on the way back.
         reduce_grad: sum the gradient of x over `group`.
         dropout: None where nothing is dropped.
+        gated: x is [gate, up], and what is multiplied is silu(gate) * up, which is made again for A's gradient and not kept; the
+            gradient overwrites x.
+        needed: False where only gradients will be asked for, and nobody reads the result: it is not computed then.
     """
 
     parts: Parts
@@ -82,12 +97,13 @@ class LoraCall:
     reduce_grad: bool = False
     group: Any = None
     dropout: Dropout | None = None
+    gated: bool = False
+    needed: bool = True
 
 
 def _scattered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Sum over ranks of [s, ...], this rank's part of the first axis."""
-    part = torch.empty((x.shape[0] // dist.get_world_size(group), *x.shape[1:]), dtype=x.dtype, device=x.device)
-    dist.reduce_scatter_tensor(part, x.contiguous(), group=group)
+    part, work = _begin_scatter(x.contiguous(), group)
+    work.wait()
     return part
 
 
@@ -99,72 +115,100 @@ def _dropped(x: Tensor, call: LoraCall, keys: Tensor | None) -> Tensor:
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Any, bias: Tensor | None, a: Any, b: Any, keys: Tensor | None, call: LoraCall
+        ctx: Any,
+        x: Tensor,
+        weight: Any,
+        bias: Tensor | None,
+        a: Any,
+        b: Any,
+        keys: Tensor | None,
+        residual: Tensor | None,
+        call: LoraCall,
     ) -> Tensor:
+        x = x.contiguous()
         whole = gather_sequence(x, call.group) if call.sequence else x
-        output = call.linear_ops.forward(whole, weight, bias)
+        flat = (swiglu.forward(whole) if call.gated else whole).view(-1, weight.shape[1])
+        low = None if a is None else torch.mm(_dropped(flat, call, keys), a.t())
         ctx.weight, ctx.a, ctx.b, ctx.call = weight, a, b, call  # through saved-tensor hooks they would lose main_grad
-        if a is None:
-            return output
-        flat, rows = _dropped(whole.reshape(-1, whole.shape[-1]), call, keys), output.view(-1, output.shape[-1])
-        low = torch.mm(flat, a.t())
-        parts = call.parts
-        for piece, out, half in zip(low.chunk(len(parts.outputs), 1), parts.outputs, parts.halves, strict=True):
-            out.add_product(rows, piece, half.of_rows(b), call.scale)
-        ctx.save_for_backward(x, low, keys)
-        return output
+        ctx.has_residual = residual is not None
+        ctx.save_for_backward(x if a is not None or call.gated else None, low, keys)
+        shape = (*whole.shape[:-1], weight.shape[0])
+        if not call.needed:
+            return x.new_empty(shape)
+        if low is None and residual is None:
+            return call.linear_ops.forward(flat, weight, bias).view(shape)
+        onto = _begun(residual, bias, low, call.parts, b, call.scale, weight.shape[0])
+        return call.linear_ops.add_forward(onto, flat, weight).view(shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        call, a, b = ctx.call, ctx.a, ctx.b
-        parts = call.parts
-        grad = grads[0].contiguous()
-        if a is None:
-            grad_x = call.linear_ops.input_grad(grad, ctx.weight)
-            if call.sequence:
-                grad_x = _scattered(grad_x, call.group)
-            elif call.reduce_grad:
-                dist.all_reduce(grad_x, group=call.group)
-            return grad_x, None, None, None, None, None, None
+        call, a, b, ops = ctx.call, ctx.a, ctx.b, ctx.call.linear_ops
         x, low, keys = ctx.saved_tensors
+        grad = grads[0].contiguous()
         rows = grad.view(-1, grad.shape[-1])
-        dlow, db = torch.empty_like(low), torch.empty(b.shape, dtype=torch.float32, device=b.device)
-        wide = _into_fp32 if rows.is_cuda and rows.dtype != torch.float32 else torch.mm
-        for piece, into, out, half in zip(
-            low.chunk(len(parts.outputs), 1), dlow.chunk(len(parts.outputs), 1), parts.outputs, parts.halves, strict=True
-        ):
-            own = out.of_columns(rows)
-            into.copy_(torch.mm(own, half.of_rows(b)))
-            half.set_rows(db, wide(own.t(), piece))
-        dlow.mul_(call.scale)
-        grad_b = add_gradient(b, db.mul_(call.scale)) if ctx.needs_input_grad[4] else None
-        grad_x, work = None, None
+        grad_a = grad_b = grad_x = work = None
+        dlow: Any = None
+        if a is not None:
+            wide, whole = (
+                _into_fp32 if rows.is_cuda and rows.dtype != torch.float32 else torch.mm,
+                call.parts.spread(b, rows.shape[1]),
+            )
+            dlow = torch.empty_like(low).addmm_(rows, whole, beta=0.0, alpha=call.scale)
+            if ctx.needs_input_grad[4]:
+                grad_b = add_gradient(b, call.parts.gathered(wide(rows.t(), low), b).mul_(call.scale))
         if ctx.needs_input_grad[0]:
-            grad_x = call.linear_ops.input_grad(grad, ctx.weight)
-            flat = grad_x.view(-1, grad_x.shape[-1])
-            if call.dropout is None or keys is None:
-                flat.addmm_(dlow, a)
+            if dlow is None:
+                flat = ops.input_grad(rows, ctx.weight)
             else:
-                flat.add_(torch.mm(dlow, a).mul_(call.dropout.factors(keys, flat.shape[1], flat.dtype)))
-            if call.sequence:
-                part = torch.empty_like(x)
-                work = dist.reduce_scatter_tensor(part, grad_x, group=call.group, async_op=True)
+                flat = torch.mm(dlow, a)
+                if call.dropout is not None and keys is not None:
+                    flat.mul_(call.dropout.factors(keys, flat.shape[1], flat.dtype))
+                flat = ops.add_input_grad(flat, rows, ctx.weight)
+            grad_x = flat.view(*grad.shape[:-1], -1)
+            if call.gated:  # flat becomes silu(gate) * up, and [gate, up] their gradient
+                swiglu.backward_in_place(flat, x.view(rows.shape[0], -1), recompute=a is not None)
+                grad_x = x
+            elif call.sequence:
+                grad_x, work = _begin_scatter(grad_x, call.group)
             elif call.reduce_grad:
-                part = grad_x
                 work = dist.all_reduce(grad_x, group=call.group, async_op=True)
-        grad_a = None
         if ctx.needs_input_grad[3]:
-            own_keys = keys
+            if not call.gated:
+                flat = x.view(-1, x.shape[-1])
+            elif grad_x is None:
+                flat = swiglu.forward(x).view(rows.shape[0], -1)
             if call.sequence:  # the gradient of A x is scattered, which is narrow, rather than x gathered again
                 dlow = _scattered(dlow.view(*grad.shape[:-1], -1), call.group).flatten(0, -2)
                 if keys is not None:
-                    own_keys = keys.chunk(dist.get_world_size(call.group))[dist.get_rank(call.group)]
-            inputs = _dropped(x.reshape(-1, x.shape[-1]), call, own_keys)
+                    keys = keys.chunk(dist.get_world_size(call.group))[dist.get_rank(call.group)]
+            inputs = _dropped(flat, call, keys)
             grad_a = accumulate_product(a, dlow, inputs) if has_main_grad(a) else dlow.t().mm(inputs)
         if work is not None:
             work.wait()
-            grad_x = part
-        return grad_x, None, None, grad_a, grad_b, None, None
+        return grad_x, None, None, grad_a, grad_b, None, grad if ctx.has_residual else None, None
+
+
+def _begun(
+    residual: Tensor | None, bias: Tensor | None, low: Tensor | None, parts: Parts, b: Any, scale: float, rows: int
+) -> Tensor:
+    """[tokens, rows] = residual + bias + scale * B low, to which W x is added: what is as wide as the layer is written once more, not read."""
+    flat = None if residual is None else residual.reshape(-1, rows)
+    if flat is not None and bias is not None:
+        flat = flat + bias
+    if low is None:
+        assert flat is not None
+        return flat.clone()
+    start = flat if flat is not None else bias
+    whole = parts.spread(b, rows).t()
+    if start is None:
+        return low.new_empty((low.shape[0], rows)).addmm_(low, whole, beta=0.0, alpha=scale)
+    return torch.addmm(start, low, whole, alpha=scale)
+
+
+def _begin_scatter(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Any]:
+    """This rank's part of the sum over ranks of [s, ...] along the first axis, and what to wait for."""
+    part = x.new_empty((x.shape[0] // dist.get_world_size(group), *x.shape[1:]))
+    return part, dist.reduce_scatter_tensor(part, x, group=group, async_op=True)
 
 
 def _into_fp32(left: Tensor, right: Tensor) -> Tensor:
@@ -172,19 +216,27 @@ def _into_fp32(left: Tensor, right: Tensor) -> Tensor:
 
 
 def lora_linear(
-    x: Tensor, weight: Any, bias: Tensor | None, a: Tensor | None, b: Tensor | None, keys: Tensor | None, call: LoraCall
+    x: Tensor,
+    weight: Any,
+    bias: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    keys: Tensor | None,
+    call: LoraCall,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """W x + bias + scale * B A dropout(x), with the gradients of A and B in `main_grad` where they have one.
+    """W x + bias + scale * B A dropout(x) + residual, with the gradients of A and B in `main_grad` where they have one.
 
     Args:
-        x: [s, b, k], or [s / tp, b, k] where the call gathers it.
+        x: [s, b, k], or [s / tp, b, k] where the call gathers it; [s, b, 2k] where it is gated.
         weight: [n, k], frozen, in the form that the call's operations take; bias: [n] or None, frozen.
         a: [parts * r, k]; b: [rows of the parts, r]; None where the layer has no adapter.
         keys: int32 [s * b], a key for each token, for dropout; None: nothing is dropped.
+        residual: [s, b, n] or None.
     Returns:
         [s, b, n].
     """
-    return _LoraLinear.apply(x, weight, bias, a, b, keys, call)
+    return _LoraLinear.apply(x, weight, bias, a, b, keys, residual, call)
 
 
 @torch.no_grad()
@@ -210,6 +262,15 @@ def row_norms(weight: Tensor, a: Tensor, b: Tensor, call: LoraCall, columns: dis
         squared = sums[:, 0] + 2 * (factors * sums[:, 1:]).sum(1) + (factors @ gram * factors).sum(1)
         half.set_rows(found, squared.clamp_min(0.0).sqrt().unsqueeze(1))
     return found.squeeze(1)
+
+
+@torch.no_grad()
+def take_out(weight: Tensor, a: Tensor, b: Tensor, call: LoraCall) -> None:
+    """weight [n, k] -= scale * B A, in place, of the rows that have an adapter: a [parts * r, k], b [rows of the parts, r]."""
+    parts = call.parts
+    for own, out, half in zip(a.float().chunk(len(parts.outputs)), parts.outputs, parts.halves, strict=True):
+        left = torch.addmm(out.of_rows(weight).float(), half.of_rows(b).float(), own, alpha=-call.scale)
+        out.set_rows(weight, left.to(weight.dtype))
 
 
 class _Scaled(torch.autograd.Function):
@@ -245,11 +306,15 @@ def scaled_rows(y: Tensor, magnitude: Tensor, norms: Tensor, parts: Parts) -> Te
     return _Scaled.apply(y, magnitude, norms, parts)
 
 
-def sum_over_tensor_parallel(parameters: Iterable[torch.nn.Parameter], group: dist.ProcessGroup) -> None:
-    """Sum the gradient buffers of halves that every rank of `group` holds whole, at the end of a step's backward passes."""
+def sum_gradients(parameters: Iterable[torch.nn.Parameter], mark: str, group: dist.ProcessGroup) -> None:
+    """Sum the gradient buffers of parameters that every rank of `group` holds whole, at the end of a step's backward passes.
+
+    Args:
+        mark: the attribute by which their gradients are known as parts.
+    """
     if dist.get_world_size(group) == 1:
         return
-    buffers = [buffer(parameter) for parameter in parameters if getattr(parameter, "partial_gradient", False)]
+    buffers = [buffer(parameter) for parameter in parameters if getattr(parameter, mark, False)]
     if not buffers:
         return
     flat = torch.cat([part.reshape(-1) for part in buffers])

@@ -8,6 +8,7 @@ fused path asks for `type(...) is`. What is not fused goes the general way, thro
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megaswift.megatron.compat import become
 from megaswift.megatron.kernels.attention import dense_causal, packed_causal
 from megaswift.megatron.kernels.block_attention import block_causal
 from megaswift.megatron.kernels.context_parallel import shared_causal
@@ -67,6 +69,19 @@ class FusedEmbedding(VocabParallelEmbedding):
         if self.reduce_scatter_embeddings:
             return reduce_scatter_to_sequence_parallel_region(output, group=self.tp_group)
         return reduce_from_tensor_model_parallel_region(output, group=self.tp_group)
+
+
+def fuse_embedding(model: Any) -> Any:
+    """Let the embedding add its gradient to main_grad; to be called before the model is wrapped for data parallelism.
+
+    A tied output layer must then compute its loss by `linear_cross_entropy(..., shared_with_embedding=model.pre_process)`.
+    """
+    if not model.pre_process or type(model.embedding.word_embeddings) is not VocabParallelEmbedding:
+        return model
+    become(model.embedding.word_embeddings, FusedEmbedding)
+    # Megatron-Core sets it so that two uses' placeholders sum to zero; here only one of the two uses makes a placeholder.
+    model.embedding.word_embeddings.weight.zero_out_wgrad = False
+    return model
 
 
 class CoreAttention(torch.nn.Module):
@@ -224,6 +239,11 @@ class FusedSelfAttention(SelfAttention):
         return wanted and not (_plain(self) or asks or off or shared or named or self.config.attention_output_gate)
 
 
+# Layers, by their exact class, that take [gate, up] themselves: (layer, [gate, up], residual or None, whether the result is
+# needed) -> this rank's part of the second product, or None if this one does not.
+SECOND_PRODUCTS: dict[type, Callable[[Any, Tensor, Tensor | None, bool], Tensor | None]] = {}
+
+
 class FusedMLP(MLP):
     """An MLP whose SwiGLU is fused with the second product (see `swiglu_linear` for the options)."""
 
@@ -238,22 +258,41 @@ class FusedMLP(MLP):
         if not self._takes() or per_token_scale is not None:
             return super().forward(hidden_states, per_token_scale, **kwargs)
         both, _ = self.linear_fc1(hidden_states)
-        second = self.linear_fc2
-        if not self._fuses_second():
-            return second(swiglu(both))
-        output = swiglu_linear(both, second.weight, **self._options(hidden_states))
-        if second.sequence_parallel:
-            return reduce_scatter_to_sequence_parallel_region(output, group=second.tp_group), None
-        return reduce_from_tensor_model_parallel_region(output, group=second.tp_group), None
+        fused = self._second_product(both, hidden_states)
+        return self.linear_fc2(swiglu(both)) if fused is None else (self._reduced(fused), None)
 
     def forward_and_add(self, hidden_states: Tensor, residual: Tensor) -> Tensor:
-        """residual + this MLP of hidden_states; without tensor parallelism the second product adds it itself."""
-        second = self.linear_fc2
-        if self._takes() and self._fuses_second() and second.tp_group.size() == 1:
-            both, _ = self.linear_fc1(hidden_states)
-            return swiglu_linear(both, second.weight, **self._options(hidden_states), residual=residual)
-        output, bias = self.forward(hidden_states)
+        """residual + this MLP of hidden_states, a layer's result; without tensor parallelism the second product adds it itself."""
+        if not self._takes():
+            output, bias = self.forward(hidden_states)
+            return residual + (output if bias is None else output + bias)
+        # Megatron-Core's checkpoint of a layer runs it without gradients first, and a second time for the graph alone.
+        needed = not (self.training and self.config.recompute_granularity == "full" and torch.is_grad_enabled())
+        both, _ = self.linear_fc1(hidden_states)
+        alone = self.linear_fc2.tp_group.size() == 1
+        fused = self._second_product(both, hidden_states, residual if alone else None, needed)
+        if fused is not None:
+            return fused if alone else residual + self._reduced(fused)
+        output, bias = self.linear_fc2(swiglu(both))
         return residual + (output if bias is None else output + bias)
+
+    def _second_product(
+        self, both: Tensor, hidden_states: Tensor, residual: Tensor | None = None, needed: bool = True
+    ) -> Tensor | None:
+        """This rank's part of silu(gate) * up times the second weight, plus residual; None where no fused path computes it."""
+        second = self.linear_fc2
+        if self._fuses_second():
+            return swiglu_linear(both, second.weight, **self._options(hidden_states), residual=residual, needed=needed)
+        again = self.recompute_activation or self.config.recompute_granularity == "full"
+        own = SECOND_PRODUCTS.get(type(second)) if again else None
+        return None if own is None else own(second, both, residual, needed)
+
+    def _reduced(self, output: Tensor) -> Tensor:
+        """The sum over tensor-parallel ranks, scattered along the sequence under sequence parallelism."""
+        second = self.linear_fc2
+        if second.sequence_parallel:
+            return reduce_scatter_to_sequence_parallel_region(output, group=second.tp_group)
+        return reduce_from_tensor_model_parallel_region(output, group=second.tp_group)
 
     def _options(self, hidden_states: Tensor) -> dict[str, Any]:
         layer, first = self.linear_fc1, None
@@ -310,7 +349,7 @@ class FusedTransformerLayer(TransformerLayer):
         )
         dropout = self.training and self.hidden_dropout > 0.0
         single = type(self.cross_attention) is IdentityOp
-        return exact and single and not (_plain(self) or asks or off or dropout or self.is_moe_layer)
+        return exact and single and not (_plain(self) or asks or off or dropout)
 
 
 def _plain(module: Any) -> bool:

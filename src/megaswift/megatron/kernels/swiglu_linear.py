@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megaswift.megatron.kernels import swiglu
 from megaswift.megatron.kernels.linear_ops import PLAIN, LinearOps
 from megaswift.megatron.kernels.main_grad import accumulate_product, add_product, buffer, has_main_grad, placeholder, take_stale
 from megaswift.megatron.kernels.overlap import beside, can_run_beside
-from megaswift.megatron.kernels.swiglu import backward_in_place
 from megaswift.megatron.kernels.weight_grad import gather_sequence
 
 
@@ -44,10 +44,14 @@ class _SwiGLULinear(torch.autograd.Function):
         linear_ops: LinearOps,
         inputs: Tensor | None,
         first: FirstProduct | None,
+        needed: bool,
     ) -> Tensor:
         x = x.contiguous()
         ctx.recompute, ctx.overlap, ctx.linear_ops = recompute, overlap and linear_ops is PLAIN, linear_ops
-        result, hidden = linear_ops.swiglu_forward(x, weight, residual, keep=not recompute)
+        if needed:
+            result, hidden = linear_ops.swiglu_forward(x, weight, residual, keep=not recompute)
+        else:
+            result, hidden = x.new_empty((*x.shape[:-1], weight.shape[0])), None if recompute else swiglu.forward(x)
         ctx.save_for_backward(x if inputs is None else inputs, *(() if hidden is None else (hidden,)))
         ctx.weight = weight  # as it is: through saved-tensor hooks it would lose main_grad
         ctx.first = None if first is None else (first.weight, first.gather)
@@ -66,14 +70,14 @@ class _SwiGLULinear(torch.autograd.Function):
         hidden = kept[0].view(-1, kept[0].shape[-1]) if kept else None
         if ctx.overlap and ctx.needs_input_grad[1] and has_main_grad(weight) and can_run_beside(x):
             _backward_beside(flat, gate_up, weight, hidden)
-            return x, placeholder(weight), None, None, residual, None, None, None
+            return x, placeholder(weight), None, None, residual, None, None, None, None
         dhidden = ctx.linear_ops.input_grad(flat, weight)
-        backward_in_place(dhidden, gate_up, recompute=ctx.recompute)
+        swiglu.backward_in_place(dhidden, gate_up, recompute=ctx.recompute)
         dweight = None
         if ctx.needs_input_grad[1]:
             inputs = dhidden if hidden is None else hidden
             dweight = accumulate_product(weight, flat, inputs) if has_main_grad(weight) else flat.t().mm(inputs)
-        return x, dweight, None, None, residual, None, None, None
+        return x, dweight, None, None, residual, None, None, None, None
 
 
 def _backward_beside(grad: Tensor, gate_up: Tensor, weight: Tensor, hidden: Tensor | None) -> None:
@@ -87,7 +91,7 @@ def _backward_beside(grad: Tensor, gate_up: Tensor, weight: Tensor, hidden: Tens
     if hidden is not None:
         torch.mm(grad, weight, out=dhidden)
         beside(
-            lambda share: backward_in_place(dhidden, gate_up, recompute=False, share=share),
+            lambda share: swiglu.backward_in_place(dhidden, gate_up, recompute=False, share=share),
             lambda: add_product(target, grad, hidden, overwrite=stale),
             grad.device,
         )
@@ -96,12 +100,12 @@ def _backward_beside(grad: Tensor, gate_up: Tensor, weight: Tensor, hidden: Tens
     one, two = slice(0, half), slice(half, None)
     torch.mm(grad[one], weight, out=dhidden[one])
     beside(
-        lambda share: backward_in_place(dhidden[one], gate_up[one], recompute=True, share=share),
+        lambda share: swiglu.backward_in_place(dhidden[one], gate_up[one], recompute=True, share=share),
         lambda: torch.mm(grad[two], weight, out=dhidden[two]),
         grad.device,
     )
     beside(
-        lambda share: backward_in_place(dhidden[two], gate_up[two], recompute=True, share=share),
+        lambda share: swiglu.backward_in_place(dhidden[two], gate_up[two], recompute=True, share=share),
         lambda: add_product(target, grad[one], dhidden[one], overwrite=stale),
         grad.device,
     )
@@ -117,6 +121,7 @@ def swiglu_linear(
     residual: Tensor | None = None,
     linear_ops: LinearOps = PLAIN,
     first: FirstProduct | None = None,
+    needed: bool = True,
 ) -> Tensor:
     """(silu(gate) * up) @ weight^T, plus `residual` [..., n] if given, for x = [gate, up] [..., 2f] and weight [n, f].
 
@@ -130,6 +135,7 @@ def swiglu_linear(
             products of the tensors' own precision).
         linear_ops: how the result and the gradient of silu(gate) * up are multiplied out.
         first: x is not kept but computed from it again: 2f values a token less, for one more product; `recompute` is implied.
+        needed: False where only gradients will be asked for, and nobody reads the result: it is not computed then.
     """
     inputs = None if first is None else first.inputs
-    return _SwiGLULinear.apply(x, weight, recompute or first is not None, overlap, residual, linear_ops, inputs, first)
+    return _SwiGLULinear.apply(x, weight, recompute or first is not None, overlap, residual, linear_ops, inputs, first, needed)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megaswift.errors import DataError, UserError
+from megaswift.models.adapters import STACKED_GATES
 from megaswift.weights.hf.folder import ADAPTER_CONFIG
 from megaswift.weights.hf.header import read_header
 from megaswift.weights.hf.json_files import read_json
@@ -112,6 +113,12 @@ class Adapter:
         return made
 
 
+def check_adapter(path: Path) -> None:
+    """Raise UserError for an adapter that computes something else than W + scale x B A, DataError for one without weights."""
+    _require_plain(read_json(path / ADAPTER_CONFIG), str(path / ADAPTER_CONFIG), "used beside its base")
+    require_weights(path)
+
+
 def _require_plain(config: dict[str, Any], where: str, done: str) -> None:
     """Raise UserError for a kind of adapter that computes something else than W + scale x B A; `done`: what it is wanted for."""
     if str(config.get("peft_type", "LORA")).upper() != "LORA":
@@ -148,7 +155,8 @@ def adapter_options(path: Path) -> dict[str, Any]:
     """
     config, where = read_json(path / ADAPTER_CONFIG), str(path / ADAPTER_CONFIG)
     _require_plain(config, where, "trained on")
-    patterns = [name for name in ("rank_pattern", "alpha_pattern") if config.get(name)]
+    # Where each expert's matrices stand apart a pattern of all gates only says what PEFT makes of them.
+    patterns = [name for name in ("rank_pattern", "alpha_pattern") if set(config.get(name) or ()) - {STACKED_GATES}]
     if patterns:
         raise UserError(
             f"the adapter has a {patterns[0]}: its layers differ in {patterns[0].split('_')[0]}.",

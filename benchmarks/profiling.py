@@ -1,0 +1,43 @@
+"""What a GPU does in a training step: kernels by time, and when it had nothing to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+_SHOWN, _GAP_US = 40, 20.0
+
+
+def profiled(step: Callable[[int], Any], steps: int = 3) -> str:
+    """Run `steps` steps, the first of them for warming up, and describe the others: ms and calls a step."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        step(0)
+        torch.cuda.synchronize()
+        for number in range(1, steps):
+            step(number)
+        torch.cuda.synchronize()
+    events = sorted((e for e in recorded.events() if str(e.device_type).endswith("CUDA")), key=lambda e: e.time_range.start)
+    events = events[len(events) // steps :]
+    counted = steps - 1
+    totals: dict[str, list[float]] = {}
+    busy, end, gaps = 0.0, events[0].time_range.start, []
+    before = ""
+    for event in events:
+        row = totals.setdefault(event.name, [0.0, 0])
+        row[0] += (event.time_range.end - event.time_range.start) / 1e3 / counted
+        row[1] += 1 / counted
+        if event.time_range.start - end > _GAP_US:
+            gaps.append((event.time_range.start - end, before, event.name))
+        busy += max(0.0, event.time_range.end - max(end, event.time_range.start))
+        end, before = max(end, event.time_range.end), event.name
+    span = end - events[0].time_range.start
+    lines = [
+        f"span {span / 1e3 / counted:.1f} ms a step, busy {busy / 1e3 / counted:.1f} ms, {len(gaps)} gaps over {_GAP_US} us:"
+    ]
+    lines += [f"  {gap / 1e3:8.2f} ms  {one[:60]} -> {two[:60]}" for gap, one, two in sorted(gaps, reverse=True)[:15]]
+    ranked = sorted(totals.items(), key=lambda item: -item[1][0])[:_SHOWN]
+    lines += [f"{ms:9.2f} ms {calls:7.1f}  {name[:110]}" for name, (ms, calls) in ranked]
+    return "\n".join(lines)
