@@ -62,7 +62,7 @@ def trainer_of(shape: str, seq: int, micro: int, way: str) -> Any:
     if lora.bits is not None:
         device = next(model.parameters()).device
         fill(model, base, 0, lambda parameter: torch.randn(parameter.shape, device=device, dtype=torch.bfloat16) * 0.02)
-    LoraAdapter(lora, config, 1, 0).attach(model)
+    LoraAdapter(lora, config, 0).attach(model)
     made = Trainer(model, run, SupervisedTokens())
     recompute_parts(model, run.memory.recompute)
     return made, run, config

@@ -83,7 +83,7 @@ def trainer_of(run: Any, config: Any, lora: Any) -> Any:
         for name, parameter in model.named_parameters():
             parameter.fill_(1.0) if "norm" in name else parameter.normal_(0.0, 0.02)
     if lora is not None:
-        LoraAdapter(lora, config, 1, 0).attach(model)
+        LoraAdapter(lora, config, 0).attach(model)
     made = Trainer(model, run, SupervisedTokens())
     recompute_parts(model, run.memory.recompute)
     return made
@@ -121,12 +121,13 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
             from profiling import profiled
 
             print(profiled(lambda step: trainer.step([batches[step]])), file=sys.stderr)
+        note = trainer.graphs.take_note() or ""
         memory = torch.cuda.max_memory_allocated() / 2**30 if rank.on_gpu else None
         trainer.close()
     return {
         "ours": options.one, "lora": options.lora or "", "layers": options.layers, "seq": seq, "mbs": micro, "processes": world, "ep": options.ep,
         "step_s": round(median, 4), "tok_s_gpu": round(micro * seq / median), "mem_gb": memory and round(memory, 1),
-        "loss": round(loss, 4), "first": rank.dp_rank == 0,
+        "loss": round(loss, 4), "graphs": trainer.graphs.on, "note": note, "first": rank.dp_rank == 0,
     }  # fmt: skip
 
 

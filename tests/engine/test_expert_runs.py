@@ -138,9 +138,10 @@ def test_what_cannot_be_is_told_before_a_rank_starts(name: str, pool: RankPool, 
 
 def test_what_a_gpu_could_do_but_not_with_experts() -> None:
     config = tiny.tiny_config("qwen3_moe")
-    for options in ({"cuda_graphs": "true"}, {"cpu_offloading_num_layers": 1}):
-        with pytest.raises(UserError, match="does not work with experts"):
-            resolved_run(config=config, dtype="bf16", world_size=1, on_gpu=True, **options)
+    with pytest.raises(UserError, match="does not work with experts"):
+        resolved_run(config=config, dtype="bf16", world_size=1, on_gpu=True, cpu_offloading_num_layers=1)
+    with pytest.raises(UserError, match="--cuda_graphs true does not work with --ep above 1"):
+        resolved_run(config=config, dtype="bf16", world_size=2, on_gpu=True, cuda_graphs="true", ep=2)
 
 
 def test_a_model_without_experts_has_nothing_to_spread() -> None:

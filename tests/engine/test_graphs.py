@@ -94,6 +94,31 @@ def test_filled_up_rows_train_alike(form: str, start: tuple[Path, Path], pool: R
     assert filled.norms == pytest.approx(plain.norms, rel=1e-5)
 
 
+KINDS = {
+    "experts": dict(),
+    "experts, adapters": dict(sft_type="lora", lora_rank=4, lora_dropout=0.0, target_modules=["all-linear", "all-experts"]),
+    "adapters, dropout": dict(sft_type="lora", lora_rank=4, lora_dropout=0.3),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_and_adapters_train_alike(kind: str, pool: RankPool, tmp_path: Path) -> None:
+    """The same with what routers are told, which leave the filling out, and with the tokens' keys for dropout."""
+    name = "qwen3_moe" if "experts" in kind else "llama"
+    start = tiny_start(tmp_path / "start", name, dtype="float32"), write_rows(tmp_path / "rows.jsonl")
+    common = RUNS["packed"] | KINDS[kind] | ({"moe_aux_loss_coeff": 0.01} if name == "qwen3_moe" else {})
+    plain = six_steps(pool, start, tmp_path / "plain", **common)
+    with mock.patch("tests.training.run_job", uncaptured):
+        filled = six_steps(pool, start, tmp_path / "filled", **common)
+    assert len(plain.losses) == 6 and plain.losses[-1] < plain.losses[0]
+    assert filled.losses == pytest.approx(plain.losses, rel=1e-6)
+    assert filled.norms == pytest.approx(plain.norms, rel=1e-5)
+    if name == "qwen3_moe":
+        files = [json.loads((run.directory / "experts.json").read_text(encoding="utf-8")) for run in (plain, filled)]
+        loads = [[(layer["tokens"], layer["load"]) for layer in file["window"]] for file in files]
+        assert loads[0] == loads[1]
+
+
 def test_the_fillings_really_ran(start: tuple[Path, Path], pool: RankPool, tmp_path: Path) -> None:
     results: list[Any] = []
     run = pool.run

@@ -22,7 +22,7 @@ from tests.ranks import RankPool
 from tests.training import tiny_start, write_rows
 
 SAMPLES, MAX_LENGTH = 48, 133
-# processes, tp, pp, sequence parallel, cp
+# processes, tp, pp, sequence parallel, cp, vpp where it is not 1
 LAYOUTS = {
     "tp1 pp1 dp1": (1, 1, 1, False, 1),
     "dp2": (2, 1, 1, False, 1),
@@ -30,17 +30,19 @@ LAYOUTS = {
     "pp2": (2, 1, 2, False, 1),
     "tp2, sequence parallel": (2, 2, 1, True, 1),
     "tp2 pp2, sequence parallel": (4, 2, 2, True, 1),
+    "tp2 pp2 vpp2, sequence parallel": (4, 2, 2, True, 1, 2),
     "cp2": (2, 1, 1, False, 2),
     "tp2 cp2, sequence parallel": (4, 2, 1, True, 2),
 }
 
 
 def job(
-    start: Path, rows: Path, world: int, tp: int, pp: int, sp: bool, cp: int, batch: int, samples: int = SAMPLES, **more: Any
-) -> Run:
+    start: Path, rows: Path, world: int, tp: int, pp: int, sp: bool, cp: int, vpp: int = 1, *, batch: int, samples: int = SAMPLES,
+    **more: Any,
+) -> Run:  # fmt: skip
     """One step over all samples. `batch`: rows of a micro batch."""
     args = SftArguments(
-        resume_from_checkpoint=str(start), dataset=[str(rows)], tp=tp, pp=pp, cp=cp, sequence_parallel=sp, batch_size=batch,
+        resume_from_checkpoint=str(start), dataset=[str(rows)], tp=tp, pp=pp, vpp=vpp, cp=cp, sequence_parallel=sp, batch_size=batch,
         max_length=MAX_LENGTH, dataset_test_ratio=0.0, max_steps=1, **more,
     )  # fmt: skip
     found = resolve_source(args)
@@ -75,7 +77,7 @@ def gradients(jobs: list[tuple[str, str]]) -> list[tuple[float, float]]:
 
 
 def test_packed_is_unpacked(pool: RankPool, tmp_path: Path) -> None:
-    """Loss and every gradient to 1e-5 (relative, fp32): packed and padded, at eight layouts, all against one of them."""
+    """Loss and every gradient to 1e-5 (relative, fp32): packed and padded, at nine layouts, all against one of them."""
     start, rows = tiny_start(tmp_path), write_rows(tmp_path / "rows.jsonl", SAMPLES)
     sums: dict[str, tuple[float, float]] = {}
     for number, (name, layout) in enumerate(LAYOUTS.items()):

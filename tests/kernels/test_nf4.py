@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from tests.kernels.conftest import LIMITS, off
 
 from megaswift.megatron.kernels.lora import LoraCall, Parts, lora_linear
-from megaswift.megatron.kernels.nf4 import BLOCK, CODE, PackedOps, pack, unpack
+from megaswift.megatron.kernels.nf4 import BLOCK, CODE, Packed, PackedOps, pack, rounded, small_scales, unpack
+from megaswift.megatron.packed_layers import doubly_packed
+from megaswift.models.parameters import Arrangement, grouped, stacked, whole
 
 
 def nearest(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,6 +45,43 @@ def test_the_bytes_are_those_of_bitsandbytes() -> None:
     packed = pack(weight)
     assert hashlib.sha256(packed.data.numpy().tobytes()).hexdigest() == BYTES
     assert pack(torch.zeros(2, 64)).data.unique().tolist() == [0x77], "zeros are zeros"
+
+
+def test_scales_in_8_bits_are_those_of_bitsandbytes() -> None:
+    """What its kernel in PyTorch makes (quantize_blockwise, runs of 256, dynamic map), as that for CUDA; by SHA-256.
+
+    Its own kernel for CPUs finds the nearest value by a table and takes the next one in 1 of 600 cases.
+    """
+    number = torch.arange(256 * 256)
+    weight = ((number * number * 31 + number * 97) % 1009 - 504).view(256, 256) / 512 * torch.arange(1.0, 257.0).unsqueeze(1)
+    packed = pack(weight)
+    assert isinstance(packed.scales, torch.Tensor)
+    small = small_scales(packed.scales)
+    assert hashlib.sha256(small.codes.numpy().tobytes()).hexdigest() == SMALL_BYTES
+    assert small.second.shape == (4,) and torch.equal(small.offsets, packed.scales.mean().expand(256))
+    assert float((small.values() - packed.scales).abs().max()) < 0.01 * float(packed.scales.max())
+    assert small_scales(torch.zeros(2, 1)).values().tolist() == [[0.0], [0.0]]
+    both = Packed(packed.data, small)
+    assert torch.equal(both.weight(torch.float32), rounded(weight, double=True))
+    assert not torch.equal(rounded(weight, double=True), rounded(weight, double=False))
+
+
+SMALL_BYTES = "f1693787121aad2f778787924d4b8d5d89bd6624b11b13d815f839b88032f4e6"
+
+
+@pytest.mark.parametrize("arrangement", [grouped(2, 48, 16, 16), stacked(64, 96), whole(160, 1)], ids=["qkv", "gate_up", "row"])
+def test_ranks_hold_parts_of_the_whole_scales(arrangement: Arrangement) -> None:
+    """Means and runs are those of each Hugging Face matrix, at any --tp."""
+    torch.manual_seed(3)
+    weight = torch.randn(arrangement.size, 256) * torch.rand(arrangement.size, 1)
+    matrices = arrangement.unpack(weight)
+    wanted = arrangement.pack([rounded(matrix, double=True) for matrix in matrices])
+    for tp in (1, 2):
+        parts = [doubly_packed(weight, arrangement, tp, rank) for rank in range(tp)]
+        found = arrangement.merge([part.weight(torch.float32) for part in parts])
+        assert torch.equal(found, wanted)
+    large = torch.randn(512, 4096)
+    assert doubly_packed(large, stacked(256, 256), 1, 0).nbytes < 0.52 * large.numel()
 
 
 BYTES = "ea9810909d10056fcedb7683cc802dfc9cf84a96697faef677594af4c182e066"

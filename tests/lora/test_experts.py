@@ -35,9 +35,9 @@ from tests.training import long, tiny_start, train, write_rows
 
 SAMPLES, STEPS = 48, 6
 EVERYWHERE = "MEGASWIFT_LONG" in os.environ
-SOME = ("tp2", "tp2, ep2, etp2, sp", "pp2, ep2", "cp2, ep2")  # in the default suite, with the first case
-# name -> processes, tp, pp, sequence parallel, cp, and more options
-LAYOUTS: dict[str, tuple[tuple[int, int, int, bool, int], dict[str, Any]]] = {
+SOME = ("tp2", "tp2, ep2, etp2, sp", "pp2, vpp2, ep2", "cp2, ep2")  # in the default suite, with the first case
+# name -> processes, tp, pp, sequence parallel, cp, vpp where it is not 1; and more options
+LAYOUTS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "one": ((1, 1, 1, False, 1), {}),
     "dp2": ((2, 1, 1, False, 1), {}),
     "ep2": ((2, 1, 1, False, 1), {"ep": 2}),
@@ -52,6 +52,7 @@ LAYOUTS: dict[str, tuple[tuple[int, int, int, bool, int], dict[str, Any]]] = {
     "tp2, ep2, etp2, sp": ((4, 2, 1, True, 1), {"ep": 2, "etp": 2}),
     "ep2, dp4": ((4, 1, 1, False, 1), {"ep": 2}),
     "pp2, ep2": ((4, 1, 2, False, 1), {"ep": 2}),
+    "pp2, vpp2, ep2": ((4, 1, 2, False, 1, 2), {"ep": 2}),
     "cp2": ((2, 1, 1, False, 2), {}),
     "cp2, ep2": ((2, 1, 1, False, 2), {"ep": 2}),
 }

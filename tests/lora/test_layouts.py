@@ -66,6 +66,10 @@ CASES: dict[str, dict[str, Any]] = {
         "saved": ["norm", "input_layernorm", "q_norm", "lm_head", "embed_tokens"], "layouts": SOME,
     },
     "qwen2 tied, DoRA": {"family": "qwen2", "tied": True, "lora": {"dora": True}, "layouts": SOME},
+    "qwen2 tied, base in 4 bits, scales in 8, all": {
+        "family": "qwen2", "tied": True, "sizes": {"hidden_size": 128, "intermediate_size": 128}, "lora": {"bits": 4, "double": True},
+        "layouts": ("tp2 pp2, sequence parallel",),
+    },
     "qwen2 tied, base in 4 bits, k and down": {
         "family": "qwen2", "tied": True, "sizes": {"hidden_size": 128, "intermediate_size": 128}, "lora": {"bits": 4},
         "words": ["k_proj", "down_proj"], "layouts": SOME,

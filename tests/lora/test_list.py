@@ -127,11 +127,12 @@ def test_options_of_adapters_mean_something_only_beside_one() -> None:
     [
         ({"quantization_bit": 4, "tp": 2}, "blocks of 64 along a row"),
         ({"use_dora": True}, "twice the work"),
-        ({"recompute_modules": "mlp"}, "keeps its inputs"),
+        ({"recompute_modules": "mlp"}, "not computed again"),
         ({"fp8": True}, "not proven"),
         ({"target_modules": []}, "no module is named"),
         ({"lora_rank": 0}, "not 1 or more"),
         ({"quantization_bit": 3}, "not 4 or more"),
+        ({"bnb_4bit_use_double_quant": True}, "where weights are in 4"),
     ],
     ids=str,
 )  # fmt: skip

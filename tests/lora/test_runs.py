@@ -40,6 +40,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2": (2, {"tp": 2}),
     "tp2, sequence parallel": (2, {"tp": 2, "sequence_parallel": True, "gradient_checkpointing": True}),
     "pp2, padded": (2, {"pp": 2, "batch_size": 2, "gradient_accumulation_steps": 2, "padding_free": False}),
+    "pp2 vpp2, recomputed": (2, {"pp": 2, "vpp": 2, "gradient_checkpointing": True}),
     "cp2": (2, {"cp": 2}),
 }
 
@@ -125,6 +126,7 @@ def test_a_run_goes_on_at_any_other_layout(start: Path, rows: Path, pool: RankPo
     for name, (world, options) in {
         "dp1": (1, {"tp": 1}),
         "pp2": (2, {"tp": 1, "pp": 2}),
+        "pp2 vpp2": (2, {"tp": 1, "pp": 2, "vpp": 2}),
         "tp2": (2, {"tp": 2, "pp": 1}),
     }.items():
         other = tmp_path / name
@@ -155,6 +157,7 @@ def test_what_is_refused(start: Path, rows: Path, pool: RankPool, tmp_path: Path
     refused(UserError, "no regular expression", target_modules=["q_(proj"])
     refused(UserError, "one matrix", modules_to_save=["embed_tokens"])
     refused(UserError, "has nothing to train", target_modules=[r".*layers\.0\..*"], pp=2)
+    refused(UserError, r"stage 2 of --pp 2 x --vpp 2, layers 1 to 1, has", target_modules=[r".*layers\.[023]\..*"], pp=2, vpp=2)
     refused(UserError, "new tokens", new_special_tokens=["<a>"])
     with pytest.raises(UserError, match="belongs to adapters"):
         sft_main(SftArguments(resume_from_checkpoint=str(start), dataset=[str(rows)], lora_rank=4))

@@ -84,6 +84,9 @@ class AdapterArguments(BaseArguments):
         low=4,
         high=4,
     )
+    bnb_4bit_use_double_quant: bool = option(
+        False, "With --quantization_bit 4 the scales are held in 8 bits, too: 0.52 bytes a weight in place of 0.56."
+    )
     adapters: str | None = option(
         None, "Directory of an adapter in PEFT's form that training goes on from; its rank, alpha and modules are taken over."
     )

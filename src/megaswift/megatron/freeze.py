@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
-from megatron.core import parallel_state
 
 from megaswift.megatron.layer_specs import local_name
 from megaswift.models.adapters import local_module
 
+if TYPE_CHECKING:
+    from megaswift.megatron.model import ChatModel
 
-def freeze(model: Any, names: Iterable[str], stages: Sequence[int]) -> None:
-    """Let some parameters of a stage, by their names in the whole model, need no gradient; before it is wrapped.
 
-    Args:
-        stages: layers of each pipeline stage.
-    """
-    stage, frozen = parallel_state.get_pipeline_model_parallel_rank(), set(names)
-    first, count = sum(stages[:stage]), stages[stage]
+def freeze(model: ChatModel, names: Iterable[str]) -> None:
+    """Let some parameters of a stage, by their names in the whole model, need no gradient; before it is wrapped."""
+    frozen, first, count = set(names), model.first_layer, len(model.decoder.layers)
     own = dict(model.named_parameters())
     for name in frozen:
         local = local_module(name, first, count) if name.startswith("decoder.layers.") else name

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megaswift.megatron.kernels.activation_offload import OffloadingBlock
 from megaswift.megatron.kernels.linear_ops import PLAIN, linear_ops_of
+from megaswift.megatron.router import Counted
 
 _LIMIT = 64  # graphs; a run with more shapes than that runs the others as they are
 _MEASURED = range(2, 5)  # the steps, from 1, that `auto` judges by; the first compiles kernels
@@ -81,6 +82,11 @@ class Static:
         if shape.samples is not None:
             cu = torch.zeros(shape.samples + 1, dtype=torch.int32, device=hidden.device)
             packed = dict(cu_seqlens_q=cu, max_seqlen_q=shape.longest)
+        if layout.counted is not None:  # routers leave out what only fills up
+            padding = torch.zeros((shape.rows, shape.tokens), dtype=torch.bool, device=hidden.device)
+            packed["counted"] = Counted(padding, torch.zeros((), device=hidden.device))
+        if layout.token_keys is not None:
+            packed["token_keys"] = layout.token_keys.new_zeros(shape.tokens * shape.rows)
         self.layout = replace(layout, seq_lens=None, tables=tables, **packed)
         self.output = self.hidden
 
@@ -95,6 +101,14 @@ class Static:
             if self.hidden.is_cuda:
                 borders = borders.pin_memory()
             self.layout.cu_seqlens_q.copy_(borders, non_blocking=True)
+        if layout.counted is not None:
+            padding = self.layout.counted.padding
+            padding[:, : hidden.shape[0]] = False if layout.counted.padding is None else layout.counted.padding
+            padding[:, hidden.shape[0] :] = True
+            self.layout.counted.weight.copy_(layout.counted.weight)
+        if layout.token_keys is not None:
+            rows = hidden.shape[1]
+            _fill(self.layout.token_keys.view(-1, rows), layout.token_keys.view(-1, rows))
 
     def forward(self) -> None:
         """hidden to output."""
@@ -161,7 +175,8 @@ class _Run(torch.autograd.Function):
 
 def run_static(hidden: Tensor, static: Static, layout: Any) -> Tensor:
     """The layers over hidden [s, b, h] by way of `static`; a micro batch's backward pass must come before the next forward."""
-    return _Run.apply(hidden, static, layout)
+    # Behind a frozen embedding nothing asks for a gradient; inside the layers adapters do.
+    return _Run.apply(hidden if hidden.requires_grad else hidden.detach().requires_grad_(), static, layout)
 
 
 def obstacle(decoder: Any, overlap_grad_reduce: bool = False) -> str | None:
@@ -169,8 +184,8 @@ def obstacle(decoder: Any, overlap_grad_reduce: bool = False) -> str | None:
     config: TransformerConfig = decoder.config
     if not torch.cuda.is_available():
         return "there is no GPU"
-    if config.num_moe_experts:
-        return "how many rows each expert gets is another number in each step"
+    if config.expert_model_parallel_size > 1:
+        return "how many rows go to each rank's experts the host must know in each step"
     if config.pipeline_model_parallel_size > 1:
         return "a pipeline has several micro batches under way at once"
     if config.tensor_model_parallel_size > 1 or config.context_parallel_size > 1:

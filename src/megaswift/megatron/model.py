@@ -87,6 +87,11 @@ class ChatModel(GPTModel):
         self.graphs: Graphs | None = None  # set by the trainer
         self.adapter: Attached | None = None  # set where one is attached
 
+    @property
+    def first_layer(self) -> int:
+        """The number of its first layer in the whole model."""
+        return int(self.decoder.layers[0].layer_number) - 1
+
     def forward(  # type: ignore[override]
         self,
         tokens: Tensor,
@@ -293,7 +298,10 @@ class Chunks(torch.nn.ModuleList):
     parameters begin with the chunk's number; keys in a checkpoint do not, since they count layers over the whole model.
     """
 
-    adapter = None  # adapters are refused beside several chunks
+    @property
+    def adapter(self) -> Attached | None:
+        """What the first chunk has of an adapter; all have one or none."""
+        return chunks_of(self)[0].adapter
 
     @property
     def config(self) -> TransformerConfig:

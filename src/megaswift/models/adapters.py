@@ -82,7 +82,7 @@ class Lora:
             "pissa", "pissa_niter_N", "olora" (`weights.convert.lora_start`).
         lr_ratio: the learning rate of every B, as a multiple of that of A (https://arxiv.org/abs/2402.12354); None: 1.
         dora: whether every adapted row of W + scale * B A has a length of its own that is trained (https://arxiv.org/abs/2402.09353).
-        bits: in which the base's linear layers are held, 4 or None: as they are.
+        bits: in which the base's linear layers are held, 4 or None: as they are; double: whether their scales are held in 8 bits.
     """
 
     rank: int
@@ -95,6 +95,7 @@ class Lora:
     lr_ratio: float | None = None
     bits: int | None = None
     dora: bool = False
+    double: bool = False
 
     @property
     def scale(self) -> float:

@@ -81,10 +81,6 @@ def expert_problems(run: Run, config: PreTrainedConfig) -> Iterator[Problem]:
         (bool(run.method.frozen), "--freeze_parameters", "--freeze_parameters", "train all weights"),
         (run.precision.fp8, "--fp8", "--fp8", "leave it out: experts are multiplied in the precision of --dtype"),
         (
-            run.memory.cuda_graphs == "always", "--cuda_graphs true", "--cuda_graphs",
-            "leave it out: how many rows an expert gets is another number in each step",
-        ),
-        (
             run.memory.offloaded_layers > 0, "--cpu_offloading_num_layers", "--cpu_offloading_num_layers",
             "use --gradient_checkpointing true, or a larger --ep",
         ),

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # Bytes of a parameter's two moments.
 STATE_BYTES = {"fp32": 8, "bf16": 4, "8bit": 2}
 GRADIENT_BYTES = MASTER_BYTES = 4
-PACKED_BYTES = 0.5 + 4 / 64  # of a value in 4 bits, and its part of an fp32 scale
+PACKED_BYTES = {False: 0.5 + 4 / 64, True: 0.5 + 1 / 64}  # of a value in 4 bits, and its part of a scale in fp32, or 8 bits
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,9 @@ def estimate(run: Run, config: PreTrainedConfig) -> MemoryEstimate:
         trained = trainable_of_rank(trained_parameters(method.adapter, method.frozen, config), config, parallel)
     if method.adapter is not None:
         share = packed_share(method.adapter, config)
-        held = int(weights * ((1 - share) * BYTES[dtype] + share * PACKED_BYTES)) + trained * BYTES[dtype]
+        held = (
+            int(weights * ((1 - share) * BYTES[dtype] + share * PACKED_BYTES[method.adapter.double])) + trained * BYTES[dtype]
+        )
     each = STATE_BYTES[run.optimizer.state_dtype] + (0 if dtype == "fp32" else MASTER_BYTES)
     state = trained * each // (parallel.dp * parallel.cp)  # shared out over the ranks that have the same weights
     if trained == weights:  # those of experts are other ranks than those of the rest
@@ -128,8 +130,9 @@ def packed_share(adapter: Lora, config: PreTrainedConfig) -> float:
 
 def trainable_of_rank(trained: list[Parameter], config: PreTrainedConfig, parallel: Parallel) -> int:
     """How many values the fullest rank trains."""
-    stage_of = [stage for stage, count in enumerate(stage_layers(config, parallel.pp)) for _ in range(count)]
-    sizes = [0] * parallel.pp
+    counts = stage_layers(config, parallel.pp, parallel.vpp)
+    stage_of = [stage for stage, count in enumerate(counts) for _ in range(count)]
+    sizes = [0] * len(counts)
     for parameter in trained:
         parts = parallel.etp if is_expert(parameter) else parallel.tp
         own = parameter.size // (1 if parameter.arrangement.split is None else parts)
@@ -137,4 +140,4 @@ def trainable_of_rank(trained: list[Parameter], config: PreTrainedConfig, parall
         layered = parameter.name.startswith("decoder.layers.")
         stage = stage_of[int(parameter.name.split(".")[2])] if layered else 0 if parameter.name.startswith("embedding.") else -1
         sizes[stage] += own
-    return max(sizes)
+    return max(by_rank(sizes, parallel.pp))

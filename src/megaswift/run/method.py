@@ -69,11 +69,11 @@ def adapter_of(args: SftArguments, config: PreTrainedConfig) -> Lora | None:
             where="--new_special_tokens",
             fix="leave it out, or train all weights: --sft_type full",
         )
-    if args.recompute_modules in ("swiglu", "mlp"):
+    if args.recompute_modules == "mlp":
         raise UserError(
-            "beside an adapter a layer keeps its inputs, for the gradients of A: there is nothing to gain in parts of it.",
+            "beside an adapter the first product of an MLP is not computed again: its low-rank part would have to be, too.",
             where="--recompute_modules",
-            fix="leave it out; --gradient_checkpointing true recomputes whole layers",
+            fix="leave it out (swiglu); --gradient_checkpointing true recomputes whole layers",
         )
     if args.fp8:
         raise UserError(
@@ -94,7 +94,14 @@ def adapter_of(args: SftArguments, config: PreTrainedConfig) -> Lora | None:
         lr_ratio=args.lora_plus_lr_ratio,
         bits=args.quantization_bit,
         dora=args.use_dora,
+        double=args.bnb_4bit_use_double_quant,
     )
+    if lora.double and lora.bits is None:
+        raise UserError(
+            "scales are held in 8 bits where weights are in 4.",
+            where="--bnb_4bit_use_double_quant",
+            fix="add --quantization_bit 4, or leave it out",
+        )
     if lora.dora and lora.dropout > 0.0:
         raise UserError(
             "with dropout DoRA takes the base's product of dropped inputs, too: twice the work of every layer.",
@@ -106,7 +113,7 @@ def adapter_of(args: SftArguments, config: PreTrainedConfig) -> Lora | None:
         _require_plain_for_start(lora, base)
     if lora.bits is not None:
         _require_blocks(args, base)
-    _require_work_everywhere(lora, config, args.pp)
+    _require_work(parameters_of_adapter(lora, config), config, args.pp, args.vpp)
     return lora
 
 
@@ -208,7 +215,7 @@ def frozen_parameters(args: SftArguments, config: PreTrainedConfig) -> list[str]
         raise UserError(
             "nothing is left to train.", where="--freeze_parameters", fix="name fewer weights, or --trainable_parameters"
         )
-    _require_work([parameter for parameter in base if parameter.name not in set(found)], config, args.pp)
+    _require_work([parameter for parameter in base if parameter.name not in set(found)], config, args.pp, args.vpp)
     return found
 
 
@@ -235,20 +242,17 @@ def _matching(labels: list[str], prefixes: list[str], expression: str | None, op
     return chosen
 
 
-def _require_work_everywhere(lora: Lora, config: PreTrainedConfig, pp: int) -> None:
-    _require_work(parameters_of_adapter(lora, config), config, pp)
-
-
-def _require_work(trained: list[Parameter], config: PreTrainedConfig, pp: int) -> None:
-    """Raise UserError where a pipeline stage would have nothing to train."""
+def _require_work(trained: list[Parameter], config: PreTrainedConfig, pp: int, vpp: int) -> None:
+    """Raise UserError where a pipeline stage, or a chunk of one, would have nothing to train."""
     layers = {int(p.name.split(".")[2]) for p in trained if p.name.startswith("decoder.layers.")}
     ends = {0 for p in trained if p.name.startswith("embedding.")}
-    ends |= {pp - 1 for p in trained if not p.name.startswith(("decoder.layers.", "embedding.")) or p.padded}
+    ends |= {pp * vpp - 1 for p in trained if not p.name.startswith(("decoder.layers.", "embedding.")) or p.padded}
     first = 0
-    for stage, count in enumerate(stage_layers(config, pp)):
+    for stage, count in enumerate(stage_layers(config, pp, vpp)):
         if stage not in ends and not layers & set(range(first, first + count)):
             raise UserError(
-                f"stage {stage + 1} of --pp {pp}, layers {first} to {first + count - 1}, has nothing to train.",
+                f"stage {stage + 1} of --pp {pp}{f' x --vpp {vpp}' if vpp > 1 else ''}, layers {first} to {first + count - 1}, "
+                "has nothing to train.",
                 where="--pp, --target_modules, --freeze_parameters",
                 fix="use --pp 1, or let something in these layers be trained",
             )

@@ -55,7 +55,6 @@ def problems(run: Run, config: PreTrainedConfig) -> Iterator[Problem]:
     yield from layout_problems(config, run.parallel)
     yield from expert_problems(run, config)
     yield from _turns(run)
-    yield from _partly(run)
     yield from _offload(run, config)
     yield from _fp8(run, config)
     yield from _flash(run, config)
@@ -77,7 +76,7 @@ def _numbers(run: Run) -> Iterator[Problem]:
             "--use_flash_attn": run.precision.attention != "fastest",
             "--overlap_grad_reduce true": run.parallel.overlap_grad_reduce,
             "--fp8": run.precision.fp8,
-            "--sft_type lora": run.method.adapter is not None,
+            "--ep above 1": run.parallel.ep > 1,
             "--cpu_offloading_num_layers": run.memory.offloaded_layers > 0,
         }
         yield from (_no_graphs(name) for name, given in others.items() if given)
@@ -189,15 +188,6 @@ def _turns(run: Run) -> Iterator[Problem]:
         where="--vpp, --batch_size",
         fix=f"use --batch_size {max(fits)}, or leave --vpp out" if fits else "leave --vpp out, or use a smaller --pp",
     )
-
-
-def _partly(run: Run) -> Iterator[Problem]:
-    """What is trained beside, or of, a model, and the layouts that it was proven at."""
-    if run.parallel.vpp > 1 and (run.method.adapter is not None or run.method.frozen):
-        what = "an adapter" if run.method.adapter is not None else "frozen weights"
-        yield Problem(
-            f"--vpp {run.parallel.vpp} was not proven with {what}.", where="--vpp", fix="leave --vpp out; --pp alone works"
-        )
 
 
 def _offload(run: Run, config: PreTrainedConfig) -> Iterator[Problem]:

@@ -13,7 +13,6 @@ from torch import Tensor
 from megaswift.megatron.lora_layers import attach
 from megaswift.models import family_of
 from megaswift.models.adapters import LORA_A, LORA_B, RANDOM, Lora
-from megaswift.models.stages import stage_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -30,7 +29,7 @@ class Adapter(Protocol):
     """Something that is trained beside, or in place of, a model's weights."""
 
     def attach(self, model: ChatModel) -> None:
-        """Change a built model whose base weights are loaded, before it is wrapped for data parallelism."""
+        """Change a built model, or chunk, whose base weights are loaded, before it is wrapped for data parallelism."""
 
     def parameters(self, family: Family, config: PreTrainedConfig) -> list[Parameter]:
         """All that is trained and saved."""
@@ -42,14 +41,12 @@ class LoraAdapter:
     Args:
         lora: what it is.
         config: of the model.
-        pp, seed: of the run.
+        seed: of the run.
         start: Hugging Face name -> value of an adapter that training goes on from; None: it begins anew.
     """
 
-    def __init__(
-        self, lora: Lora, config: PreTrainedConfig, pp: int, seed: int, start: Mapping[str, Tensor] | None = None
-    ) -> None:
-        self.lora, self.config, self.pp, self.seed, self.start = lora, config, pp, seed, start
+    def __init__(self, lora: Lora, config: PreTrainedConfig, seed: int, start: Mapping[str, Tensor] | None = None) -> None:
+        self.lora, self.config, self.seed, self.start = lora, config, seed, start
 
     def parameters(self, family: Family, config: PreTrainedConfig) -> list[Parameter]:
         """A and B of every matrix that has an adapter, and what is trained whole."""
@@ -57,12 +54,9 @@ class LoraAdapter:
 
     def attach(self, model: ChatModel) -> None:
         """See `Adapter`; every rank makes the same first values, whatever the layout."""
-        from megatron.core import parallel_state
-
-        family, counts = family_of(self.config.model_type), stage_layers(self.config, self.pp)
-        first = sum(counts[: parallel_state.get_pipeline_model_parallel_rank()])
-        made = self.parameters(family, self.config)
-        model.adapter = attach(model, self.lora, family.parameters(self.config), made, first, self.seed, self._value)
+        family = family_of(self.config.model_type)
+        base, made = family.parameters(self.config), self.parameters(family, self.config)
+        model.adapter = attach(model, self.lora, base, made, model.first_layer, self.seed, self._value)
 
     def _value(self, parameter: Parameter) -> Tensor | None:
         known = parameter.name.endswith((LORA_A, LORA_B))

@@ -37,6 +37,7 @@ from megaswift.weights.torch_dist.reader import Reader
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from megaswift.megatron.model import ChatModel, Chunks
     from megaswift.models.parameters import Parameter
     from megaswift.train.adapters import Adapter
     from megaswift.train.trainer import Trainer
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 def restore_trainer(run: Run) -> tuple[Trainer, dict[str, Any]]:
     """Model and optimizer with the weights, or the whole state, of the run's checkpoint; and what was saved beside it."""
     from megaswift.megatron.freeze import freeze
-    from megaswift.megatron.model import Chunks, build, recompute_parts
+    from megaswift.megatron.model import build, chunks_of, recompute_parts
     from megaswift.train.trainer import Trainer
 
     config, start, method = load_config(Path(run.model.directory)), Path(run.model.checkpoint), run.method
@@ -55,14 +56,15 @@ def restore_trainer(run: Run) -> tuple[Trainer, dict[str, Any]]:
         weights = Path(method.base["path"]) if method.base else start
         (load_hf_weights if is_hf_folder(weights) else load_weights)(model, weights)
         if packed:
-            _pack_weights(model, config, weights, run.parallel.pp)
+            _pack_weights(model, config, weights, method.adapter is not None and method.adapter.double)
         if run.model.rows_before is not None:
             fill_new_rows(model, start, Path(run.model.directory), run.model.rows_before, config.vocab_size)
-    if method.adapter is not None:
-        assert not isinstance(model, Chunks), "refused before any rank starts"
-        _adapter(run, method.adapter, config).attach(model)
-    elif method.frozen:
-        freeze(model, method.frozen, stage_layers(config, run.parallel.pp))
+    adapter = None if method.adapter is None else _adapter(run, method.adapter, config)
+    for chunk in chunks_of(model):
+        if adapter is not None:
+            adapter.attach(chunk)
+        elif method.frozen:
+            freeze(chunk, method.frozen)
     trainer = Trainer(model, run, SupervisedTokens())
     recompute_parts(model, _recomputed(run, config))
     if run.schedule.first_step == 0:
@@ -70,21 +72,20 @@ def restore_trainer(run: Run) -> tuple[Trainer, dict[str, Any]]:
     return trainer, load_training_state(trainer, start, layout=run.parallel.layout)
 
 
-def _pack_weights(model: Any, config: PreTrainedConfig, start: Path, pp: int) -> None:
+def _pack_weights(model: ChatModel | Chunks, config: PreTrainedConfig, start: Path, double: bool) -> None:
     """The weights of linear layers, read one by one and held in 4 bits."""
-    from megatron.core import parallel_state
-
+    from megaswift.megatron.model import chunks_of
     from megaswift.megatron.packed_layers import fill
 
     source: Any = FolderReader(config, HFCheckpoint.open(start)) if is_hf_folder(start) else Reader(start)
-    first = sum(stage_layers(config, pp)[: parallel_state.get_pipeline_model_parallel_rank()])
 
     def read(parameter: Parameter) -> torch.Tensor:
         value = source.read(parameter.key, parameter.place)
         source.release(parameter.key, parameter.place)
         return value
 
-    fill(model, parameters_of(config), first, read)
+    for chunk in chunks_of(model):
+        fill(chunk, parameters_of(config), chunk.first_layer, read, double)
 
 
 def _adapter(run: Run, lora: Lora, config: PreTrainedConfig) -> Adapter:
@@ -93,7 +94,7 @@ def _adapter(run: Run, lora: Lora, config: PreTrainedConfig) -> Adapter:
 
     start, read = run.method.adapter_start, load_start if lora.is_part_of_base else load_adapter
     begun = None if start is None else read(Path(start))
-    return LoraAdapter(lora, config, run.parallel.pp, run.seed, begun)
+    return LoraAdapter(lora, config, run.seed, begun)
 
 
 def _recomputed(run: Run, config: PreTrainedConfig) -> str:

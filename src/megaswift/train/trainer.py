@@ -77,9 +77,7 @@ class Trainer:
         compat.use_our_adamw()
         self.chunks, config = chunks_of(model), model.config
         overlap, self.gathers_late = run.parallel.overlap_grad_reduce, run.parallel.overlap_param_gather
-        # Graphs of layers with adapters were not proven: masks and gradients would have to be filled in for each replay.
-        graphs = "never" if model.adapter is not None else run.memory.cuda_graphs
-        self.chunks[0].graphs = self.graphs = Graphs(self.chunks[0].decoder, graphs, overlap)
+        self.chunks[0].graphs = self.graphs = Graphs(self.chunks[0].decoder, run.memory.cuda_graphs, overlap)
         settings = DistributedDataParallelConfig(
             use_distributed_optimizer=True,
             grad_reduce_in_fp32=True,
@@ -150,8 +148,9 @@ class Trainer:
         for wrapped in self.wrapped:
             wrapped.train()
             zero_main_grads(wrapped)
-        if self.bare_model.adapter is not None:
-            self.bare_model.adapter.keys.step = int(self.scheduler.num_steps)
+        for chunk in self.chunks:
+            if chunk.adapter is not None:
+                chunk.adapter.keys.step = int(self.scheduler.num_steps)
         self.optimizer.zero_grad()
         with self.graphs.step(), linear_ops_of(self.bare_model.config).unchanged_weights(len(batches)):
             sums = self._forward_backward(batches, forward_only=False)
