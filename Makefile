@@ -2,6 +2,7 @@
 # make demo-moe    a tiny model with experts, spread over two processes, trained, converted back and proven; nothing is fetched
 # make test    the default test suite            make check    lint and types
 # make test-long    the default suite, and the parity document made once on tiny models
+# make test-families    families beyond the core at every layout, packed, saved and loaded elsewhere, with adapters; half an hour
 # make test-gpu     the kernels, CUDA graphs, offload, FP8 and inference on an NVIDIA GPU
 # make test-vllm, make test-eval    the vLLM backend; EvalScope, lm-eval and the server, each in an environment of its own
 # make test-newest   the engine on the newest Megatron-Core, in an environment of its own with Python 3.12
@@ -19,7 +20,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 CPU_TORCH := 2.13.0+cpu
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo demo-moe test test-gpu test-long test-lora faults faults-again mutants check bench parity clean test-vllm test-eval test-newest
+.PHONY: demo demo-moe test test-gpu test-long test-lora faults faults-again mutants check bench parity clean test-vllm test-eval test-newest test-families
 
 demo: $(VENV)/ready
 	LORA=$(LORA) $(BIN)/python examples/demo.py
@@ -30,6 +31,10 @@ demo-moe: $(VENV)/ready
 # The same on every machine: GPUs are for test-gpu.
 test: $(VENV)/ready-dev
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-families: $(VENV)/ready-dev
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 MEGASWIFT_FAMILIES=true $(BIN)/python -m pytest -n 2 --dist worksteal tests/families \
+	  tests/engine/test_parity.py tests/convert/test_proof.py tests/convert/test_hf_load.py tests/faults/test_reshard.py
 
 test-gpu: $(VENV)/ready-dev
 	$(BIN)/python -m pytest tests/kernels tests/engine/test_graphs.py tests/engine/test_gpu_offload.py tests/engine/test_fp8_training.py \

@@ -12,7 +12,7 @@ from megaswift.commands.data import data_main
 from megaswift.config.options import SftArguments
 from megaswift.errors import UserError
 from megaswift.inference.transformers_backend import TransformersBackend
-from megaswift.models.family import context_length, trained_length
+from megaswift.models.lengths import context_length, trained_length
 from megaswift.run.source import resolve_source
 from tests import tiny
 
@@ -46,11 +46,28 @@ CASES: dict[str, tuple[str, dict[str, Any], int, int, str]] = {
         64,
         "max_position_embeddings",
     ),
-    "window": ("mistral", {"sliding_window": 24}, 64, 24, "its sliding window"),
+    "longrope": (
+        "phi3",
+        {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "partial_rotary_factor": 0.5,
+                "original_max_position_embeddings": 32,
+                "short_factor": [1.0, 1.5],
+                "long_factor": [1.0, 4.0],
+                **THETA,
+            },
+            "original_max_position_embeddings": 32,
+        },
+        64,
+        32,
+        "longrope",
+    ),
+    "window that the layers have": ("mistral", {"sliding_window": 24}, 64, 64, "max_position_embeddings"),
     "wide window": ("mistral", {"sliding_window": 4096}, 64, 64, "max_position_embeddings"),
     "no window": ("mistral", {"sliding_window": None}, 64, 64, "max_position_embeddings"),
-    "window in some layers": (
-        "qwen2",
+    "window that they have not": (
+        "smollm3",
         {"sliding_window": 24, "use_sliding_window": True, "layer_types": ["full_attention"] * 3 + ["sliding_attention"]},
         64,
         24,
@@ -72,7 +89,7 @@ def test_data_sft_and_infer_have_one_rule(case: str, tmp_path: Path, monkeypatch
     name, fields, context, trained, reason = CASES[case]
     monkeypatch.setenv("MEGASWIFT_CACHE", str(tmp_path / "cache"))
     common = {"vocab_size": 300, "eos_token_id": 1, "pad_token_id": 2, "max_position_embeddings": 64}
-    if name == "qwen2":
+    if name in ("qwen2", "smollm3"):
         common["rope_parameters"] = {"rope_type": "default", **THETA}
     tiny.save_tiny(tmp_path / "hf", name, **common | fields)
     tiny.write_tokenizer(tmp_path / "hf")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -73,10 +74,12 @@ def test_lengths() -> None:
     assert usable_length(config, 32) == 32
     with pytest.raises(UserError, match="max_position_embeddings"):
         usable_length(config, config.max_position_embeddings + 1)
-    window = tiny.tiny_config("mistral", sliding_window=16)
+    every = ["sliding_attention"] * 4
+    window = tiny.tiny_config("smollm3", sliding_window=16, use_sliding_window=True, layer_types=every)
     assert usable_length(window, -1) == 16
     with pytest.raises(UserError, match="sliding window"):
         usable_length(window, 17)
+    assert usable_length(tiny.tiny_config("mistral", sliding_window=16), -1) == 256, "its layers have the window themselves"
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 10, 94])
@@ -144,3 +147,17 @@ def test_all_problems_are_told() -> None:
     ):
         assert where in wheres, where
     assert ("--tp", "nearest legal values: 2, 4, 1") in found or any("nearest legal values" in fix for _, fix in found)
+
+
+def test_the_flash_kernel_by_name_needs_layers_that_it_knows() -> None:
+    short = dataclasses.replace(
+        resolved_run(use_flash_attn=True), batch=dataclasses.replace(resolved_run().batch, max_length=9)
+    )
+    for name, run, message in (
+        ("gemma3_text", resolved_run(use_flash_attn=True), "a window of 9 tokens"),
+        ("gemma2", short, "a cap of the scores"),
+        ("gemma3_text", short, ""),
+        ("llama", resolved_run(use_flash_attn=True), ""),
+    ):
+        found = [problem.what for problem in problems(run, tiny.tiny_config(name)) if "kernel" in problem.what]
+        assert [message in what for what in found] == [True] * bool(message), name

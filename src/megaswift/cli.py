@@ -40,6 +40,12 @@ VERBS = {
         "ParityArguments",
         "compare a run with transformers, or layouts with each other",
     ),
+    "families": (
+        "megaswift.commands.families",
+        "families_main",
+        "FamiliesArguments",
+        "which models can be trained, and what of a config counts",
+    ),
     "infer": ("megaswift.commands.infer", "infer_main", "InferArguments", "talk to a model, or answer a file of questions"),
     "eval": (
         "megaswift.commands.eval",

@@ -52,9 +52,9 @@ def uncaptured(path: str) -> tuple[int, int]:
         made.append(Static(self.decoder, shape, hidden, layout))
         return made[-1]
 
-    def begin(self: Graphs, decoder: Any, mode: str, overlap: bool) -> None:
+    def begin(self: Graphs, decoder: Any, mode: str, overlap: bool, has_adapter: bool) -> None:
         assert mode == "if launching is slow" and not overlap
-        begin_as_it_is(self, decoder, mode)
+        begin_as_it_is(self, decoder, mode, overlap, has_adapter)
         self.on = True
 
     def fill(self: Static, *arguments: Any) -> None:
@@ -137,12 +137,24 @@ def test_auto_judges_by_what_launching_took() -> None:
     for launched, on in ((0.097, True), (0.02, False)):
         graphs = Graphs.__new__(Graphs)
         graphs.times, graphs.measuring, graphs.problem = [(0.5, 0.9), (launched, 0.1)], True, None
+        graphs.advised_only = False
         graphs._decide()
         assert graphs.on is on and not graphs.measuring
         assert f"CUDA graphs: {'on' if on else 'off'}, launching kernels took {1e3 * launched:.0f} of 100 ms" in str(
             graphs.take_note()
         )
         assert graphs.take_note() is None
+
+
+def test_with_experts_or_adapters_graphs_are_advised() -> None:
+    for launched, advice in ((0.097, "launching kernels took 97 of 100 ms of a step: --cuda_graphs true would"), (0.02, None)):
+        graphs = Graphs.__new__(Graphs)
+        graphs.times, graphs.measuring, graphs.problem, graphs.advised_only = [(launched, 0.1)], True, None, True
+        graphs.on, graphs.note = False, None
+        graphs._decide()
+        note = graphs.take_note()
+        assert note is None if advice is None else str(note).startswith(advice)
+        assert not (graphs.on or graphs.measuring)
 
 
 def test_where_graphs_cannot_be_larger_micro_batches_are_advised() -> None:
@@ -173,17 +185,26 @@ def test_graphs_need_a_gpu(start: tuple[Path, Path], pool: RankPool, tmp_path: P
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("form", RUNS)
+@pytest.mark.parametrize("form", [*RUNS, *KINDS])
 def test_captured_is_not_captured(form: str, start: tuple[Path, Path], tmp_path: Path) -> None:
     """The command itself, thrice over the rows, so that shapes come back and are captured."""
     release, rows = start
+    if "experts" in form:
+        release = tiny_start(tmp_path / "start", "qwen3_moe", dtype="float32")
     common = dict(resume_from_checkpoint=release, dataset=rows, gradient_accumulation_steps=2, num_train_epochs=3)
-    common |= dict(RUNS[form], dtype="bf16", logging_steps=1, learning_rate=1e-3, add_output_dir_suffix="false")
+    common |= dict(
+        RUNS.get(form) or RUNS["packed"] | KINDS[form],
+        dtype="bf16",
+        logging_steps=1,
+        learning_rate=1e-3,
+        add_output_dir_suffix="false",
+    )
     losses = {}
     for graphs in ("false", "true"):
         output = tmp_path / graphs
         options = {**common, "cuda_graphs": graphs, "output_dir": output}
-        command = [sys.executable, "-m", "megaswift", "sft", *(str(x) for k, v in options.items() for x in (f"--{k}", v))]
+        words = [(f"--{name}", *(value if isinstance(value, list) else [value])) for name, value in options.items()]
+        command = [sys.executable, "-m", "megaswift", "sft", *(str(word) for option in words for word in option)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout + done.stderr
         lines = [json.loads(line) for line in (next(output.rglob("logging.jsonl"))).read_text().splitlines()]

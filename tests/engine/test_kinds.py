@@ -167,6 +167,20 @@ def test_tables_have_the_precision_that_the_family_rotates_in(name: str, precisi
     )
 
 
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "granite"])
+def test_the_factor_of_embeddings_has_the_precision_that_transformers_multiplies_in(name: str, folder: Path) -> None:
+    """Gemma's is rounded first: the root of 48 is 6.9375 in bf16. Granite's is not."""
+    config = tiny.tiny_config(name, hidden_size=48, **({"embedding_multiplier": 6.93} if name == "granite" else {}))
+    for dtype, wanted in (("bf16", 6.9375), ("fp32", float(torch.tensor(48.0).sqrt()))):
+        model = build(config, Parallel(), Precision(dtype=dtype))  # type: ignore[arg-type]
+        assert model.embedding_factor == (6.93 if name == "granite" else wanted)
+
+
+def test_layers_that_must_be_alike(folder: Path) -> None:
+    with pytest.raises(ValueError, match="stand 'above' its parts"):
+        backend.block_spec([Kind(norms="above")])
+
+
 @pytest.mark.parametrize("part", ["attention", "mlp", "norm"])
 def test_a_name_without_a_module_is_refused(part: str) -> None:
     with pytest.raises(ValueError, match=f"{part} is 'other'"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +16,7 @@ from megaswift.weights.hf.config import load_config
 from megaswift.weights.hf.read import HFCheckpoint
 from megaswift.weights.torch_dist.reader import Reader
 from tests import tiny
-from tests.faults import table
-from tests.faults.conftest import ALL
+from tests.faults import conftest, table
 from tests.ranks import RankPool
 from tests.runs import changed
 from tests.training import tiny_start, train, write_rows
@@ -24,6 +24,7 @@ from tests.training import tiny_start, train, write_rows
 LAYOUTS = [(4, 1), (2, 2)]  # tp, pp: after a conversion that is of no layout, or after a run at tp 1
 MODELS = [(name, tied) for name in tiny.FAMILIES for tied in (True, False)]
 SOME = [("llama", True), ("qwen3", False)]
+ALL = conftest.ALL or "MEGASWIFT_FAMILIES" in os.environ
 
 
 def chain(tmp_path: Path, first: Path) -> list[tuple[Path, Path, int, int]]:

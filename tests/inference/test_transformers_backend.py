@@ -17,7 +17,7 @@ from megaswift.inference.loading import load_model
 from megaswift.inference.options import GenerationOptions, PromptTooLongError
 from megaswift.inference.text import decode, whole_text
 from megaswift.inference.transformers_backend import TransformersBackend
-from megaswift.models.family import context_length
+from megaswift.models.lengths import context_length
 
 QUESTIONS = ["who are you", "你是谁", "a", "What is the capital of France? " * 3, "晚上睡不着觉怎么办"]
 CONVERSATIONS = [[{"role": "user", "content": text}] for text in QUESTIONS]

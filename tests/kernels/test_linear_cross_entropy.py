@@ -22,9 +22,11 @@ def batch(case, tokens=301, hidden=24, rows=130, real=117, keep=0.6):
     return h, w, labels
 
 
-def reference(h, w, labels, real, factor, factors=1.0):
+def reference(h, w, labels, real, factor, factors=1.0, cap=None):
     a, b = double(h), double(w)
-    loss = (F.cross_entropy(a @ b[:real].t(), labels.to(a.device), ignore_index=-100, reduction="none") * factors).sum()
+    logits = a @ b[:real].t()
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    loss = (F.cross_entropy(logits, labels.to(a.device), ignore_index=-100, reduction="none") * factors).sum()
     (loss * factor).backward()
     return loss, a.grad, b.grad
 
@@ -49,6 +51,27 @@ def test_sum(case, promised, main, keep):
     if main:
         assert w.grad_added_to_main_grad
         assert torch.equal(w.main_grad[117:], torch.full((13, 24), 0.25, device=case[0]))
+
+
+@pytest.mark.parametrize("form", ["sum", "main", "factors", "none"])
+def test_capped_logits(case, form):
+    """With chunks of several rows; padding of the vocabulary takes no part."""
+    h, w, labels = batch(case)
+    factors = torch.rand(301) if form == "factors" else None
+    options = dict(vocab_size=117, chunk_bytes=128 * 130 * h.element_size(), cap=1.5, factors=factors)
+    if form == "main":
+        w.main_grad, w.grad_added_to_main_grad = torch.zeros(w.shape, device=case[0]), False
+        options["grad_scale"] = 0.37
+    want, dh, dw = reference(h, w, labels, 117, 0.37, 1.0 if factors is None else factors.double().to(case[0]), cap=1.5)
+    if form == "none":
+        losses, _ = linear_cross_entropy(h, w, labels, reduction="none", **options)
+        check(losses.sum(), want, case[1])
+        return
+    loss, _ = linear_cross_entropy(h, w, labels, **options)
+    (loss * 0.37).backward()
+    check(loss, want, case[1])
+    check(h.grad, dh, case[1], slack=2)
+    check(w.main_grad if form == "main" else w.grad, dw, case[1], slack=2)
 
 
 @pytest.mark.parametrize("likely", [False, True])

@@ -46,7 +46,10 @@ def peft_model(folder: Path, lora: Lora, seed: int = 5, **changes: Any) -> Any:
     """PEFT's model in fp32 with random values everywhere in the adapter."""
     from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    settings = load_config(folder)
+    for field in family_of(settings.model_type).left_out:
+        setattr(settings, field, 0.0)
+    base = AutoModelForCausalLM.from_pretrained(folder, config=settings, dtype=torch.float32, attn_implementation="eager")
     for module in base.modules():  # the pad token's row is trained as any other
         if isinstance(module, torch.nn.Embedding):
             module.padding_idx = None

@@ -139,6 +139,14 @@ class VerifyArguments(BaseArguments):
 
 
 @dataclass(kw_only=True)
+class FamiliesArguments(BaseArguments):
+    """`swift families`: which models can be trained, and what of one model's config counts."""
+
+    model_id_or_path: str | None = option(None, "Model folder on this machine, whose config is explained field by field.")
+    markdown: bool = option(False, "Print the table as Markdown, as docs/families.md has it.")
+
+
+@dataclass(kw_only=True)
 class SftArguments(
     SpeedArguments, GuardArguments, SavingArguments, AdapterArguments, FreezeArguments, OptimizerArguments, BatchArguments,
     EncodingArguments, ExpertArguments, ParallelArguments, LayoutArguments, DataArguments, VocabularyArguments, ModelArguments,

@@ -35,7 +35,7 @@ def load_model(path: Path, dtype: str = "AUTO") -> Any:
     from transformers import AutoModelForCausalLM
 
     source = HFCheckpoint.open(path)  # names the damaged file; transformers' errors do not
-    _require_tensors(source)
+    options = _require_tensors(source)
     weight_bytes = source.total_bytes
     with quiet_transformers():
         try:
@@ -47,6 +47,7 @@ def load_model(path: Path, dtype: str = "AUTO") -> Any:
                 dtype=pick_dtype(dtype),
                 device_map=_device_map(weight_bytes),
                 output_loading_info=True,
+                **options,
             )
         except torch.OutOfMemoryError as error:
             raise UserError(
@@ -60,20 +61,21 @@ def load_model(path: Path, dtype: str = "AUTO") -> Any:
     return model.eval()
 
 
-def _require_tensors(source: Any) -> None:
+def _require_tensors(source: Any) -> dict[str, Any]:
     """Raise DataError where the files hold other tensors than config.json asks for: before memory is taken for what it asks for.
 
-    Only for families whose tensors we know; transformers compares the names of the others after it has built the model.
+    Returns what else transformers must be told to load the model (`Family.loading`). Only for families whose tensors we know; transformers compares the names of the others after it has built the model.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if source.config.get("model_type") not in list(families()):
-        return
+        return {}
     try:
         config = CONFIG_MAPPING[source.config["model_type"]].from_dict(source.config)
     except Exception:  # transformers says below what is wrong with it
-        return
+        return {}
     check_source(source, config)
+    return families()[config.model_type].loading(config)
 
 
 def _device_map(weight_bytes: int) -> str | None:

@@ -19,7 +19,7 @@ from megaswift.inference.loading import load_model, load_tokenizer
 from megaswift.inference.options import Answer, FinishReason, GenerationOptions, Message, fit_prompt, limited_context
 from megaswift.inference.prompts import Prompts
 from megaswift.inference.text import StopWords, TextAssembler, first_stop, whole_text
-from megaswift.models.family import context_length
+from megaswift.models.lengths import context_length
 
 _WINDOW = 32  # batches that are sorted by length together: short enough that results keep coming
 

@@ -211,10 +211,13 @@ class Graphs:
     Args:
         decoder: the TransformerBlock.
         mode: "always", "never", or "if launching is slow": where launching kernels is what the first steps spent their time on.
+        has_adapter: whether the layers have one. With adapters or experts graphs are advised, and used only if asked for: that
+            their replays give the same gradients was shown by losses alone.
     """
 
-    def __init__(self, decoder: Any, mode: str, overlap_grad_reduce: bool = False) -> None:
+    def __init__(self, decoder: Any, mode: str, overlap_grad_reduce: bool = False, has_adapter: bool = False) -> None:
         self.decoder = decoder
+        self.advised_only = has_adapter or bool(decoder.config.num_moe_experts)
         self.parameters = list(decoder.parameters())
         self.problem = problem = obstacle(decoder, overlap_grad_reduce)
         self.on = mode == "always" and problem is None
@@ -262,7 +265,9 @@ class Graphs:
         launched, done = min(self.times, key=lambda pair: pair[1])
         self.measuring, waits = False, launched > _MUCH * done
         what = f"launching kernels took {1e3 * launched:.0f} of {1e3 * done:.0f} ms of a step"
-        if self.problem is None:
+        if self.problem is None and self.advised_only:
+            self.note = f"{what}: --cuda_graphs true would launch them at once" if waits else None
+        elif self.problem is None:
             self.on = waits
             self.note = f"CUDA graphs: {'on' if waits else 'off'}, {what}"
         elif waits:

@@ -35,15 +35,24 @@ from megaswift.megatron.kernels.megatron_layer import (
     RMSNorm,
 )
 from megaswift.megatron.kernels.parallel_linear import ColumnParallel, RowParallel
-from megaswift.megatron.layers import ScaledLayer, WidthNorm
+from megaswift.megatron.layers import SumLayer, WidthNorm
+from megaswift.megatron.norms import LayerNorm, WideLayerNorm, WideRMSNorm, ZeroCentredLayerNorm, ZeroCentredRMSNorm
 from megaswift.megatron.packed_layers import PackedColumn, PackedRow
 from megaswift.megatron.router import Counted
 from megaswift.models.kinds import EXPERTS, Kind
 
 # The modules behind the names in a Kind.
 ATTENTIONS: dict[str, type] = {"grouped_query": FusedSelfAttention}
-MLPS: dict[str, type] = {"gated": FusedMLP, EXPERTS: ExpertsLayer}
-NORMS: dict[str, type] = {"rms": RMSNorm}
+MLPS: dict[str, type] = {"gated": FusedMLP, "plain": FusedMLP, EXPERTS: ExpertsLayer}
+NORMS: dict[str, type] = {
+    "rms": RMSNorm,
+    "wide_rms": WideRMSNorm,
+    "zero_centred_rms": ZeroCentredRMSNorm,
+    "layer": LayerNorm,
+    "zero_centred_layer": ZeroCentredLayerNorm,
+    "wide_layer": WideLayerNorm,
+}
+PLACES = ("before", "around", "behind")  # where norms may stand
 
 
 @dataclass
@@ -108,36 +117,50 @@ def layer_spec(kind: Kind, packed: bool = False) -> ModuleSpec:
     norm before experts is no part of a fused module there.
     """
     norm = _named(NORMS, "norm", kind.norm)
+    before: Any = IdentityOp if kind.norms == "behind" else norm
     q_norm: Any = norm if kind.qk_norm else IdentityOp
     k_norm = q_norm
     if kind.qk_norm and kind.qk_norm_over_heads:
         q_norm, k_norm = (
-            ModuleSpec(module=WidthNorm, params={"heads": heads}) for heads in ("num_attention_heads", "num_query_groups")
+            ModuleSpec(module=WidthNorm, params={"heads": heads, "wide": kind.norm == "wide_rms"})
+            for heads in ("num_attention_heads", "num_query_groups")
         )
+    core: Any = dict(rotation=kind.rotation, query_rotation=kind.query_rotation, window=kind.window, score_cap=kind.score_cap)
+    module, params = _layer(kind, norm)
     column, row = (PackedColumn, PackedRow) if packed else (ColumnParallel, RowParallel)
     return ModuleSpec(
-        module=FusedTransformerLayer if kind.residual_factor == 1.0 else ScaledLayer,
-        params={} if kind.residual_factor == 1.0 else {"residual_factor": kind.residual_factor},
+        module=module,
+        params=params,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
+            input_layernorm=before,
             self_attention=ModuleSpec(
                 module=_named(ATTENTIONS, "attention", kind.attention),
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=column,
-                    core_attention=partial(CoreAttention, rotation=kind.rotation),
+                    core_attention=partial(CoreAttention, norm=norm if kind.qk_norm_rotated else None, **core),
                     linear_proj=row,
                     q_layernorm=q_norm,
                     k_layernorm=k_norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=norm,
+            pre_mlp_layernorm=IdentityOp if kind.beside else before,
             mlp=_mlp(kind, MLPSubmodules(linear_fc1=column, linear_fc2=row)),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=_NORMS if kind.experts is None else _WITH_EXPERTS,
         ),
     )
+
+
+def _layer(kind: Kind, norm: type) -> tuple[type, dict[str, Any]]:
+    """The module of a layer and its own arguments."""
+    if kind.norms not in PLACES:
+        raise ValueError(f"a layer's norms stand {kind.norms!r} its parts; they may stand: {', '.join(PLACES)}")
+    if kind.norms == "before" and not kind.beside and kind.residual_factor == 1.0:
+        return FusedTransformerLayer, {}
+    behind = None if kind.norms == "before" else norm
+    return SumLayer, {"behind": behind, "beside": kind.beside, "residual_factor": kind.residual_factor}
 
 
 def _mlp(kind: Kind, submodules: MLPSubmodules) -> Any:

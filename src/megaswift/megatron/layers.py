@@ -1,4 +1,4 @@
-"""Parts of layers that only some families have, in plain PyTorch: a norm over all heads, and a factor on what is added."""
+"""Parts of layers that only some families have, in plain PyTorch: a norm over all heads, and other ways to add up a layer."""
 
 from __future__ import annotations
 
@@ -22,10 +22,14 @@ class WidthNorm(torch.nn.Module):
     Args:
         hidden_size: of one head.
         heads: the config's name for the number of heads.
+        wide: whether the product with the weight is in fp32, too.
     """
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, *, heads: str, **_: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, *, heads: str, wide: bool = False, **_: Any
+    ) -> None:
         super().__init__()
+        self.wide = wide
         self.group, self.eps = parallel_state.get_tensor_model_parallel_group(), eps
         self.size = getattr(config, heads) * hidden_size
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
@@ -40,8 +44,10 @@ class WidthNorm(torch.nn.Module):
         if self.group.size() > 1:  # summed over the ranks on the way in, and its gradient on the way back
             squares = reduce_from_tensor_model_parallel_region(squares, group=self.group)
             squares = copy_to_tensor_model_parallel_region(squares, group=self.group)
-        normed = (flat * torch.rsqrt(squares / self.size + self.eps)).to(x.dtype)
-        return (normed * self.weight).view(x.shape)
+        normed = flat * torch.rsqrt(squares / self.size + self.eps)
+        if self.wide:
+            return (normed * self.weight.float()).to(x.dtype).view(x.shape)
+        return (normed.to(x.dtype) * self.weight).view(x.shape)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict[str, Any]:
         """Megatron-Core's description: the weight is cut along its one axis."""
@@ -50,22 +56,50 @@ class WidthNorm(torch.nn.Module):
         )
 
 
-class ScaledLayer(TransformerLayer):
-    """A pre-norm layer that multiplies what attention and MLP give before it adds it.
+class SumLayer(TransformerLayer):
+    """A layer whose additions are written out: norms behind attention and MLP, a factor, or both parts beside each other.
+
+    Norms before them are the layer's own `input_layernorm` and `pre_mlp_layernorm`, which may be none.
 
     Args:
-        residual_factor: what by.
+        behind: makes the norm behind each part, of a config, its width and its epsilon; None: there is none.
+        beside: whether attention and MLP take the same normed states and are added together.
+        residual_factor: what is added is multiplied by it.
     """
 
-    def __init__(self, config: TransformerConfig, submodules: Any, *args: Any, residual_factor: float, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: Any,
+        *args: Any,
+        behind: type | None = None,
+        beside: bool = False,
+        residual_factor: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(config, submodules, *args, **kwargs)
-        self.residual_factor = residual_factor
+        self.residual_factor, self.beside = residual_factor, beside
+        if behind is not None:
+            self.post_self_attn_layernorm, self.post_mlp_layernorm = (
+                behind(config, config.hidden_size, config.layernorm_epsilon) for _ in range(2)
+            )
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Any]:  # type: ignore[override]
         """hidden_states [s, b, h] to ([s, b, h], context)."""
+        normed = self.input_layernorm(hidden_states)
         layout = kwargs.get("packed_seq_params")
-        delta, bias = self.self_attention(self.input_layernorm(hidden_states), attention_mask, packed_seq_params=layout)
-        hidden_states = hidden_states + self.residual_factor * (delta if bias is None else delta + bias)
-        delta, bias = self.mlp(self.pre_mlp_layernorm(hidden_states))
-        hidden_states = hidden_states + self.residual_factor * (delta if bias is None else delta + bias)
+        attended = self._part(
+            "post_self_attn_layernorm", *self.self_attention(normed, attention_mask, packed_seq_params=layout)
+        )
+        if self.beside:
+            return hidden_states + attended + self._part("post_mlp_layernorm", *self.mlp(normed)), kwargs.get("context")
+        hidden_states = hidden_states + attended
+        hidden_states = hidden_states + self._part("post_mlp_layernorm", *self.mlp(self.pre_mlp_layernorm(hidden_states)))
         return hidden_states, kwargs.get("context")
+
+    def _part(self, norm: str, delta: Tensor, bias: Tensor | None) -> Tensor:
+        """What attention, or the MLP, adds."""
+        delta = delta if bias is None else delta + bias
+        behind = getattr(self, norm, None)
+        delta = delta if behind is None else behind(delta)
+        return delta if self.residual_factor == 1.0 else self.residual_factor * delta

@@ -33,7 +33,7 @@ from megaswift.megatron.layer_specs import SequenceLayout, block_spec
 from megaswift.megatron.router import Counted
 from megaswift.models import family_of
 from megaswift.models.family import is_tied, padded_vocab
-from megaswift.models.kinds import MAIN, Kind
+from megaswift.models.kinds import ALPHA, MAIN, QUERIES, Factors, Kind
 from megaswift.models.stages import stage_layers
 from megaswift.run.spec import Memory, Parallel, Precision, Routing
 from megaswift.weights.torch_dtypes import OF_FLAG, TORCH_DTYPES
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from megaswift.megatron.lora_layers import Attached
     from megaswift.train.objectives import Loss, Objective
 
-KEEP_ALL, AS_IT_IS = Memory(), Routing()
+KEEP_ALL, AS_IT_IS, UNCHANGED = Memory(), Routing(), Factors()
 
 
 @dataclass
@@ -67,7 +67,7 @@ class ChatModel(GPTModel):
     Args:
         ropes: the tables that its layers rotate by, by name.
         true_vocab: tokens of the vocabulary, without padding.
-        factors: what embeddings, and what logits are multiplied by.
+        factors: what embeddings and logits are multiplied by, and how logits are capped.
     """
 
     def __init__(
@@ -75,13 +75,15 @@ class ChatModel(GPTModel):
         *args: Any,
         ropes: Mapping[str, RotaryTable],
         true_vocab: int,
-        factors: tuple[float, float] = (1.0, 1.0),
+        factors: Factors = UNCHANGED,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, position_embedding_type="none", **kwargs)
         self.ropes = ropes
         self.true_vocab = true_vocab
-        self.embedding_factor, self.logits_factor = factors
+        self.embedding_factor, self.logits_factor, self.logit_cap = factors.embedding, factors.logits, factors.logit_cap
+        if factors.embedding_rounded:
+            self.embedding_factor = float(torch.tensor(factors.embedding, dtype=self.config.params_dtype, device="cpu"))
         self.graphs: Graphs | None = None  # set by the trainer
         self.adapter: Attached | None = None  # set where one is attached
 
@@ -148,7 +150,15 @@ class ChatModel(GPTModel):
             max(n // config.tensor_model_parallel_size, 1) for n in (config.num_attention_heads, config.num_query_groups)
         )
         query = torch.empty((2, 2, heads, config.kv_channels), dtype=config.params_dtype, device="cuda")
-        return describe(query, groups, packed=packed or config.context_parallel_size > 1)
+        packed = packed or config.context_parallel_size > 1
+        cores = [layer.self_attention.core_attention for layer in self.decoder.layers]
+        plain = describe(query, groups, packed=packed)
+        said = [] if all(core.window or core.score_cap for core in cores) else [plain]
+        for window, cap in dict.fromkeys((core.window, core.score_cap) for core in cores if core.window or core.score_cap):
+            words = [f"windows of {window}"] * (window is not None) + [f"scores capped at {cap:g}"] * (cap is not None)
+            kernel = describe(query, groups, packed=packed, window=window is not None, cap=cap)
+            said.append(f"{kernel} in layers with {' and '.join(words)}")
+        return "; ".join(said)
 
     def _weight(self) -> Tensor:
         return (
@@ -218,6 +228,7 @@ class ChatModel(GPTModel):
             tp_group=self.tp_group if self.tp_group.size() > 1 else None,
             reduce_hidden_grad=not self.config.sequence_parallel,
             shared_with_embedding=self.share_embeddings_and_output_weights and self.pre_process,
+            cap=self.logit_cap,
         )
 
     def _logits(self, hidden: Tensor) -> Tensor:
@@ -226,6 +237,8 @@ class ChatModel(GPTModel):
         if self.logits_factor != 1.0:
             hidden = hidden * self.logits_factor
         logits, _ = self.output_layer(hidden, weight=self.shared_embedding_or_output_weight() if tied else None)
+        if self.logit_cap is not None:
+            logits = torch.tanh(logits / self.logit_cap) * self.logit_cap
         padding = (
             torch.arange(logits.shape[-1], device=logits.device) + self.tp_group.rank() * logits.shape[-1] >= self.true_vocab
         )
@@ -233,13 +246,15 @@ class ChatModel(GPTModel):
 
 
 class RotaryTable:
-    """Rotation angles of the Hugging Face config's RoPE type (default, linear, dynamic, llama3, yarn).
+    """Rotation angles of the Hugging Face config's RoPE type.
 
     The frequencies come from transformers itself, so that every type means here what it means there. `dynamic` changes
-    them only beyond max_position_embeddings, and the plan refuses samples that long.
+    them only beyond max_position_embeddings, longrope beyond its original length, and the plan refuses samples that long.
 
     Args:
-        name: MAIN, or the layer type whose entry of rope_parameters is meant.
+        name: MAIN, or the layer type whose entry of rope_parameters is meant; QUERIES: MAIN for queries that are multiplied by
+            1 + llama_4_scaling_beta * log(1 + position // original length), as transformers' Ministral 3 has it; ALPHA: the
+            default with the base theta * alpha ^ (d / (d - 2)), as its HunYuan has it.
     """
 
     dtype: torch.dtype | None = None  # of cos and sin, where it is not the model's
@@ -247,22 +262,33 @@ class RotaryTable:
     def __init__(self, config: PreTrainedConfig, device: torch.device, name: str = MAIN) -> None:
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-        parameters = config.rope_parameters if name == MAIN else config.rope_parameters[name]
+        one = name in (MAIN, QUERIES, ALPHA)
+        parameters = config.rope_parameters if one else config.rope_parameters[name]
         rope_type = parameters.get("rope_type", "default")
-        if rope_type == "default":
+        if rope_type == "default" or name == ALPHA:
             size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+            base = parameters["rope_theta"] * (parameters["alpha"] ** (size / (size - 2)) if name == ALPHA else 1)
+            size = int(size * (parameters.get("partial_rotary_factor") or 1.0))
             exponents = torch.arange(0, size, 2, dtype=torch.int64).float() / size
-            inverse, self.scale = 1.0 / (parameters["rope_theta"] ** exponents), 1.0
+            inverse, self.scale = 1.0 / (base**exponents), 1.0
         else:
-            layer_type = None if name == MAIN else name
+            layer_type = None if one else name
             inverse, self.scale = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"), layer_type=layer_type)
         self.inverse = inverse.to(device)
+        self.growth: tuple[float, int] | None = None
+        if name == QUERIES:
+            self.growth = parameters["llama_4_scaling_beta"], parameters["original_max_position_embeddings"]
 
     def __call__(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin, each [s, b, 1, head_dim], for positions [b, s]."""
-        angles = position_ids.transpose(0, 1).float().unsqueeze(-1) * self.inverse
+        """cos and sin, each [s, b, 1, features that rotate], for positions [b, s]."""
+        positions = position_ids.transpose(0, 1).float().unsqueeze(-1)
+        angles = positions * self.inverse
         angles, dtype = torch.cat((angles, angles), dim=-1).unsqueeze(2), self.dtype or dtype
-        return (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)
+        scale: Any = self.scale
+        if self.growth is not None:
+            beta, length = self.growth
+            scale = scale * (1 + beta * torch.log(1 + torch.floor(positions / length))).unsqueeze(2)
+        return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 
 
 class Chunks(torch.nn.ModuleList):
@@ -299,7 +325,8 @@ def chunks_of(model: ChatModel | Chunks) -> list[ChatModel]:
 
 def rotary_tables(config: PreTrainedConfig, kinds: Sequence[Kind], device: torch.device) -> dict[str, RotaryTable]:
     """Every table that layers of these kinds rotate by."""
-    names = sorted({kind.rotation for kind in kinds if kind.rotation is not None})
+    wanted = {kind.rotation for kind in kinds} | {kind.query_rotation for kind in kinds}
+    names = sorted(name for name in wanted if name is not None)
     tables = {name: RotaryTable(config, device, name) for name in names}
     for table in tables.values() if family_of(config.model_type).rotates_in_fp32 else ():
         table.dtype = torch.float32
@@ -319,14 +346,13 @@ def transformer_config(
     kinds = family.layers(config)
     whole_layers = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     return EngineConfig(
-        **family.settings(config),
+        **family.settings(config) | _settings_of(kinds, family.settings(config)),
         **(whole_layers if memory.recompute == "layers" else {}),
         **_expert_settings(kinds, parallel, routing),
         # Where any layer has these norms their gradients are summed over tensor-parallel ranks.
-        qk_layernorm=any(kind.qk_norm and not kind.qk_norm_over_heads for kind in kinds),
+        qk_layernorm=any(kind.qk_norm_rotated or (kind.qk_norm and not kind.qk_norm_over_heads) for kind in kinds),
         hetereogenous_dist_checkpoint=family.is_mixed(config),
         pipeline_model_parallel_layout=pipeline_layout(config, parallel.pp, parallel.vpp),
-        activation_func=F.silu,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
@@ -357,6 +383,33 @@ def transformer_config(
         plain_layers=plain_layers,
         routing_dtype=dtype if routing.router_dtype == "none" else OF_FLAG[routing.router_dtype],
     )
+
+
+def _settings_of(kinds: Sequence[Kind], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What Megatron-Core's config says of all layers at once, and ours have by their kinds.
+
+    Raises ValueError for layers that differ in it.
+    """
+    (alike,) = {(kind.activation, kind.mlp == "plain", kind.bias) for kind in kinds}
+    activation, plain, bias = alike
+    return dict(
+        activation_func=ACTIVATIONS[activation],
+        gated_linear_unit=not plain,
+        add_bias_linear=bias,
+        add_qkv_bias=settings["add_qkv_bias"] or any(kind.qkv_bias for kind in kinds),
+    )
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
+# The functions behind the names in a Kind.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu_tanh": gelu_tanh, "relu2": squared_relu}
 
 
 def _expert_settings(kinds: Sequence[Kind], parallel: Parallel, routing: Routing) -> dict[str, Any]:

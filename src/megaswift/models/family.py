@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from megaswift.errors import UserError
 from megaswift.models.experts import expert_sizes
-from megaswift.models.kinds import Kind
+from megaswift.models.kinds import Factors, Kind
 from megaswift.models.parameters import Parameter
 from megaswift.models.rules import Rule, Sizes, expanded, is_mixed
 
@@ -49,6 +49,7 @@ HONOURED_FIELDS = frozenset(
 )
 LAYER_TYPES = ("full_attention", "sliding_attention")
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+LONGROPE, LONGROPE_LISTS = "longrope", ("short_factor", "long_factor")  # one factor a frequency
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,14 @@ class Family:
         tiny: config values of a tiny model of this family, on which the parity tests run.
         kind: config and number of a layer, from 0 -> what that layer is made of.
         rotates_in_fp32: whether query and key rotate in fp32 whatever the model's precision.
-        attention_bias: what `attention_bias` in the config may say (None: any value is honoured by `settings`).
+        attention_bias: what `attention_bias` in the config may say (None: any value is honoured by `settings` or `kind`).
+        activations: what the config may say of the activation, all of which mean what `kind` computes.
+        activation_field: where it says that.
+        rope_types: which types of rotation its tables may be of.
+        partial_rotary: whether `partial_rotary_factor` is honoured: transformers' model asks for it.
+        left_out: fields of dropouts that training leaves out, whatever they say.
         extra_fields: config fields that only this family honours, in `settings`, `kind` or `factors`.
-        factors: config -> what embeddings, and what logits are multiplied by.
+        factors: config -> what embeddings and logits are multiplied by.
     """
 
     name: str
@@ -76,8 +82,13 @@ class Family:
     kind: Callable[[Any, int], Kind] = lambda config, layer: Kind()
     rotates_in_fp32: bool = False
     attention_bias: bool | None = False
+    activations: tuple[str, ...] = ("silu", "swish")
+    activation_field: str = "hidden_act"
+    rope_types: tuple[str, ...] = ROPE_TYPES
+    partial_rotary: bool = False
+    left_out: frozenset[str] = field(default_factory=frozenset)
     extra_fields: frozenset[str] = field(default_factory=frozenset)
-    factors: Callable[[Any], tuple[float, float]] = lambda config: (1.0, 1.0)
+    factors: Callable[[Any], Factors] = lambda config: Factors()
 
     def rules_for(self, tied: bool) -> tuple[Rule, ...]:
         """The rules of a model with tied or separate output weights."""
@@ -91,6 +102,11 @@ class Family:
         """Whether layers of this model differ in the tensors that they have."""
         return is_mixed(self.rules, self.layers(config))
 
+    def loading(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """With what transformers must load such a model to compute what its config says: its SDPA attention drops caps of scores."""
+        capped = any(kind.score_cap is not None for kind in self.layers(config))
+        return {"attn_implementation": "eager"} if capped else {}
+
     def parameters(self, config: PreTrainedConfig) -> list[Parameter]:
         """All tensors of a model of this family, in the order of the computation."""
         kinds = self.layers(config)
@@ -102,7 +118,8 @@ class Family:
         unknown = [
             name
             for name, value in values.items()
-            if name not in NEUTRAL_FIELDS | HONOURED_FIELDS | self.extra_fields and not _says_nothing(value)
+            if name not in NEUTRAL_FIELDS | HONOURED_FIELDS | self.extra_fields | self.left_out | {self.activation_field}
+            and not _says_nothing(value)
         ]
         if unknown:
             raise UserError(
@@ -110,11 +127,13 @@ class Family:
                 where=where,
                 fix="remove them from config.json if they mean nothing to the model",
             )
-        _require(values, "hidden_act", ("silu", "swish"), where)
-        _require(values, "attention_dropout", (0, 0.0, None), where)
+        _require(values, self.activation_field, self.activations, where)
+        if "attention_dropout" not in self.left_out:
+            _require(values, "attention_dropout", (0, 0.0, None), where)
         _require(values, "mlp_bias", (False, None), where)
         _require(values, "pretraining_tp", (1, None), where)
-        _require(values, "partial_rotary_factor", (1, 1.0, None), where)
+        if not self.partial_rotary:
+            _require(values, "partial_rotary_factor", (1, 1.0, None), where)
         _require(values, "is_causal", (True, None), where)
         kinds = {str(kind) for kind in values.get("layer_types") or ()}
         if not kinds <= set(LAYER_TYPES):
@@ -130,19 +149,31 @@ class Family:
             raise UserError(
                 f"sliding_window = {window!r} is not a number of tokens.", where=where, fix="fetch config.json again"
             )
-        rope = values.get("rope_parameters") or {}
-        if rope.get("rope_type", "default") not in ROPE_TYPES:
-            raise UserError(
-                f"RoPE type {rope.get('rope_type')!r} is not supported.",
-                where=f"{where}: rope_parameters",
-                fix=f"known types: {', '.join(ROPE_TYPES)}",
-            )
-        _require(rope, "partial_rotary_factor", (1, 1.0, None), f"{where}: rope_parameters")
-        numbers = {f"rope_parameters: {name}": value for name, value in rope.items() if name not in ("rope_type", "type")}
+        for place, rope in _rotations(values.get("rope_parameters") or {}):
+            self._audit_rotation(rope, where, place)
+        self.layers(config)
+
+    def _audit_rotation(self, rope: dict[str, Any], where: str, place: str) -> None:
+        """The same for one entry of rope_parameters, whose name is `place`."""
+        kind = rope.get("rope_type", "default")
+        if kind not in self.rope_types:
+            known = ", ".join(self.rope_types)
+            raise UserError(f"RoPE type {kind!r} is not supported.", where=f"{where}: {place}", fix=f"known types: {known}")
+        if not self.partial_rotary:
+            _require(rope, "partial_rotary_factor", (1, 1.0, None), f"{where}: {place}")
+        numbers = {name: value for name, value in rope.items() if name not in ("rope_type", "type")}
+        if kind == LONGROPE:
+            numbers |= {f"{name}[{n}]": one for name in LONGROPE_LISTS for n, one in enumerate(numbers.pop(name, None) or [])}
         for name, value in numbers.items():
             if value is not None and not isinstance(value, (int, float)):
-                raise UserError(f"{name} = {value!r} is not a number.", where=where, fix="fetch config.json again")
-        self.layers(config)
+                raise UserError(f"{place}: {name} = {value!r} is not a number.", where=where, fix="fetch config.json again")
+
+
+def _rotations(rope: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The entries of rope_parameters by name: one, or one a layer type."""
+    if rope and set(rope) <= set(LAYER_TYPES):
+        return [(f"rope_parameters: {name}", entry) for name, entry in rope.items() if entry is not None]
+    return [("rope_parameters", rope)]
 
 
 def _says_nothing(value: Any) -> bool:
@@ -162,19 +193,41 @@ def _require(values: dict[str, Any], name: str, allowed: tuple[Any, ...], where:
 def sizes_of(config: PreTrainedConfig) -> Sizes:
     """Sizes of a decoder from its Hugging Face config."""
     heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return Sizes(
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        head_dim=head_dim,
         ffn=config.intermediate_size,
         vocab=config.vocab_size,
+        rotary=int(head_dim * float((getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor") or 1.0)),
     )
 
 
-def decoder_settings(config: PreTrainedConfig) -> dict[str, Any]:
-    """Settings that all pre-norm RMSNorm SwiGLU decoders share."""
+def typed_window(config: Any, layer: int) -> int | None:
+    """The window of a layer that `layer_types` says to have one."""
+    return every_window(config) if config.layer_types[layer] == "sliding_attention" else None
+
+
+def every_window(config: Any) -> int | None:
+    """The window that all layers have, whatever `layer_types` says; None where the config gives none.
+
+    Raises UserError for a window in which a token would not see itself.
+    """
+    window = config.sliding_window
+    if window is not None and window < 1:
+        raise UserError(f"sliding_window = {window!r} leaves no token to see.", where="config.json: sliding_window")
+    return window
+
+
+def decoder_settings(config: PreTrainedConfig, epsilon: str = "rms_norm_eps") -> dict[str, Any]:
+    """Settings that all decoders share; what their layers are made of is said by their kinds.
+
+    Args:
+        epsilon: the config's name for what norms add to a variance.
+    """
     sizes = sizes_of(config)
     return {
         "num_layers": sizes.layers,
@@ -183,60 +236,12 @@ def decoder_settings(config: PreTrainedConfig) -> dict[str, Any]:
         "num_query_groups": sizes.kv_heads,
         "kv_channels": sizes.head_dim,
         "ffn_hidden_size": sizes.ffn,
-        "layernorm_epsilon": config.rms_norm_eps,
+        "layernorm_epsilon": getattr(config, epsilon),
         "normalization": "RMSNorm",
-        "gated_linear_unit": True,
-        "add_bias_linear": False,
         "add_qkv_bias": False,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
     }
-
-
-def attention_window(config: PreTrainedConfig) -> int | None:
-    """Sliding window in tokens where some layer uses one, else None.
-
-    Training attends to everything before a token, so samples may not be longer than the window.
-    """
-    window = getattr(config, "sliding_window", None)
-    if not window or getattr(config, "use_sliding_window", True) is False:
-        return None
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None and "sliding_attention" not in kinds:
-        return None
-    return int(window)
-
-
-def context_length(config: Any) -> int:
-    """Most tokens that a model can hold, as its config means it; the one place where that is worked out.
-
-    max_position_embeddings, for llama3 too, whose scaling is counted in already. Where linear, dynamic or yarn RoPE widens
-    it, `factor` times original_max_position_embeddings, which transformers takes for max_position_embeddings where only
-    yarn's may be given; a max_position_embeddings that is larger was written after the scaling.
-    """
-    length = getattr(config, "max_position_embeddings", None) or 2**20
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    if rope.get("rope_type", rope.get("type")) in ("linear", "dynamic", "yarn") and rope.get("factor"):
-        original = rope.get("original_max_position_embeddings") or length
-        length = max(length, int(original * rope["factor"]))
-    return int(length)
-
-
-def trained_length(config: Any) -> tuple[int, str]:
-    """Most tokens of a sample that training can hold, and what sets the limit.
-
-    Less than `context_length` under a sliding window, and under dynamic RoPE, whose angles beyond max_position_embeddings
-    are others for each length of a row.
-    """
-    limit, reason = context_length(config), "max_position_embeddings and its RoPE scaling"
-    positions = getattr(config, "max_position_embeddings", None) or limit
-    rope = getattr(config, "rope_parameters", None) or {}
-    if limit == positions:
-        reason = "max_position_embeddings"
-    elif rope.get("rope_type") == "dynamic":
-        limit, reason = positions, "dynamic RoPE, which training holds up to max_position_embeddings"
-    window = attention_window(config)
-    return (window, "its sliding window") if window is not None and window <= limit else (limit, reason)
 
 
 def is_tied(config: PreTrainedConfig) -> bool:
@@ -252,11 +257,10 @@ def padded_vocab(vocab: int, tp: int) -> int:
 __all__ = [
     "OUTPUT_LAYER",
     "Family",
-    "attention_window",
-    "context_length",
     "decoder_settings",
+    "every_window",
     "is_tied",
     "padded_vocab",
     "sizes_of",
-    "trained_length",
+    "typed_window",
 ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MAIN = "main"  # the rotation of a model that has one
+QUERIES = "queries"  # the same, for queries that grow with their position
+ALPHA = "alpha"  # the same, with a base that grows by `alpha` of rope_parameters
 EXPERTS = "experts"  # the MLP that is many, of which a router chooses some for each token
 
 
@@ -43,11 +45,21 @@ class Kind:
     """What one layer computes. `megatron/layer_specs.py` has a module for each name and refuses any other.
 
     Args:
-        attention, mlp, norm: how the layer attends, what its MLP is, and which norm stands before each of the two.
-        rotation: which rotation tables query and key take: MAIN, or the name under which `rope_parameters` has others
+        attention, mlp, norm: how the layer attends, what its MLP is ("gated", "plain" without a gate, or EXPERTS), and which
+            norm stands with each of the two.
+        activation: the function in the MLP; the same in all layers.
+        norms: where norms stand: "before" attention and MLP, "behind" them, before what they give is added, or "around": both.
+        beside: whether attention and MLP take the same normed states, so that one norm stands before the two.
+        rotation: which rotation tables query and key take: MAIN, ALPHA, or the name under which `rope_parameters` has others
             (a layer type); None: the layer knows no positions (NoPE).
+        query_rotation: which tables queries take where they are not those of the keys (QUERIES); None: the same.
+        window: how many tokens a token sees, itself among them; None: all before it.
+        score_cap: a score s becomes score_cap * tanh(s / score_cap); None: it stays.
         qk_norm: whether each head's query and key go through the norm, before they rotate.
         qk_norm_over_heads: whether that norm goes over all heads together.
+        qk_norm_rotated: whether they go through it after they rotate.
+        qkv_bias: whether the product for query, key and value has a bias.
+        bias: whether it, attention's output and the MLP's products have one; the same in all layers.
         residual_factor: what the results of attention and MLP are multiplied by before they are added.
         experts: what an MLP of the name EXPERTS is made of; None with any other MLP.
     """
@@ -55,8 +67,34 @@ class Kind:
     attention: str = "grouped_query"
     mlp: str = "gated"
     norm: str = "rms"
+    activation: str = "silu"
+    norms: str = "before"
+    beside: bool = False
     rotation: str | None = MAIN
+    query_rotation: str | None = None
+    window: int | None = None
+    score_cap: float | None = None
     qk_norm: bool = False
     qk_norm_over_heads: bool = False
+    qk_norm_rotated: bool = False
+    qkv_bias: bool = False
+    bias: bool = False
     residual_factor: float = 1.0
     experts: Experts | None = None
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What a model multiplies and caps before its first and after its last layer.
+
+    Args:
+        embedding: what embeddings are multiplied by.
+        embedding_rounded: whether that number is rounded to the model's precision first.
+        logits: what logits are multiplied by.
+        logit_cap: a logit x becomes logit_cap * tanh(x / logit_cap) then; None: it stays.
+    """
+
+    embedding: float = 1.0
+    embedding_rounded: bool = False
+    logits: float = 1.0
+    logit_cap: float | None = None

@@ -78,6 +78,11 @@ def _qwen3_moe(name: str, repo: str, template: str = "qwen3") -> ModelType:
     return _moe(name, f"Qwen/{repo}", f"Qwen/{repo}", "qwen3_moe", template)
 
 
+def _same_names(family: str, prefix: str, ms: str, hf: str, names: dict[str, str]) -> list[ModelType]:
+    """Models whose repositories have one name on both hubs: what follows the prefix in our name -> the repository."""
+    return [ModelType(f"{prefix}-{end}", ms + repo, hf + repo, BASE_TEMPLATE, family) for end, repo in names.items()]
+
+
 _REGISTERED = (
     # Qwen1.5
     _qwen2("qwen1half-0_5b", "Qwen1.5-0.5B"),
@@ -252,7 +257,54 @@ _REGISTERED = (
     _moe("granite3_1-1b-a400m-instruct", _GRANITE + "1b-a400m-instruct", _GRANITE + "1b-a400m-instruct", "granitemoe"),
     _moe("granite3_1-3b-a800m-base", _GRANITE + "3b-a800m-base", _GRANITE + "3b-a800m-base", "granitemoe"),
     _moe("granite3_1-3b-a800m-instruct", _GRANITE + "3b-a800m-instruct", _GRANITE + "3b-a800m-instruct", "granitemoe"),
-)
+    # Dense models of other families, all of whose chat models bring their templates with their tokenizers.
+    *_same_names("gemma2", "gemma2", _LLM, "google/", {
+        "2b": "gemma-2-2b", "2b-instruct": "gemma-2-2b-it", "9b": "gemma-2-9b", "9b-instruct": "gemma-2-9b-it",
+        "27b": "gemma-2-27b", "27b-instruct": "gemma-2-27b-it",
+    }),
+    *_same_names("gemma3_text", "gemma3", _LLM, "google/", {
+        "270m": "gemma-3-270m", "270m-instruct": "gemma-3-270m-it", "1b": "gemma-3-1b-pt", "1b-instruct": "gemma-3-1b-it",
+    }),
+    *_same_names("phi3", "phi3", _LLM, "microsoft/", {
+        "4b-4k-instruct": "Phi-3-mini-4k-instruct", "4b-128k-instruct": "Phi-3-mini-128k-instruct",
+        "medium-4k-instruct": "Phi-3-medium-4k-instruct", "medium-128k-instruct": "Phi-3-medium-128k-instruct",
+    }),
+    *_same_names("phi3", "phi3_5", _LLM, "microsoft/", {"mini-instruct": "Phi-3.5-mini-instruct"}),
+    *_same_names("phi3", "phi4", _LLM, "microsoft/", {"14b": "phi-4", "mini-instruct": "Phi-4-mini-instruct"}),
+    *_same_names("glm", "glm4", "ZhipuAI/", "zai-org/", {"9b-hf": "glm-4-9b-hf", "9b-chat-hf": "glm-4-9b-chat-hf"}),
+    *_same_names("glm", "glm_edge", "ZhipuAI/", "zai-org/", {"1_5b-chat": "glm-edge-1.5b-chat", "4b-chat": "glm-edge-4b-chat"}),
+    *_same_names("glm4", "glm4_0414", "ZhipuAI/", "zai-org/", {
+        "9b-chat": "GLM-4-9B-0414", "32b-base": "GLM-4-32B-Base-0414", "32b-chat": "GLM-4-32B-0414", "z1-9b": "GLM-Z1-9B-0414",
+        "z1-32b": "GLM-Z1-32B-0414",
+    }),
+    *_same_names("granite", "granite3_1", "ibm-granite/", "ibm-granite/", {
+        "2b-base": "granite-3.1-2b-base", "2b-instruct": "granite-3.1-2b-instruct", "8b-base": "granite-3.1-8b-base",
+        "8b-instruct": "granite-3.1-8b-instruct",
+    }),
+    *_same_names("olmo2", "olmo2", "allenai/", "allenai/", {
+        "1b": "OLMo-2-0425-1B", "1b-instruct": "OLMo-2-0425-1B-Instruct", "7b": "OLMo-2-1124-7B",
+        "7b-instruct": "OLMo-2-1124-7B-Instruct", "13b": "OLMo-2-1124-13B", "13b-instruct": "OLMo-2-1124-13B-Instruct",
+    }),
+    *_same_names("olmo3", "olmo3", "allenai/", "allenai/", {
+        "7b": "Olmo-3-1025-7B", "7b-instruct": "Olmo-3-7B-Instruct", "7b-think": "Olmo-3-7B-Think", "32b": "Olmo-3-1125-32B",
+    }),
+    *_same_names("seed_oss", "seed_oss", "ByteDance-Seed/", "ByteDance-Seed/", {
+        "36b-base": "Seed-OSS-36B-Base", "36b-instruct": "Seed-OSS-36B-Instruct",
+    }),
+    *_same_names("exaone4", "exaone4", "LGAI-EXAONE/", "LGAI-EXAONE/", {
+        "1_2b-instruct": "EXAONE-4.0-1.2B", "32b-instruct": "EXAONE-4.0-32B",
+    }),
+    *_same_names("hunyuan_v1_dense", "hunyuan", "Tencent-Hunyuan/", "tencent/", {
+        "0_5b-instruct": "Hunyuan-0.5B-Instruct", "1_8b-instruct": "Hunyuan-1.8B-Instruct", "4b-instruct": "Hunyuan-4B-Instruct",
+        "7b-instruct": "Hunyuan-7B-Instruct",
+    }),
+    *_same_names("helium", "helium1", "kyutai/", "kyutai/", {"2b": "helium-1-2b"}),
+    *_same_names("arcee", "afm", "arcee-ai/", "arcee-ai/", {"4_5b-base": "AFM-4.5B-Base", "4_5b-instruct": "AFM-4.5B"}),
+    *_same_names("starcoder2", "starcoder2", _AIM, "bigcode/", {"3b": "starcoder2-3b", "7b": "starcoder2-7b", "15b": "starcoder2-15b"}),
+    *_same_names("nemotron", "minitron", "nvidia/", "nvidia/", {"4b-base": "Minitron-4B-Base", "8b-base": "Minitron-8B-Base"}),
+    *_same_names("cohere", "c4ai-command-r", _AIM, "CohereLabs/", {"35b-chat": "c4ai-command-r-v01"}),
+    *_same_names("cohere2", "c4ai-command-r7b", _LLM, "CohereLabs/", {"chat": "c4ai-command-r7b-12-2024"}),
+)  # fmt: skip
 
 MODEL_TYPES: dict[str, ModelType] = {entry.name: entry for entry in _REGISTERED}
 

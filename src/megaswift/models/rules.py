@@ -11,7 +11,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from megaswift.models.kinds import Kind
-from megaswift.models.parameters import Arrangement, HFTensor, Parameter, Shape, grouped, halves, rearranged, stacked, whole
+from megaswift.models.parameters import (
+    Arrangement,
+    HFTensor,
+    Parameter,
+    Shape,
+    fused,
+    grouped,
+    halves,
+    rearranged,
+    stacked,
+    whole,
+)
 
 
 @dataclass(frozen=True)
@@ -20,6 +31,7 @@ class Sizes:
 
     Args:
         more: what only some families have, by name (experts, for example).
+        rotary: rows of a head that rotate; None: all.
     """
 
     layers: int
@@ -30,6 +42,7 @@ class Sizes:
     ffn: int
     vocab: int
     more: Mapping[str, int] = field(default_factory=dict)
+    rotary: int | None = None
 
     def __getitem__(self, name: str) -> int:
         derived = {"q_rows": self.heads * self.head_dim, "kv_rows": self.kv_heads * self.head_dim}
@@ -78,6 +91,21 @@ def copy(megatron: str, hf: str, shape: tuple[str, ...], split: int | None = Non
     )
 
 
+def in_layer(
+    megatron: str, hf: str, *shape: str, split: int | None = None, layers: Callable[[Kind], bool] | None = None
+) -> Rule:
+    """The same for a tensor of every layer, with names inside it, or of those layers whose kind says so."""
+    return replace(copy(f"decoder.layers.{{i}}.{megatron}", f"model.layers.{{i}}.{hf}", shape, split), layers=layers)
+
+
+def norms_behind(attention: str, mlp: str) -> tuple[Rule, Rule]:
+    """Norms behind attention and MLP, by the names of their modules in a Hugging Face layer."""
+    return (
+        in_layer("post_self_attn_layernorm.weight", f"{attention}.weight", "hidden"),
+        in_layer("post_mlp_layernorm.weight", f"{mlp}.weight", "hidden"),
+    )
+
+
 def vocab(megatron: str, hf: str) -> Rule:
     """An embedding or output matrix: rows are tokens, and Megatron may hold padding rows at the end."""
     return Rule(megatron, (hf,), lambda sizes: [(sizes.vocab, sizes.hidden)], lambda sizes: whole(sizes.vocab, 0), padded=True)
@@ -100,9 +128,44 @@ def by_halves(rule: Rule) -> Rule:
     """A rule of `qkv` where Hugging Face rotates neighbouring rows of a head, not its halves: query and key are rearranged."""
 
     def arrangement(sizes: Sizes) -> Arrangement:
-        return rearranged(rule.arrangement(sizes), halves(sizes.heads, sizes.head_dim), tensors=(0, 1))
+        return rearranged(rule.arrangement(sizes), halves(sizes.heads, sizes.head_dim, sizes.rotary), tensors=(0, 1))
 
     return replace(rule, arrangement=arrangement)
+
+
+def qkv_bias(layers: Callable[[Kind], bool] | None = None) -> Rule:
+    """The bias of query, key and value under its usual names, of those layers whose kind says so."""
+    names = tuple(f"model.layers.{{i}}.self_attn.{part}_proj.bias" for part in "qkv")
+    made = qkv("decoder.layers.{i}.self_attention.linear_qkv.bias", (names[0], names[1], names[2]), bias=True)
+    return replace(made, layers=layers)
+
+
+def as_one(rule: Rule, hf: str) -> Rule:
+    """A rule of several tensors that the Hugging Face folder holds as one, one above the other."""
+
+    def shapes(sizes: Sizes) -> list[Shape]:
+        parts = rule.shapes(sizes)
+        return [(sum(part[0] for part in parts), *parts[0][1:])]
+
+    def arrangement(sizes: Sizes) -> Arrangement:
+        return fused(rule.arrangement(sizes), [part[0] for part in rule.shapes(sizes)])
+
+    return replace(rule, hf=(hf,), shapes=shapes, arrangement=arrangement)
+
+
+def changed(rules: Iterable[Rule], other: Mapping[str, Rule | None]) -> tuple[Rule, ...]:
+    """Rules of a family, some of them replaced by others, or left out (None).
+
+    Args:
+        other: end of a rule's Megatron name -> the rule in its place.
+
+    Raises ValueError for a name that not exactly one rule has.
+    """
+    made = list(rules)
+    for name, rule in other.items():
+        (place,) = (n for n, one in enumerate(made) if one.megatron.endswith(name))
+        made[place : place + 1] = [] if rule is None else [rule]
+    return tuple(made)
 
 
 def gate_up(megatron: str, hf: tuple[str, str], rows: str = "ffn") -> Rule:

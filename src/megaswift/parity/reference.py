@@ -21,10 +21,12 @@ from torch import Tensor
 from megaswift.config.options import SftArguments
 from megaswift.data.store import TokenRows
 from megaswift.data.tokens import Encoded, weights_of
+from megaswift.models import family_of
 from megaswift.parity.adapters import PeftSide, Tokens
 from megaswift.parity.layers import of_transformers
 from megaswift.run.resolve import min_lr
 from megaswift.terminal import say
+from megaswift.weights.hf.config import load_config
 from megaswift.weights.torch_dtypes import TORCH_DTYPES
 
 
@@ -102,7 +104,13 @@ class Reference:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.args, self.steps, self.warmup, self.exact = args, steps, warmup, dtype == "fp32"
         load: Any = AutoModelForCausalLM.from_pretrained
-        self.model: Any = load(folder, dtype=TORCH_DTYPES[dtype], local_files_only=True, trust_remote_code=False)
+        config, options = load_config(folder), {"local_files_only": True, "trust_remote_code": False}
+        family = family_of(config.model_type)
+        for field in sorted(family.left_out):
+            if getattr(config, field, None):
+                say(f"reference: trained without {field}, as the engine trains")
+                setattr(config, field, 0.0)
+        self.model: Any = load(folder, config=config, dtype=TORCH_DTYPES[dtype], **options, **family.loading(config))
         for token in learn_every_row(self.model):
             say(f"reference: built without padding_idx; the embedding of token {token}, the pad token, gets its gradient too")
         self.model.to(self.device).train()

@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megaswift.errors import DataError
-from megaswift.models.family import NEUTRAL_FIELDS, attention_window, is_tied
-from megaswift.models.kinds import MAIN
+from megaswift.models import family_of
+from megaswift.models.family import NEUTRAL_FIELDS, is_tied
+from megaswift.models.kinds import ALPHA, MAIN, QUERIES
+from megaswift.models.lengths import attention_window
+from megaswift.proof.streams import windows_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -43,40 +46,42 @@ def audit(config: PreTrainedConfig, reference: Streamed, measured: Streamed) -> 
     rows: list[tuple[str, Any, Any]] = [
         ("num_hidden_layers", len(theirs.model.layers), len(ours.decoder.layers)),
         ("hidden_size", shape[1], ours.embedding.word_embeddings.weight.shape[1]),
-        (
-            "num_attention_heads",
-            twin.self_attn.q_proj.weight.shape[0] // twin.self_attn.head_dim,
-            attention.num_attention_heads_per_partition,
-        ),
-        (
-            "num_key_value_heads",
-            twin.self_attn.k_proj.weight.shape[0] // twin.self_attn.head_dim,
-            attention.num_query_groups_per_partition,
-        ),
+        ("num_attention_heads", _heads(twin.self_attn)[0], attention.num_attention_heads_per_partition),
+        ("num_key_value_heads", _heads(twin.self_attn)[1], attention.num_query_groups_per_partition),
         ("head_dim", twin.self_attn.head_dim, attention.hidden_size_per_attention_head),
         *_mlps([_mlp(one) for one in theirs.model.layers], [one.mlp for one in ours.decoder.layers]),
         *_factors(config, theirs, ours),
         ("vocab_size", shape[0], ours.true_vocab),
-        ("rms_norm_eps", _epsilons(theirs, "variance_epsilon"), _epsilons(ours, "eps")),
-        ("hidden_act", _activation(_mlp(twin)), _name(settings.activation_func) if settings.gated_linear_unit else "not gated"),
-        ("attention_bias (q, k, v)", twin.self_attn.q_proj.bias is not None, attention.linear_qkv.bias is not None),
+        ("rms_norm_eps", _epsilons(theirs), _epsilons(ours)),
+        ("hidden_act", _activation(_mlp(twin)), _gated(_name(settings.activation_func), settings.gated_linear_unit)),
+        ("attention_bias (q, k, v)", _query(twin.self_attn).bias is not None, attention.linear_qkv.bias is not None),
         ("attention_bias (o)", twin.self_attn.o_proj.bias is not None, attention.linear_proj.bias is not None),
         (
             "q/k norm",
-            _layers(theirs.model.layers, lambda one: hasattr(one.self_attn, "q_norm")),
-            _layers(ours.decoder.layers, lambda one: _has_weights(one.self_attention.q_layernorm)),
+            _layers(
+                theirs.model.layers, lambda one: any(hasattr(one.self_attn, name) for name in ("q_norm", "query_layernorm"))
+            ),
+            _layers(ours.decoder.layers, lambda one: any(_has_weights(norm) for norm in _query_norms(one.self_attention))),
+        ),
+        (
+            "norms around attention and MLP",
+            sorted({sum("Norm" in type(part).__name__ for part in one.children()) for one in theirs.model.layers}),
+            sorted({sum("Norm" in type(part).__name__ for part in one.children()) for one in ours.decoder.layers}),
         ),
         (
             "layers that rotate",
-            _layers(theirs.model.layers, lambda one: bool(getattr(one.self_attn, "use_rope", True))),
+            _layers(theirs.model.layers, lambda one: _rotates(config, one.self_attn)),
             _layers(ours.decoder.layers, lambda one: one.self_attention.core_attention.rotation is not None),
         ),
         ("attention scale", round(float(twin.self_attn.scaling), 9), _scale(ours)),
         ("tie_word_embeddings", is_tied(config), bool(ours.share_embeddings_and_output_weights)),
-        ("attention_dropout", float(getattr(config, "attention_dropout", 0.0) or 0.0), float(settings.attention_dropout)),
+        *_limits(config, theirs, ours),
     ]
+    if "attention_dropout" not in family_of(config.model_type).left_out:
+        dropout = float(getattr(config, "attention_dropout", 0.0) or 0.0)
+        rows.append(("attention_dropout", dropout, float(settings.attention_dropout)))
     found = [Finding(name, str(left), str(right), left == right) for name, left, right in rows]
-    return found + [_rope(config, theirs, ours)] + _window(config)
+    return found + [_rope(config, theirs, ours, name) for name in sorted(ours.ropes)] + _window(config)
 
 
 def require_equal(findings: list[Finding], where: str) -> None:
@@ -97,14 +102,52 @@ def neutral_fields(config: PreTrainedConfig) -> list[str]:
     return sorted(name for name, value in config.to_dict().items() if name in NEUTRAL_FIELDS and value is not None)
 
 
-def _epsilons(model: torch.nn.Module, attribute: str) -> list[float]:
-    return sorted(
-        {
-            float(getattr(module, attribute))
-            for module in model.modules()
-            if "Norm" in type(module).__name__ and hasattr(module, attribute)
-        }
-    )
+def _epsilons(model: torch.nn.Module) -> list[float]:
+    norms: list[Any] = [module for module in model.modules() if "Norm" in type(module).__name__]
+    return sorted({float(getattr(norm, "variance_epsilon", 0.0) or norm.eps) for norm in norms})
+
+
+def _query(attention: Any) -> Any:
+    """The layer of transformers that makes queries: with keys and values in one, or apart."""
+    return attention.qkv_proj if hasattr(attention, "qkv_proj") else attention.q_proj
+
+
+def _heads(attention: Any) -> tuple[int, int]:
+    """Heads for queries, and for keys and values, of transformers' attention, by the rows of its weights."""
+    size = attention.head_dim
+    heads = attention.o_proj.weight.shape[1] // size
+    if hasattr(attention, "qkv_proj"):
+        return heads, (attention.qkv_proj.weight.shape[0] // size - heads) // 2
+    return attention.q_proj.weight.shape[0] // size, attention.k_proj.weight.shape[0] // size
+
+
+def _query_norms(attention: Any) -> list[Any]:
+    """The norms of queries before and after they rotate, where there are such."""
+    return [attention.q_layernorm, getattr(attention.core_attention, "q_layernorm", None)]
+
+
+def _rotates(config: Any, attention: Any) -> bool:
+    """Whether a layer of transformers uses positions, as its forward code decides."""
+    if config.model_type == "cohere2":
+        return attention.sliding_window is not None
+    if config.model_type == "exaone4":
+        return attention.sliding_window is None or attention.is_sliding
+    return bool(getattr(attention, "use_rope", True))
+
+
+def _limits(config: Any, theirs: Any, ours: Any) -> list[tuple[str, Any, Any]]:
+    """Rows on windows and caps of scores and logits; none for a model without them."""
+    cores = [layer.self_attention.core_attention for layer in ours.decoder.layers]
+    count = len(cores)  # how many there should be has a row of its own
+    # What transformers' Gemma 3 has under this name its attention does not use.
+    caps = [getattr(layer.self_attn, "attn_logit_softcapping", None) for layer in theirs.model.layers[:count]]
+    rows: list[tuple[str, Any, Any]] = [
+        ("attn_logit_softcapping", caps, [core.score_cap for core in cores]),
+        ("final_logit_softcapping", getattr(config, "final_logit_softcapping", None), ours.logit_cap),
+    ]
+    if attention_window(config) is None:
+        rows.append(("sliding_window", windows_of(config, theirs)[:count], [core.window for core in cores]))
+    return [row for row in rows if row[1] != row[2] or any(row[1] if isinstance(row[1], list) else [row[1]])]
 
 
 def _mlp(layer: Any) -> Any:
@@ -145,10 +188,21 @@ def _mlps(theirs: list[Any], ours: list[Any]) -> list[tuple[str, Any, Any]]:
     if not all(experts):
         twin, mlp = theirs[experts.index(False)], ours[experts.index(False)]
         rows += [
-            ("intermediate_size", twin.gate_proj.weight.shape[0], mlp.linear_fc1.weight.shape[0] // 2),
-            ("mlp_bias", twin.gate_proj.bias is not None, mlp.linear_fc1.bias is not None),
+            ("intermediate_size", _rows(twin), mlp.linear_fc1.weight.shape[0] // (2 if _is_gated(twin) else 1)),
+            ("mlp_bias", _first(twin).bias is not None, mlp.linear_fc1.bias is not None),
         ]
     return rows
+
+
+def _first(mlp: Any) -> Any:
+    """The first product of a dense MLP of transformers."""
+    return next(getattr(mlp, name) for name in ("gate_proj", "gate_up_proj", "up_proj", "c_fc") if hasattr(mlp, name))
+
+
+def _rows(mlp: Any) -> int:
+    """Its width."""
+    rows: int = _first(mlp).weight.shape[0]
+    return rows // 2 if hasattr(mlp, "gate_up_proj") else rows
 
 
 def _choices(gate: Any, router: Any) -> list[tuple[str, Any, Any]]:
@@ -166,16 +220,30 @@ def _factors(config: Any, theirs: Any, ours: Any) -> list[tuple[str, Any, Any]]:
     """Rows on what is multiplied in: embeddings, results of each layer's halves, logits; none for a model without factors."""
     layers = {float(getattr(layer, "residual_multiplier", 1.0)) for layer in theirs.model.layers}
     mine = {float(getattr(layer, "residual_factor", 1.0)) for layer in ours.decoder.layers}
+    embedding = float(getattr(theirs.model, "embedding_multiplier", 1.0))
+    embedding *= float(getattr(theirs.get_input_embeddings(), "scalar_embed_scale", 1.0))
+    logits = float(getattr(theirs, "logit_scale", 1.0)) / float(getattr(config, "logits_scaling", 1.0) or 1.0)
     rows: list[tuple[str, Any, Any]] = [
-        ("embedding_multiplier", float(getattr(theirs.model, "embedding_multiplier", 1.0)), ours.embedding_factor),
+        ("embedding_multiplier", float(f"{embedding:.6g}"), float(f"{ours.embedding_factor:.6g}")),
         ("residual_multiplier", sorted(layers), sorted(mine)),
-        ("logits_scaling", 1 / float(getattr(config, "logits_scaling", 1.0) or 1.0), ours.logits_factor),
+        ("logits_scaling", logits, ours.logits_factor),
     ]
     return [row for row in rows if row[1] not in (1.0, [1.0]) or row[1] != row[2]]
 
 
 def _activation(mlp: Any) -> str:
-    return _name(_bare(getattr(mlp, "experts", mlp)).act_fn)
+    """An MLP's function of transformers, and whether it is gated."""
+    own = _bare(getattr(mlp, "experts", mlp))
+    function = next(getattr(own, name) for name in ("act_fn", "activation_fn", "act") if hasattr(own, name))
+    return _gated(_name(function), _is_gated(own))
+
+
+def _is_gated(mlp: Any) -> bool:
+    return any(hasattr(mlp, name) for name in ("gate_proj", "gate_up_proj"))
+
+
+def _gated(name: str, gated: bool) -> str:
+    return name if gated else f"{name}, not gated"
 
 
 def _bare(module: Any) -> Any:
@@ -198,7 +266,15 @@ def _has_weights(module: torch.nn.Module | None) -> bool:
 
 def _name(function: Any) -> str:
     name = (getattr(function, "__name__", "") or type(function).__name__).lower()
-    return "silu" if name in ("silu", "siluactivation", "swish") else name
+    return next((known for known, names in _FUNCTIONS.items() if name in names), name)
+
+
+# Activation -> what classes of transformers and functions of ours are called.
+_FUNCTIONS = {
+    "silu": ("silu", "siluactivation", "swish"),
+    "gelu_pytorch_tanh": ("gelutanh", "pytorchgelutanh", "gelu_tanh"),
+    "relu2": ("relusquaredactivation", "squared_relu"),
+}
 
 
 def _scale(model: Any) -> float | list[float]:
@@ -211,18 +287,27 @@ def _scale(model: Any) -> float | list[float]:
     return found.pop() if len(found) == 1 else sorted(found)
 
 
-def _rope(config: PreTrainedConfig, theirs: Any, ours: Any) -> Finding:
-    """Rotation frequencies and their scale, as both models hold them."""
-    table, rope = theirs.model.rotary_emb, ours.ropes[MAIN]
+def _rope(config: PreTrainedConfig, theirs: Any, ours: Any, name: str) -> Finding:
+    """Rotation frequencies and their scale, as both models hold them under a name."""
+    table, rope = theirs.model.rotary_emb, ours.ropes[name]
+    one = name in (MAIN, QUERIES, ALPHA)
+    inverse, scale = (getattr(table, part if one else f"{name}_{part}") for part in ("inv_freq", "attention_scaling"))
+    values = config.rope_parameters if one else config.rope_parameters[name]
+    growth = (values["llama_4_scaling_beta"], values["original_max_position_embeddings"]) if name == QUERIES else None
     equal = (
-        table.inv_freq.shape == rope.inverse.shape
-        and bool(torch.allclose(table.inv_freq.double(), rope.inverse.double(), rtol=1e-6, atol=0))
-        and math.isclose(float(table.attention_scaling), float(rope.scale), rel_tol=1e-6)
+        inverse.shape == rope.inverse.shape
+        and bool(torch.allclose(inverse.double(), rope.inverse.double(), rtol=1e-6, atol=0))
+        and math.isclose(float(scale), float(rope.scale), rel_tol=1e-6)
+        and rope.growth == growth
     )
-    shown = ", ".join(f"{name} {value}" for name, value in sorted((config.rope_parameters or {}).items()))
-    last = f"slowest {float(rope.inverse[-1]):.6g}, scale {float(rope.scale):.6g}"
-    wanted = f"slowest {float(table.inv_freq[-1]):.6g}, scale {float(table.attention_scaling):.6g}"
-    return Finding(f"rope_parameters ({shown})", wanted, last, equal)
+    shown = ", ".join(f"{key} {value}" for key, value in sorted((values or {}).items()))
+    last = f"slowest {float(rope.inverse[-1]):.6g}, scale {float(rope.scale):.6g}" + _grows(rope.growth)
+    wanted = f"slowest {float(inverse[-1]):.6g}, scale {float(scale):.6g}" + _grows(growth)
+    return Finding(f"rope_parameters ({'' if name == MAIN else name + ': '}{shown})", wanted, last, equal)
+
+
+def _grows(growth: tuple[float, int] | None) -> str:
+    return "" if growth is None else f", queries grow by {growth[0]:g} beyond {growth[1]}"
 
 
 def _window(config: PreTrainedConfig) -> list[Finding]:

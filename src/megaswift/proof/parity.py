@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megaswift.models import parameters_of
-from megaswift.models.family import trained_length
+from megaswift.models.lengths import trained_length
 from megaswift.models.parameters import Parameter
 from megaswift.proof.audit import Finding, audit
 from megaswift.proof.prompts import token_rows
@@ -176,10 +176,9 @@ def _flat(value: Any) -> Tensor:
 def _states(model: Streamed, batch: _Batch) -> tuple[list[Tensor], Tensor]:
     """Results of the embedding and of every layer, and the logits."""
     kept: list[Tensor] = []
-    handles = [
-        module.register_forward_hook(lambda _m, _i, out: kept.append(_flat(out).clone()))
-        for module in (model.embedding, *model.layers)
-    ]
+    first = lambda _m, _i, out: kept.append(_flat(out) / model.embedding_factor)  # noqa: E731
+    handles = [model.embedding.register_forward_hook(first)]
+    handles += [module.register_forward_hook(lambda _m, _i, out: kept.append(_flat(out).clone())) for module in model.layers]
     try:
         logits = batch.run(model)
     finally:

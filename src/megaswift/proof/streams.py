@@ -47,6 +47,7 @@ class Streamed:
         layers: the decoder layers.
         embedding: the module that looks tokens up.
         hold: lets the weights of a module, which is named, be there as long as another one runs that is around it.
+        embedding_factor: what that module multiplies the rows that it finds by; the other model does so later.
     """
 
     def __init__(
@@ -56,8 +57,10 @@ class Streamed:
         layers: Any,
         embedding: Any,
         hold: Callable[[str, torch.nn.Module, torch.nn.Module], None] | None = None,
+        embedding_factor: float = 1.0,
     ) -> None:
         self.module, self.run, self.layers, self.embedding, self.hold = module, run, layers, embedding, hold
+        self.embedding_factor = embedding_factor
 
 
 def hf_stream(config: PreTrainedConfig, source: HFCheckpoint, precisions: Precisions) -> Streamed:
@@ -105,9 +108,11 @@ def hf_stream(config: PreTrainedConfig, source: HFCheckpoint, precisions: Precis
         hold(name, module, module)
 
     def run(tokens: Tensor, positions: Tensor, lengths: list[int]) -> Tensor:
-        return model(input_ids=tokens, position_ids=positions, attention_mask=_block_mask(lengths), use_cache=False).logits[0]
+        masks = _block_masks(config, model, lengths)
+        return model(input_ids=tokens, position_ids=positions, attention_mask=masks, use_cache=False).logits[0]
 
-    return Streamed(model, run, model.model.layers, model.get_input_embeddings(), hold)
+    embedding = model.get_input_embeddings()
+    return Streamed(model, run, model.model.layers, embedding, hold, float(getattr(embedding, "scalar_embed_scale", 1.0)))
 
 
 @dataclass(frozen=True)
@@ -152,10 +157,11 @@ def peft_stream(config: PreTrainedConfig, source: HFCheckpoint, precisions: Prec
     model: Any = wrapped.get_base_model()
 
     def run(tokens: Tensor, positions: Tensor, lengths: list[int]) -> Tensor:
-        mask = _block_mask(lengths)
-        return wrapped(input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=False).logits[0]
+        masks = _block_masks(config, model, lengths)
+        return wrapped(input_ids=tokens, position_ids=positions, attention_mask=masks, use_cache=False).logits[0]
 
-    return Streamed(plain.module, run, model.model.layers, model.get_input_embeddings())
+    embedding, factor = model.get_input_embeddings(), plain.embedding_factor
+    return Streamed(plain.module, run, model.model.layers, embedding, embedding_factor=factor)
 
 
 def megatron_stream(config: PreTrainedConfig, reader: MegatronReader, adapter: TrainedAdapter | None = None) -> Streamed:
@@ -226,6 +232,7 @@ def _stream(
 ) -> None:
     """Let a module have its weights only while it runs, or one `around` it."""
     empty = dict(module.named_parameters(recurse=False))
+    factor = float(getattr(module, "scalar_embed_scale", 1.0))
     lookup = "Embedding" in type(module).__name__  # touches few rows: it works on the stored values, and its result is cast
 
     def before(*_: Any) -> None:
@@ -237,7 +244,7 @@ def _stream(
         for part, name in own.items():
             module._parameters[part] = empty[part]
             release(name)
-        return result.float() if lookup else None
+        return result.float() * factor if lookup else None
 
     (around or module).register_forward_pre_hook(before)
     (around or module).register_forward_hook(after)
@@ -253,18 +260,48 @@ def _lend_embedding(output_layer: torch.nn.Module, load: Callable[[str], Tensor]
 
 
 def _real_buffers(model: torch.nn.Module, config: PreTrainedConfig) -> None:
-    """Build the modules that hold computed tables (RoPE) again, with memory."""
+    """Build the modules that hold computed tables (RoPE) again, with memory.
+
+    An embedding that multiplies does so in fp32, after the lookup in the stored values (`_stream`), and not itself.
+    """
     for name, module in list(model.named_modules()):
-        if any(buffer.device.type == "meta" for buffer in module.buffers(recurse=False)):
+        if hasattr(module, "scalar_embed_scale"):
+            module.embed_scale = torch.ones(())
+        elif any(buffer.device.type == "meta" for buffer in module.buffers(recurse=False)):
             parent = model.get_submodule(name.rpartition(".")[0])
             setattr(parent, name.rpartition(".")[2], type(module)(config=config))
 
 
-def _block_mask(lengths: list[int]) -> Tensor:
-    """Additive causal mask [1, 1, s, s] in which samples of one row do not see each other."""
+def windows_of(config: PreTrainedConfig, model: Any) -> list[int | None]:
+    """The window of each layer of a transformers model, as its attention modules have it, or all of them from the config."""
+    found: list[int | None] = []
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        has_one = getattr(attention, "is_sliding", True)
+        # Models without one in their modules, Mistral and Phi-3 among them, give it to one mask for all layers.
+        every = getattr(config, "sliding_window", None) if config.model_type in ONE_WINDOW else None
+        found.append(getattr(attention, "sliding_window", every) if has_one else None)
+    return found
+
+
+ONE_WINDOW = ("ministral3", "mistral", "mixtral", "phi3", "starcoder2")
+
+
+def _block_masks(config: PreTrainedConfig, model: Any, lengths: list[int]) -> Any:
+    """The mask of `_block_mask` for all layers, or by the types of layers where their windows differ."""
+    windows = windows_of(config, model)
+    if len(set(windows)) == 1:
+        return _block_mask(lengths, windows[0])
+    return {kind: _block_mask(lengths, window) for kind, window in zip(config.layer_types, windows)}
+
+
+def _block_mask(lengths: list[int], window: int | None) -> Tensor:
+    """Additive causal mask [1, 1, s, s] in which samples of one row do not see each other, nor tokens beyond a window."""
     total = sum(lengths)
     sample = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     allowed = (sample[:, None] == sample[None, :]).tril()
+    if window is not None:
+        allowed = allowed.triu(1 - window)
     return torch.zeros(total, total).masked_fill(~allowed, torch.finfo(torch.float32).min)[None, None]
 
 
@@ -287,5 +324,5 @@ def one_process() -> Iterator[None]:
 
 
 __all__ = [
-    "Streamed", "TrainedAdapter", "hf_stream", "local_name", "megatron_stream", "one_process", "peft_stream",
+    "Streamed", "TrainedAdapter", "hf_stream", "local_name", "megatron_stream", "one_process", "peft_stream", "windows_of",
 ]  # fmt: skip

@@ -28,6 +28,11 @@ def mlp_widths(config: PreTrainedConfig) -> list[int]:
     return sorted(shared | {sizes_of(config).ffn for kind in kinds if kind.experts is None})
 
 
+def mlp_parts(config: PreTrainedConfig) -> int:
+    """How many times as wide as the MLP its first product is: 2 with a gate."""
+    return 1 if any(kind.mlp == "plain" for kind in family_of(config.model_type).layers(config)) else 2
+
+
 def expert_layout_problems(config: PreTrainedConfig, parallel: Parallel) -> Iterator[Problem]:
     """What is wrong with spreading the experts this way, with the nearest values that would be right."""
     experts, pp, ep, etp = experts_of(config), parallel.pp, parallel.ep, parallel.etp

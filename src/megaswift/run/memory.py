@@ -10,7 +10,7 @@ from megaswift.models import family_of, parameters_of
 from megaswift.models.adapters import Lora, is_expert, linear
 from megaswift.models.family import sizes_of
 from megaswift.models.stages import by_rank, passes_in_flight, stage_layers, stage_weights
-from megaswift.run.experts import experts_of, mlp_widths
+from megaswift.run.experts import experts_of, mlp_parts, mlp_widths
 from megaswift.run.spec import Parallel, Run
 from megaswift.weights.dtypes import BYTES
 
@@ -87,7 +87,7 @@ def layer_activations(run: Run, config: PreTrainedConfig) -> int:
     if run.memory.recompute == "layers":
         return tokens * sizes.hidden // (parallel.tp if parallel.sequence_parallel else 1)
     qkv = (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim
-    wide = {"swiglu": 2, "mlp": 0}.get(run.memory.recompute, 3)
+    wide = {"swiglu": mlp_parts(config), "mlp": 0}.get(run.memory.recompute, 1 + mlp_parts(config))
     kept, experts = (qkv + wide * sizes.ffn) // parallel.tp, experts_of(config)
     if experts is not None:
         routed = experts.chosen * (sizes.hidden + 2 * experts.ffn)

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 
 from megaswift.config.options import SftArguments
 from megaswift.errors import DataError, UserError
-from megaswift.models.family import sizes_of, trained_length
+from megaswift.models import family_of
+from megaswift.models.family import sizes_of
+from megaswift.models.lengths import trained_length
 from megaswift.models.stages import by_rank, stage_layers
-from megaswift.run.experts import expert_layout_problems, expert_problems, mlp_widths
+from megaswift.run.experts import expert_layout_problems, expert_problems, mlp_parts, mlp_widths
 from megaswift.run.problem import Problem, divisors, nearest_sizes
 from megaswift.run.spec import FP8_MULTIPLE, Parallel, Run
 
@@ -55,6 +57,7 @@ def problems(run: Run, config: PreTrainedConfig) -> Iterator[Problem]:
     yield from _turns(run)
     yield from _offload(run, config)
     yield from _fp8(run, config)
+    yield from _flash(run, config)
     yield from _fp16(run)
     yield from _steps(run)
 
@@ -209,7 +212,7 @@ def _fp8(run: Run, config: PreTrainedConfig) -> Iterator[Problem]:
     parts = {  # sizes of the results and inputs of a rank's products
         "linear_qkv": ((sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim // tp, sizes.hidden),
         "linear_proj": (sizes.hidden, sizes.heads * sizes.head_dim // tp),
-        "linear_fc1": (2 * sizes.ffn // tp, sizes.hidden),
+        "linear_fc1": (mlp_parts(config) * sizes.ffn // tp, sizes.hidden),
         "linear_fc2": (sizes.hidden, sizes.ffn // tp),
     }
     for name, shape in parts.items():
@@ -219,6 +222,21 @@ def _fp8(run: Run, config: PreTrainedConfig) -> Iterator[Problem]:
                 where="--fp8, --tp",
                 fix="use a smaller --tp, or leave --fp8 out" if tp > 1 else "leave --fp8 out",
             )
+
+
+def _flash(run: Run, config: PreTrainedConfig) -> Iterator[Problem]:
+    """PyTorch's flash kernel by name, and layers that it does not know."""
+    if run.precision.attention != "flash":
+        return
+    kinds = family_of(config.model_type).layers(config)
+    windows = sorted({kind.window for kind in kinds if kind.window is not None and kind.window < run.batch.max_length})
+    if windows or any(kind.score_cap is not None for kind in kinds):
+        what = f"a window of {windows[0]} tokens" if windows else "a cap of the scores"
+        yield Problem(
+            f"--use_flash_attn true asks for a kernel that does not know {what}, which layers of this model have.",
+            where="--use_flash_attn",
+            fix="leave it out: the fastest way that is right is then chosen for each layer",
+        )
 
 
 def _fp16(run: Run) -> Iterator[Problem]:

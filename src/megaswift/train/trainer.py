@@ -77,7 +77,9 @@ class Trainer:
         compat.use_our_adamw()
         self.chunks, config = chunks_of(model), model.config
         overlap, self.gathers_late = run.parallel.overlap_grad_reduce, run.parallel.overlap_param_gather
-        self.chunks[0].graphs = self.graphs = Graphs(self.chunks[0].decoder, run.memory.cuda_graphs, overlap)
+        self.chunks[0].graphs = self.graphs = Graphs(
+            self.chunks[0].decoder, run.memory.cuda_graphs, overlap, model.adapter is not None
+        )
         settings = DistributedDataParallelConfig(
             use_distributed_optimizer=True,
             grad_reduce_in_fp32=True,

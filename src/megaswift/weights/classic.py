@@ -31,8 +31,11 @@ _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 # Names of the plain modules -> those of TransformerEngine's fused ones, which the families have.
 _FUSED = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "input_layernorm.bias": "self_attention.linear_qkv.layer_norm_bias",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+    "pre_mlp_layernorm.bias": "mlp.linear_fc1.layer_norm_bias",
     "final_norm.weight": "final_layernorm.weight",
+    "final_norm.bias": "final_layernorm.bias",
 }
 
 

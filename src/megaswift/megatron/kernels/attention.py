@@ -2,7 +2,9 @@
 
 FlashAttention 4 is the fastest on Hopper where it is installed. Of the kernels that PyTorch ships, cuDNN's is the fastest there
 for whole rows; elsewhere, and for packed rows, its flash kernel. Packed rows hold several samples, told apart by
-`cu_seqlens`; each attends within itself.
+`cu_seqlens`; each attends within itself. A window is an argument of FlashAttention 4 and of the flash kernel, a cap of the
+scores of FlashAttention 4 alone; what no kernel knows goes through plain operations (`block_attention`). A window as long as
+the longest sample is none.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megaswift.megatron.kernels.block_attention import block_causal
 from megaswift.megatron.kernels.flash_attention_4 import flash_attention_4, refusal
 
 
@@ -43,8 +46,20 @@ def _cudnn_takes(query: Tensor) -> bool:
     return query.shape[-1] % 8 == 0 and query.shape[-1] <= 128 and query.shape[0] > 1 and _is_hopper(query.device)
 
 
+def _narrowed(window: int | None, longest: int) -> int | None:
+    """A window, or None where no sample is longer than it."""
+    return None if window is None or window >= longest else window
+
+
 def dense_causal(
-    query: Tensor, key: Tensor, value: Tensor, softmax_scale: float | None = None, *, backend: str = "auto"
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    softmax_scale: float | None = None,
+    *,
+    backend: str = "auto",
+    window: int | None = None,
+    cap: float | None = None,
 ) -> Tensor:
     """Causal attention of whole rows.
 
@@ -52,15 +67,27 @@ def dense_causal(
         query: [s, b, heads, d]; key, value: [s, b, kv heads, d].
         softmax_scale: factor on the scores, 1 / sqrt(d) when None.
         backend: "auto" (the fastest measured), or "torch": PyTorch's own choice among the kernels that are enabled there.
+        window: how many keys a query sees, its own among them; None: all before it.
+        cap: a score s becomes cap * tanh(s / cap); None: it stays.
     Returns:
         [s, b, heads * d].
     """
     s, b, heads, dim = query.shape
+    window = _narrowed(window, s)
     q, k, v = (part.permute(1, 2, 0, 3) for part in (query, key, value))
-    if backend == "auto" and refusal(query, key.shape[2], packed=False) is None:
+    if backend == "auto" and refusal(query, key.shape[2], packed=False, window=window is not None, cap=cap) is None:
         rows = [part.transpose(0, 1) for part in (query, key, value)]
-        mixed = flash_attention_4(rows[0], rows[1], rows[2], softmax_scale=softmax_scale)
+        mixed = flash_attention_4(rows[0], rows[1], rows[2], softmax_scale=softmax_scale, window=window, cap=cap)
         return mixed.transpose(0, 1).reshape(s, b, heads * dim)
+    if cap is not None or (window is not None and not _takes_packed(query)):
+        rows = [part.transpose(0, 1) for part in (query, key, value)]
+        mixed = block_causal(rows[0], rows[1], rows[2], softmax_scale, window=window, cap=cap)
+        return mixed.transpose(0, 1).reshape(s, b, heads * dim)
+    if window is not None:  # rows are samples, one after the other
+        lengths = Lengths.of([s] * b, [s] * b, query.device)
+        packed = [part.transpose(0, 1).flatten(0, 1) for part in (query, key, value)]
+        mixed = varlen_causal(packed[0], packed[1], packed[2], lengths, softmax_scale, window=window)
+        return mixed.unflatten(0, (b, s)).transpose(0, 1).reshape(s, b, heads * dim)
     if backend == "auto" and _cudnn_takes(query):
         needs = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
         mixed = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, needs, 0.0, True, False, scale=softmax_scale)[
@@ -93,11 +120,18 @@ class Lengths:
         return cls(queries, keys, *(part.to(device, non_blocking=True) for part in borders))
 
 
-def describe(query: Tensor, kv_heads: int, *, packed: bool) -> str:
-    """Which kernel `packed_causal`, or else `dense_causal`, takes for such a query on its GPU, in words for the user."""
-    reason = refusal(query, kv_heads, packed=packed)
+def describe(query: Tensor, kv_heads: int, *, packed: bool, window: bool = False, cap: float | None = None) -> str:
+    """Which kernel `packed_causal`, or else `dense_causal`, takes for such a query on its GPU, in words for the user.
+
+    Args:
+        window, cap: whether samples are longer than a window, and what scores are capped at.
+    """
+    reason = refusal(query, kv_heads, packed=packed, window=window, cap=cap)
     if reason is None:
         return "FlashAttention 4"
+    if cap is not None or (window and not _takes_packed(query)):
+        return "plain operations, block by block, which is the slow way"
+    packed = packed or window
     if query.dtype == torch.float32:
         return "PyTorch's own choice for fp32" + (", sample by sample" if packed else "")
     if not _has_flash(query.device):
@@ -109,12 +143,19 @@ def describe(query: Tensor, kv_heads: int, *, packed: bool) -> str:
 
 
 def _packed(
-    q: Tensor, k: Tensor, v: Tensor, cu: tuple[Tensor, Tensor], longest: tuple[int, int], scale: float | None
-) -> Tensor:
-    """The fastest kernel for packed half-precision rows on a GPU: [t, heads, d], kv heads as they are."""
-    if refusal(q, k.shape[1], packed=True) is None:
-        return flash_attention_4(q, k, v, cu, longest, scale)
-    return _FlashVarlen.apply(q, k, v, cu, longest, scale)
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu: tuple[Tensor, Tensor],
+    longest: tuple[int, int],
+    scale: float | None,
+    window: int | None,
+    cap: float | None,
+) -> Tensor | None:
+    """The fastest kernel for packed half-precision rows on a GPU: [t, heads, d], kv heads as they are; None where none fits."""
+    if refusal(q, k.shape[1], packed=True, window=window is not None, cap=cap) is None:
+        return flash_attention_4(q, k, v, cu, longest, scale, window=window, cap=cap)
+    return None if cap is not None else _FlashVarlen.apply(q, k, v, cu, longest, scale, window)
 
 
 class _FlashVarlen(torch.autograd.Function):
@@ -122,28 +163,51 @@ class _FlashVarlen(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu: tuple[Tensor, Tensor], longest: tuple[int, int], scale: float | None
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu: tuple[Tensor, Tensor],
+        longest: tuple[int, int],
+        scale: float | None,
+        window: int | None,
     ) -> Tensor:
+        # Its window counts the keys before a query's own.
+        options: dict[str, Any] = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
         out, lse, state, unused, _ = torch.ops.aten._flash_attention_forward(
-            q, k, v, *cu, *longest, 0.0, True, False, scale=scale
+            q, k, v, *cu, *longest, 0.0, True, False, scale=scale, **options
         )
         ctx.save_for_backward(q, k, v, out, lse, *cu, state, unused)
-        ctx.longest, ctx.scale = longest, scale
+        ctx.longest, ctx.options = longest, options | {"scale": scale}
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, cu_q, cu_k, state, unused = ctx.saved_tensors
         dq, dk, dv = torch.ops.aten._flash_attention_backward(
-            grads[0].contiguous(), q, k, v, out, lse, cu_q, cu_k, *ctx.longest, 0.0, True, state, unused, scale=ctx.scale
+            grads[0].contiguous(), q, k, v, out, lse, cu_q, cu_k, *ctx.longest, 0.0, True, state, unused, **ctx.options
         )
-        return dq, dk, dv, None, None, None
+        return dq, dk, dv, None, None, None, None
 
 
-def _by_sample(q: Tensor, k: Tensor, v: Tensor, queries: list[int], keys: list[int], scale: float | None) -> Tensor:
+def _by_sample(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: list[int],
+    keys: list[int],
+    scale: float | None,
+    window: int | None = None,
+    cap: float | None = None,
+) -> Tensor:
     """The twin: one attention a sample. `split` and `cat` keep the backward pass linear in the row's length."""
     parts = []
     for one in zip(q.split(queries), k.split(keys), v.split(keys)):
+        narrow = _narrowed(window, one[1].shape[0])
+        if narrow is not None or cap is not None:
+            rows = [x.unsqueeze(0) for x in one]
+            parts.append(block_causal(rows[0], rows[1], rows[2], scale, window=narrow, cap=cap).squeeze(0))
+            continue
         a, b, c = (x.transpose(0, 1).unsqueeze(0) for x in one)
         before = b.shape[2] - a.shape[2]  # keys that all queries see
         mask = torch.ones(a.shape[2], b.shape[2], dtype=torch.bool, device=q.device).tril(before) if before else None
@@ -154,18 +218,31 @@ def _by_sample(q: Tensor, k: Tensor, v: Tensor, queries: list[int], keys: list[i
     return torch.cat(parts)
 
 
-def varlen_causal(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, softmax_scale: float | None = None) -> Tensor:
+def varlen_causal(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Lengths,
+    softmax_scale: float | None = None,
+    *,
+    window: int | None = None,
+    cap: float | None = None,
+) -> Tensor:
     """Causal attention within each of several samples, from their last tokens to all of them.
 
     Args:
         q: [queries, heads, d]; k, v: [keys, kv heads, d].
+        window, cap: as for `dense_causal`.
     Returns:
         [queries, heads, d].
     """
+    window = _narrowed(window, max(lengths.keys))
     if _takes_packed(q):
         cu, longest = (lengths.cu_queries, lengths.cu_keys), (max(lengths.queries), max(lengths.keys))
-        return _packed(q, k, v, cu, longest, softmax_scale)
-    return _by_sample(q, k, v, lengths.queries, lengths.keys, softmax_scale)
+        mixed = _packed(q, k, v, cu, longest, softmax_scale, window, cap)
+        if mixed is not None:
+            return mixed
+    return _by_sample(q, k, v, lengths.queries, lengths.keys, softmax_scale, window, cap)
 
 
 def packed_causal(
@@ -177,6 +254,8 @@ def packed_causal(
     softmax_scale: float | None = None,
     *,
     lengths: list[int] | None = None,
+    window: int | None = None,
+    cap: float | None = None,
 ) -> Tensor:
     """Causal attention within each of the samples that share one row.
 
@@ -185,14 +264,16 @@ def packed_causal(
         cu_seqlens: int32 [n + 1], where samples begin; the last entry is t.
         max_seqlen: length of the longest sample.
         lengths: the samples' lengths as numbers, if the caller has them (used where there is no kernel for packed rows).
+        window, cap: as for `dense_causal`.
     Returns:
         [t, 1, heads * d].
     """
     t, _, heads, dim = query.shape
     q, k, v = (part.squeeze(1) for part in (query, key, value))
+    window, mixed = _narrowed(window, max_seqlen), None
     if _takes_packed(query):
-        mixed = _packed(q, k, v, (cu_seqlens, cu_seqlens), (max_seqlen, max_seqlen), softmax_scale)
-    else:
+        mixed = _packed(q, k, v, (cu_seqlens, cu_seqlens), (max_seqlen, max_seqlen), softmax_scale, window, cap)
+    if mixed is None:
         lengths = lengths or cu_seqlens.diff().tolist()
-        mixed = _by_sample(q, k, v, lengths, lengths, softmax_scale)
+        mixed = _by_sample(q, k, v, lengths, lengths, softmax_scale, window, cap)
     return mixed.reshape(t, 1, heads * dim)

@@ -111,11 +111,21 @@ class _Gather(torch.autograd.Function):
         return own, None
 
 
-def shared_causal(query: Tensor, key: Tensor, value: Tensor, share: Share, softmax_scale: float | None = None) -> Tensor:
+def shared_causal(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    share: Share,
+    softmax_scale: float | None = None,
+    *,
+    window: int | None = None,
+    cap: float | None = None,
+) -> Tensor:
     """Causal attention of this rank's tokens within their samples, to all tokens of the row before them.
 
     Args:
         query: [s / cp, b, heads, d], the two slices one after the other; key, value: [s / cp, b, kv heads, d].
+        window, cap: as for `dense_causal`.
     Returns:
         [s / cp, b, heads * d].
     """
@@ -124,6 +134,6 @@ def shared_causal(query: Tensor, key: Tensor, value: Tensor, share: Share, softm
     for piece, own in zip(share.slices, query.chunk(2)):
         seen = both[piece.start : piece.last]
         q, k, v = (x.transpose(0, 1).flatten(0, 1) for x in (own, seen[:, 0], seen[:, 1]))
-        mixed = varlen_causal(q, k, v, piece.lengths, softmax_scale)
+        mixed = varlen_causal(q, k, v, piece.lengths, softmax_scale, window=window, cap=cap)
         parts.append(mixed.unflatten(0, (query.shape[1], -1)).transpose(0, 1).flatten(2))
     return torch.cat(parts)

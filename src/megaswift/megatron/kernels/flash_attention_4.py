@@ -32,7 +32,9 @@ def _interface() -> tuple[Any, str]:
 
 
 @functools.cache
-def _probed(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, dim: int, packed: bool) -> str:
+def _probed(
+    device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, dim: int, packed: bool, window: bool, cap: float | None
+) -> str:
     """Compile both directions and compare them with plain attention. Returns "" or what is wrong.
 
     Some sizes compile and give wrong numbers: with heads of 80, version 4.0.0b36 returns a wrong gradient of the query.
@@ -51,8 +53,10 @@ def _probed(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int,
     try:
         with torch.enable_grad():
             cu, longest = ((borders, borders), (max(lengths), max(lengths))) if packed else (None, None)
-            out = _FlashAttention4.apply(*inputs, cu, longest, None)
-            want = torch.cat([_plain(*one) for one in zip(*(part.split(lengths, dim=-3) for part in exact))], dim=-3)
+            narrow = 150 if window else None
+            out = _FlashAttention4.apply(*inputs, cu, longest, None, narrow, cap)
+            samples = zip(*(part.split(lengths, dim=-3) for part in exact))
+            want = torch.cat([_plain(q, k, v, narrow, cap) for q, k, v in samples], dim=-3)
             got = (out, *torch.autograd.grad(out, inputs, grad))
             wanted = (want, *torch.autograd.grad(want, exact, grad.float()))
         for name, one, other in zip(("result", "gradient of the query", "of the key", "of the value"), got, wanted):
@@ -64,17 +68,23 @@ def _probed(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int,
     return ""
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _plain(q: Tensor, k: Tensor, v: Tensor, window: int | None, cap: float | None) -> Tensor:
     """Causal attention of [..., s, heads, d] with PyTorch's operations."""
     q, k, v = (part.transpose(-3, -2) for part in (q, k, v))
     k, v = (part.repeat_interleave(q.shape[-3] // part.shape[-3], dim=-3) for part in (k, v))
     scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
-    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-    return (scores.masked_fill(future, float("-inf")).softmax(-1) @ v).transpose(-3, -2)
+    scores = scores if cap is None else (scores / cap).tanh() * cap
+    all_pairs = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
+    hidden = all_pairs.triu(1) if window is None else all_pairs.triu(1) | all_pairs.tril(-window)
+    return (scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v).transpose(-3, -2)
 
 
-def refusal(query: Tensor, kv_heads: int, *, packed: bool) -> str | None:
-    """Why these tensors cannot go through it: None if they can, "" if it is just not installed or not for this GPU."""
+def refusal(query: Tensor, kv_heads: int, *, packed: bool, window: bool = False, cap: float | None = None) -> str | None:
+    """Why these tensors cannot go through it: None if they can, "" if it is just not installed or not for this GPU.
+
+    Args:
+        window, cap: whether samples are longer than a window, and what scores are capped at.
+    """
     if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16) or torch.version.hip is not None:
         return ""
     dim = query.shape[-1]
@@ -83,7 +93,7 @@ def refusal(query: Tensor, kv_heads: int, *, packed: bool) -> str | None:
     interface, problem = _interface()
     if interface is None:
         return problem
-    return _probed(query.device, query.dtype, query.shape[-2], kv_heads, dim, packed) or None
+    return _probed(query.device, query.dtype, query.shape[-2], kv_heads, dim, packed, window, cap) or None
 
 
 class _FlashAttention4(torch.autograd.Function):
@@ -98,23 +108,31 @@ class _FlashAttention4(torch.autograd.Function):
         cu: tuple[Tensor, Tensor] | None,
         longest: tuple[int, int] | None,
         scale: float | None,
+        window: int | None,
+        cap: float | None,
     ) -> Tensor:
-        options = _options(cu, longest, scale)
+        options = _options(cu, longest, scale, window, cap)
         out, lse = _interface()[0]._flash_attn_fwd(q, k, v, out=torch.empty_like(q), return_lse=True, **options)[:2]
         ctx.save_for_backward(q, k, v, out, lse, *(cu or ()))
-        ctx.longest, ctx.scale = longest, scale
+        ctx.longest, ctx.how = longest, (scale, window, cap)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *cu = ctx.saved_tensors
-        options = _options(tuple(cu) or None, ctx.longest, ctx.scale)
+        options = _options(tuple(cu) or None, ctx.longest, *ctx.how)
         dq, dk, dv = _interface()[0]._flash_attn_bwd(q, k, v, out, grads[0], lse, **options)
-        return dq, dk, dv, None, None, None
+        return dq, dk, dv, None, None, None, None, None
 
 
-def _options(cu: Any, longest: tuple[int, int] | None, scale: float | None) -> dict[str, Any]:
-    common = dict(causal=True, softmax_scale=scale)
+def _options(
+    cu: Any, longest: tuple[int, int] | None, scale: float | None, window: int | None, cap: float | None
+) -> dict[str, Any]:
+    common: dict[str, Any] = dict(causal=True, softmax_scale=scale)
+    if window is not None:  # it counts the keys before a query's own
+        common |= dict(window_size_left=window - 1, window_size_right=0)
+    if cap is not None:
+        common |= dict(softcap=cap)
     if cu is None or longest is None:
         return common
     return common | dict(cu_seqlens_q=cu[0], cu_seqlens_k=cu[1], max_seqlen_q=longest[0], max_seqlen_k=longest[1])
@@ -127,6 +145,9 @@ def flash_attention_4(
     cu: tuple[Tensor, Tensor] | None = None,
     longest: tuple[int, int] | None = None,
     softmax_scale: float | None = None,
+    *,
+    window: int | None = None,
+    cap: float | None = None,
 ) -> Tensor:
     """Causal attention of tensors that `refusal` does not refuse, aligned to the last key.
 
@@ -135,7 +156,9 @@ def flash_attention_4(
         k, v: the same with the key-value heads.
         cu: int32 [n + 1] each, where the queries and the keys of the n samples begin; None for whole rows.
         longest: the most queries and the most keys of a sample.
+        window: how many keys a query sees, its own among them; None: all before it.
+        cap: a score s becomes cap * tanh(s / cap); None: it stays.
     Returns:
         As q.
     """
-    return _FlashAttention4.apply(q, k, v, cu, longest, softmax_scale)
+    return _FlashAttention4.apply(q, k, v, cu, longest, softmax_scale, window, cap)

@@ -2,7 +2,8 @@
 
 Each chunk's logits become its gradient in place, and that gradient is used at once: for the hidden states and for the
 weight. The backward pass has nothing left to do but a scale. The vocabulary may be split over tensor-parallel ranks.
-Rows without a label are not computed at all.
+Rows without a label are not computed at all. A cap of the logits is made, and its slope multiplied in, by plain operations on each
+chunk, on a GPU too: this keeps a copy of the chunk.
 """
 
 from __future__ import annotations
@@ -198,6 +199,7 @@ class _Plan:
         scale: the factor of all gradients, or None for losses alone.
         factors: one more factor for each row, of its loss and of its gradient (fp32); None: 1.
         into: the fp32 buffer that the weight's gradient goes to, or None; `overwrite` it instead of adding.
+        cap: a logit x becomes cap * tanh(x / cap); None: it stays.
     """
 
     shard: _Shard
@@ -207,12 +209,20 @@ class _Plan:
     want_hidden: bool = False
     into: Tensor | None = None
     overwrite: bool = False
+    cap: float | None = None
 
     def rows_at_a_time(self, rows: int, width: int, element: int) -> int:
         """Equal chunks whose logits take at most `budget` bytes, a multiple of 128 rows."""
         chunks = max(1, -(-rows * width * element // self.budget))
         even = (rows + chunks - 1) // chunks
         return max(1, min(rows, (even + 127) // 128 * 128))
+
+
+def _capped(logits: Tensor, cap: float) -> Tensor:
+    """Cap logits in place, with the roundings of transformers' models; tanh(x / cap) of each."""
+    shares = logits.div_(cap).tanh_().clone()
+    logits.mul_(cap)
+    return shares
 
 
 def _hidden_gradient(logits: Tensor, weight: Tensor, into: Tensor) -> None:
@@ -243,7 +253,10 @@ def _run(hidden: Tensor, weight: Tensor, labels: Tensor, plan: _Plan) -> tuple[T
         inputs = hidden[part]
         logits = torch.mm(inputs, weight.t(), out=space[: inputs.shape[0]])
         factors = None if plan.factors is None else plan.factors[part]
+        shares = None if plan.cap is None else _capped(logits, plan.cap)
         losses[part] = chunk(logits, labels[part], plan.scale, factors, plan.shard)
+        if shares is not None and plan.scale is not None:  # times the slope of the cap: 1 - tanh^2
+            torch.ops.aten.tanh_backward.grad_input(logits, shares, grad_input=logits)
         if dhidden is not None:
             _hidden_gradient(logits, weight, dhidden[part])
         if plan.into is not None:
@@ -339,6 +352,7 @@ def linear_cross_entropy(
     shared_with_embedding: bool = False,
     reduction: str = "sum",
     chunk_bytes: int | None = None,
+    cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cross entropy of softmax(hidden @ weight^T) at the labels.
 
@@ -356,7 +370,8 @@ def linear_cross_entropy(
         shared_with_embedding: the weight is also the input embedding of this rank, whose operation answers autograd for it.
         reduction: "sum", or "none" for each token's loss (no gradient; 0 where there is no label).
         chunk_bytes: size of the largest piece of logits; default 2.5 GiB on a GPU (a quarter of it for a frozen weight,
-            whose gradient is not gone through with each piece), 128 MiB on the CPU.
+            whose gradient is not gone through with each piece), 128 MiB on the CPU; half of it with a cap.
+        cap: a logit x becomes cap * tanh(x / cap) before the softmax; None: it stays.
     Returns:
         loss (fp32; a scalar, or [T] for "none"), and the number of labelled tokens (int64 scalar).
     """
@@ -364,8 +379,9 @@ def linear_cross_entropy(
     rows, chosen, own = labelled_rows(labels, device, factors)
     count = torch.full((), chosen.numel(), dtype=torch.int64, device=device)
     real = weight.shape[0] if vocab_size is None else max(0, min(weight.shape[0], vocab_size - vocab_start))
-    budget = chunk_bytes or ((5 << 29 if weight.requires_grad else 5 << 27) if hidden.is_cuda else 1 << 27)
-    plan = _Plan(_Shard(vocab_start, real, tp_group), budget, factors=own)
+    whole = (5 << 29 if weight.requires_grad else 5 << 27) if hidden.is_cuda else 1 << 27
+    budget = chunk_bytes or whole // (1 if cap is None else 2)
+    plan = _Plan(_Shard(vocab_start, real, tp_group), budget, factors=own, cap=cap)
     hidden = hidden.contiguous()
     if reduction == "none" or not torch.is_grad_enabled() or not (hidden.requires_grad or weight.requires_grad):
         with torch.no_grad():

@@ -30,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megaswift.megatron.compat import become
 from megaswift.megatron.kernels.attention import dense_causal, packed_causal
+from megaswift.megatron.kernels.block_attention import block_causal
 from megaswift.megatron.kernels.context_parallel import shared_causal
 from megaswift.megatron.kernels.embedding import embedding
 from megaswift.megatron.kernels.linear_ops import linear_ops_of
@@ -92,14 +93,37 @@ class CoreAttention(torch.nn.Module):
 
     Args:
         rotation: which of the layout's tables rotate query and key; None: none does.
+        query_rotation: which of them rotate queries, where these have others.
+        window: how many tokens a token sees, itself among them; None: all before it.
+        score_cap: a score s becomes score_cap * tanh(s / score_cap); None: it stays.
+        norm: makes a norm of each head's query and key after they rotate, of a config, its width and its epsilon.
     """
 
     def __init__(
-        self, config: TransformerConfig, softmax_scale: float | None = None, rotation: str | None = MAIN, **_: Any
+        self,
+        config: TransformerConfig,
+        softmax_scale: float | None = None,
+        rotation: str | None = MAIN,
+        query_rotation: str | None = None,
+        window: int | None = None,
+        score_cap: float | None = None,
+        norm: Any = None,
+        **_: Any,
     ) -> None:
         super().__init__()
         self.kernels = _kernels(config)
-        self.softmax_scale, self.rotation = softmax_scale, rotation
+        self.softmax_scale, self.rotation, self.query_rotation = softmax_scale, rotation, query_rotation or rotation
+        self.window, self.score_cap = window, score_cap
+        if norm is not None:
+            self.q_layernorm, self.k_layernorm = (norm(config, config.kv_channels, config.layernorm_epsilon) for _ in range(2))
+
+    def turned(self, query: Tensor, key: Tensor, tables: Any) -> tuple[Tensor, Tensor]:
+        """Query and key, rotated by the layer's tables and normed then, where they are."""
+        if self.rotation is not None:
+            query, key = rotate(query, *tables[self.query_rotation]), rotate(key, *tables[self.rotation])
+        if hasattr(self, "q_layernorm"):
+            query, key = self.q_layernorm(query), self.k_layernorm(key)
+        return query, key
 
     def forward(
         self,
@@ -112,11 +136,10 @@ class CoreAttention(torch.nn.Module):
         packed_seq_params: Any = None,
     ) -> Tensor:
         layout = packed_seq_params
-        if layout is not None and self.rotation is not None:
-            cos, sin = layout.tables[self.rotation]
-            query, key = _rotated(query, cos, sin), _rotated(key, cos, sin)
+        if layout is not None:
+            query, key = self.turned(query, key, layout.tables)
         if layout is not None and layout.share is not None:
-            return shared_causal(query, key, value, layout.share, self.softmax_scale)
+            return shared_causal(query, key, value, layout.share, self.softmax_scale, window=self.window, cap=self.score_cap)
         query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))  # [b, heads, s, d]
         if layout is None or layout.seq_lens is None:
             mixed = self._attend(query, key, value)
@@ -126,6 +149,11 @@ class CoreAttention(torch.nn.Module):
         return mixed.permute(2, 0, 1, 3).reshape(mixed.shape[2], mixed.shape[0], -1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        narrow = self.window is not None and self.window < key.shape[2]
+        if narrow or self.score_cap is not None:
+            query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+            window = self.window if narrow else None
+            return block_causal(query, key, value, self.softmax_scale, window=window, cap=self.score_cap).transpose(1, 2)
         grouped = query.shape[1] != key.shape[1]
         with sdpa_kernel(self.kernels, set_priority=True):
             return F.scaled_dot_product_attention(
@@ -137,12 +165,6 @@ def _kernels(config: TransformerConfig) -> list[SDPBackend]:
     """The attention kernels that may be used, the preferred one first."""
     flash, plain = SDPBackend.FLASH_ATTENTION, SDPBackend.MATH
     return {"flash": [flash], "plain": [plain], "fastest": [flash, plain]}[config.attention]
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding, halves convention (https://arxiv.org/abs/2104.09864): x * cos + (-x2, x1) * sin."""
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
 class FusedSelfAttention(SelfAttention):
@@ -160,23 +182,27 @@ class FusedSelfAttention(SelfAttention):
         if not self._takes(layout, kwargs):
             return super().forward(hidden_states, attention_mask, **kwargs)
         query, key, value = self._query_key_value(hidden_states, layout)
-        scale = self.core_attention.softmax_scale
+        core = self.core_attention
+        scale: float | None = core.softmax_scale
+        limits: Any = dict(window=core.window, cap=core.score_cap)
         if getattr(layout, "share", None) is not None:
-            context = shared_causal(query, key, value, layout.share, scale)
+            context = shared_causal(query, key, value, layout.share, scale, **limits)
         elif getattr(layout, "seq_lens", None) is None and layout.cu_seqlens_q is None:
-            context = dense_causal(query, key, value, scale)
+            context = dense_causal(query, key, value, scale, **limits)
         else:
+            lengths = getattr(layout, "seq_lens", None)
             context = packed_causal(
-                query, key, value, layout.cu_seqlens_q, layout.max_seqlen_q, scale, lengths=getattr(layout, "seq_lens", None)
+                query, key, value, layout.cu_seqlens_q, layout.max_seqlen_q, scale, lengths=lengths, **limits
             )
         return self.linear_proj(context)
 
     def _query_key_value(self, hidden_states: Tensor, layout: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Query [s, b, heads, d], key and value [s, b, kv heads, d] of this rank, normalised and rotated."""
         heads, groups = self.num_attention_heads_per_partition, self.num_query_groups_per_partition
-        rotation: str | None = self.core_attention.rotation
+        core = self.core_attention
+        rotation: str | None = core.rotation
         normed = self.q_layernorm is not None and type(self.q_layernorm) is not IdentityOp
-        if rotation is not None and not normed:
+        if rotation is not None and not normed and core.query_rotation == rotation and not hasattr(core, "q_layernorm"):
             mixed, bias = self._product_and_bias(hidden_states)
             return split_rotate_qkv(mixed, *layout.tables[rotation], heads=heads, groups=groups, bias=bias)
         mixed, _ = self.linear_qkv(hidden_states)
@@ -185,8 +211,7 @@ class FusedSelfAttention(SelfAttention):
         query, key, value = view[..., :-2, :].reshape(s, b, heads, -1), view[..., -2, :], view[..., -1, :]
         if normed:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
-        if rotation is not None:
-            query, key = (rotate(part, *layout.tables[rotation]) for part in (query, key))
+        query, key = core.turned(query, key, layout.tables)
         return query, key, value
 
     def _product_and_bias(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:

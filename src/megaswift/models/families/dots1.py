@@ -6,7 +6,7 @@ from typing import Any
 
 from megaswift.models.experts import ROUTING_FIELDS, dense_mlp, kind_with, shared_rules, usual_expert_rules, without_mlp
 from megaswift.models.families.qwen3 import QWEN3
-from megaswift.models.family import Family, decoder_settings
+from megaswift.models.family import Family, decoder_settings, typed_window
 from megaswift.models.kinds import Experts, Kind
 
 _LAYER = "model.layers.{i}."
@@ -15,7 +15,7 @@ _SHARED = _LAYER + "mlp.shared_experts."
 
 def _kind(config: Any, layer: int) -> Kind:
     if layer < config.first_k_dense_replace:
-        return Kind(qk_norm=True)
+        return Kind(qk_norm=True, window=typed_window(config, layer))
     experts = Experts(
         config.n_routed_experts,
         config.num_experts_per_tok,
@@ -28,7 +28,7 @@ def _kind(config: Any, layer: int) -> Kind:
         bias=True,
         shared_ffn=config.moe_intermediate_size * config.n_shared_experts,
     )
-    return kind_with(experts, qk_norm=True)
+    return kind_with(experts, qk_norm=True, window=typed_window(config, layer))
 
 
 DOTS1 = Family(

@@ -8,7 +8,7 @@ from typing import Any
 from megaswift.models.experts import ROUTING_FIELDS, expert_rules, kind_with, without_mlp
 from megaswift.models.families.llama import LLAMA
 from megaswift.models.family import Family, decoder_settings
-from megaswift.models.kinds import Experts, Kind
+from megaswift.models.kinds import Experts, Factors, Kind
 from megaswift.models.parameters import fused, stacked
 from megaswift.models.rules import Rule
 
@@ -52,7 +52,7 @@ GRANITEMOE = Family(
     ),
     settings=lambda config: decoder_settings(config) | {"softmax_scale": float(config.attention_multiplier)},
     kind=_kind,
-    factors=lambda config: (float(config.embedding_multiplier), 1.0 / float(config.logits_scaling)),
+    factors=lambda config: Factors(float(config.embedding_multiplier), logits=1.0 / float(config.logits_scaling)),
     extra_fields=ROUTING_FIELDS | {"embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"},
     tiny=dict(
         hidden_size=64,

@@ -1,13 +1,15 @@
-"""Mistral 7B: Llama's tensors; v0.1 adds a sliding window, up to which samples may reach."""
+"""Mistral 7B: Llama's tensors; v0.1 has a sliding window in all layers."""
 
 from megaswift.models.families.llama import LLAMA
-from megaswift.models.family import Family, decoder_settings
+from megaswift.models.family import Family, decoder_settings, every_window
+from megaswift.models.kinds import Kind
 
 MISTRAL = Family(
     name="mistral",
     hf_types=("mistral",),
     rules=LLAMA.rules,
     settings=decoder_settings,
+    kind=lambda config, layer: Kind(window=every_window(config)),
     tiny=dict(
         hidden_size=64,
         num_hidden_layers=4,

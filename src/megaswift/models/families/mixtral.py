@@ -7,7 +7,7 @@ from typing import Any
 from megaswift.errors import UserError
 from megaswift.models.experts import ROUTING_FIELDS, expert_rules, kind_with, without_mlp
 from megaswift.models.families.mistral import MISTRAL
-from megaswift.models.family import Family, decoder_settings
+from megaswift.models.family import Family, decoder_settings, every_window
 from megaswift.models.kinds import Experts, Kind
 
 _LAYER = "model.layers.{i}."
@@ -21,7 +21,8 @@ def _kind(config: Any, layer: int) -> Kind:
             where="config.json: router_jitter_noise",
             fix="set it to 0: it is noise of a training from the beginning",
         )
-    return kind_with(Experts(config.num_local_experts, config.num_experts_per_tok, config.intermediate_size))
+    experts = Experts(config.num_local_experts, config.num_experts_per_tok, config.intermediate_size)
+    return kind_with(experts, window=every_window(config))
 
 
 MIXTRAL = Family(

@@ -1,7 +1,8 @@
 """Qwen1.5, Qwen2 and Qwen2.5 dense. Differs from Llama by a bias on query, key and value."""
 
 from megaswift.models.families.llama import LLAMA
-from megaswift.models.family import Family, decoder_settings
+from megaswift.models.family import Family, decoder_settings, typed_window
+from megaswift.models.kinds import Kind
 from megaswift.models.rules import qkv
 
 _ATTENTION = "model.layers.{i}.self_attn."
@@ -18,6 +19,7 @@ QWEN2 = Family(
         ),
     ),
     settings=lambda config: decoder_settings(config) | {"add_qkv_bias": True},
+    kind=lambda config, layer: Kind(window=typed_window(config, layer)),
     attention_bias=None,
     tiny=dict(
         hidden_size=64,

@@ -1,7 +1,7 @@
 """Qwen3 dense. Differs from Llama by per-head norms on query and key and by an explicit head size."""
 
 from megaswift.models.families.llama import LLAMA
-from megaswift.models.family import Family, decoder_settings
+from megaswift.models.family import Family, decoder_settings, typed_window
 from megaswift.models.kinds import Kind
 from megaswift.models.rules import copy
 
@@ -14,7 +14,7 @@ QWEN3 = Family(
         copy("decoder.layers.{i}.self_attention.k_layernorm.weight", "model.layers.{i}.self_attn.k_norm.weight", ("head_dim",)),
     ),
     settings=decoder_settings,
-    kind=lambda config, layer: Kind(qk_norm=True),
+    kind=lambda config, layer: Kind(qk_norm=True, window=typed_window(config, layer)),
     tiny=dict(
         hidden_size=64,
         num_hidden_layers=4,
