@@ -15,11 +15,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megaswift.megatron.kernels.activation_offload import OffloadingBlock
 from megaswift.megatron.kernels.linear_ops import PLAIN, linear_ops_of
+from megaswift.megatron.kernels.megatron_layer import FusedMLP, FusedTransformerLayer, RMSNorm
 from megaswift.megatron.router import Counted
 
 _LIMIT = 64  # graphs; a run with more shapes than that runs the others as they are
@@ -203,6 +205,13 @@ def obstacle(decoder: Any, overlap_grad_reduce: bool = False) -> str | None:
     return None
 
 
+def _is_plain(layer: Any) -> bool:
+    """Whether a layer is of Llama's kind, all of it."""
+    core = layer.self_attention.core_attention
+    exact = type(layer) is FusedTransformerLayer and type(layer.mlp) is FusedMLP and type(layer.input_layernorm) is RMSNorm
+    return exact and layer.mlp.activation_func is F.silu and core.window is None and core.score_cap is None
+
+
 class Graphs:
     """Decides whether a model's layers run as graphs, keeps these, and says so.
 
@@ -211,13 +220,13 @@ class Graphs:
     Args:
         decoder: the TransformerBlock.
         mode: "always", "never", or "if launching is slow": where launching kernels is what the first steps spent their time on.
-        has_adapter: whether the layers have one. With adapters or experts graphs are advised, and used only if asked for: that
-            their replays give the same gradients was shown by losses alone.
+        has_adapter: whether the layers have one. With adapters, and with layers other than Llama's kind (experts, windows, other
+            norms), graphs are advised, and used only if asked for: what was compared on a GPU, gradient by gradient, are the others.
     """
 
     def __init__(self, decoder: Any, mode: str, overlap_grad_reduce: bool = False, has_adapter: bool = False) -> None:
         self.decoder = decoder
-        self.advised_only = has_adapter or bool(decoder.config.num_moe_experts)
+        self.advised_only = has_adapter or not all(_is_plain(layer) for layer in decoder.layers)
         self.parameters = list(decoder.parameters())
         self.problem = problem = obstacle(decoder, overlap_grad_reduce)
         self.on = mode == "always" and problem is None
