@@ -41,7 +41,7 @@ def test_it_goes_on_at_any_layout(earlier: Path, pool: RankPool, world_size: int
         resume_from_checkpoint=str(earlier / "start"), dataset=[str(earlier / "rows.jsonl")], add_output_dir_suffix=False,
         resume=True, tp=tp, pp=pp, batch_size=2, gradient_accumulation_steps=2, max_steps=6, save_steps=3,
     )  # fmt: skip
-    exact = 1e-8 if (tp, pp) == (2, 1) else 1e-5
+    exact = 1e-6 if (tp, pp) == (2, 1) else 1e-5  # the head adds up otherwise since then: kernels/linear_cross_entropy.py
     assert run.directory == earlier / "run"
     assert run.losses[3:] == pytest.approx(LOSSES, rel=exact)
     assert run.norms[3:] == pytest.approx(NORMS, rel=exact)

@@ -122,7 +122,6 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "rows": (dict(etp=5), "--etp 5 does not divide the 24 rows"),
     "processes": (dict(ep=4), "2 processes cannot hold the experts at pp 1 x ep 4 x etp 1: 4 are needed"),
     "fp8": (dict(fp8=True, dtype="bf16"), "--fp8"),
-    "lora": (dict(sft_type="lora"), "--sft_type lora does not work with experts"),
     "fp16": (dict(dtype="fp16"), "fp16 does not work with experts"),
 }
 
