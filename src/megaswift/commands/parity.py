@@ -176,6 +176,7 @@ class _Runs:
         if is_hf_folder(self.start.root):
             return Path(self.start.root)
         folder = self.out / "model"
+        say("the start as a Hugging Face model, for the reference; comparing is what follows:")
         words = ExportArguments(
             ckpt_dir=str(self.start.root), to_hf=True, hf_output_dir=str(folder), model_type=self.start.args.model_type, verify=False
         )  # fmt: skip

@@ -165,6 +165,7 @@ def _from_megatron(release: Path, record: dict[str, Any], args: ExportArguments,
     target = cache_root() / "bases" / str(record["digest"])[:16]
     with alone(target, f"waiting for another process, which makes a model of {release.parent}"):
         if not target.is_dir() or quick_check(target) is not None:
+            say("the base as a Hugging Face model, for PEFT to load (it stays in the cache):")
             convert(
                 ExportArguments(
                     ckpt_dir=str(release.parent),
