@@ -16,8 +16,8 @@ def experts_page(found: dict[str, Any]) -> str:
     parts: list[Any] = [
         paragraph(
             f"Up to step {int(found.get('step', 0))}. Routers' movement is counted from step {int(found.get('drift_since', 0))}. "
-            "Experts have no capacity: no token was dropped. A cell is one expert; white had its even share of the tokens, blue "
-            "less, red more (full colour at four times), black none."
+            "Experts have no capacity: no token was dropped. A row is a layer, a cell one of its experts: white had its even share of "
+            "the tokens, blue less, red more (full colour at four times), black none."
         )
     ]
     for name, title in (
@@ -89,8 +89,9 @@ def _layers(
             ]
         )
     told = (
-        "Router entropy: 1 where all experts are as good for each token, 0 where one is. Load moved: share of the choices on the "
-        "same rows that other experts have after training than before."
+        "Idle: experts that no token went to. Busiest: tokens of the expert with the most, over an even share. Router entropy: 1 "
+        "where all experts are as good for each token, 0 where one is. Router moved: length of the change of its weights over "
+        "their own. Load moved: share of the choices on the same rows that other experts have after training than before."
     )
     return [table([*names, *losses], rows, numbers=set(range(len(names) + len(losses)))), paragraph(element("small", told))]
 
