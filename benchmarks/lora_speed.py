@@ -12,7 +12,6 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,24 +69,14 @@ def trainer_of(shape: str, seq: int, micro: int, way: str) -> Any:
 
 def ours(shape: str, seq: int, micro: int, way: str, steps: int, profiled: bool) -> dict[str, Any]:
     """Median step, tokens/s and peak memory of our trainer."""
-    from megaswift.data.batches import MicroBatch
+    from profiling import measured
+
     from megaswift.megatron import process_groups as ranks
     from megaswift.run.spec import Parallel
 
     with ranks.joined(Parallel(), 42) as rank:
         trainer, _, config = trainer_of(shape, seq, micro, way)
-        generator, positions = torch.Generator().manual_seed(0), torch.arange(seq).repeat(micro, 1).to(rank.device)
-        rows = [torch.randint(0, config.vocab_size, (micro, seq + 1), generator=generator) for _ in range(4)]
-        batches = [
-            MicroBatch(row[:, :-1].contiguous().to(rank.device), row[:, 1:].contiguous(), positions, None, tuple(range(micro)))
-            for row in rows
-        ]
-        times, loss = [time.perf_counter()], 0.0
-        for step in range(steps):
-            loss = trainer.step([batches[step % 4]]).loss
-            times.append(time.perf_counter())
-        each = sorted(b - a for a, b in zip(times[4:], times[5:]))
-        median = each[len(each) // 2]
+        median, loss, batches = measured(trainer, rank, config.vocab_size, seq, micro, steps)
         if profiled:
             from profiling import profiled as described
 

@@ -14,7 +14,6 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,7 +92,8 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
     """Median step, tokens/s of each GPU, and peak memory of our trainer."""
     import os
 
-    from megaswift.data.batches import MicroBatch
+    from profiling import measured
+
     from megaswift.megatron import process_groups as ranks
     from megaswift.run.spec import Method
 
@@ -104,19 +104,7 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
         run = replace(run, method=Method(sft_type="lora", adapter=lora))
     with ranks.joined(run.parallel, 42) as rank:
         trainer = trainer_of(run, config, lora)
-        generator = torch.Generator().manual_seed(rank.dp_rank)
-        positions = torch.arange(seq).repeat(micro, 1).to(rank.device)
-        rows = [torch.randint(0, config.vocab_size, (micro, seq + 1), generator=generator) for _ in range(4)]
-        batches = [
-            MicroBatch(row[:, :-1].contiguous().to(rank.device), row[:, 1:].contiguous(), positions, None, tuple(range(micro)))
-            for row in rows
-        ]
-        times, loss = [time.perf_counter()], 0.0
-        for step in range(options.steps):
-            loss = trainer.step([batches[step % 4]]).loss
-            times.append(time.perf_counter())
-        each = sorted(b - a for a, b in zip(times[4:], times[5:]))
-        median = each[len(each) // 2]
+        median, loss, batches = measured(trainer, rank, config.vocab_size, seq, micro, options.steps)
         if options.profile and rank.dp_rank == 0 and world == 1:
             from profiling import profiled
 

@@ -31,26 +31,40 @@ LIMITS = {"loss": 2e-6, "norm": 2e-5, "gradient": 1e-4, "weight": 2e-6}
 FORMS: dict[str, dict[str, Any]] = {"packed": {"packing": True}, "padded": {"padding_free": False}}
 
 
-def take(jobs: list[tuple[str, str]]) -> list[dict[str, float]]:
-    """On one rank: what each job's only step gives; its gradients, and its weights after it, are saved."""
+def first_steps(jobs: list[tuple[str, str]]) -> Iterator[tuple[Any, list[Any], Path]]:
+    """On one rank, for each job (file of a Run, directory): its trainer, its first batches, the directory. Exhaust it."""
     from megaswift.megatron import process_groups as ranks
-    from megaswift.train.checkpoint.save import save
-    from megaswift.train.gradients import Gradients
     from megaswift.train.setup import open_batches, restore_trainer
 
     loaded = [Run.read(Path(path)) for path, _ in jobs]
-    result = []
     with ranks.joined(loaded[0].parallel, 42) as rank:
         for item, (_, target) in zip(loaded, jobs, strict=True):
             trainer, _ = restore_trainer(item)
             batches, _ = open_batches(item, rank)
-            sums = trainer.gradients(batches.step(0))
-            gradients: Any = Gradients(trainer, trainer.gradient_divisor(sums))
-            save(Path(target) / "gradients", 1, gradients, only_model=True, extra={}, manifest={})
-            step = trainer.update(sums)
-            save(Path(target) / "weights", 1, trainer, only_model=True, extra={}, manifest={})
-            result.append({"loss": step.loss, "norm": step.grad_norm})
+            yield trainer, batches.step(0), Path(target)
             trainer.close()
+
+
+def save_gradients(trainer: Any, sums: Tensor, target: Path) -> None:
+    """The gradients at hand as a checkpoint of their own."""
+    from megaswift.train.checkpoint.save import save
+    from megaswift.train.gradients import Gradients
+
+    gradients: Any = Gradients(trainer, trainer.gradient_divisor(sums))
+    save(target, 1, gradients, only_model=True, extra={}, manifest={})
+
+
+def take(jobs: list[tuple[str, str]]) -> list[dict[str, float]]:
+    """On one rank: what each job's only step gives; its gradients, and its weights after it, are saved."""
+    from megaswift.train.checkpoint.save import save
+
+    result = []
+    for trainer, batches, target in first_steps(jobs):
+        sums = trainer.gradients(batches)
+        save_gradients(trainer, sums, target / "gradients")
+        step = trainer.update(sums)
+        save(target / "weights", 1, trainer, only_model=True, extra={}, manifest={})
+        result.append({"loss": step.loss, "norm": step.grad_norm})
     return result
 
 

@@ -14,10 +14,10 @@ import torch
 
 from megaswift.config.options import SftArguments
 from megaswift.data.store import TokenRows
-from megaswift.run.spec import Run
 from megaswift.weights.torch_dist.reader import Reader
 from tests.engine.test_packed import LAYOUTS, SAMPLES, job
 from tests.ranks import RankPool
+from tests.steps import first_steps, save_gradients
 from tests.training import tiny_start
 
 NAMES = ("tp1 pp1 dp1", "dp2", "tp2", "pp2", "tp2, sequence parallel", "cp2")
@@ -38,22 +38,12 @@ def write_weighted(path: Path) -> Path:
 
 def one_step(jobs: list[tuple[str, str]]) -> list[tuple[float, float, int, float]]:
     """On one rank: (loss, gradient norm, supervised tokens, sum of weights) of each job's only step; gradients are saved."""
-    from megaswift.megatron import process_groups as ranks
-    from megaswift.train.checkpoint.save import save
-    from megaswift.train.gradients import Gradients
-    from megaswift.train.setup import open_batches, restore_trainer
-
-    loaded = [Run.read(Path(path)) for path, _ in jobs]
     result = []
-    with ranks.joined(loaded[0].parallel, 42) as rank:
-        for item, (_, target) in zip(loaded, jobs, strict=True):
-            trainer, _ = restore_trainer(item)
-            batches, _ = open_batches(item, rank)
-            sums = trainer.gradients(batches.step(0))
-            save(Path(target), 1, Gradients(trainer, trainer.gradient_divisor(sums)), only_model=True, extra={}, manifest={})
-            step = trainer.update(sums)
-            result.append((step.loss, step.grad_norm or 0.0, int(step.metrics["supervised"]), step.weight))
-            trainer.close()
+    for trainer, batches, target in first_steps(jobs):
+        sums = trainer.gradients(batches)
+        save_gradients(trainer, sums, target)
+        step = trainer.update(sums)
+        result.append((step.loss, step.grad_norm or 0.0, int(step.metrics["supervised"]), step.weight))
     return result
 
 

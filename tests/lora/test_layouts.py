@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from megaswift.data.store import TokenRows
-from megaswift.run.spec import Run
 from tests.engine.test_packed import LAYOUTS, job
 from tests.lora.adapters import adapted, by_hf_name, lora_of, parameters_of, peft_model, peft_step
 from tests.ranks import RankPool
+from tests.steps import first_steps, save_gradients
 from tests.training import tiny_start, write_rows
 
 SAMPLES = 48
@@ -29,29 +29,19 @@ EVERYWHERE = "MEGASWIFT_LONG" in os.environ
 
 def one_step(jobs: list[tuple[str, str]]) -> list[dict[str, Any]]:
     """On one rank: what each job's only step gives; its gradients are saved."""
-    from megaswift.megatron import process_groups as ranks
-    from megaswift.train.checkpoint.save import save
-    from megaswift.train.gradients import Gradients
-    from megaswift.train.setup import open_batches, restore_trainer
-
-    loaded = [Run.read(Path(path)) for path, _ in jobs]
     result = []
-    with ranks.joined(loaded[0].parallel, 42) as rank:
-        for item, (_, target) in zip(loaded, jobs, strict=True):
-            trainer, _ = restore_trainer(item)
-            batches, _ = open_batches(item, rank)
-            frozen = {name: value.clone() for name, value in trainer.bare_model.named_parameters() if not value.requires_grad}
-            sums = trainer.gradients(batches.step(0))
-            save(Path(target), 1, Gradients(trainer, trainer.gradient_divisor(sums)), only_model=True, extra={}, manifest={})
-            step = trainer.update(sums)
-            own = dict(trainer.bare_model.named_parameters())
-            assert all(torch.equal(own[name], value) for name, value in frozen.items()), "the base does not move"
-            buffered = sum(
-                buffer.numel_unpadded if hasattr(buffer, "numel_unpadded") else buffer.grad_data.numel()
-                for buffer in (buffer for wrapped in trainer.wrapped for buffer in wrapped.buffers)
-            )
-            result.append({"loss": step.loss, "norm": step.grad_norm, "buffered": buffered})
-            trainer.close()
+    for trainer, batches, target in first_steps(jobs):
+        frozen = {name: value.clone() for name, value in trainer.bare_model.named_parameters() if not value.requires_grad}
+        sums = trainer.gradients(batches)
+        save_gradients(trainer, sums, target)
+        step = trainer.update(sums)
+        own = dict(trainer.bare_model.named_parameters())
+        assert all(torch.equal(own[name], value) for name, value in frozen.items()), "the base does not move"
+        buffered = sum(
+            buffer.numel_unpadded if hasattr(buffer, "numel_unpadded") else buffer.grad_data.numel()
+            for buffer in (buffer for wrapped in trainer.wrapped for buffer in wrapped.buffers)
+        )
+        result.append({"loss": step.loss, "norm": step.grad_norm, "buffered": buffered})
     return result
 
 
