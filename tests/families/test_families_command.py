@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +24,16 @@ def test_the_document_has_the_table_of_the_command(capsys: pytest.CaptureFixture
     assert markdown(rows) in DOCUMENT.read_text(encoding="utf-8")
     assert {row["model_type"] for row in rows} == {family.name for family in families().values()}
     assert families_main([]) == rows
+
+
+def test_the_table_fits_a_terminal_and_nothing_else_is_printed() -> None:
+    command = [sys.executable, "-m", "megaswift", "families"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, env=os.environ | {"COLUMNS": "80"})
+    lines = done.stdout.splitlines()
+    assert not done.stderr
+    assert max(map(len, lines[:-1])) <= 80 and all(
+        any(name in line for line in lines) for name in ("gemma3_text", "hunyuan_v1_dense")
+    )
 
 
 def test_a_folder_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,8 @@ swift families --markdown true > table.md
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +29,12 @@ def families_main(args: FamiliesArguments | list[str]) -> list[dict[str, str]]:
     args = with_home(parse(FamiliesArguments, args) if isinstance(args, list) else args)
     if args.model_id_or_path is not None:
         return _of_folder(Path(args.model_id_or_path))
-    rows = describe.table()
+    with _without_remarks():
+        rows = describe.table()
     if args.markdown:
         say(markdown(rows))
     else:
-        _print(rows)
+        _print([_narrow(row) for row in rows])
         say("all of them take packed rows and adapters. One model's config: swift families --model_id_or_path DIR")
     return rows
 
@@ -40,6 +43,25 @@ def markdown(rows: list[dict[str, str]]) -> str:
     """The rows as a table of Markdown."""
     lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _narrow(row: dict[str, str]) -> dict[str, str]:
+    """A row in the width of a terminal: what layers are made of in one column."""
+    made = [f"{part}: {row[part]}" for part in ("attention", "MLP", "norms")] + [row["embeddings and logits"]]
+    return {"model_type": row["model_type"], "layers": "; ".join(part for part in made if part), "layouts": row["layouts"]}
+
+
+@contextlib.contextmanager
+def _without_remarks() -> Iterator[None]:
+    """transformers comments on the tiny configs that the table is made from."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _of_folder(folder: Path) -> list[dict[str, str]]:
@@ -64,8 +86,8 @@ def _print(rows: list[dict[str, str]]) -> None:
     from rich.table import Table
 
     table = Table()
-    for name in rows[0]:
-        table.add_column(name, overflow="fold")
+    for number, name in enumerate(rows[0]):
+        table.add_column(name, overflow="fold", no_wrap=number == 0)
     for row in rows:
         table.add_row(*row.values())
     console().print(table)
