@@ -168,6 +168,30 @@ class Method:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ObjectiveSpec:
+    """What is learnt: the tokens of answers, or which of two answers is better; `train/preference_losses.py` has the formulas."""
+
+    kind: Literal["supervised", "dpo", "ipo", "simpo", "orpo", "cpo", "kto"] = "supervised"
+    form: str = ""  # of a preference loss, by TRL's names
+    beta: float = 0.0
+    label_smoothing: float = 0.0
+    gamma: float = 0.0  # SimPO's margin
+    nll_weight: float = 0.0  # of the chosen answer's own loss
+    desirable_weight: float = 1.0  # KTO's
+    undesirable_weight: float = 1.0
+
+    @property
+    def answers(self) -> int:
+        """Sequences of one example: the chosen and the rejected answer of a pair, else one."""
+        return 1 if self.kind in ("supervised", "kto") else 2
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss compares with what the model said before training."""
+        return self.kind in ("dpo", "ipo", "kto")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataRef:
     """Tokenized rows. Without `train` they are not known yet."""
 
@@ -219,6 +243,7 @@ class Run:
     schedule: Schedule
     optimizer: OptimizerSpec
     method: Method
+    objective: ObjectiveSpec = field(default_factory=ObjectiveSpec)
     data: DataRef
     saving: Saving
     guards: Guards

@@ -50,6 +50,6 @@ class Evaluation(Callback):
                 yield to_device(self.validation.step(k), self.device)
                 self.watchdog.beat(f"the evaluation after step {step}")
 
-        loss = self.trainer.evaluate(groups())
+        loss, metrics = self.trainer.evaluated(groups())
         if not cut:
-            self.callbacks.evaluated(step, loss)
+            self.callbacks.evaluated(step, loss, metrics)

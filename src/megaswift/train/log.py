@@ -59,11 +59,14 @@ class RunLog(Callback):
                     self.board.add_scalar(f"train/{name}", row[name], step)
             self.window = []
 
-    def evaluated(self, step: int, loss: float) -> None:
-        """The validation loss after a step."""
+    def evaluated(self, step: int, loss: float, metrics: dict[str, float]) -> None:
+        """The validation loss after a step, and the objective's metrics of the validation rows."""
         if self.active:
-            self._write({"eval_loss": _rounded(loss), "global_step/max_steps": f"{step}/{self.last}"})
-            self.board.add_scalar("eval/loss", loss, step)
+            own = {name: value for name, value in metrics.items() if name != SUPERVISED}
+            row = {"eval_loss": _rounded(loss)} | {f"eval_{name}": _rounded(value) for name, value in own.items()}
+            self._write(row | {"global_step/max_steps": f"{step}/{self.last}"})
+            for name, value in (own | {"loss": loss}).items():
+                self.board.add_scalar(f"eval/{name}", value, step)
             self.line.show(f"step {step}/{self.last}  validation loss {loss:.4f}", keep=True)
 
     def saved(self, step: int, directory: Path, seconds: float, waited: float) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from megaswift.train.callbacks import Callbacks, GraphNotes, Heartbeat, StopOnSi
 from megaswift.train.determinism import CostOfDeterminism, deterministic
 from megaswift.train.evaluation import Evaluation
 from megaswift.train.log import RunLog
+from megaswift.train.reference import attach
 from megaswift.train.saving import Checkpoints, saves_after
 from megaswift.train.setup import open_batches, restore_trainer, to_device
 from megaswift.train.step_guard import StepGuard
@@ -44,8 +46,12 @@ def train(run: Run) -> None:
     ):
         run_dir = _agreed_run_dir(run)
         with Watchdog(run_dir, rank.rank, *limits) as watchdog:
-            trainer, extra = restore_trainer(run)
             batches, validation = open_batches(run, rank)
+            stores = {"train": batches.rows} | ({} if validation is None else {"val": validation.rows})
+            loaded = (
+                partial(attach, run, run_dir, stores, rank.device, watchdog.long) if run.objective.needs_reference else None
+            )
+            trainer, extra = restore_trainer(run, loaded)
             with (
                 closing(trainer),
                 closing(RunLog(run_dir, run, rank.is_first, rank.on_gpu)) as log,

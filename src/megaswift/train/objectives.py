@@ -50,6 +50,10 @@ class Objective(Protocol):
         """Names of the metrics that every Loss has."""
         ...
 
+    def weight(self, batch: MicroBatch) -> Tensor:
+        """fp32, on the host: what a Loss of this micro batch will have as its weight; on the ranks of every stage."""
+        ...
+
     def micro_batch(self, model: ChatModel, hidden: Tensor, batch: MicroBatch) -> Loss:
         """The loss of one micro batch, on the ranks of the last pipeline stage.
 
@@ -65,6 +69,10 @@ class SupervisedTokens:
     """Cross entropy of the tokens that carry loss, each by its weight: supervised fine-tuning, chats and plain text alike."""
 
     metrics = (SUPERVISED,)
+
+    def weight(self, batch: MicroBatch) -> Tensor:
+        """The sum of weights, which is the number of tokens where rows bring none."""
+        return supervised_weight(batch)
 
     def micro_batch(self, model: ChatModel, hidden: Tensor, batch: MicroBatch) -> Loss:
         """The summed loss; it is divided by the sum of weights, which is the number of tokens where rows bring none."""
@@ -84,10 +92,18 @@ class SequenceObjective:
             are, by their weights, fp32 [n]; the micro batch) -> Loss. Sequences come in the order of the rows, and of the
             samples packed into one; what pads a packed row is one without tokens.
         metrics: names of the metrics that each Loss has.
+        weigh: the weight of a micro batch's Loss, known ahead; routers balance their load by it.
     """
 
     worth: Callable[[Tensor, Tensor, MicroBatch], Loss]
     metrics: tuple[str, ...] = ()
+    weigh: Callable[[MicroBatch], Tensor] | None = None
+
+    def weight(self, batch: MicroBatch) -> Tensor:
+        """See Objective. Ranks that share the rows count a part each."""
+        if self.weigh is None:
+            return supervised_weight(batch)
+        return self.weigh(batch) / (1 if batch.share is None else batch.share.group.size())
 
     def micro_batch(self, model: ChatModel, hidden: Tensor, batch: MicroBatch) -> Loss:
         """What `worth` says. Ranks that share the rows all have every sequence, so each of them counts its part of it."""
@@ -96,6 +112,11 @@ class SequenceObjective:
         ranks = 1 if batch.share is None else batch.share.group.size()
         metrics = {name: value / ranks for name, value in loss.metrics.items()}
         return Loss(loss.total / ranks, loss.weight / ranks, metrics)
+
+
+def supervised_weight(batch: MicroBatch) -> Tensor:
+    """fp32: the sum of the weights of a micro batch's labels."""
+    return ((batch.labels != IGNORED).sum() if batch.weights is None else batch.weights.double().sum()).float()
 
 
 def sequences_of(batch: MicroBatch) -> tuple[Tensor, int]:
