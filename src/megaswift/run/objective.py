@@ -8,6 +8,7 @@ from typing import Any
 
 from megaswift.config.options import RlhfArguments, SftArguments, default_of
 from megaswift.config.preference import PreferenceArguments
+from megaswift.errors import UserError
 from megaswift.run.problem import Problem
 from megaswift.run.spec import ObjectiveSpec, Run
 
@@ -34,6 +35,7 @@ NOT_HERE = {
 SMOOTHED = {("dpo", "sigmoid"), ("dpo", "exo_pair"), ("dpo", "robust"), ("cpo", "sigmoid"), ("simpo", "simpo")}
 BETAS = {"simpo": 2.0}  # where the default is not 0.1
 EXO_SMOOTHING = 1e-3  # exo_pair has the logarithm of it, so 0 is no choice
+PREFERENCE_OPTIONS = tuple(item.name for item in fields(PreferenceArguments) if item.name != "seed")
 # Options and the methods that they mean something to.
 MEANT_FOR = {
     "simpo_gamma": ("simpo",),
@@ -107,6 +109,18 @@ def objective_contradictions(args: SftArguments) -> Iterator[Problem]:
 def _given(args: RlhfArguments, name: str, defaults: dict[str, Any]) -> bool:
     """Whether an option was given another value than its default: a file of options has all of them."""
     return name in args.explicit() and getattr(args, name) != defaults[name]
+
+
+def check_same_objective(args: SftArguments, manifest: dict[str, Any], where: str) -> None:
+    """Raise UserError where a run that goes on learnt something else until now."""
+    before, now = str(dict(manifest.get("objective") or {}).get("kind", "supervised")), objective_of(args).kind
+    if before != now:
+        words = {kind: f"swift rlhf --rlhf_type {kind}" for kind in FORMS} | {"supervised": "swift sft"}
+        raise UserError(
+            f"this run was trained by {words.get(before, before)}, and does not go on by {words[now]}.",
+            where=where,
+            fix="export it (swift export --ckpt_dir RUN --to_hf true), and begin a new run from that folder",
+        )
 
 
 def objective_problems(run: Run) -> Iterator[Problem]:

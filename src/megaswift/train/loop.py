@@ -26,12 +26,12 @@ from megaswift.train.callbacks import Callbacks, GraphNotes, Heartbeat, StopOnSi
 from megaswift.train.determinism import CostOfDeterminism, deterministic
 from megaswift.train.evaluation import Evaluation
 from megaswift.train.log import RunLog
-from megaswift.train.reference import attach
 from megaswift.train.saving import Checkpoints, saves_after
 from megaswift.train.setup import open_batches, restore_trainer, to_device
 from megaswift.train.step_guard import StepGuard
 
 if TYPE_CHECKING:
+    from megaswift.megatron.model import ChatModel, Chunks
     from megaswift.train.trainer import Trainer
 
 
@@ -47,11 +47,8 @@ def train(run: Run) -> None:
         run_dir = _agreed_run_dir(run)
         with Watchdog(run_dir, rank.rank, *limits) as watchdog:
             batches, validation = open_batches(run, rank)
-            stores = {"train": batches.rows} | ({} if validation is None else {"val": validation.rows})
-            loaded = (
-                partial(attach, run, run_dir, stores, rank.device, watchdog.long) if run.objective.needs_reference else None
-            )
-            trainer, extra = restore_trainer(run, loaded)
+            loaded = partial(_attach_reference, run, run_dir, batches, validation, rank, watchdog)
+            trainer, extra = restore_trainer(run, loaded if run.objective.needs_reference else None)
             with (
                 closing(trainer),
                 closing(RunLog(run_dir, run, rank.is_first, rank.on_gpu)) as log,
@@ -63,6 +60,22 @@ def train(run: Run) -> None:
                 training = Training(run, rank, run_dir, trainer, batches, callbacks, signals)
                 training.attend(log, watchdog, validation, extra)
                 training.run()
+
+
+def _attach_reference(
+    run: Run,
+    run_dir: Path,
+    batches: Batches,
+    validation: EvalBatches | None,
+    rank: process_groups.Rank,
+    watchdog: Watchdog,
+    model: ChatModel | Chunks,
+) -> None:
+    """What the model says of all answers before it is trained."""
+    from megaswift.train.reference import attach
+
+    stores = {"train": batches.rows} | ({} if validation is None else {"val": validation.rows})
+    attach(run, run_dir, stores, rank.device, watchdog.long, model)
 
 
 class Training:
