@@ -22,7 +22,7 @@ from megaswift.data.tokens import Encoded
 from megaswift.parity.reference import Reference
 from megaswift.run.setup import preferences_of, resolved, template_of
 from megaswift.run.source import resolve_source
-from megaswift.run.spec import Run
+from megaswift.run.spec import RUN_FILE, Run
 from megaswift.store.cache import cache_root
 
 WORDS = "who are you what is this a good day to learn new things about large models and small ones".split()
@@ -78,6 +78,20 @@ def job(
         assert len(data.train) % (batch * world) == 0, f"{len(data.train)} rows are no whole micro batches"
         args = args.changed(gradient_accumulation_steps=len(data.train) // (batch * world))
         return resolved(args, replace(found, args=args), data, world, rows.parent, pad_id)
+
+
+def kept_files(run_dir: Path) -> list[Path]:
+    """Where the cache keeps, or would keep, what the reference of a run says."""
+    from megaswift.train.reference import cached, weights_named
+
+    run = Run.read(run_dir / RUN_FILE)
+    return [cached(weights_named(run), TokenRows.open(path)) for path in (run.data.train, run.data.val) if path]
+
+
+def forget(run_dir: Path) -> None:
+    """Let the next run over the same compute its reference anew."""
+    for path in kept_files(run_dir):
+        path.unlink(missing_ok=True)
 
 
 def any_reference(rows: TokenRows) -> np.ndarray:

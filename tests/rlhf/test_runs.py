@@ -23,11 +23,10 @@ from megaswift.data.store import TokenRows
 from megaswift.errors import DataError, UserError
 from megaswift.parity.adapters import PeftSide
 from megaswift.run.spec import RUN_FILE, Run
-from megaswift.store.cache import cache_root
 from megaswift.store.manifest import read_manifest
 from megaswift.store.paths import REFERENCE_FILE
 from tests.ranks import RankPool
-from tests.rlhf.pairs import PlainStep, write_pairs
+from tests.rlhf.pairs import PlainStep, forget, kept_files, write_pairs
 from tests.training import Trained, tiny_start, train
 
 STEPS, BETA = 6, 0.2
@@ -86,12 +85,12 @@ def plain(run: Trained, folder: Path) -> tuple[list[float], np.ndarray]:
 def test_six_steps_are_those_of_torch_at_every_layout(
     method: str, start: Path, rows: Path, pool: RankPool, tmp_path: Path
 ) -> None:
-    """The reference is computed by the run itself, at its own layout: the cache is emptied before each."""
+    """The reference is computed by each run itself, at its own layout."""
     wanted: Any = None
     for name, (world, options) in LAYOUTS.items():
-        shutil.rmtree(cache_root() / "reference", ignore_errors=True)
         words = COMMON | (LORA if method == "lora" else {}) | options
         run = train(pool, tmp_path / name, world, resume_from_checkpoint=str(start), dataset=[str(rows)], **words)
+        forget(run.directory)
         wanted = wanted or plain(run, start.parent / "hf")
         losses, said = wanted
         assert losses[0] == pytest.approx(np.log(2), abs=1e-6), "what is trained is the reference yet"
@@ -121,7 +120,9 @@ def test_a_run_goes_on_with_the_reference_that_it_began_with(
     other = tmp_path / "other"
     shutil.copytree(whole.directory, other / "tiny-chat-tp2-pp1" / whole.directory.name)
     shutil.rmtree(other / "tiny-chat-tp2-pp1" / whole.directory.name / "iter_0000006")
-    shutil.rmtree(cache_root() / "reference")
+    files = kept_files(whole.directory)
+    assert all(path.is_file() for path in files)
+    forget(whole.directory)
     if method == "full":
         shutil.move(start, tmp_path / "away")  # nothing is left that the reference could be computed from
     asked = {name: value for name, value in common.items() if name != "beta"} | {"tp": 1, "pp": 2, "batch_size": 2}
@@ -132,7 +133,7 @@ def test_a_run_goes_on_with_the_reference_that_it_began_with(
             shutil.move(tmp_path / "away", start)
     assert again.losses[-3:] == pytest.approx(whole.losses[-3:], abs=2e-5)
     assert again.eval_losses[-1] == pytest.approx(whole.eval_losses[-1], abs=2e-5)
-    assert not (cache_root() / "reference").exists(), "nothing was computed"
+    assert method == "lora" or not any(path.exists() for path in files), "nothing was computed"
     assert read_manifest(again.directory / "iter_0000006")["objective"]["beta"] == BETA
 
     with pytest.raises(UserError, match="was trained by swift rlhf --rlhf_type dpo, and does not go on by swift sft"):
@@ -148,25 +149,24 @@ def test_a_run_goes_on_with_the_reference_that_it_began_with(
 def test_the_reference_is_kept_for_the_next_run_over_the_same(start: Path, rows: Path, pool: RankPool, tmp_path: Path) -> None:
     """In the cache by rows and weights; other weights, or other rows, do not find it."""
     common: dict[str, Any] = {**COMMON, "dataset": [str(rows)], "max_steps": 1}
-    shutil.rmtree(cache_root() / "reference", ignore_errors=True)
     first = train(pool, tmp_path / "first", 1, **common, resume_from_checkpoint=str(start))
-    kept = sorted((cache_root() / "reference").iterdir())
-    assert len(kept) == 2
+    kept = kept_files(first.directory)
     for file in kept:  # a mark that only who reads the file can show
         with np.load(file) as values:
             found = {"about": values["about"], "values": values["values"] - 1}
         np.savez(file, **found)
     second = train(pool, tmp_path / "second", 1, **common, resume_from_checkpoint=str(start))
+    assert kept_files(second.directory) == kept
     with np.load(first.directory / REFERENCE_FILE) as one, np.load(second.directory / REFERENCE_FILE) as other:
         assert np.array_equal(other["train"], one["train"] - 1)
+    forget(first.directory)
     changed = tiny_start(tmp_path / "changed", "qwen2", seed=3, tie_word_embeddings=True)
     third = train(pool, tmp_path / "third", 1, **common, resume_from_checkpoint=str(changed))
     with np.load(first.directory / REFERENCE_FILE) as one, np.load(third.directory / REFERENCE_FILE) as other:
         assert np.abs(other["train"] - one["train"]).max() > 0.1
-    assert len(list((cache_root() / "reference").iterdir())) == 4
     fewer = write_pairs(tmp_path / "fewer.jsonl", 30)
-    train(pool, tmp_path / "fourth", 1, **common | {"dataset": [str(fewer)]}, resume_from_checkpoint=str(start))
-    assert len(list((cache_root() / "reference").iterdir())) == 6
+    fourth = train(pool, tmp_path / "fourth", 1, **common | {"dataset": [str(fewer)]}, resume_from_checkpoint=str(start))
+    assert not {*kept_files(third.directory), *kept_files(fourth.directory)} & set(kept)
 
 
 def test_rows_that_the_reference_did_not_see_are_refused_when_full_training_goes_on(
