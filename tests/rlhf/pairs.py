@@ -95,10 +95,14 @@ def forget(run_dir: Path) -> None:
 
 
 def any_reference(rows: TokenRows) -> np.ndarray:
-    """A reference that is not what is trained, fp32 [places]: numbers that follow from the samples alone, whatever their order."""
+    """A reference that is not what is trained, fp32 [places]: numbers that follow from the samples alone, whatever their order.
+
+    A little below what a model that has learnt nothing says of so many tokens, so that KTO's distance is above 0.
+    """
     values = []
     for row in range(len(rows)):
-        values += [-3.0 - 0.1 * int(sample.ids.astype(np.int64).sum() % 97) for sample in rows.samples(row)]
+        for sample in rows.samples(row):
+            values.append(-5.9 * int(sample.kept[1:].sum()) - 0.1 * int(sample.ids.astype(np.int64).sum() % 7))
     return np.array(values, np.float32)
 
 
@@ -106,7 +110,8 @@ class PlainStep(Reference):
     """transformers' model and torch's AdamW, whose loss is a function of what it says of single samples.
 
     Args:
-        worth: (log-probabilities [n], tokens [n], the reference's [n], desirable [n]) of all samples of a step -> mean loss.
+        worth: (log-probabilities [n], tokens [n], the reference's [n], desirable [n]) of all samples of a step -> mean loss. Every
+            second sample is a mismatched one where rows have them.
     """
 
     def __init__(self, worth: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], *args: Any) -> None:

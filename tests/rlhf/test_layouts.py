@@ -17,13 +17,14 @@ from megaswift.data.store import TokenRows
 from megaswift.parity.adapters import PeftSide
 from megaswift.parity.compare import UPDATES, relative, worst
 from megaswift.run.spec import Run
+from megaswift.train.objectives import shown
 from megaswift.weights.convert import Precisions, planned_hf_tensors
 from megaswift.weights.hf.config import load_config
 from megaswift.weights.torch_dist.reader import Reader
 from tests.engine.test_packed import LAYOUTS
 from tests.lora.adapters import adapted, by_hf_name, lora_of, parameters_of, peft_model
 from tests.ranks import RankPool
-from tests.rlhf.pairs import PlainStep, any_reference, job, write_pairs
+from tests.rlhf.pairs import MAX_LENGTH, PlainStep, any_reference, job, write_labelled, write_pairs
 from tests.steps import EPSILON, LIMITS, RATE, save_gradients
 from tests.training import tiny_start
 
@@ -42,13 +43,39 @@ def dpo(policy: Tensor, tokens: Tensor, reference: Tensor, good: Tensor) -> Tens
     return (-0.9 * F.logsigmoid(h) - 0.1 * F.logsigmoid(-h)).mean() + 0.5 * (-chosen / tokens[good]).mean()
 
 
-OPTIONS: dict[str, Any] = {
-    "beta": BETA,
-    "label_smoothing": 0.1,
-    "rpo_alpha": 0.5,
-    "learning_rate": RATE,
-    "adam_epsilon": EPSILON,
-}
+def orpo(policy: Tensor, tokens: Tensor, reference: Tensor, good: Tensor) -> Tensor:
+    mean = policy / tokens
+    odds = mean - torch.log(1 - mean.exp())
+    return (-BETA * F.logsigmoid(odds[good] - odds[~good]) - mean[good]).mean()
+
+
+def simpo(policy: Tensor, tokens: Tensor, reference: Tensor, good: Tensor) -> Tensor:
+    mean = policy / tokens
+    return (-F.logsigmoid(BETA * (mean[good] - mean[~good]) - 0.7)).mean()
+
+
+def kto(policy: Tensor, tokens: Tensor, reference: Tensor, good: Tensor) -> Tensor:
+    """Good answers weigh 1.5, and the distance is that of every second sample, which nothing learns from."""
+    ratio = policy - reference
+    distance = ratio[1::2].detach().mean().clamp(min=0)
+    assert distance > 0.1
+    away, labels = BETA * (ratio[::2] - distance), good[::2]
+    return torch.where(labels, 1.5 * (1 - away.sigmoid()), 0.8 * (1 - (-away).sigmoid())).mean()
+
+
+RATES: dict[str, Any] = {"learning_rate": RATE, "adam_epsilon": EPSILON}
+SOME = ("tp1 pp1 dp1", "dp2", "tp2, sequence parallel", "cp2", "tp2 pp2 vpp2, sequence parallel")
+# method: loss, options, whether beside an adapter, layouts
+METHODS: dict[str, tuple[Any, dict[str, Any], bool, tuple[str, ...]]] = {
+    "dpo": (dpo, {"beta": BETA, "label_smoothing": 0.1, "rpo_alpha": 0.5}, False, tuple(LAYOUTS)),
+    "dpo, lora": (dpo, {"beta": BETA, "label_smoothing": 0.1, "rpo_alpha": 0.5}, True, tuple(LAYOUTS)),
+    "kto": (
+        kto, {"rlhf_type": "kto", "beta": BETA, "desirable_weight": 1.5, "undesirable_weight": 0.8}, False, tuple(LAYOUTS)
+    ),
+    "kto, lora": (kto, {"rlhf_type": "kto", "beta": BETA, "desirable_weight": 1.5, "undesirable_weight": 0.8}, True, SOME),
+    "orpo": (orpo, {"rlhf_type": "orpo", "beta": BETA}, False, SOME),
+    "simpo": (simpo, {"rlhf_type": "simpo", "beta": BETA, "simpo_gamma": 0.7, "cpo_alpha": 0.0}, False, SOME),
+}  # fmt: skip
 
 
 def take(jobs: list[tuple[str, str]]) -> list[dict[str, Any]]:
@@ -63,7 +90,9 @@ def take(jobs: list[tuple[str, str]]) -> list[dict[str, Any]]:
         save_gradients(trainer, sums, target / "gradients")
         step = trainer.update(sums)
         save(target / "weights", 1, trainer, only_model=True, extra={}, manifest={})
-        result.append({"loss": step.loss, "norm": step.grad_norm, "weight": step.weight, "eval": evaluated, **step.metrics})
+        result.append(
+            {"loss": step.loss, "norm": step.grad_norm, "weight": step.weight, "eval": evaluated, "metrics": step.metrics}
+        )
     return result
 
 
@@ -89,31 +118,35 @@ def differences(target: Path, wanted: Any, read: Any) -> Iterator[tuple[str, flo
         yield kind, *worst(((name, found[name], value) for name, value in values.items()), floor=floor)
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_a_step_of_dpo(method: str, pool: RankPool, tmp_path: Path) -> None:
-    start, rows = tiny_start(tmp_path, tie_word_embeddings=method == "full"), write_pairs(tmp_path / "rows.jsonl")
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step(method: str, pool: RankPool, tmp_path: Path) -> None:
+    worth, options, with_adapter, names = METHODS[method]
+    start = tiny_start(tmp_path, tie_word_embeddings=not with_adapter)
+    labelled = options.get("rlhf_type") == "kto"
+    rows = (write_labelled if labelled else write_pairs)(tmp_path / "rows.jsonl")
     folder, config = tmp_path / "hf", load_config(tmp_path / "hf")
-    lora = lora_of(folder) if method == "lora" else None
+    lora = lora_of(folder) if with_adapter else None
     if lora is not None:
         peft_model(folder, lora).save_pretrained(tmp_path / "adapter")
-    reference: Any = None
     wanted: Any = None
-    for number, (name, (world, *layout)) in enumerate(LAYOUTS.items()):
-        jobs = []
-        for form, options in FORMS.items():
+    for number, name in enumerate(names):
+        (world, *layout), jobs = LAYOUTS[name], []
+        for form, words in FORMS.items():
             path = tmp_path / f"{number}-{form}.json"
-            run = job(start, rows, world, *layout, **OPTIONS, **options)
+            length = 116 if labelled else MAX_LENGTH  # eight packed rows
+            run = job(start, rows, world, *layout, **RATES, **options, **words, max_length=length)
             run = run if lora is None else adapted(run, lora, tmp_path / "adapter")
             run.write(path)
             jobs.append((str(path), str(tmp_path / f"{name} {form}")))
             if wanted is None:
                 data = TokenRows.open(run.data.train)
                 data.reference = any_reference(data)
-                args = SftArguments(learning_rate=RATE, adam_epsilon=EPSILON)
+                args = SftArguments(**RATES)
                 side = None if lora is None else PeftSide(lora, run.seed, tmp_path / "adapter")
-                reference = PlainStep(dpo, folder, args, "fp32", 1, run.schedule.warmup_iters, side)
+                reference = PlainStep(worth, folder, args, "fp32", 1, run.schedule.warmup_iters, side)
                 wanted = next(reference.run(data, [np.arange(len(data))]))
-                figures = plain_figures(reference.said, data)
+                assert reference.said is not None
+                figures = (figures_of_labelled if labelled else figures_of_pairs)(reference.said, data, method)
         read = (
             (lambda path: by_hf_name(path, parameters_of(folder, lora)))
             if lora is not None
@@ -122,7 +155,7 @@ def test_a_step_of_dpo(method: str, pool: RankPool, tmp_path: Path) -> None:
         results = pool.run(world, take, jobs)
         assert all(one == results[0] for one in results), "the ranks agree"
         for (_, target), found in zip(jobs, results[0], strict=True):
-            place = Path(target).name
+            place = f"{method}: {Path(target).name}"
             limits = [
                 ("loss", relative(found["loss"], wanted.loss), ""),
                 ("norm", relative(found["norm"], wanted.grad_norm), ""),
@@ -131,24 +164,44 @@ def test_a_step_of_dpo(method: str, pool: RankPool, tmp_path: Path) -> None:
                 print(f"{place:50} {what:10} {difference:.1e} {tensor}")
                 assert difference < LIMITS[what], f"{place}: {what} {difference:.1e} {tensor}"
             assert found["weight"] == 24
+            means = shown(found["metrics"], found["weight"])
             for key, value in figures.items():
-                assert found[key] == pytest.approx(value, rel=2e-5, abs=1e-5), f"{place}: {key}"
-                assert found["eval"][1][key] == pytest.approx(value / 24, rel=2e-5, abs=1e-6), f"{place}: {key}"
+                assert means[key] == pytest.approx(value, rel=2e-5, abs=1e-6), f"{place}: {key}"
+                assert found["eval"][1][key] == pytest.approx(value, rel=2e-5, abs=1e-6), f"{place}: {key}"
             assert found["eval"][0] == pytest.approx(wanted.loss, rel=2e-6)
 
 
-def plain_figures(said: Tensor, data: TokenRows) -> dict[str, float]:
-    """What is logged, summed over the pairs."""
+def figures_of_pairs(said: Tensor, data: TokenRows, method: str) -> dict[str, float]:
+    """What is logged of pairs, as means."""
     assert data.reference is not None
     policy, reference = said.view(-1, 2), torch.from_numpy(data.reference).double().view(-1, 2)
+    if not method.startswith("dpo"):
+        counts = [float(sample.kept[1:].sum()) for row in range(len(data)) for sample in data.samples(row)]
+        policy, reference = policy / torch.tensor(counts).view(-1, 2), torch.zeros(())
     rewards = BETA * (policy - reference)
     return {
-        "rewards/chosen": float(rewards[:, 0].sum()),
-        "rewards/rejected": float(rewards[:, 1].sum()),
-        "rewards/margins": float((rewards[:, 0] - rewards[:, 1]).sum()),
-        "rewards/accuracies": float((rewards[:, 0] > rewards[:, 1]).sum()),
-        "logps/chosen": float(policy[:, 0].sum()),
-        "logps/rejected": float(policy[:, 1].sum()),
+        "rewards/chosen": float(rewards[:, 0].mean()),
+        "rewards/rejected": float(rewards[:, 1].mean()),
+        "rewards/margins": float((rewards[:, 0] - rewards[:, 1]).mean()),
+        "rewards/accuracies": float((rewards[:, 0] > rewards[:, 1]).double().mean()),
+        "logps/chosen": float(policy[:, 0].mean()),
+        "logps/rejected": float(policy[:, 1].mean()),
+    }
+
+
+def figures_of_labelled(said: Tensor, data: TokenRows, method: str) -> dict[str, float]:
+    """What is logged of answers with labels: means of each kind."""
+    assert data.reference is not None
+    policy, ratio = said[::2], (said - torch.from_numpy(data.reference).double())
+    good = torch.from_numpy(np.concatenate([data.desirable(row) for row in range(len(data))]))[::2]
+    rewards = BETA * ratio[::2]
+    return {
+        "rewards/chosen": float(rewards[good].mean()),
+        "rewards/rejected": float(rewards[~good].mean()),
+        "rewards/margins": float(rewards[good].mean() - rewards[~good].mean()),
+        "logps/chosen": float(policy[good].mean()),
+        "logps/rejected": float(policy[~good].mean()),
+        "kl": float(ratio[1::2].mean()),
     }
 
 

@@ -16,7 +16,9 @@ from megaswift.errors import DataError, UserError
 from tests.rlhf.pairs import prepared, write_labelled, write_pairs
 from tests.training import tiny_start
 
-USER, GOOD, BAD = ({"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "good"), ("assistant", "bad")))
+USER, GOOD, BAD = (
+    {"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "good"), ("assistant", "bad"))
+)
 SYSTEM = {"role": "system", "content": "s"}
 FORMS: dict[str, dict[str, Any]] = {
     "ms-swift, text": {"messages": [USER, GOOD], "rejected_response": "bad"},

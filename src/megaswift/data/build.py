@@ -68,6 +68,7 @@ class Build:
         workers: what checks and tokenizes.
         table: the model's embedding.
         answers: samples of one example, which are never divided over rows: 2 for pairs.
+        mismatched: the second of two is no example itself.
     """
 
     def __init__(
@@ -78,8 +79,9 @@ class Build:
         workers: Workers,
         table: Table,
         answers: int = 1,
+        mismatched: bool = False,
     ) -> None:
-        self.table, self.answers = table, answers
+        self.table, self.answers, self.mismatched = table, answers, mismatched
         self.args, self.recipes, self.report, self.workers = args, recipes, report, workers
         self.seed = args.seed if args.dataset_seed is None else args.dataset_seed
         self.columns: set[str] = set()  # those of --columns that some row has
@@ -239,7 +241,7 @@ class Build:
                 order = examples[np.concatenate([np.array(group) for group in packs])].reshape(-1)
                 bounds = np.concatenate([[0], np.cumsum([len(group) * self.answers for group in packs])])
             rows = len(order) // self.answers if bounds is None else len(bounds) - 1
-            writer.finish(order, bounds, self.answers)
+            writer.finish(order, bounds, self.answers, self.mismatched)
             if part == "train":
                 report.train_rows, report.train_samples = rows, len(order)
                 report.longest = int(sizes.max()) if len(sizes) else 0

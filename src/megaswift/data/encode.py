@@ -22,7 +22,7 @@ from megaswift.data.chat import ChatTemplate
 from megaswift.data.pairs import PreferencePipeline
 from megaswift.data.pipeline import Pipeline, Recipe
 from megaswift.data.places import OPTIONS, Names
-from megaswift.data.preference import PAIRS
+from megaswift.data.preference import MISMATCHED, PAIRS
 from megaswift.data.report import DataReport, stretches
 from megaswift.data.resolve import Dataset, resolve
 from megaswift.data.spec import parse_specs
@@ -90,7 +90,8 @@ def prepare(
     pipeline = PreferencePipeline(preferences, *how) if preferences else Pipeline(*how)
     rows = sum(len(item.source) for item in train + val) if stream_rows is None else stream_rows
     with published(target) as directory, Workers(pipeline, rows, processes) as workers:
-        build = Build(args, recipes, report, workers, Table(template, table), answers=2 if preferences == PAIRS else 1)
+        answers = 2 if preferences in (PAIRS, MISMATCHED) else 1
+        build = Build(args, recipes, report, workers, Table(template, table), answers, preferences == MISMATCHED)
         build.run(directory, train, val, packing, stream_rows)
         report.seconds = round(time.monotonic() - started, 3)
         report.example = stretches(template, TokenRows.open(directory / "train").samples(0)[0])

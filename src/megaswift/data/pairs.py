@@ -47,6 +47,8 @@ def to_labelled(row: dict[str, Any]) -> list[tuple[Conversation, bool]]:
         return [(chosen, True), (rejected, False)]
     good = preference.desirable(row)
     conversation = to_conversation(preference.without_label(row))
+    if conversation.text is not None:
+        raise BadRow("no question", "a label is about the answer to one")
     last = conversation.messages[-1:]  # of the turns only the last one is judged
     for message in conversation.messages:
         message.loss = message.loss if message is last[0] or message.role != "assistant" else 0.0
@@ -73,7 +75,8 @@ class PreferencePipeline(Pipeline):
     """A Pipeline whose rows give the answers of preferences.
 
     Args:
-        kind: preference.PAIRS, each row gives two samples, or none; LABELLED: one, or two where the row is a pair.
+        kind: preference.PAIRS, each row gives two samples, or none; LABELLED: one, or two where the row is a pair; MISMATCHED: two
+            or four, each answer followed by the same question with the answer before it.
     """
 
     def __init__(self, kind: str, *args: Any) -> None:
@@ -124,13 +127,16 @@ class PreferencePipeline(Pipeline):
                 long[number] = -1
                 continue
             rows.append((number, made))
-        encoded = iter(self.template.encode([conversation for _, made in rows for conversation, _ in made]))
+        conversations = [conversation for _, made in rows for conversation, _ in made]
+        encoded = iter(self.template.encode(conversations))
+        beside = iter(self._mismatched(conversations))
         counts, unsupervised = [0] * len(raws), 0
         cut: dict[int, int] = {}
         parts: list[Encoded] = []
         desirable: list[bool] = []
         for number, made in rows:
             items = [next(encoded) for _ in made]
+            others = [next(beside) for _ in made] if self.kind == preference.MISMATCHED else []
             try:
                 pieces = self._judged(items, number, long, text=made[0][0].text is not None)
             except BadRow as error:
@@ -140,15 +146,37 @@ class PreferencePipeline(Pipeline):
                 unsupervised += self.template.unsupervised_turns(conversation)
                 if conversation.cut:
                     cut[number] = max(cut.get(number, 0), conversation.cut)
+            if others:
+                pieces = [one for pair in zip(pieces, map(self._fitting, others, pieces), strict=False) for one in pair]
             counts[number] = len(pieces)
             parts += pieces
-            desirable += [good for _, good in made][: len(pieces)]
+            each = len(pieces) // len(made)
+            desirable += [good for _, good in made for _ in range(each)]
         whole, sizes = joined(parts), [len(part.ids) for part in parts]
         own = [float(weights_of(part).sum(dtype=np.float64)) for part in parts if part.weights is not None]
         return Encoding(
             whole.ids, whole.kept, whole.weights, sizes, counts, bad, long, shapes, unsupervised, frozenset(found),
             (len(own), sum(own)), cut, notes=notes, desirable=desirable,
         )  # fmt: skip
+
+    def _mismatched(self, conversations: list[Conversation]) -> list[Encoded | BadRow]:
+        """Every question with the answer to the one before, the first with the last one's."""
+        if self.kind != preference.MISMATCHED:
+            return []
+        before = [*conversations[-1:], *conversations[:-1]]
+        return self.template.encode(
+            [
+                Conversation([*one.messages[:-1], other.messages[-1]], tools=one.tools)
+                for one, other in zip(conversations, before, strict=True)
+            ]
+        )
+
+    def _fitting(self, item: Encoded | BadRow, own: Encoded) -> Encoded:
+        """A mismatched sample, cut at its end to length; the question with its own answer where it cannot be had."""
+        if isinstance(item, BadRow):
+            return own
+        item = item.part(slice(0, self.max_length)) if self.max_length > 0 else item
+        return item if item.kept[1:].any() else own
 
     def _judged(self, items: list[Any], number: int, long: dict[int, int], text: bool) -> list[Encoded]:
         """The samples of a row, cut to length; none where one of them is too long, which `long` then says. Raises BadRow.

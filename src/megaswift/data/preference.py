@@ -9,7 +9,9 @@ from megaswift.data.conversation import BadRow
 CHOSEN = ("chosen", "chosen_messages", "preferred_output", "chosen_response")
 REJECTED = ("rejected", "rejected_messages", "non_preferred_output", "rejected_response")
 LABELS = ("label", "kto_tag")  # true or false, and numbers above 0 or not
-PAIRS, LABELLED = "pairs", "labelled"  # what `swift rlhf` takes rows for: chosen and rejected; or one answer with its label
+# What `swift rlhf` takes rows for: chosen and rejected; one answer with its label; the same, and after it the question with the
+# answer to another one, by which KTO measures how far it is from its reference.
+PAIRS, LABELLED, MISMATCHED = "pairs", "labelled", "labelled, mismatched beside"
 PAIR = "preference pairs, trained on the chosen answer; swift sft leaves the rejected one out"
 _ONLY_GOOD = "swift sft trains no rejected answer"
 

@@ -92,11 +92,12 @@ class RowWriter:
             with suppress(OSError):
                 handle.close()
 
-    def finish(self, order: np.ndarray, bounds: np.ndarray | None, answers: int = 1) -> str:
+    def finish(self, order: np.ndarray, bounds: np.ndarray | None, answers: int = 1, mismatched: bool = False) -> str:
         """Write the tables and the index; returns the fingerprint. Row r holds the places bounds[r] to bounds[r + 1].
 
         Args:
             answers: places of one example, which stand side by side in one row: 2 for pairs.
+            mismatched: of the two, the second is the question with the answer to another one.
         """
         for handle in self._files:
             handle.close()
@@ -124,7 +125,7 @@ class RowWriter:
         if self._weights is not None:
             index["weights"] = True
         if self._desirable is not None:
-            index["answers"] = answers
+            index |= {"answers": answers, "mismatched": mismatched}
         (self.path / "index.json").write_text(json.dumps(index), encoding="utf-8")
         return str(index["fingerprint"])
 
@@ -137,6 +138,7 @@ class TokenRows:
         fingerprint: text that is the same exactly when the rows, their order and their packing are the same.
         largest_id: the largest token id of all rows.
         answers: samples of one example, side by side in one row: 2 for pairs of a chosen and a rejected answer.
+        mismatched: every second sample is a question with the answer to another one, and not for training.
         reference: fp32, of each place the log-probability that the reference gives to its supervised tokens; put here by
             whoever computed them.
     """
@@ -152,6 +154,7 @@ class TokenRows:
         ends = np.concatenate([[0], np.cumsum(self.sizes)])
         self.lengths: np.ndarray = np.diff(ends[self._bounds]).astype(np.int32)
         self.answers = int(index.get("answers", 1))
+        self.mismatched = bool(index.get("mismatched", False))
         self.packed = len(self._order) != len(self.lengths) * self.answers
         self._desirable = np.load(path / "desirable.npy") if "answers" in index else None
         self.reference: np.ndarray | None = None

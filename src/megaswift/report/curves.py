@@ -34,7 +34,7 @@ class Tag:
     number: str = ".4g"
 
 
-TAGS = (
+TAGS: tuple[Tag, ...] = (
     Tag(
         "train_loss",
         "Training loss",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from megaswift.config.files import read_args_file
 from megaswift.config.options import RlhfArguments, SftArguments
-from megaswift.data.preference import LABELLED, PAIRS
+from megaswift.data.preference import LABELLED, MISMATCHED, PAIRS
 from megaswift.errors import UserError
 from megaswift.models.registry import MODEL_TYPES
 from megaswift.run.objective import objective_of
@@ -82,7 +82,8 @@ def preferences_of(args: SftArguments) -> str:
     """What the rows of a run are taken for, as `prepare` has it."""
     if not isinstance(args, RlhfArguments):
         return ""
-    return PAIRS if objective_of(args).answers == 2 else LABELLED
+    objective = objective_of(args)
+    return PAIRS if objective.pairs else MISMATCHED if objective.looks_ahead else LABELLED
 
 
 def resolved(

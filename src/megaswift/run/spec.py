@@ -181,9 +181,19 @@ class ObjectiveSpec:
     undesirable_weight: float = 1.0
 
     @property
+    def pairs(self) -> bool:
+        """Whether an example is a chosen and a rejected answer."""
+        return self.kind not in ("supervised", "kto")
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether each step begins with a forward pass over mismatched answers, which the loss needs a figure of."""
+        return self.kind == "kto" and self.form == "kto"
+
+    @property
     def answers(self) -> int:
-        """Sequences of one example: the chosen and the rejected answer of a pair, else one."""
-        return 1 if self.kind in ("supervised", "kto") else 2
+        """Sequences of one example: two of a pair, and of an answer with a mismatched one beside it."""
+        return 2 if self.pairs or self.looks_ahead else 1
 
     @property
     def needs_reference(self) -> bool:

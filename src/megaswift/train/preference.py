@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from megaswift.train import preference_losses as losses
-from megaswift.train.objectives import SUPERVISED, Loss, Objective, SequenceObjective, SupervisedTokens
+from megaswift.train.objectives import SUPERVISED, Ahead, Loss, Objective, SequenceObjective, SupervisedTokens
 
 if TYPE_CHECKING:
     from megaswift.data.batches import MicroBatch
+    from megaswift.megatron.model import ChatModel
     from megaswift.run.spec import ObjectiveSpec
 
 FIGURES = (
@@ -25,6 +26,8 @@ def objective_of(spec: ObjectiveSpec) -> Objective:
     """What a trainer is given for the objective of a run."""
     if spec.kind == "supervised":
         return SupervisedTokens()
+    if spec.kind == "kto":
+        return Labelled(spec)
     names = (*FIGURES, SUPERVISED, *([OWN] if spec.nll_weight else []))
     return SequenceObjective(partial(worth_of_pairs, spec), metrics=names, weigh=pairs_in)
 
@@ -95,3 +98,70 @@ def logged_log_probabilities(spec: ObjectiveSpec, x: losses.Answers) -> tuple[Te
     if spec.kind in ("simpo", "orpo") or (spec.kind, spec.form) == ("cpo", "ipo"):
         return x.chosen_mean.detach(), x.rejected_mean.detach()
     return x.chosen.detach(), x.rejected.detach()
+
+
+DISTANCE = "kl"  # KTO's estimate of how far what is trained is from the reference
+LABELLED_FIGURES = (
+    "rewards/chosen|desirable", "rewards/rejected|undesirable", "logps/chosen|desirable", "logps/rejected|undesirable",
+    "desirable", "undesirable", DISTANCE, SUPERVISED,
+)  # fmt: skip
+
+
+class Labelled:
+    """KTO and its kind: the loss of single answers that are good or bad.
+
+    KTO compares with how far the trained model is from the reference: the mean log-ratio of mismatched answers, of the whole
+    global batch, so that it does not depend on the layout. Each step begins with a forward pass for it, without gradient.
+    """
+
+    metrics = LABELLED_FIGURES
+
+    def __init__(self, spec: ObjectiveSpec) -> None:
+        self.spec = spec
+        self.distance: Tensor | None = None
+        self._sequences = SequenceObjective(self._worth, LABELLED_FIGURES, self._answers_in)
+        mismatched = SequenceObjective(self._ratio_of_mismatched, weigh=self._answers_in)
+        self.ahead = Ahead(mismatched, self._told) if spec.looks_ahead else None
+
+    def weight(self, batch: MicroBatch) -> Tensor:
+        return self._sequences.weight(batch)
+
+    def micro_batch(self, model: ChatModel, hidden: Tensor, batch: MicroBatch) -> Loss:
+        """The loss of each answer times the weight of its kind, summed; divided by the number of answers, it is their mean."""
+        return self._sequences.micro_batch(model, hidden, batch)
+
+    @staticmethod
+    def _answers_in(batch: MicroBatch) -> Tensor:
+        assert batch.desirable is not None
+        return torch.tensor(float(len(batch.desirable)))
+
+    def _told(self, mean: Tensor) -> None:
+        self.distance = mean.clamp(min=0).float()
+
+    @staticmethod
+    def _ratio_of_mismatched(log_probabilities: Tensor, tokens: Tensor, batch: MicroBatch) -> Loss:
+        ratio = log_probabilities[tokens > 0] - reference_of(batch).to(log_probabilities)
+        return Loss(ratio.sum(), torch.tensor(float(len(ratio)), device=ratio.device), {})
+
+    def _worth(self, log_probabilities: Tensor, tokens: Tensor, batch: MicroBatch) -> Loss:
+        spec, real = self.spec, tokens > 0
+        policy, reference = log_probabilities[real], reference_of(batch).to(log_probabilities)
+        assert batch.desirable is not None
+        good = batch.desirable.to(policy.device)
+        distance = policy.new_zeros(()) if self.distance is None else self.distance.to(policy)
+        if spec.form == "kto":
+            each = losses.kto(policy - reference, good, distance, spec.beta)
+        else:
+            each = losses.apo_zero_unpaired(policy - reference, good, spec.beta)
+        weight = torch.where(good, spec.desirable_weight, spec.undesirable_weight)
+        with torch.no_grad():
+            rewards, count = spec.beta * (policy - reference), len(each)
+            values = (
+                (rewards * good).sum(), (rewards * ~good).sum(), (policy * good).sum(), (policy * ~good).sum(),
+                good.sum().float(), (~good).sum().float(), distance * count, tokens[real].sum(),
+            )  # fmt: skip
+        return Loss(
+            (each * weight).sum(),
+            torch.tensor(float(count), device=policy.device),
+            dict(zip(LABELLED_FIGURES, values, strict=True)),
+        )

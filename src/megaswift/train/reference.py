@@ -112,18 +112,24 @@ def _computed(
 
     def noted(log_probabilities: Tensor, tokens: Tensor, micro: MicroBatch) -> Loss:
         own = log_probabilities[tokens > 0].double()
-        places = [np.arange(len(rows.sizes))[rows.places(row)] for row in micro.sample_ids]
+        places = [np.arange(len(rows.sizes))[rows.places(row)][which] for row in micro.sample_ids]
         if places:
             values[torch.from_numpy(np.concatenate(places)).to(device)] = own
         nothing = torch.zeros((), device=device)
         return Loss(nothing, nothing, {})
 
+    which = slice(None)  # of the samples of a row, those that a micro batch has
     chunks = chunks_of(model)
     for chunk in chunks:
         chunk.eval()
     with torch.no_grad():
         for step in range(len(batches)):
-            group = to_device(batches.step(step), device)
+            group, which = to_device(batches.step(step), device), slice(None)
+            beside = [batch.mismatched for batch in group if batch.mismatched is not None]
+            if beside:
+                which = slice(1, None, 2)
+                forward_backward(list(chunks), chunks[0].config, SequenceObjective(noted), beside, forward_only=True)
+                which = slice(0, None, 2)
             forward_backward(list(chunks), chunks[0].config, SequenceObjective(noted), group, forward_only=True)
             beat()
     dist.all_reduce(values, group=parallel_state.get_data_parallel_group())  # each row was with one of them

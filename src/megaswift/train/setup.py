@@ -142,5 +142,9 @@ def to_device(group: list[MicroBatch], device: torch.device) -> list[MicroBatch]
         return group
     names = ("tokens", "position_ids", "origins", "desirable", "reference")
     moved = [{name: getattr(batch, name) for name in names if getattr(batch, name) is not None} for batch in group]
+    beside = [batch.mismatched for batch in group]
+    if beside[0] is not None:
+        with_beside = zip(group, to_device([batch for batch in beside if batch is not None], device), strict=True)
+        group = [replace(batch, mismatched=own) for batch, own in with_beside]
     there = [{name: value.to(device, non_blocking=True) for name, value in values.items()} for values in moved]
     return [replace(batch, **values) for batch, values in zip(group, there, strict=True)]

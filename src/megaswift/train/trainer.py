@@ -35,6 +35,7 @@ from megaswift.megatron.kernels.megatron_optimizer import FusedOptimizer, fuse_o
 from megaswift.megatron.model import ChatModel, Chunks, chunks_of, run_micro_batch
 from megaswift.models.adapters import LORA_B
 from megaswift.models.stages import group_of_micro_batches
+from megaswift.train.objectives import shown
 from megaswift.weights.torch_dtypes import TORCH_DTYPES
 
 if TYPE_CHECKING:
@@ -147,6 +148,7 @@ class Trainer:
         Returns the sums of the global batch, fp64 on the device: losses, weights, and the objective's metrics in their order.
         `gradient_divisor` tells what the gradient buffers must be divided by to be gradients of the mean loss.
         """
+        self._look_ahead(batches)
         for wrapped in self.wrapped:
             wrapped.train()
             zero_main_grads(wrapped)
@@ -232,21 +234,38 @@ class Trainer:
 
     @torch.no_grad()
     def evaluated(self, batches: Iterator[list[MicroBatch]]) -> tuple[float, dict[str, float]]:
-        """The loss of all batches together, and the objective's metrics as means: sums over the sum of weights."""
+        """The loss of all batches together, and the objective's metrics as means."""
         for wrapped in self.wrapped:
             wrapped.eval()
         sums = torch.zeros(2 + len(self.objective.metrics), dtype=torch.float64)
         for group in batches:
+            self._look_ahead(group)
             sums += self._forward_backward(group, forward_only=True).cpu()
-        loss, *metrics = (sums[[0, *range(2, len(sums))]] / divisor(sums)).tolist()
-        return loss, dict(zip(self.objective.metrics, metrics, strict=True))
+        total, weight, *metrics = sums.tolist()
+        found = dict(zip(self.objective.metrics, metrics, strict=True))
+        return total / weight if weight > 0 else 0.0, shown(found, weight)
 
-    def _forward_backward(self, batches: list[MicroBatch], forward_only: bool) -> Tensor:
-        """Run Megatron-Core's schedule; the sums of losses, weights and metrics over the whole global batch (fp64)."""
-        reports = forward_backward(
-            self.wrapped, self.bare_model.config, self.objective, batches, forward_only, self.run_schedule
-        )
-        sums = torch.zeros(2 + len(self.objective.metrics), dtype=torch.float64, device=batches[0].tokens.device)
+    @torch.no_grad()
+    def _look_ahead(self, batches: list[MicroBatch]) -> None:
+        """Find what the objective must know of a global batch before its losses, by a forward pass over what is beside it."""
+        ahead = self.objective.ahead
+        if ahead is None:
+            return
+        for wrapped in self.wrapped:
+            wrapped.eval()
+        beside = [batch.mismatched for batch in batches if batch.mismatched is not None]
+        sums = self._forward_backward(beside, forward_only=True, objective=ahead.objective)
+        ahead.told(sums[0] / divisor(sums))
+
+    def _forward_backward(self, batches: list[MicroBatch], forward_only: bool, objective: Objective | None = None) -> Tensor:
+        """Run Megatron-Core's schedule; the sums of losses, weights and metrics over the whole global batch (fp64).
+
+        Args:
+            objective: another than the trainer's own.
+        """
+        objective = objective or self.objective
+        reports = forward_backward(self.wrapped, self.bare_model.config, objective, batches, forward_only, self.run_schedule)
+        sums = torch.zeros(2 + len(objective.metrics), dtype=torch.float64, device=batches[0].tokens.device)
         for report in reports:  # empty before the last pipeline stage
             sums += report["sums"].to(torch.float64)
         dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
