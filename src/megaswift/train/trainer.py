@@ -35,7 +35,6 @@ from megaswift.megatron.kernels.megatron_optimizer import FusedOptimizer, fuse_o
 from megaswift.megatron.model import ChatModel, Chunks, chunks_of, run_micro_batch
 from megaswift.models.adapters import LORA_B
 from megaswift.models.stages import group_of_micro_batches
-from megaswift.train.objectives import shown
 from megaswift.weights.torch_dtypes import TORCH_DTYPES
 
 if TYPE_CHECKING:
@@ -233,8 +232,8 @@ class Trainer:
         return self.evaluated(batches)[0]
 
     @torch.no_grad()
-    def evaluated(self, batches: Iterator[list[MicroBatch]]) -> tuple[float, dict[str, float]]:
-        """The loss of all batches together, and the objective's metrics as means."""
+    def evaluated(self, batches: Iterator[list[MicroBatch]]) -> tuple[float, float, dict[str, float]]:
+        """The loss of all batches together, what it was divided by, and the sums of the objective's metrics."""
         for wrapped in self.wrapped:
             wrapped.eval()
         sums = torch.zeros(2 + len(self.objective.metrics), dtype=torch.float64)
@@ -243,7 +242,7 @@ class Trainer:
             sums += self._forward_backward(group, forward_only=True).cpu()
         total, weight, *metrics = sums.tolist()
         found = dict(zip(self.objective.metrics, metrics, strict=True))
-        return total / weight if weight > 0 else 0.0, shown(found, weight)
+        return total / weight if weight > 0 else 0.0, weight, found
 
     @torch.no_grad()
     def _look_ahead(self, batches: list[MicroBatch]) -> None:
