@@ -14,8 +14,9 @@ from torch import Tensor
 
 from megaswift.run.objective import FORMS, SMOOTHED
 from megaswift.run.spec import ObjectiveSpec
-from megaswift.train.preference import loss_of_pairs
-from megaswift.train.preference_losses import Answers, apo_zero_unpaired, kto, log1mexp
+from megaswift.train.objectives import SequenceObjective, shown
+from megaswift.train.preference import FIGURES, Labelled, objective_of
+from megaswift.train.preference_losses import log1mexp
 
 PAIRS, LONGEST = 7, 9
 
@@ -44,13 +45,22 @@ def reference(policy: TokenScores) -> Tensor:
     return policy.sums.detach() + torch.randn(2 * PAIRS, generator=torch.Generator().manual_seed(2))
 
 
+def interleaved(x: Tensor) -> Tensor:
+    """Chosen answers first, rejected ones after them -> as a micro batch has them, and what fills its row up."""
+    return torch.cat([torch.stack(x.chunk(2), dim=1).flatten(), torch.zeros(1, dtype=x.dtype)])
+
+
 def ours(spec: ObjectiveSpec, policy: TokenScores, reference: Tensor) -> tuple[float, Tensor]:
-    """The mean loss, and its gradient by the log-probability of each token; chosen answers first."""
-    (chosen, rejected), (ref_chosen, ref_rejected) = policy.sums.chunk(2), reference.chunk(2)
-    counts = policy.counts.float().chunk(2)
-    loss = loss_of_pairs(spec, Answers(chosen, rejected, ref_chosen, ref_rejected, *counts)).mean()
-    [gradient] = torch.autograd.grad(loss, policy.values)
-    return float(loss.detach()), gradient
+    """The mean loss that a run's objective makes of a micro batch, and its gradient by the log-probability of each token."""
+    objective = objective_of(spec)
+    assert isinstance(objective, SequenceObjective) and objective.weigh is not None
+    batch: Any = SimpleNamespace(reference=interleaved(reference)[:-1], desirable=torch.tensor([True, False] * PAIRS))
+    loss = objective.worth(interleaved(policy.sums), interleaved(policy.counts.float()), batch)
+    assert float(loss.weight) == float(objective.weigh(batch)) == PAIRS
+    assert float(loss.metrics["supervised"]) == float(policy.counts.sum())
+    mean = loss.total / loss.weight
+    [gradient] = torch.autograd.grad(mean, policy.values)
+    return float(mean.detach()), gradient
 
 
 def trainer(**more: Any) -> Any:
@@ -180,11 +190,44 @@ def test_kto(form: str, kl: float) -> None:
         _compute_kl_logps=lambda *_: torch.full((10,), kl),
     )  # fmt: skip
     wanted = KTOTrainer._compute_loss(it, model, inputs, False)
-    ratio, distance = scores.sums - reference, torch.tensor(kl).clamp(min=0)
-    each = kto(ratio, labels, distance, beta) if form == "kto" else apo_zero_unpaired(ratio, labels, beta)
-    loss = (each * torch.where(labels, *(torch.tensor(weight) for weight in weights))).mean()
-    [gradient] = torch.autograd.grad(loss, scores.values)
-    same((float(loss.detach()), gradient), wanted, scores)
+    spec = ObjectiveSpec(kind="kto", form=form, beta=beta, desirable_weight=weights[0], undesirable_weight=weights[1])
+    objective = objective_of(spec)
+    assert isinstance(objective, Labelled) and (objective.ahead is None) == (form != "kto")
+    if objective.ahead is not None:
+        mismatched: Any = objective.ahead.objective
+        beside: Any = SimpleNamespace(reference=torch.full((10,), -4.0), desirable=labels)
+        ratio = mismatched.worth(torch.full((10,), kl - 4.0), torch.ones(10), beside)
+        assert float(ratio.weight) == 10 and float(ratio.total / ratio.weight) == pytest.approx(kl, abs=1e-6)
+        objective.ahead.told(ratio.total.double() / ratio.weight)
+    batch: Any = SimpleNamespace(reference=reference, desirable=labels)
+    padded = (torch.cat([x, torch.zeros(1)]) for x in (scores.sums, scores.counts.float()))
+    loss = objective.worth(*padded, batch)
+    mean = loss.total / loss.weight
+    [gradient] = torch.autograd.grad(mean, scores.values)
+    same((float(mean.detach()), gradient), wanted, scores)
+    means = shown({name: float(value) for name, value in loss.metrics.items()}, float(loss.weight))
+    logged = {name: values[-1] for name, values in it._metrics["train"].items()}
+    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected", "kl"):
+        wanted_value = logged[name] if name != "kl" or form == "kto" else 0.0
+        assert means[name] == pytest.approx(wanted_value, rel=1e-5, abs=1e-6), name
+
+
+def test_the_figures_of_pairs_are_those_of_trl(policy: TokenScores, reference: Tensor) -> None:
+    from trl import DPOTrainer
+
+    model, inputs = said(policy)
+    inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = reference.chunk(2)
+    it = trainer(
+        beta=0.3, label_smoothing=0.0, loss_types=["sigmoid"], loss_weights=[1.0], ld_alpha=None, use_weighting=False,
+        f_divergence_type="reverse_kl", args=None,
+    )  # fmt: skip
+    DPOTrainer._compute_loss(it, model, inputs, False)
+    objective: Any = objective_of(ObjectiveSpec(kind="dpo", form="sigmoid", beta=0.3))
+    batch = SimpleNamespace(reference=interleaved(reference)[:-1], desirable=None)
+    loss = objective.worth(interleaved(policy.sums), interleaved(policy.counts.float()), batch)
+    means = shown({name: float(value) for name, value in loss.metrics.items()}, float(loss.weight))
+    for name in FIGURES:
+        assert means[name] == pytest.approx(it._metrics["train"][name][-1], rel=1e-5, abs=1e-6), name
 
 
 def faults() -> Iterator[tuple[str, dict[str, Any]]]:

@@ -240,3 +240,33 @@ def test_answers_that_are_cut_stay_pairs(start: Path, tmp_path: Path) -> None:
 def test_options_that_mean_nothing_are_refused(options: dict[str, Any], text: str, start: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=text):
         prepared(start, write_pairs(tmp_path / "rows.jsonl"), **options)
+
+
+def test_mismatched_answers_are_those_to_the_question_before(start: Path, tmp_path: Path) -> None:
+    """They stand beside the answers, are no part of a micro batch, and share with it only the question."""
+    rows = write_labelled(tmp_path / "rows.jsonl")
+    _, data, _, pad_id = prepared(start, rows, rlhf_type="kto")
+    assert data.train.mismatched and len(data.train) == 24
+    own = [data.train.samples(row) for row in range(24)]
+    answers = [sample.ids[sample.kept].tolist() for sample, _ in own]
+    for k, (sample, beside) in enumerate(own):
+        asked = int(np.argmax(sample.kept))
+        assert beside.ids[:asked].tolist() == sample.ids[:asked].tolist()
+        assert beside.ids[beside.kept].tolist() == answers[k - 1]
+    data.train.reference = np.arange(48, dtype=np.float32)
+    for padding_free in (True, False):
+        batches = Batches(
+            data.train, micro_batch_size=3, global_batch_size=6, dp_rank=0, dp_size=1, seed=1, pad_id=pad_id,
+            padding_free=padding_free,
+        )  # fmt: skip
+        for micro in batches.step(0):
+            assert micro.mismatched is not None and micro.reference is not None and micro.mismatched.reference is not None
+            assert micro.reference.tolist() == [2 * row for row in micro.sample_ids]
+            assert micro.mismatched.reference.tolist() == [2 * row + 1 for row in micro.sample_ids]
+            labels = micro.labels[micro.labels != -100].tolist()
+            assert labels == [token for row in micro.sample_ids for token in answers[row]]
+
+
+def test_labels_alone_need_no_mismatched_answers(start: Path, tmp_path: Path) -> None:
+    _, data, _, _ = prepared(start, write_labelled(tmp_path / "rows.jsonl"), rlhf_type="kto", loss_type="apo_zero_unpaired")
+    assert not data.train.mismatched and len(data.train.samples(0)) == 1

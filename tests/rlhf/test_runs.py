@@ -22,11 +22,12 @@ from megaswift.data.batches import Batches
 from megaswift.data.store import TokenRows
 from megaswift.errors import DataError, UserError
 from megaswift.parity.adapters import PeftSide
+from megaswift.run.objective import check_same_objective
 from megaswift.run.spec import RUN_FILE, Run
 from megaswift.store.manifest import read_manifest
 from megaswift.store.paths import REFERENCE_FILE
 from tests.ranks import RankPool
-from tests.rlhf.pairs import PlainStep, forget, kept_files, write_pairs
+from tests.rlhf.pairs import PlainStep, forget, job, kept_files, write_pairs
 from tests.training import Trained, tiny_start, train
 
 STEPS, BETA = 6, 0.2
@@ -35,6 +36,7 @@ COMMON: dict[str, Any] = {
     "dataset_test_ratio": 0.2, "learning_rate": 3e-4, "arguments": RlhfArguments,
 }  # fmt: skip
 LORA: dict[str, Any] = {"sft_type": "lora", "lora_rank": 4, "lora_alpha": 8.0, "lora_dropout": 0.2, "learning_rate": 1e-2}
+LONE = (1, 1, 1, False, 1)  # one process: tp, pp, sequence parallel, cp
 # name -> processes and options; the global batch is 8 rows at all of them
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "dp1 padded": (1, {"batch_size": 2, "padding_free": False}),
@@ -167,6 +169,32 @@ def test_the_reference_is_kept_for_the_next_run_over_the_same(start: Path, rows:
     fewer = write_pairs(tmp_path / "fewer.jsonl", 30)
     fourth = train(pool, tmp_path / "fourth", 1, **common | {"dataset": [str(fewer)]}, resume_from_checkpoint=str(start))
     assert not {*kept_files(third.directory), *kept_files(fourth.directory)} & set(kept)
+
+
+def test_a_reference_is_read_only_for_its_own_rows_and_weights(start: Path, tmp_path: Path) -> None:
+    """What a run's file and the cache hold is asked for by both."""
+    from megaswift.train.reference import kept, write
+
+    path, run = tmp_path / "values.npz", job(start, write_pairs(tmp_path / "rows.jsonl"), *LONE, batch=1)
+    data = TokenRows.open(run.data.train)
+    said = np.arange(len(data.sizes), dtype=np.float32)
+    write(path, "these weights", {"train": data.fingerprint}, {"train": said})
+    assert np.array_equal(kept(path, "train", data, "these weights"), said)  # type: ignore[arg-type]
+    assert kept(path, "train", data, None) is not None, "a run that goes on has its own, whatever it began from"
+    assert kept(path, "train", data, "other weights") is None and kept(path, "val", data, None) is None
+    write(path, "these weights", {"train": "other rows"}, {"train": said})
+    assert kept(path, "train", data, "these weights") is None
+    path.write_bytes(path.read_bytes()[:-40])
+    assert kept(path, "train", data, "these weights") is None, "a torn file"
+
+
+def test_a_run_goes_on_by_its_own_method_alone() -> None:
+    manifest = {"objective": {"kind": "dpo", "beta": 0.1}}
+    check_same_objective(RlhfArguments(), manifest, "here")
+    check_same_objective(SftArguments(), {}, "here")
+    for args, found in ((SftArguments(), manifest), (RlhfArguments(rlhf_type="cpo"), manifest), (RlhfArguments(), {})):
+        with pytest.raises(UserError, match="does not go on by"):
+            check_same_objective(args, found, "here")
 
 
 def test_rows_that_the_reference_did_not_see_are_refused_when_full_training_goes_on(

@@ -119,7 +119,7 @@ class Labelled:
     def __init__(self, spec: ObjectiveSpec) -> None:
         self.spec = spec
         self.distance: Tensor | None = None
-        self._sequences = SequenceObjective(self._worth, LABELLED_FIGURES, self._answers_in)
+        self._sequences = SequenceObjective(self.worth, LABELLED_FIGURES, self._answers_in)
         mismatched = SequenceObjective(self._ratio_of_mismatched, weigh=self._answers_in)
         self.ahead = Ahead(mismatched, self._told) if spec.looks_ahead else None
 
@@ -143,7 +143,8 @@ class Labelled:
         ratio = log_probabilities[tokens > 0] - reference_of(batch).to(log_probabilities)
         return Loss(ratio.sum(), torch.tensor(float(len(ratio)), device=ratio.device), {})
 
-    def _worth(self, log_probabilities: Tensor, tokens: Tensor, batch: MicroBatch) -> Loss:
+    def worth(self, log_probabilities: Tensor, tokens: Tensor, batch: MicroBatch) -> Loss:
+        """See SequenceObjective."""
         spec, real = self.spec, tokens > 0
         policy, reference = log_probabilities[real], reference_of(batch).to(log_probabilities)
         assert batch.desirable is not None

@@ -15,6 +15,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -61,7 +62,7 @@ def attach(
     Raises DataError where a run that goes on has other rows, and its weights are not those of the reference any more.
     """
     first, file = dist.get_rank() == 0, run_dir / REFERENCE_FILE
-    found: list[Any] = [_kept(run, file, stores) if first else None]
+    found: list[Any] = [_known(run, file, stores) if first else None]
     dist.broadcast_object_list(found, src=0)
     values = found[0]
     missing = {name: rows for name, rows in stores.items() if name not in values}
@@ -139,25 +140,28 @@ def _computed(
     return values.float().cpu().numpy()
 
 
-def _kept(run: Run, file: Path, stores: dict[str, TokenRows]) -> dict[str, np.ndarray]:
+def _known(run: Run, file: Path, stores: dict[str, TokenRows]) -> dict[str, np.ndarray]:
     """What the run's own file, or the cache, has for these rows. A run that goes on has its own, of whatever it began from."""
-    values: dict[str, np.ndarray] = {}
-    weights = None if run.schedule.first_step else weights_named(run)
+    weights, values = None if run.schedule.first_step else weights_named(run), {}
     for name, rows in stores.items():
-        places = [file] if weights is None else [file, cached(weights, rows)]
-        for place in places:
-            found = _read(place, name if place == file else "values", rows.fingerprint, weights)
-            if found is not None and found.shape == (len(rows.sizes),):
-                values[name] = found
-                break
+        found = kept(file, name, rows, weights)
+        if found is None and weights is not None:
+            found = kept(cached(weights, rows), "values", rows, weights)
+        if found is not None:
+            values[name] = found
     return values
 
 
-def _read(path: Path, name: str, rows: str, weights: str | None) -> np.ndarray | None:
-    """An array of a file, where that is of these rows, and of these weights; None: whatever the run began from."""
-    with suppress(OSError, ValueError, KeyError, EOFError), np.load(path, allow_pickle=False) as file:
+def kept(path: Path, name: str, rows: TokenRows, weights: str | None) -> np.ndarray | None:
+    """fp32 [places] of a file that is of these rows and of these weights, else None.
+
+    Args:
+        name: of the array in the file; weights: None: whatever they were.
+    """
+    with suppress(OSError, ValueError, KeyError, EOFError, BadZipFile), np.load(path, allow_pickle=False) as file:
         about = json.loads(str(file["about"]))
-        if about["version"] == _VERSION and about["rows"].get(name) == rows and weights in (None, about["weights"]):
+        same_rows, same_weights = about["rows"].get(name) == rows.fingerprint, weights in (None, about["weights"])
+        if about["version"] == _VERSION and same_rows and same_weights and file[name].shape == (len(rows.sizes),):
             return np.asarray(file[name], np.float32)
     return None
 
@@ -167,17 +171,18 @@ def _keep(run: Run, file: Path, stores: dict[str, TokenRows], values: dict[str, 
     fingerprints = {name: rows.fingerprint for name, rows in stores.items()}
     known = run.schedule.first_step == 0 or run.method.base is not None
     weights = weights_named(run) if known else _began_from(file)
-    _write(file, weights, fingerprints, values)
+    write(file, weights, fingerprints, values)
     if not new or not known:
         return
     for name, rows in stores.items():
         with suppress(OSError):  # the run has its own
             place = cached(weights, rows)
             place.parent.mkdir(parents=True, exist_ok=True)
-            _write(place, weights, {"values": rows.fingerprint}, {"values": values[name]})
+            write(place, weights, {"values": rows.fingerprint}, {"values": values[name]})
 
 
-def _write(path: Path, weights: str, rows: dict[str, str], values: dict[str, np.ndarray]) -> None:
+def write(path: Path, weights: str, rows: dict[str, str], values: dict[str, np.ndarray]) -> None:
+    """Write a file that `kept` reads: an array for each name, with the fingerprint of its rows."""
     about = json.dumps({"version": _VERSION, "weights": weights, "rows": rows})
     with appearing(path, durable=False) as temporary, temporary.open("wb") as file:
         np.savez(file, about=np.array(about), **{name: values[name] for name in rows})  # type: ignore[arg-type]
@@ -185,8 +190,8 @@ def _write(path: Path, weights: str, rows: dict[str, str], values: dict[str, np.
 
 def _began_from(file: Path) -> str:
     """The weights that a run's own file names, which a run that goes on keeps."""
-    with suppress(OSError, ValueError, KeyError, EOFError), np.load(file, allow_pickle=False) as kept:
-        return str(json.loads(str(kept["about"]))["weights"])
+    with suppress(OSError, ValueError, KeyError, EOFError, BadZipFile), np.load(file, allow_pickle=False) as values:
+        return str(json.loads(str(values["about"]))["weights"])
     return ""
 
 
