@@ -186,7 +186,7 @@ def test_a_pair_is_never_divided(packing: bool, repeats: str, start: Path, tmp_p
         assert data.train.desirable(row).tolist() == [True, False] * (len(samples) // 2)
         assert sum(len(sample.ids) for sample in data.train.samples(row)) <= 2 * 136
     assert set(seen) == pairs and len(seen) == (60 if repeats else 24)
-    data.train.reference = np.arange(len(data.train.sizes), dtype=np.float32)
+    data.train.reference = -np.arange(len(data.train.sizes), dtype=np.float32)
     common: dict[str, Any] = {"global_batch_size": 4, "dp_rank": 1, "dp_size": 2, "pad_id": pad_id}
     for batches in (
         Batches(data.train, micro_batch_size=2, seed=1, **common),
@@ -195,7 +195,7 @@ def test_a_pair_is_never_divided(packing: bool, repeats: str, start: Path, tmp_p
         for micro in batches.step(0):
             assert micro.reference is not None and micro.desirable is not None
             places = np.concatenate([np.arange(len(data.train.sizes))[data.train.places(row)] for row in micro.sample_ids])
-            assert micro.reference.tolist() == places.tolist() and len(micro.desirable) == len(places)
+            assert micro.reference.tolist() == (-places).tolist() and len(micro.desirable) == len(places)
             lengths = [len(sample.ids) for row in micro.sample_ids for sample in data.train.samples(row)]
             if micro.cu_seqlens is None:
                 assert micro.tokens.shape == (len(places), max(lengths))
@@ -219,6 +219,11 @@ def test_answers_that_are_cut_stay_pairs(start: Path, tmp_path: Path) -> None:
     _, data, _, _ = prepared(start, rows, max_length=30, truncation_strategy="truncation_left")
     assert data.report.datasets[0].too_long.count > 3 and len(data.train) == 24
     assert max(len(sample.ids) for row in range(24) for sample in data.train.samples(row)) == 30
+    with rows.open("a", encoding="utf-8") as file:  # what differs is cut off
+        answers = {"chosen": "good" + " a day" * 30, "rejected": "bad" + " a day" * 30}
+        file.write(json.dumps({"prompt": "q", **answers}) + "\n")
+    _, data, _, _ = prepared(start, rows, max_length=30, truncation_strategy="truncation_left")
+    assert len(data.train) == 24 and data.report.datasets[0].dropped["chosen equal to rejected"].count == 1
     with pytest.raises(UserError, match="cut an answer into pieces"):
         prepared(start, rows, truncation_strategy="split")
 

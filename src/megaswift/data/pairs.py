@@ -187,32 +187,24 @@ class PreferencePipeline(Pipeline):
         for item in items:
             if isinstance(item, BadRow):
                 raise item
-        if len(items) == 2:
-            common = _common(*items)
-            items = [_silent(item, common) for item in items] if text else items
+        if text and len(items) == 2:
+            items = _without_common(*items)
         longest = max(len(item.ids) for item in items)
         if 0 < self.max_length < longest:
             long[number] = longest
             if self.truncation == "delete":
                 return []
         pieces = [piece for item in items for piece in self._cut(item)]
+        if len(pieces) == 2 and np.array_equal(pieces[0].ids, pieces[1].ids):
+            raise BadRow(SAME, "as tokens within max_length")
         if not all(piece.kept[1:].any() for piece in pieces):
             raise BadRow(NO_LOSS_LEFT if number in long else "no supervised token")
         return pieces
 
 
-def _common(chosen: Encoded, rejected: Encoded) -> int:
-    """How many tokens two samples begin with together. Raises BadRow for equal ones."""
-    shorter = min(len(chosen.ids), len(rejected.ids))
-    differs = np.flatnonzero(chosen.ids[:shorter] != rejected.ids[:shorter])
+def _without_common(*items: Encoded) -> list[Encoded]:
+    """Two whole texts without loss on the tokens that both begin with."""
+    shorter = min(len(item.ids) for item in items)
+    differs = np.flatnonzero(items[0].ids[:shorter] != items[1].ids[:shorter])
     common = int(differs[0]) if len(differs) else shorter
-    if common == len(chosen.ids) == len(rejected.ids):
-        raise BadRow(SAME, "after tokenization")
-    return common
-
-
-def _silent(item: Encoded, first: int) -> Encoded:
-    """A sample without loss on its first tokens."""
-    kept = item.kept.copy()
-    kept[:first] = False
-    return Encoded(item.ids, kept, item.weights)
+    return [Encoded(item.ids, item.kept & (np.arange(len(item.ids)) >= common), item.weights) for item in items]
