@@ -27,7 +27,8 @@ from megaswift.run.spec import RUN_FILE, Run
 from megaswift.store.manifest import read_manifest
 from megaswift.store.paths import REFERENCE_FILE
 from tests.ranks import RankPool
-from tests.rlhf.pairs import PlainStep, forget, job, kept_files, write_pairs
+from tests.rlhf.pairs import PlainStep, forget, job, kept_files, say, write_pairs
+from tests.runs import changed
 from tests.training import Trained, tiny_start, train
 
 STEPS, BETA = 6, 0.2
@@ -195,6 +196,80 @@ def test_a_run_goes_on_by_its_own_method_alone() -> None:
     for args, found in ((SftArguments(), manifest), (RlhfArguments(rlhf_type="cpo"), manifest), (RlhfArguments(), {})):
         with pytest.raises(UserError, match="does not go on by"):
             check_same_objective(args, found, "here")
+
+
+def stopped(path: str) -> str:
+    """On one rank: what a run says that is told to stop on rank 1 while its reference is computed."""
+    import os
+
+    from megaswift.errors import Stopped
+    from megaswift.launch.signals import StopSignals
+    from megaswift.train.loop import train as train_rank
+
+    if os.environ["RANK"] == "1":
+        StopSignals.asked = property(lambda self: "SIGTERM")  # type: ignore[assignment]
+    try:
+        train_rank(Run.read(Path(path)))
+    except Stopped as error:
+        return error.text()
+    return "done"
+
+
+def test_a_signal_is_heard_while_the_reference_is_computed(start: Path, pool: RankPool, tmp_path: Path) -> None:
+    run = job(start, write_pairs(tmp_path / "rows.jsonl", 20), 2, 1, 1, False, 1, batch=1)
+    run = changed(run, run_dir=str(tmp_path), logging_dir=str(tmp_path / "runs"))
+    run.write(tmp_path / RUN_FILE)
+    forget(tmp_path)
+    one, other = pool.run(2, stopped, str(tmp_path / RUN_FILE))
+    assert "a signal to another rank before a step was made, during the reference of the training rows" in one
+    assert "stopped by SIGTERM" in other and not (tmp_path / REFERENCE_FILE).exists()
+
+
+KTO: dict[str, Any] = {"rlhf_type": "kto", "beta": 0.1, "desirable_weight": 0.5, "undesirable_weight": 2.0}
+
+
+def test_kto_with_unbalanced_labels(start: Path, pool: RankPool, tmp_path: Path) -> None:
+    """Four good answers for each bad one: rewards part, on held-out answers too, the same at other layouts, and a run goes on."""
+    rows = tmp_path / "rows.jsonl"
+    with rows.open("w", encoding="utf-8") as file:
+        for k in range(60):
+            good = k % 5 != 0
+            answer = say(k, 3) if good else say(k, 3).upper()
+            turns = [{"role": "user", "content": say(k * 3, 2)}, {"role": "assistant", "content": answer}]
+            file.write(json.dumps({"messages": turns, "label": good}) + "\n")
+    words = COMMON | KTO | {"max_steps": 12, "save_steps": 6, "eval_steps": 6, "learning_rate": 1e-3}
+    found = {}
+    for name, (world, options) in {key: LAYOUTS[key] for key in ("dp1 padded", "tp2 sp", "pp2", "cp2")}.items():
+        run = train(pool, tmp_path / name, world, resume_from_checkpoint=str(start), dataset=[str(rows)], **words | options)
+        found[name] = run
+        for key in ("loss", "kl", "rewards/chosen", "rewards/rejected"):
+            wanted = [row.get(key) for row in found["dp1 padded"].rows if "loss" in row]
+            assert [row.get(key) for row in run.rows if "loss" in row] == pytest.approx(wanted, abs=5e-5), f"{name}: {key}"
+    first, *_, last = [row for row in found["pp2"].rows if "loss" in row]
+    assert first["kl"] == pytest.approx(0, abs=1e-5) and first["loss"] == pytest.approx(0.5 * (0.5 * 0.8 + 2.0 * 0.2), abs=0.2)
+    evaluated = [row for row in found["pp2"].rows if "eval_loss" in row]
+    assert evaluated[-1]["eval_rewards/margins"] > evaluated[0]["eval_rewards/margins"] > 0 and last["loss"] < first["loss"]
+    shutil.rmtree(found["pp2"].directory / "iter_0000012")
+    again = train(
+        pool, tmp_path / "pp2", 2, dataset=[str(rows)], resume=True, model_type="tiny-chat", tp=2, pp=1, cp=1,
+        **{name: value for name, value in words.items() if name not in ("beta", "desirable_weight", "undesirable_weight")},
+    )  # fmt: skip
+    assert again.losses[-6:] == pytest.approx(found["pp2"].losses[-6:], abs=5e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{"rlhf_type": "orpo"}, {"rlhf_type": "simpo"}, {"rlhf_type": "cpo"}, {"rlhf_type": "ipo"}], ids=str
+)
+def test_the_other_methods_run(options: dict[str, Any], start: Path, rows: Path, pool: RankPool, tmp_path: Path) -> None:
+    """With their own defaults; only those that compare with a reference compute one."""
+    words = {name: value for name, value in COMMON.items() if name != "beta"} | {"max_steps": 2, **options}
+    run = train(pool, tmp_path, 2, resume_from_checkpoint=str(start), dataset=[str(rows)], tp=2, packing=True, **words)
+    assert (run.directory / REFERENCE_FILE).exists() == (options["rlhf_type"] == "ipo")
+    plan = json.loads((run.directory / "plan.json").read_text())["objective"]
+    assert plan["beta"] == {"simpo": 2.0}.get(options["rlhf_type"], 0.1)
+    assert (
+        all(np.isfinite(loss) for loss in run.losses) and "eval_rewards/margins" in run.rows[-2] | run.rows[-1] | run.rows[-3]
+    )
 
 
 def test_rows_that_the_reference_did_not_see_are_refused_when_full_training_goes_on(

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 
 from megaswift.data.batches import Batches, EvalBatches, prefetch
@@ -47,7 +48,7 @@ def train(run: Run) -> None:
         run_dir = _agreed_run_dir(run)
         with Watchdog(run_dir, rank.rank, *limits) as watchdog:
             batches, validation = open_batches(run, rank)
-            loaded = partial(_attach_reference, run, run_dir, batches, validation, rank, watchdog)
+            loaded = partial(_attach_reference, run, run_dir, batches, validation, rank, watchdog, signals)
             trainer, extra = restore_trainer(run, loaded if run.objective.needs_reference else None)
             with (
                 closing(trainer),
@@ -69,13 +70,25 @@ def _attach_reference(
     validation: EvalBatches | None,
     rank: process_groups.Rank,
     watchdog: Watchdog,
+    signals: StopSignals,
     model: ChatModel | Chunks,
 ) -> None:
-    """What the model says of all answers before it is trained."""
+    """What the model says of all answers before it is trained. Raises Stopped, on all ranks alike, where a signal asks for it."""
     from megaswift.train.reference import attach
 
+    def beat(what: str) -> None:
+        watchdog.long(what)
+        asked = torch.tensor(float(bool(signals.asked)), device=rank.device)
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        if asked.item():
+            raise Stopped(
+                f"stopped by {signals.asked or 'a signal to another rank'} before a step was made, during {what}.",
+                where=str(run_dir),
+                fix="the same command with --resume true starts again",
+            )
+
     stores = {"train": batches.rows} | ({} if validation is None else {"val": validation.rows})
-    attach(run, run_dir, stores, rank.device, watchdog.long, model)
+    attach(run, run_dir, stores, rank.device, beat, model)
 
 
 class Training:

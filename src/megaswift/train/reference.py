@@ -57,7 +57,7 @@ def attach(
 
     Args:
         stores: "train", and "val" where there is validation data.
-        beat: told what goes on, so that the watchdog knows.
+        beat: told what goes on by all ranks at the same place, for the watchdog; it may raise on all of them.
 
     Raises DataError where a run that goes on has other rows, and its weights are not those of the reference any more.
     """
