@@ -24,6 +24,7 @@ from megaswift.run.setup import preferences_of, resolved, template_of
 from megaswift.run.source import resolve_source
 from megaswift.run.spec import RUN_FILE, Run
 from megaswift.store.cache import cache_root
+from tests.engine.test_experts import router_losses
 
 WORDS = "who are you what is this a good day to learn new things about large models and small ones".split()
 PAIRS, MAX_LENGTH = 24, 136
@@ -119,6 +120,8 @@ class PlainStep(Reference):
         self.worth = worth
         self.said: Tensor | None = None  # log-probabilities of the step before the update
         self.rows: TokenRows | None = None
+        self.balance = 0.0  # weight of the routers' balancing loss, each pair a micro batch
+        self.routed: list[Any] = []
 
     def run(self, rows: TokenRows, ids_of_step: list[np.ndarray], keep: bool = True) -> Any:
         self.rows, self.ids = rows, ids_of_step
@@ -126,7 +129,11 @@ class PlainStep(Reference):
 
     def log_probability(self, sample: Encoded) -> Tensor:
         ids = torch.from_numpy(sample.ids.astype(np.int64))[None]
-        logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1].double()
+        more = {"output_router_logits": True} if self.balance else {}
+        made = self.model(input_ids=ids, use_cache=False, **more)
+        logits = made.logits[0, :-1].double()
+        if self.balance:
+            self.routed.append(made.router_logits)
         found = F.log_softmax(logits, dim=-1).gather(1, ids[0, 1:, None]).squeeze(1)
         return (found * torch.from_numpy(sample.kept[1:].copy())).sum()
 
@@ -144,7 +151,11 @@ class PlainStep(Reference):
         counts = torch.tensor([float(sample.kept[1:].sum()) for *_, sample in samples], dtype=torch.float64)
         self.said = torch.stack(found).detach()
         loss = self.worth(torch.stack(found), counts, torch.from_numpy(said).double(), good)
-        loss.backward()
+        more: Any = 0.0
+        for one, other in zip(self.routed[::2], self.routed[1::2]):
+            layers = tuple(torch.cat(parts) for parts in zip(one, other))
+            more = more + self.balance * router_losses(layers, self.model.config.num_experts_per_tok)[0] / (len(found) / 2)
+        (loss + more).backward()
         gradients = {
             name: torch.zeros_like(self.masters[name]) if parameter.grad is None else parameter.grad
             for name, parameter in self.names.items()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 
 from megaswift.config.options import SftArguments
@@ -78,6 +79,9 @@ METHODS: dict[str, tuple[Any, dict[str, Any], bool, tuple[str, ...]]] = {
 }  # fmt: skip
 
 
+BALANCE = 0.4  # of routers; their loss counts as the pairs of a micro batch do
+
+
 def take(jobs: list[tuple[str, str]]) -> list[dict[str, Any]]:
     """On one rank: what each job's only step gives; its gradients, and its weights after it, are saved."""
     from megaswift.megatron import process_groups as ranks
@@ -116,6 +120,32 @@ def differences(target: Path, wanted: Any, read: Any) -> Iterator[tuple[str, flo
         found = read(target / f"{kind}s" / "iter_0000001")
         assert found.keys() == values.keys()
         yield kind, *worst(((name, found[name], value) for name, value in values.items()), floor=floor)
+
+
+def test_a_step_of_a_model_with_experts(pool: RankPool, tmp_path: Path) -> None:
+    """Spread over two processes or not, with the loss that balances their load."""
+    start, rows = tiny_start(tmp_path, "granitemoe"), write_pairs(tmp_path / "rows.jsonl")
+    config, wanted = load_config(tmp_path / "hf"), None
+    options: dict[str, Any] = {**METHODS["dpo"][1], **RATES, "moe_aux_loss_coeff": BALANCE, "batch": 1}
+    for name, more in (("tp1 pp1 dp1", {}), ("dp2", {"ep": 2}), ("tp2, sequence parallel", {"ep": 2})):
+        world, *layout = LAYOUTS[name]
+        run = job(start, rows, world, *layout, **options, **more)
+        run.write(tmp_path / f"{name}.json")
+        if wanted is None:
+            data = TokenRows.open(run.data.train)
+            data.reference = any_reference(data)
+            reference = PlainStep(dpo, tmp_path / "hf", SftArguments(**RATES), "fp32", 1, run.schedule.warmup_iters)
+            reference.balance = BALANCE
+            wanted = next(reference.run(data, [np.arange(len(data))]))
+            reference.save(tmp_path / "updated")  # in memory transformers names experts otherwise
+            after = load_file(tmp_path / "updated" / "model.safetensors")
+        found = pool.run(world, take, [(str(tmp_path / f"{name}.json"), str(tmp_path / name))])[0][0]
+        limits = [("loss", relative(found["loss"], wanted.loss), ""), ("norm", relative(found["norm"], wanted.grad_norm), "")]
+        weights = full(tmp_path / name / "weights" / "iter_0000001", config)
+        limits.append(("weight", *worst(((key, weights[key], value) for key, value in after.items()), floor=UPDATES * RATE)))
+        for what, difference, tensor in limits:
+            print(f"{name:40} {what:10} {difference:.1e} {tensor}")
+            assert difference < LIMITS[what], f"{name}: {what} {difference:.1e} {tensor}"
 
 
 @pytest.mark.parametrize("method", METHODS)
