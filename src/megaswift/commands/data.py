@@ -53,7 +53,7 @@ class Inspection:
         duplicates: samples whose tokens equal those of an earlier one; repeats by #N do not count.
         fill: share of max_length that packs would use; None without a limit.
         padding: share of padded tokens in random micro batches of batch_size rows, 0 when they are laid end to end.
-        shown: samples as (text, has loss) stretches.
+        shown: samples as (text, weight in the loss) stretches.
     """
 
     data: PreparedData
@@ -61,7 +61,7 @@ class Inspection:
     duplicates: int
     fill: float | None
     padding: float
-    shown: list[list[tuple[str, bool]]]
+    shown: list[list[tuple[str, float]]]
 
 
 def data_main(args: InspectArguments | list[str]) -> Inspection:
