@@ -88,11 +88,6 @@ class DataArguments(TemplateArguments):
     truncation_strategy: str = option(
         "delete", "What happens to longer rows; each is counted.", ("delete", "truncation_left", "split")
     )
-    loss_scale: str = option(
-        "default",
-        "What carries loss: default (every answer), last_round, or all; with + ignore_empty_think, last_think or no_think, and "
-        "JSON files of weights (regular expression -> weight), joined by +.",
-    )
     columns: str | None = option(None, 'Column names to read under other names, as JSON: \'{"prompt_text": "query"}\'.')
     strict: bool = option(False, "Stop at the first bad row; otherwise bad rows are skipped, counted and shown.")
     model_name: list[str] = option([], "Name that self-cognition rows teach: Chinese and English, or one for both.")
