@@ -119,8 +119,8 @@ def test_weights_of_files(tmp_path: Path) -> None:
     messages = [Q("please search"), A("Action: go Input: far"), Q("and"), A("so: bZ Action: lZ", loss=0.5)]
     pieces = weighed(template_of(str(file)), messages)
     assert [(text.strip(), weight) for text, weight in pieces] == [
-        ("Action:", 2.0), ("go", 3.0), ("Input:", 1.0), ("far<|im_end|>", 0.25),
-        ("so: b", 0.5), ("Z", 2.0), ("", 0.5), ("Action:", 1.0), ("l", 1.5), ("Z", 2.0), ("<|im_end|>", 1.5),
+        ("Action:", 2.0), ("go", 3.0), ("Input:", 1.0), ("far", 0.25), ("<|im_end|>", 1.0),
+        ("so: b", 0.5), ("Z", 2.0), ("", 0.5), ("Action:", 1.0), ("l", 1.5), ("Z", 2.0), ("<|im_end|>", 0.5),
     ]  # fmt: skip
 
 
@@ -141,5 +141,8 @@ def test_tokens_stay_as_they_are(name: str, rounds: str, tmp_path: Path) -> None
 def test_rows_without_loss_are_told(tmp_path: Path) -> None:
     file = tmp_path / "rules.json"
     file.write_text(json.dumps({".+": 0}), encoding="utf-8")
-    with pytest.raises(BadRow, match="--loss_scale leaves no text with loss"):
-        encoded(template_of(str(file)), [Q("a"), A("b")])
+    assert weighed(template_of(str(file)), [Q("a"), A("b")]) == [("<|im_end|>", 1.0)]
+    file.write_text(json.dumps({"a": 0}), encoding="utf-8")
+    assert (
+        weighed(template_of(f"all+{file}"), [Q("a"), A("a")])[0][0] == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+    )

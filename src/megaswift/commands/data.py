@@ -16,6 +16,7 @@ import numpy as np
 from megaswift.config.options import InspectArguments, parse
 from megaswift.data.chat import ChatTemplate
 from megaswift.data.encode import prepare
+from megaswift.data.loss_rules import LossRules
 from megaswift.data.packing import pack
 from megaswift.data.page import write_page
 from megaswift.data.report import print_example, print_report, stretches
@@ -116,6 +117,7 @@ def _template(args: InspectArguments, directory: Path) -> ChatTemplate:
         args.system,
         fallback=entry.template if entry else None,
         date=args.template_date or date.today().isoformat(),
+        loss=LossRules.parse(args.loss_scale),
     )
 
 

@@ -12,7 +12,6 @@ import json
 import re
 from dataclasses import replace
 from functools import cached_property
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -221,19 +220,13 @@ class ChatTemplate:
         ]
 
     def _weighed(self, conversation: Conversation) -> tuple[list[Piece], np.ndarray | None]:
-        """Its pieces, and what `loss` makes of the weight of each of their characters. Raises BadRow where it leaves none."""
+        """Its pieces, and what `loss` makes of the weight of each of their characters. Raises BadRow."""
         pieces = [piece for piece in self.pieces(conversation) if piece.text]
         if conversation.text is not None or self.loss == AS_ROWS_SAY:
             return pieces, None
         writer = self._tool_use if self._tool_use is not None and conversation.tools else self
         messages = writer._prepared(conversation).messages
-        factors, pieces = self.loss.factors(pieces, messages), self.loss.everything(pieces, messages)
-        if factors is not None:
-            ends = list(accumulate(len(piece.text) for piece in pieces))
-            own = zip(pieces, ends, strict=True)
-            if not any(piece.weight and factors[end - len(piece.text) : end].any() for piece, end in own):
-                raise BadRow("no supervised turn", "--loss_scale leaves no text with loss")
-        return pieces, factors
+        return self.loss.everything(pieces, messages), self.loss.factors(pieces, messages)
 
     def _with_ends(self, item: Encoded) -> Encoded:
         """Pre-training text: the tokenizer's own first token, when it has one, and the end token around it, each once."""

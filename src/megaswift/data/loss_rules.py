@@ -206,14 +206,14 @@ def _question(messages: Sequence[Message], number: int) -> str:
 
 
 def _answers(pieces: Sequence[Piece]) -> Iterator[tuple[int, int, int]]:
-    """(number of the message, first character, the one after the last) of each answer with loss."""
-    position, first, number = 0, None, -1
+    """(number of the message, first character, the one after the last) of each answer with loss, without its end token."""
+    position, first, last, number = 0, None, 0, -1
     for piece in [*pieces, Piece("", pieces[0].kind)]:
         if piece.weight and first is None:
-            first = position
-        if piece.weight:
-            number = max(number, piece.turn)
-        elif first is not None:
-            yield number, first, position
+            first, last = position, position
+        if piece.turn >= 0 and first is not None and piece.weight:
+            number, last = piece.turn, position + len(piece.text)
+        if not piece.weight and first is not None:
+            yield number, first, last
             first, number = None, -1
         position += len(piece.text)
