@@ -239,6 +239,7 @@ def test_answers_that_are_cut_stay_pairs(start: Path, tmp_path: Path) -> None:
         ({"loss_type": "aot"}, "sorts the pairs of a batch"),
         ({"loss_type": "hinge", "label_smoothing": 0.1}, "--label_smoothing means nothing"),
         ({"rlhf_type": "kto", "desirable_weight": 0.0, "undesirable_weight": 0.0}, "nothing would be learnt"),
+        ({"loss_scale": "all"}, "--loss_scale all counts the question"),
         ({"beta": 0.0}, "--beta 0 is not above 0"),
     ],
 )

@@ -98,6 +98,12 @@ def objective_contradictions(args: SftArguments) -> Iterator[Problem]:
             where="--label_smoothing",
             fix=f"leave it out; it belongs to {named}",
         )
+    if "all" in args.loss_scale.split("+"):
+        yield Problem(
+            "--loss_scale all counts the question, which says nothing about which answer is better.",
+            where="--loss_scale",
+            fix="leave it out",
+        )
     if args.truncation_strategy == "split":
         yield Problem(
             "--truncation_strategy split would cut an answer into pieces, which no preference is about.",
