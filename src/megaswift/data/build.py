@@ -187,6 +187,7 @@ class Build:
         writer.add(encoding.ids, encoding.kept, encoding.sizes, encoding.weights)
         self.columns |= encoding.found
         entry.unsupervised_turns += encoding.unsupervised
+        entry.seen.add(encoding.seen)
         entry.weighted += encoding.weighted[0]
         entry.weight += encoding.weighted[1]
         for token, count in encoding.control.items():
