@@ -11,6 +11,7 @@ from torch import Tensor
 from megaswift.megatron.kernels.lora import LoraCall, Parts, lora_linear
 from megaswift.megatron.kernels.nf4 import SECOND_BLOCK, Packed, PackedOps, SmallScales, pack, small_scales
 from megaswift.megatron.kernels.parallel_linear import ColumnParallel, RowParallel
+from megaswift.megatron.latent_attention import Replicated
 from megaswift.models.adapters import linear, local_module
 from megaswift.models.parameters import Arrangement, Parameter
 
@@ -68,6 +69,17 @@ class PackedRow(RowParallel):
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return _packed_product(input, weight, kwargs)
+
+
+class PackedReplicated(Replicated):
+    """A layer that every tensor-parallel rank has whole; its weight is a `Packed` once `fill` has read it."""
+
+    def __init__(self, inputs: int, outputs: int, config: Any) -> None:
+        self.bias = None
+        _built_without_weight(self, config, lambda: super(PackedReplicated, self).__init__(inputs, outputs, config))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _packed_product(x, self.weight, {})
 
 
 def fill(

@@ -125,6 +125,17 @@ def kind_with(experts: Experts, **more: Any) -> Kind:
     return Kind(mlp=EXPERTS, experts=experts, **more)
 
 
+def only_value(config: Any, field: str, value: Any) -> None:
+    """Raise UserError where a config has a field that transformers does not ask for, and it says something else than it computes."""
+    found = getattr(config, field, None)
+    if found not in (None, value):
+        raise UserError(
+            f"{field} = {found!r} is not supported (only {value!r}, which is what transformers computes).",
+            where=f"config.json: {field}",
+            fix="train this model elsewhere; nothing was converted",
+        )
+
+
 def every_step(config: Any, layer: int) -> bool:
     """Whether a layer has experts by decoder_sparse_step and mlp_only_layers, as the Qwen families mean them."""
     step = config.decoder_sparse_step

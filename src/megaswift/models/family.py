@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from megaswift.errors import UserError
 from megaswift.models.experts import expert_sizes
 from megaswift.models.kinds import Factors, Kind
+from megaswift.models.latent import latent_sizes
 from megaswift.models.parameters import Parameter
 from megaswift.models.rules import Rule, Sizes, expanded, is_mixed
 
@@ -110,7 +111,9 @@ class Family:
     def parameters(self, config: PreTrainedConfig) -> list[Parameter]:
         """All tensors of a model of this family, in the order of the computation."""
         kinds = self.layers(config)
-        return expanded(self.rules_for(is_tied(config)), replace(sizes_of(config), more=expert_sizes(kinds)), kinds)
+        sizes = sizes_of(config)
+        more = expert_sizes(kinds) | latent_sizes(kinds, sizes.heads)
+        return expanded(self.rules_for(is_tied(config)), replace(sizes, more=more), kinds)
 
     def audit(self, config: PreTrainedConfig, where: str = "config.json") -> None:
         """Raise UserError for a config field that this family neither honours nor knows as neutral."""

@@ -46,15 +46,12 @@ def audit(config: PreTrainedConfig, reference: Streamed, measured: Streamed) -> 
     rows: list[tuple[str, Any, Any]] = [
         ("num_hidden_layers", len(theirs.model.layers), len(ours.decoder.layers)),
         ("hidden_size", shape[1], ours.embedding.word_embeddings.weight.shape[1]),
-        ("num_attention_heads", _heads(twin.self_attn)[0], attention.num_attention_heads_per_partition),
-        ("num_key_value_heads", _heads(twin.self_attn)[1], attention.num_query_groups_per_partition),
-        ("head_dim", twin.self_attn.head_dim, attention.hidden_size_per_attention_head),
+        *(_latent_sizes if hasattr(attention, "latent") else _head_sizes)(twin.self_attn, attention),
         *_mlps([_mlp(one) for one in theirs.model.layers], [one.mlp for one in ours.decoder.layers]),
         *_factors(config, theirs, ours),
         ("vocab_size", shape[0], ours.true_vocab),
         ("rms_norm_eps", _epsilons(theirs), _epsilons(ours)),
         ("hidden_act", _activation(_mlp(twin)), _gated(_name(settings.activation_func), settings.gated_linear_unit)),
-        ("attention_bias (q, k, v)", _query(twin.self_attn).bias is not None, attention.linear_qkv.bias is not None),
         ("attention_bias (o)", twin.self_attn.o_proj.bias is not None, attention.linear_proj.bias is not None),
         (
             "q/k norm",
@@ -71,7 +68,7 @@ def audit(config: PreTrainedConfig, reference: Streamed, measured: Streamed) -> 
         (
             "layers that rotate",
             _layers(theirs.model.layers, lambda one: _rotates(config, one.self_attn)),
-            _layers(ours.decoder.layers, lambda one: one.self_attention.core_attention.rotation is not None),
+            _layers(ours.decoder.layers, lambda one: _rotation(one.self_attention) is not None),
         ),
         ("attention scale", round(float(twin.self_attn.scaling), 9), _scale(ours)),
         ("tie_word_embeddings", is_tied(config), bool(ours.share_embeddings_and_output_weights)),
@@ -107,6 +104,43 @@ def _epsilons(model: torch.nn.Module) -> list[float]:
     return sorted({float(getattr(norm, "variance_epsilon", 0.0) or norm.eps) for norm in norms})
 
 
+def _head_sizes(twin: Any, attention: Any) -> list[tuple[str, Any, Any]]:
+    """Rows on heads, and on the biases of what makes queries, keys and values."""
+    return [
+        ("num_attention_heads", _heads(twin)[0], attention.num_attention_heads_per_partition),
+        ("num_key_value_heads", _heads(twin)[1], attention.num_query_groups_per_partition),
+        ("head_dim", twin.head_dim, attention.hidden_size_per_attention_head),
+        ("attention_bias (q, k, v)", _query(twin).bias is not None, attention.linear_qkv.bias is not None),
+    ]
+
+
+def _latent_sizes(twin: Any, attention: Any) -> list[tuple[str, Any, Any]]:
+    """Rows on latent attention: heads, the narrow states, the parts of a head, by the shapes of weights."""
+    latent, heads, states = attention.latent, attention.num_attention_heads_per_partition, twin.q_lora_rank is not None
+    query = twin.q_b_proj if states else twin.q_proj
+    mine = attention.linear_q_up_proj if latent.query is not None else attention.linear_q_proj
+    return [
+        ("num_attention_heads", twin.num_heads, heads),
+        ("q_lora_rank", query.weight.shape[1] if states else None, mine.weight.shape[1] if latent.query is not None else None),
+        ("kv_lora_rank", twin.kv_b_proj.weight.shape[1], attention.linear_kv_up_proj.weight.shape[1]),
+        ("qk_nope_head_dim", query.weight.shape[0] // twin.num_heads - twin.qk_rope_head_dim, latent.still),
+        (
+            "qk_rope_head_dim",
+            twin.kv_a_proj_with_mqa.weight.shape[0] - twin.kv_b_proj.weight.shape[1],
+            attention.linear_kv_down_proj.weight.shape[0] - attention.linear_kv_up_proj.weight.shape[1],
+        ),
+        ("v_head_dim", twin.o_proj.weight.shape[1] // twin.num_heads, attention.linear_proj.weight.shape[1] // heads),
+        ("rope_interleave", bool(getattr(twin.config, "rope_interleave", True)), latent.neighbours),
+        ("attention_bias (q, k, v)", twin.kv_a_proj_with_mqa.bias is not None, False),
+    ]
+
+
+def _rotation(attention: Any) -> str | None:
+    """The tables that a layer of ours rotates by."""
+    name: str | None = attention.rotation if hasattr(attention, "latent") else attention.core_attention.rotation
+    return name
+
+
 def _query(attention: Any) -> Any:
     """The layer of transformers that makes queries: with keys and values in one, or apart."""
     return attention.qkv_proj if hasattr(attention, "qkv_proj") else attention.q_proj
@@ -123,6 +157,8 @@ def _heads(attention: Any) -> tuple[int, int]:
 
 def _query_norms(attention: Any) -> list[Any]:
     """The norms of queries before and after they rotate, where there are such."""
+    if hasattr(attention, "latent"):
+        return []  # the norms of its narrow states are not of queries
     return [attention.q_layernorm, getattr(attention.core_attention, "q_layernorm", None)]
 
 
