@@ -18,7 +18,13 @@ MORE: dict[str, dict[str, Any]] = {
     f"{name}, {'DoRA' if dora else 'LoRA'}": {
         "family": name, "tied": True, "lora": {"dora": dora}, "layouts": ("tp1 pp1 dp1", "tp2", "tp2 pp2, sequence parallel", "cp2"),
     }
-    for name in tiny.OTHERS for dora in (False, True) if not dora or name in ("phi3", "starcoder2", "glm4")
+    for name in tiny.OTHERS for dora in (False, True) if not dora or name in ("phi3", "starcoder2", "glm4", "deepseek_v3")
+}  # fmt: skip
+MORE["deepseek_v3, base in 4 bits, scales in 8"] = {
+    "family": "deepseek_v3", "tied": False, "lora": {"bits": 4, "double": True}, "layouts": ("tp2", "tp2 pp2, sequence parallel"),
+    "sizes": {  # rows of whole blocks of 64
+        "hidden_size": 128, "intermediate_size": 128, "q_lora_rank": 64, "kv_lora_rank": 64, "v_head_dim": 16, "moe_intermediate_size": 128,
+    },
 }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from megaswift.export.common import (
     THREADS,
     check_tokenizer,
     report,
+    report_left_out,
     report_nonfinite,
     report_proof,
     report_rounded,
@@ -234,6 +235,7 @@ def _write(args: ExportArguments, source: _Source) -> Path:
         done = source.convert(release, work)
         seconds = time.perf_counter() - begin
         report(done.parameters, len(done.tensors), sum(digest.size for digest in done.files.values()), seconds, work.resumed)
+        report_left_out(source.config)
         report_nonfinite(done.nonfinite)
         lost = rounded(source.had, source.precisions, done.tensors)
         report_rounded(lost, len(done.tensors))

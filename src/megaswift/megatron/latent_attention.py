@@ -52,8 +52,8 @@ class Replicated(torch.nn.Module):
         self.config = config
         self.tp_group = parallel_state.get_tensor_model_parallel_group()
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
-        self.weight: Any = torch.nn.Parameter(torch.zeros((outputs, inputs), dtype=config.params_dtype, device=device))
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight = torch.nn.Parameter(torch.zeros((outputs, inputs), dtype=config.params_dtype, device=device))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
         """x [s, b, inputs] to [s, b, outputs]."""

@@ -163,11 +163,11 @@ def layer_spec(kind: Kind, packed: bool = False) -> ModuleSpec:
 
 def _latent(kind: Kind, packed: bool) -> ModuleSpec:
     """The specification of latent attention, whose core gets queries and keys that are rotated already."""
-    products = (PackedColumn, PackedRow, PackedReplicated) if packed else (ColumnParallel, RowParallel, Replicated)
+    column, row, whole = (PackedColumn, PackedRow, PackedReplicated) if packed else (ColumnParallel, RowParallel, Replicated)
     return ModuleSpec(
         module=_named(ATTENTIONS, "attention", kind.attention),
         params={"latent": kind.latent, "rotation": kind.rotation},
-        submodules=LatentSubmodules(*products, partial(CoreAttention, rotation=None)),
+        submodules=LatentSubmodules(column, row, whole, partial(CoreAttention, rotation=None)),
     )
 
 

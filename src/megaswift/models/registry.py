@@ -303,6 +303,9 @@ _REGISTERED = (
     *_same_names("starcoder2", "starcoder2", _AIM, "bigcode/", {"3b": "starcoder2-3b", "7b": "starcoder2-7b", "15b": "starcoder2-15b"}),
     *_same_names("nemotron", "minitron", "nvidia/", "nvidia/", {"4b-base": "Minitron-4B-Base", "8b-base": "Minitron-8B-Base"}),
     *_same_names("cohere", "c4ai-command-r", _AIM, "CohereLabs/", {"35b-chat": "c4ai-command-r-v01"}),
+    *_same_names("deepseek_v3", "moonlight", "moonshotai/", "moonshotai/", {
+        "16b-a3b": "Moonlight-16B-A3B", "16b-a3b-instruct": "Moonlight-16B-A3B-Instruct",
+    }),
     *_same_names("cohere2", "c4ai-command-r7b", _LLM, "CohereLabs/", {"chat": "c4ai-command-r7b-12-2024"}),
 )  # fmt: skip
 

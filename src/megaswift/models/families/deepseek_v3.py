@@ -14,7 +14,7 @@ from megaswift.models.experts import (
     without_mlp,
 )
 from megaswift.models.families.llama import LLAMA
-from megaswift.models.family import Family, decoder_settings
+from megaswift.models.family import Family, decoder_settings, layers_after
 from megaswift.models.kinds import LATENT, Experts, Kind
 from megaswift.models.latent import LATENT_FIELDS, latent_of, latent_rules, latent_settings
 
@@ -58,6 +58,7 @@ DEEPSEEK_V3 = Family(
     settings=lambda config: latent_settings(config, decoder_settings(config)),
     kind=_kind,
     extra_fields=ROUTING_FIELDS | FIELDS,
+    ahead=layers_after,
     tiny=dict(
         hidden_size=64,
         num_hidden_layers=4,

@@ -9,6 +9,7 @@ from megaswift.errors import DataError, UserError, first_line
 from megaswift.models import family_of, parameters_of
 from megaswift.models.family import is_tied, sizes_of
 from megaswift.models.parameters import hf_shapes
+from megaswift.models.prediction import layers_ahead
 from megaswift.weights.hf.folder import read_config
 
 if TYPE_CHECKING:
@@ -54,12 +55,13 @@ def load_config(directory: Path) -> PreTrainedConfig:
 
 
 def check_source(source: HFCheckpoint, config: PreTrainedConfig) -> None:
-    """Raise DataError unless the folder holds exactly the tensors of its config (a tied copy of the embedding is allowed)."""
+    """Raise DataError unless the folder holds exactly the tensors of its config (a tied copy of the embedding, and layers that predict ahead, are allowed)."""
     import torch
 
     tied = is_tied(config)
     ignorable = {"lm_head.weight"} if tied else set()
     ignorable |= {name for name in source.names if name.endswith(".rotary_emb.inv_freq")}
+    ignorable |= set(layers_ahead(config))
     source.check_names(hf_shapes(parameters_of(config)), ignorable)
     copied = tied and "lm_head.weight" in source.names
     if copied and not torch.equal(source.tensor("lm_head.weight"), source.tensor("model.embed_tokens.weight")):
