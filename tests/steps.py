@@ -128,6 +128,9 @@ class Steps:
         wanted = as_stored(parameters_of(self.config), wanted)
         assert found.keys() == wanted.keys()
         for name, value in wanted.items():
+            if ".experts." in name and not value.any():  # no token went there
+                assert not found[name].any(), name
+                continue
             assert float(value.abs().max()) > 0, name
             yield name, found[name], value
 

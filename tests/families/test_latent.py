@@ -30,6 +30,8 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "mscale_all_dim": 1.0, "beta_fast": 1.0, "beta_slow": 1.0,
         },
     }),
+    "V2": ("deepseek_v2", {"q_lora_rank": 24, "v_head_dim": 16}),
+    "V2 Lite": ("deepseek_v2", {"topk_method": "greedy", "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0}),
     "rotation by halves": ("deepseek_v3", {"rope_interleave": False, "norm_topk_prob": False, "v_head_dim": 24}),
 }  # fmt: skip
 

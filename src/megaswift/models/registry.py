@@ -303,6 +303,10 @@ _REGISTERED = (
     *_same_names("starcoder2", "starcoder2", _AIM, "bigcode/", {"3b": "starcoder2-3b", "7b": "starcoder2-7b", "15b": "starcoder2-15b"}),
     *_same_names("nemotron", "minitron", "nvidia/", "nvidia/", {"4b-base": "Minitron-4B-Base", "8b-base": "Minitron-8B-Base"}),
     *_same_names("cohere", "c4ai-command-r", _AIM, "CohereLabs/", {"35b-chat": "c4ai-command-r-v01"}),
+    *_same_names("deepseek_v2", "deepseek", "deepseek-ai/", "deepseek-ai/", {
+        "v2": "DeepSeek-V2", "v2-chat": "DeepSeek-V2-Chat", "v2-lite": "DeepSeek-V2-Lite", "v2-lite-chat": "DeepSeek-V2-Lite-Chat",
+        "v2_5": "DeepSeek-V2.5", "coder-v2-instruct": "DeepSeek-Coder-V2-Instruct", "coder-v2-lite-instruct": "DeepSeek-Coder-V2-Lite-Instruct",
+    }),
     *_same_names("deepseek_v3", "moonlight", "moonshotai/", "moonshotai/", {
         "16b-a3b": "Moonlight-16B-A3B", "16b-a3b-instruct": "Moonlight-16B-A3B-Instruct",
     }),

@@ -212,7 +212,12 @@ def _mlps(theirs: list[Any], ours: list[Any]) -> list[tuple[str, Any, Any]]:
                 list(mlp.experts.linear_fc1.weight.shape[:2]),
             ),
             ("num_experts_per_tok", int(gate.top_k), router.chosen),
-            ("norm_topk_prob", bool(getattr(gate, "norm_topk_prob", True)), router.renormalise),
+            # DeepSeek V2's, which has a topk_method, divides by no sum.
+            (
+                "norm_topk_prob",
+                bool(getattr(gate, "norm_topk_prob", not hasattr(gate, "topk_method"))),
+                router.renormalise,
+            ),
             *_choices(gate, mlp.router),
             (
                 "shared expert",
@@ -244,9 +249,14 @@ def _rows(mlp: Any) -> int:
 def _choices(gate: Any, router: Any) -> list[tuple[str, Any, Any]]:
     """Rows on a choice by sigmoid, groups and bias; none for routers that know none of it."""
     how, bias = router.experts, getattr(gate, "e_score_correction_bias", None)
+    groups = (
+        (1, 1)
+        if getattr(gate, "topk_method", "") == "greedy"
+        else (getattr(gate, "num_group", 1), getattr(gate, "topk_group", 1))
+    )
     rows: list[tuple[str, Any, Any]] = [
         ("routed_scaling_factor", float(getattr(gate, "routed_scaling_factor", 1.0)), float(how.factor)),
-        ("n_group, topk_group", (getattr(gate, "num_group", 1), getattr(gate, "topk_group", 1)), (how.groups, how.kept)),
+        ("n_group, topk_group", groups, (how.groups, how.kept)),
         ("e_score_correction_bias", bias is not None, router.expert_bias is not None),
     ]
     return rows if bias is not None or any(row[1] != row[2] for row in rows) else []
