@@ -126,7 +126,7 @@ class Steps:
             value = found.pop(part.name)
             assert saved.name == "gradients" or torch.equal(value, self.source.tensor(part.name)), part.name
         wanted = as_stored(parameters_of(self.config), wanted)
-        assert found.keys() == wanted.keys()
+        assert found.keys() == wanted.keys(), sorted(found.keys() ^ wanted.keys())[:5]
         for name, value in wanted.items():
             if ".experts." in name and not value.any():  # no token went there
                 assert not found[name].any(), name

@@ -94,7 +94,9 @@ def reference(folder: Path, updated: Path, balance: float = 0.0, z_loss: float =
         parts = router_losses(found, model.config.num_experts_per_tok)
         more = more + (balance * parts[0] + z_loss * parts[1]) * (label != -100).sum() / (labels != -100).sum()
     (loss + more).backward()
-    norm = math.sqrt(sum(float(parameter.grad.double().square().sum()) for parameter in model.parameters()))
+    norm = math.sqrt(
+        sum(float(parameter.grad.double().square().sum()) for parameter in model.parameters() if parameter.grad is not None)
+    )
     torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), eps=EPS, weight_decay=0.0).step()
     model.save_pretrained(updated)
     return float(loss.detach()), norm

@@ -83,6 +83,17 @@ def chosen_of_groups() -> tuple[list[int], list[int]]:
     return found[0], found[1]
 
 
+def test_a_sum_of_weights_has_a_least_value(pool: RankPool, tmp_path: Path) -> None:
+    """ERNIE's moe_norm_min: raised above what the weights sum up to, it is what they are divided by."""
+    changes = {"moe_norm_min": 0.8}
+    model = tiny.save_tiny(tmp_path / "hf", "ernie4_5_moe", **changes)
+    release = tiny.to_megatron(tmp_path / "hf", tmp_path / "release")
+    with torch.no_grad():
+        wanted = model(rows(model.config.vocab_size)[0], use_cache=False).logits
+    ((_, found),) = pool.run(1, logits_at, str(tmp_path / "hf"), str(release), {})
+    assert (found[..., : model.config.vocab_size] - wanted).abs().max() < 5e-6
+
+
 def with_layers_ahead(folder: Path, name: str, **changes: Any) -> None:
     """A folder that holds one layer more than its model, as published ones do."""
     tiny.save_tiny(folder, name, **changes)
@@ -95,7 +106,7 @@ def with_layers_ahead(folder: Path, name: str, **changes: Any) -> None:
     save_file(held | more, path, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe"])
 def test_layers_that_predict_ahead_are_told_and_nothing_else_passes(name: str, tmp_path: Path) -> None:
     with_layers_ahead(tmp_path, name, num_nextn_predict_layers=1)
     config = load_config(tmp_path)

@@ -353,7 +353,7 @@ def _exchange(
             module.get_parameter(name).partial_gradient = module.config.sequence_parallel
     module.__class__ = adapted
     module.step_keys = keys
-    first = 0 if split != 1 else rank * weight.shape[1]
+    first = 0 if site.is_column else rank * weight.shape[1]
     dropout = Dropout(lora.dropout, site.module, first) if lora.dropout > 0.0 else None
     order = halves[LORA_B].arrangement
     outputs = rows_of(site.base.arrangement, site.tensors, tp)

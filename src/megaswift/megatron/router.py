@@ -151,7 +151,8 @@ class Router(torch.nn.Module):
             chosen = self._chosen(scores.detach())
             weights = scores.gather(1, chosen)
         if how.renormalise:
-            weights = weights / (weights.sum(-1, keepdim=True) + (0.0 if how.score == "softmax" else 1e-20))
+            total = weights.sum(-1, keepdim=True) + (0.0 if how.score == "softmax" else 1e-20)
+            weights = weights / (total.clamp_min(how.least) if how.least else total)
         weights = (weights if how.factor == 1.0 else weights * how.factor).float()
         # A layer whose activations are computed again runs twice; the second time is the one with gradients.
         if weight is not None and (self.watching or (self.training and torch.is_grad_enabled())):

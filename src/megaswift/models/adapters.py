@@ -289,7 +289,7 @@ def adaptable(base: Sequence[Parameter]) -> list[Parameter]:
     Of experts and routers those of folders that hold each expert's matrices apart: PEFT finds no others.
     """
     dense = {parameter.name for parameter in linear(base)}
-    apart = all(part.index is None for parameter in base for part in parameter.hf)
+    apart = all(part.index is None for parameter in base if parameter.trained for part in parameter.hf)
     return [p for p in base if p.name in dense or (apart and (is_expert(p) or is_router(p)))]
 
 

@@ -21,6 +21,7 @@ class Experts:
         ffn: rows of the gate, and of the up projection, of one expert.
         score: "softmax" over all experts, or "sigmoid" of each by itself.
         renormalise: whether the scores of the chosen experts are divided by their sum.
+        least: what that sum is taken for at least.
         factor: what the weights are multiplied by then.
         groups, kept: experts are chosen within the `kept` best of so many groups; 1: among all.
         group_score: what a group counts by: "two best", the sum of these scores, or "best", the largest.
@@ -34,6 +35,7 @@ class Experts:
     ffn: int
     score: str = "softmax"
     renormalise: bool = True
+    least: float = 0.0
     factor: float = 1.0
     groups: int = 1
     kept: int = 1

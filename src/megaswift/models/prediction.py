@@ -28,7 +28,7 @@ def note_on_layers_ahead(config: Any) -> str | None:
     if not patterns:
         return None
     return (
-        f"{', '.join(patterns)} (multi-token prediction, {FIELD} in config.json) is left out: it is not trained, and no folder that is "
+        f"{', '.join(patterns)} (multi-token prediction, {FIELD} in config.json) is left out where the folder has it: it is not trained, and no folder that is "
         "written here holds it. transformers computes the same without it; to guess ahead while answering, take it from the base model."
     )
 

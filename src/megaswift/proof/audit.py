@@ -198,7 +198,7 @@ def _mlps(theirs: list[Any], ours: list[Any]) -> list[tuple[str, Any, Any]]:
     if any(experts):
         twin, mlp = theirs[experts.index(True)], ours[experts.index(True)]
         gate, router = _bare(getattr(twin, "gate", None) or twin.router), mlp.router.experts
-        shared = getattr(twin, "shared_expert", None) or getattr(twin, "shared_experts", None)
+        shared = next((getattr(twin, name) for name in _SHARED if getattr(twin, name, None) is not None), None)
         shared_gate = getattr(twin, "shared_expert_gate", None)
         rows += [
             (
@@ -218,7 +218,7 @@ def _mlps(theirs: list[Any], ours: list[Any]) -> list[tuple[str, Any, Any]]:
                 bool(getattr(gate, "norm_topk_prob", not hasattr(gate, "topk_method"))),
                 router.renormalise,
             ),
-            *_choices(gate, mlp.router),
+            *_choices(twin, gate, mlp.router),
             (
                 "shared expert",
                 None if shared is None else shared.gate_proj.weight.shape[0],
@@ -246,9 +246,13 @@ def _rows(mlp: Any) -> int:
     return rows // 2 if hasattr(mlp, "gate_up_proj") else rows
 
 
-def _choices(gate: Any, router: Any) -> list[tuple[str, Any, Any]]:
+_SHARED = ("shared_expert", "shared_experts", "shared_mlp")  # what classes of transformers call it
+
+
+def _choices(twin: Any, gate: Any, router: Any) -> list[tuple[str, Any, Any]]:
     """Rows on a choice by sigmoid, groups and bias; none for routers that know none of it."""
-    how, bias = router.experts, getattr(gate, "e_score_correction_bias", None)
+    how, places = router.experts, [gate, twin, getattr(gate, "moe_statics", gate)]
+    bias = next((one.e_score_correction_bias for one in places if hasattr(one, "e_score_correction_bias")), None)
     groups = (
         (1, 1)
         if getattr(gate, "topk_method", "") == "greedy"
