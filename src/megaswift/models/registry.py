@@ -319,6 +319,12 @@ _REGISTERED = (
     *_same_names("hunyuan_v1_moe", "hunyuan", "Tencent-Hunyuan/", "tencent/", {
         "a13b-instruct": "Hunyuan-A13B-Instruct", "a13b-base": "Hunyuan-A13B-Pretrain",
     }),
+    # Published in FP8, which `swift export` reads; and MiniMax M2, whose name on ModelScope is another.
+    *_same_names("deepseek_v3", "deepseek", "deepseek-ai/", "deepseek-ai/", {
+        "v3": "DeepSeek-V3", "v3-base": "DeepSeek-V3-Base", "v3-0324": "DeepSeek-V3-0324", "v3_1": "DeepSeek-V3.1", "v3_1-base": "DeepSeek-V3.1-Base",
+        "r1": "DeepSeek-R1", "r1-0528": "DeepSeek-R1-0528",
+    }),
+    _moe("minimax-m2", "MiniMax/MiniMax-M2", "MiniMaxAI/MiniMax-M2", "minimax_m2"),
     *_same_names("deepseek_v3", "moonlight", "moonshotai/", "moonshotai/", {
         "16b-a3b": "Moonlight-16B-A3B", "16b-a3b-instruct": "Moonlight-16B-A3B-Instruct",
     }),
