@@ -21,7 +21,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megaswift.megatron.kernels.attention import dense_causal, packed_causal
+from megaswift.megatron.kernels.attention import dense_causal, packed_causal, takes_narrow_values
 from megaswift.megatron.kernels.context_parallel import shared_causal
 from megaswift.megatron.kernels.linear_ops import linear_ops_of
 from megaswift.megatron.kernels.megatron_layer import RMSNorm
@@ -114,12 +114,11 @@ class LatentAttention(MegatronModule):
         layout: Any = kwargs["packed_seq_params"]
         query, key, value = self._query_key_value(hidden_states, layout.tables)
         width, own = query.shape[-1], value.shape[-1]
-        if own < width:  # kernels take values as wide as keys; zeros change nothing, and are cut off again
-            value = F.pad(value, (0, width - own))
-        context = self._attend(query, key, value, layout)
-        if own < width:
-            context = context.unflatten(-1, (-1, width))[..., :own].flatten(-2)
-        return self.linear_proj(context)
+        if own == width or (self._is_dense(layout) and takes_narrow_values(query)):
+            return self.linear_proj(self._attend(query, key, value, layout))
+        # Other kernels take values as wide as keys; zeros change nothing, and are cut off again.
+        context = self._attend(query, key, F.pad(value, (0, width - own)), layout)
+        return self.linear_proj(context.unflatten(-1, (-1, width))[..., :own].flatten(-2))
 
     def _query_key_value(self, hidden_states: Tensor, tables: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Query and key [s, b, heads, width], value [s, b, heads, value] of this rank's heads, rotated."""
@@ -146,16 +145,22 @@ class LatentAttention(MegatronModule):
         """Features that rotate together, brought from beside each other into two halves."""
         return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) if self.latent.neighbours else x
 
+    def _is_dense(self, layout: Any) -> bool:
+        """Whether whole rows attend by the fastest kernel."""
+        config = self.config
+        named = config.attention != "fastest" or config.deterministic_mode or config.plain_layers
+        return layout.share is None and layout.seq_lens is None and not named
+
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, layout: Any) -> Tensor:
         """[s, b, heads * width] by the fastest kernel, or by the one that was asked for."""
         core, config = self.core_attention, self.config
         scale: float | None = core.softmax_scale
+        if self._is_dense(layout):
+            return dense_causal(query, key, value, scale)
         if layout.share is not None:
             return shared_causal(query, key, value, layout.share, scale)
         if config.attention != "fastest" or config.deterministic_mode or config.plain_layers:
             return core(query, key, value, packed_seq_params=layout)
-        if layout.seq_lens is None:
-            return dense_causal(query, key, value, scale)
         return packed_causal(query, key, value, layout.cu_seqlens_q, layout.max_seqlen_q, scale, lengths=layout.seq_lens)
 
     def set_for_recompute_input_layernorm(self) -> None:
