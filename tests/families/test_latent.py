@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,15 @@ from tests.engine.test_experts import LENGTH, logits_at, rows
 from tests.ranks import RankPool
 
 from megaswift.errors import DataError
+from megaswift.megatron.layer_specs import SequenceLayout
+from megaswift.megatron.model import build
 from megaswift.models import family_of, parameters_of
 from megaswift.models.prediction import layers_ahead, note_on_layers_ahead, without_layers_ahead
+from megaswift.proof.streams import one_process
+from megaswift.run.spec import Parallel, Precision
 from megaswift.weights.hf.config import check_source, load_config
 from megaswift.weights.hf.read import HFCheckpoint
+from megaswift.weights.load_hf import load_hf_weights
 
 PLAIN = {"rope_type": "default", "rope_theta": 50000.0}
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -46,6 +52,33 @@ def test_logits_of_published_shapes(shape: str, pool: RankPool, tmp_path: Path) 
         wanted = model(rows(model.config.vocab_size)[0], use_cache=False).logits
     ((_, found),) = pool.run(1, logits_at, str(tmp_path / "hf"), str(release), {})
     assert found.shape[1] == LENGTH and (found[..., : model.config.vocab_size] - wanted).abs().max() < 5e-6
+
+
+def test_samples_stay_apart_in_every_way_through(tmp_path: Path) -> None:
+    """By their lengths, by where they begin alone (as CUDA graphs know them), and by the kernels that a user names."""
+    tiny.save_tiny(tmp_path, "deepseek_v3")
+    hidden, lengths = torch.randn(20, 1, 64), [7, 12, 1]
+    borders = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+    found = []
+    with one_process():
+        for precision in (Precision(), Precision(attention="plain"), Precision(deterministic=True)):
+            model = build(load_config(tmp_path), Parallel(), precision)
+            load_hf_weights(model, tmp_path)
+            positions = torch.cat([torch.arange(length) for length in lengths])[None]
+            tables = {"main": model.ropes["main"](positions, torch.float32)}
+            layout = SequenceLayout(tables=tables, seq_lens=lengths)
+            layout.cu_seqlens_q, layout.max_seqlen_q = borders, max(lengths)
+            attention = model.decoder.layers[0].self_attention
+            found.append(attention(hidden, packed_seq_params=layout)[0])
+            if len(found) == 1:
+                graphs = replace(layout, seq_lens=None, cu_seqlens_q=borders, max_seqlen_q=max(lengths))
+                found.append(attention(hidden, packed_seq_params=graphs)[0])
+                starts = [0, 7, 19]
+                for start, length in zip(starts, lengths):  # each by itself, as a whole row
+                    own = SequenceLayout(tables={"main": model.ropes["main"](torch.arange(length)[None], torch.float32)})
+                    alone = attention(hidden[start : start + length], packed_seq_params=own)[0]
+                    assert (alone - found[0][start : start + length]).abs().max() < 1e-5
+    assert all((one - found[0]).abs().max() < 1e-5 for one in found)
 
 
 def test_norms_of_narrow_states(tmp_path: Path) -> None:

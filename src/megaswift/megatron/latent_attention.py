@@ -149,7 +149,8 @@ class LatentAttention(MegatronModule):
         """Whether whole rows attend by the fastest kernel."""
         config = self.config
         named = config.attention != "fastest" or config.deterministic_mode or config.plain_layers
-        return layout.share is None and layout.seq_lens is None and not named
+        packed = layout.seq_lens is not None or layout.cu_seqlens_q is not None  # graphs know where samples begin, not how many
+        return layout.share is None and not packed and not named
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, layout: Any) -> Tensor:
         """[s, b, heads * width] by the fastest kernel, or by the one that was asked for."""
