@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def run_of(shape: str, seq: int, micro: int, way: str, tp: int, world: int) -> t
     dtype = "bf16" if torch.cuda.is_available() else "fp32"
     source = TrainingSource(args, Path("none"), Path("none"), config, dtype, manifest={}, run_dir=None, first_step=0)
     names = tuple(part.name.removesuffix(".weight") for parameter in linear(parameters_of(config)) for part in parameter.hf)
-    lora = Lora(rank=8, alpha=32, dropout=0.0, targets=names, bits=4 if "4bit" in way else None)
+    lora = Lora(rank=8, alpha=32, dropout=0.0, targets=names, bits=next((bits for bits in (4, 8) if f"{bits}bit" in way), None))
     run = resolve(args, source, World.of(world), DataRef(train="rows", train_rows=10**6), run_dir="none")
     return replace(run, method=Method(sft_type="lora", adapter=lora)), config
 
@@ -54,7 +55,7 @@ def run_of(shape: str, seq: int, micro: int, way: str, tp: int, world: int) -> t
 def trainer_of(run: Any, config: Any) -> Any:
     """A trainer with random base weights; the process groups must have been joined."""
     from megaswift.megatron.model import build, recompute_parts
-    from megaswift.megatron.packed_layers import fill
+    from megaswift.megatron.packed_weights import fill
     from megaswift.models import parameters_of
     from megaswift.train.adapters import LoraAdapter
     from megaswift.train.objectives import SupervisedTokens
@@ -68,12 +69,8 @@ def trainer_of(run: Any, config: Any) -> Any:
             parameter.fill_(1.0) if "norm" in name else parameter.normal_(0.0, 0.02)
     if lora.bits is not None:
         device = next(model.parameters()).device
-        fill(
-            model,
-            parameters_of(config),
-            0,
-            lambda parameter: torch.randn(parameter.shape, device=device, dtype=torch.bfloat16) * 0.02,
-        )
+        drawn = partial(torch.randn, device=device, dtype=torch.bfloat16)
+        fill(model, parameters_of(config), 0, lambda parameter: drawn(parameter.shape) * 0.02, lora.bits)
     LoraAdapter(lora, config, 0).attach(model)
     made = Trainer(model, run, SupervisedTokens())
     recompute_parts(model, run.memory.recompute)

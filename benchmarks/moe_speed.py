@@ -1,6 +1,6 @@
 """Experts on one GPU, or ep over several, through the product's own trainer, beside transformers' grouped products in one run.
 
-python benchmarks/moe_speed.py [--peer PATH/peer_moe.py] [--layers 8] [--seq 4096] [--micro 2] [--ways none,layers] [--lora attention|all] [--profile]
+python benchmarks/moe_speed.py [--peer PATH/peer_moe.py] [--layers 8] [--seq 4096] [--micro 2] [--ways none,layers] [--lora attention|all [--bits 4]] [--profile]
 torchrun --nproc-per-node 2 benchmarks/moe_speed.py --one none --ep 2
 
 Random weights in the shape of Qwen3-30B-A3B with so many layers (0: a tiny one), all trained, fp32 master weights and
@@ -60,27 +60,39 @@ def run_of(config: Any, options: argparse.Namespace, world: int) -> Any:
     return resolve(args, source, World.of(world), DataRef(train="rows", train_rows=10**6), run_dir="none")
 
 
-def adapter_of(config: Any, which: str) -> Any:
-    """The adapter that is meant by --lora."""
+def adapter_of(config: Any, which: str, bits: int | None) -> Any:
+    """The adapter that is meant by --lora and --bits."""
     from megaswift.models import parameters_of
     from megaswift.models.adapters import Lora, target_modules
 
     words = ["all-linear", *(["all-experts"] if which == "all" else [])]
-    return Lora(rank=8, alpha=32, dropout=0.0, targets=target_modules(parameters_of(config), words))
+    return Lora(rank=8, alpha=32, dropout=0.0, targets=target_modules(parameters_of(config), words), bits=bits)
 
 
 def trainer_of(run: Any, config: Any, lora: Any) -> Any:
     """A trainer with random weights; the process groups must have been joined."""
     from megaswift.megatron.model import build, recompute_parts
+    from megaswift.megatron.packed_weights import fill
+    from megaswift.models import parameters_of
     from megaswift.train.adapters import LoraAdapter
     from megaswift.train.objectives import SupervisedTokens
     from megaswift.train.trainer import Trainer
 
-    model = build(config, run.parallel, run.precision, run.memory, run.routing)
+    bits = None if lora is None else lora.bits
+    model = build(config, run.parallel, run.precision, run.memory, run.routing, packed=bits is not None)
     torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.fill_(1.0) if "norm" in name else parameter.normal_(0.0, 0.02)
+    if bits is not None:
+        device, dtype = next(model.parameters()).device, model.config.params_dtype
+        fill(
+            model,
+            parameters_of(config),
+            0,
+            lambda parameter: torch.randn(parameter.shape, device=device, dtype=dtype) * 0.02,
+            bits,
+        )
     if lora is not None:
         LoraAdapter(lora, config, 0).attach(model)
     made = Trainer(model, run, SupervisedTokens())
@@ -99,7 +111,7 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
 
     world, config, seq, micro = int(os.environ.get("WORLD_SIZE", 1)), shape_of(options.layers), options.seq, options.micro
     run = run_of(config, options, world)
-    lora = adapter_of(config, options.lora) if options.lora else None
+    lora = adapter_of(config, options.lora, options.bits) if options.lora else None
     if lora is not None:
         run = replace(run, method=Method(sft_type="lora", adapter=lora))
     with ranks.joined(run.parallel, 42) as rank:
@@ -113,7 +125,7 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
         memory = torch.cuda.max_memory_allocated() / 2**30 if rank.on_gpu else None
         trainer.close()
     return {
-        "ours": options.one, "lora": options.lora or "", "layers": options.layers, "seq": seq, "mbs": micro, "processes": world, "ep": options.ep,
+        "ours": options.one, "lora": options.lora or "", "bits": options.bits, "layers": options.layers, "seq": seq, "mbs": micro, "processes": world, "ep": options.ep,
         "step_s": round(median, 4), "tok_s_gpu": round(micro * seq / median), "mem_gb": memory and round(memory, 1),
         "loss": round(loss, 6), "graphs": trainer.graphs.on, "note": note, "first": rank.dp_rank == 0,
     }  # fmt: skip
@@ -122,6 +134,7 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
 def run_all(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Every way and the peer, each in a process of its own."""
     adapters = ["--lora", options.lora] if options.lora else []
+    adapters += ["--bits", str(options.bits)] if options.bits else []
     number = {None: "0", "attention": "1", "all": "2"}[options.lora]
     sizes = ["--layers", str(options.layers), "--seq", str(options.seq), "--micro", str(options.micro)]
     commands = [
@@ -164,6 +177,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=14)
     parser.add_argument("--ep", type=int, default=1)
     parser.add_argument("--lora", choices=("attention", "all"))
+    parser.add_argument("--bits", type=int, choices=(4, 8), help="in which the frozen weights are held")
     parser.add_argument("--graphs", choices=("auto", "true", "false"), default="auto")
     parser.add_argument("--one")
     parser.add_argument("--profile", action="store_true")

@@ -187,7 +187,7 @@ def help_text(verb: str, cls: Any) -> str:
             shown = f"{default:g}" if isinstance(default, float) else str(default)
             shown = shown.lower() if isinstance(default, bool) else shown
             facts = [] if default in (None, [], "") else [f"default {shown}"]
-            facts += [item.metadata["unit"], allowed(item), f"one of: {', '.join(choices)}" if choices else ""]
+            facts += [item.metadata["unit"], allowed(item), f"one of: {', '.join(map(str, choices))}" if choices else ""]
             facts += [f"Megatron: {names[item.name]}"] if item.name in names else []
             head = textwrap.wrap("; ".join(filter(None, facts)), 100 - 4 - len(item.name) - 4, break_long_words=False) or [""]
             lines.append(f"  --{item.name}{'  ' if head[0] else ''}{head[0]}")

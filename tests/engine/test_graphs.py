@@ -96,8 +96,9 @@ def test_filled_up_rows_train_alike(form: str, start: tuple[Path, Path], pool: R
 
 KINDS = {
     "experts": dict(),
+    "experts, recomputed": dict(gradient_checkpointing=True),
     "experts, adapters": dict(sft_type="lora", lora_rank=4, lora_dropout=0.0, target_modules=["all-linear", "all-experts"]),
-    "adapters, dropout": dict(sft_type="lora", lora_rank=4, lora_dropout=0.3),
+    "adapters, dropout, recomputed": dict(sft_type="lora", lora_rank=4, lora_dropout=0.3, gradient_checkpointing=True),
 }
 
 
@@ -168,9 +169,7 @@ def test_where_graphs_cannot_be_larger_micro_batches_are_advised() -> None:
         assert not (graphs.on or graphs.measuring)
 
 
-@pytest.mark.parametrize(
-    "options", [{"tp": 2}, {"gradient_checkpointing": True}, {"deterministic": True}, {"overlap_grad_reduce": True}]
-)
+@pytest.mark.parametrize("options", [{"tp": 2}, {"deterministic": True}, {"overlap_grad_reduce": True}])
 def test_graphs_that_cannot_be_are_refused(options: dict[str, Any], start: tuple[Path, Path]) -> None:
     with pytest.raises(UserError, match="--cuda_graphs true does not work with --"):
         resolved_run(on_gpu=True, cuda_graphs="true", **options)

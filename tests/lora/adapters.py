@@ -55,7 +55,7 @@ def peft_model(folder: Path, lora: Lora, seed: int = 5, **changes: Any) -> Any:
             module.padding_idx = None
     listed = family_of(base.config.model_type).parameters(base.config)
     if lora.bits is not None:
-        as_packed(base, listed, lora.double)
+        as_packed(base, listed, lora.bits, lora.double)
     model = peft_of(base, lora, listed, **changes)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -57,8 +57,17 @@ LAYOUTS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "cp2, ep2": ((2, 1, 1, False, 2), {"ep": 2}),
 }
 ROUTED = ["all-linear", "all-experts", "all-router"]
+WIDE = {"hidden_size": 128, "moe_intermediate_size": 128, "intermediate_size": 128, "head_dim": 64}  # rows of whole blocks
 CASES: dict[str, dict[str, Any]] = {
     "qwen3_moe, all": {"family": "qwen3_moe", "words": ROUTED},
+    "qwen3_moe, all, base in 4 bits": {"family": "qwen3_moe", "words": ROUTED, "sizes": WIDE, "lora": {"bits": 4}},
+    "qwen3_moe, attention, base in 4 bits, scales in 8": {
+        "family": "qwen3_moe",
+        "words": ["all-linear"],
+        "sizes": WIDE,
+        "lora": {"bits": 4, "double": True},
+    },
+    "mixtral, all, base in 8 bits": {"family": "mixtral", "words": ROUTED, "lora": {"bits": 8}},
     "qwen2_moe, all-linear": {"family": "qwen2_moe", "words": ["all-linear"]},
     "mixtral, all, rsLoRA": {"family": "mixtral", "words": ROUTED, "lora": {"rslora": True}},
     "dots1, experts of some layers, and attention": {"family": "dots1", "words": [r"model\.layers\.[03].*mlp\..*", "q_proj"]},
@@ -68,7 +77,7 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", [pytest.param(name, marks=() if name == next(iter(CASES)) else long) for name in CASES])
 def test_gradients_are_those_of_peft(case: str, pool: RankPool, tmp_path: Path) -> None:
     chosen = CASES[case]
-    start = tiny_start(tmp_path, chosen["family"], tie_word_embeddings=False)
+    start = tiny_start(tmp_path, chosen["family"], tie_word_embeddings=False, **chosen.get("sizes", {}))
     folder, rows = tmp_path / "hf", write_rows(tmp_path / "rows.jsonl", SAMPLES)
     lora = lora_of(folder, chosen["words"], **chosen.get("lora", {}))
     model = peft_model(folder, lora)
@@ -185,7 +194,11 @@ def test_what_is_refused(tmp_path: Path) -> None:
         ("no dropout for adapters of experts", qwen, {"target_modules": ["all-experts"]}),
         ("no dropout for adapters of experts", qwen, {"target_modules": ["all-router"]}),
         ("DoRA for attention alone", qwen, {"use_dora": True, "lora_dropout": 0.0}),
-        ("which would stay as they are", qwen, {"quantization_bit": 4}),
+        (
+            r"blocks of 64 along a row; .*local_experts.0.linear_fc2.weight has rows of \d+ on each rank of --etp 1",
+            qwen,
+            {"quantization_bit": 4},
+        ),
         (r"of the 12 matrices in the experts of layer 0", qwen, {"target_modules": [r".*experts\.0\..*"], "lora_dropout": 0.0}),
         ("are named", qwen, {"target_modules": ["gate_proj", "up_proj"], "lora_dropout": 0.0}),
         ("in one tensor", granite, {"target_modules": ["all-experts"]}),

@@ -20,13 +20,13 @@ T = TypeVar("T")
 
 
 def option(
-    default: Any, help: str, choices: tuple[str, ...] | None = None, *, low: float | None = None, above: float | None = None,
+    default: Any, help: str, choices: tuple[str, ...] | tuple[int, ...] | None = None, *, low: float | None = None, above: float | None = None,
     high: float | None = None, below: float | None = None, also: float | None = None, unit: str = "", size: bool = False,
 ) -> Any:  # fmt: skip
     """A dataclass field with its help text, and what its value may be.
 
     Args:
-        choices: the words that it is one of.
+        choices: the words, or numbers, that it is one of.
         low, high: the least and the largest number; above, below: what it may not reach from there.
         also: a number outside of that range which has a meaning of its own.
         unit: what the number counts.
@@ -100,7 +100,9 @@ class BaseArguments:
         for item in fields(self):
             name, choices, value = f"--{item.name}", item.metadata.get("choices"), getattr(self, item.name)
             if choices and value is not None and value not in choices:
-                raise UserError(f"{name} {value!r} is not known.", where=name, fix=f"use one of: {', '.join(choices)}")
+                raise UserError(
+                    f"{name} {value!r} is not known.", where=name, fix=f"use one of: {', '.join(map(str, choices))}"
+                )
             if item.name.endswith("seed") and value is not None and not 0 <= value < 2**32:
                 raise UserError(f"{name} {value} is no seed.", where=name, fix=f"use a whole number from 0 to {2**32 - 1}")
             if item.metadata.get("size"):

@@ -80,9 +80,9 @@ class AdapterArguments(BaseArguments):
     )
     quantization_bit: int | None = option(
         None,
-        "Bits in which the frozen weights of linear layers are held: 4 (NF4, QLoRA); default: their own precision.",
-        low=4,
-        high=4,
+        "Bits in which the frozen weights of linear layers and experts are held: 4 (NF4, QLoRA) or 8 (int8, a scale for each row); "
+        "default: their own precision.",
+        (4, 8),
     )
     bnb_4bit_use_double_quant: bool = option(
         False, "With --quantization_bit 4 the scales are held in 8 bits, too: 0.52 bytes a weight in place of 0.56."

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
+from megaswift.megatron.kernels.recompute import again
 from megaswift.megatron.optimizer import AdamW
 from megaswift.weights.torch_dist.guard import load_index, load_object
 
@@ -319,3 +320,22 @@ def modules_by_name() -> Iterator[None]:
     name = "peft.utils.transformers_weight_conversion.convert_peft_config_for_transformers"
     with mock.patch(name, lambda *_, **__: None):
         yield
+
+
+def recompute_layers(block: Any) -> None:
+    """Let a TransformerBlock whose layers are recomputed do it by `kernels.recompute`.
+
+    Reason: its own way saves and restores random states, which costs time and cannot be captured as a CUDA graph.
+    Removed by: a Megatron-Core whose checkpoint can leave them alone.
+    """
+
+    def forward(hidden_states: Any, attention_mask: Any, packed_seq_params: Any, **_: Any) -> Any:
+        for layer in block.layers:
+
+            def run(hidden: Any, layer: Any = layer) -> Any:
+                return layer(hidden_states=hidden, attention_mask=attention_mask, packed_seq_params=packed_seq_params)[0]
+
+            hidden_states = again(hidden_states, run)
+        return hidden_states
+
+    block._checkpointed_forward = forward

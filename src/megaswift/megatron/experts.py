@@ -32,6 +32,7 @@ from megaswift.megatron.kernels.expert_mlp import expert_mlp, grouped, sum_rows,
 from megaswift.megatron.kernels.expert_rows import weighted_swiglu
 from megaswift.megatron.kernels.lora_experts import ExpertHalves, lora_expert_mlp
 from megaswift.megatron.kernels.megatron_layer import FusedMLP
+from megaswift.megatron.kernels.packed import dense
 from megaswift.megatron.router import Counted, Router
 from megaswift.models.kinds import Experts
 
@@ -42,12 +43,14 @@ class ExpertsLayer(MegatronModule):
     Without sequence parallelism tensor-parallel ranks hold the same tokens: each then routes its part of them.
     """
 
-    def __init__(self, config: TransformerConfig, submodules: MLPSubmodules, experts: Experts, **_: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, submodules: MLPSubmodules, experts: Experts, packed: bool = False, **_: Any
+    ) -> None:
         super().__init__(config)
         self.tp_group = parallel_state.get_tensor_model_parallel_group()
         self.splits = self.tp_group.size() > 1 and not config.sequence_parallel
         self.router = Router(config, experts, self.tp_group if self.splits else None)
-        self.experts = StackedExperts(config, experts)
+        self.experts = StackedExperts(config, experts, packed)
         self.shared_experts = _shared_expert(config, submodules, experts.shared_ffn) if experts.shared_ffn else None
         self.shared_gate = _Gate(config) if experts.shared_ffn and experts.shared_gate else None
         self.counted: Counted | None = None  # of the micro batch that comes now
@@ -143,8 +146,12 @@ class _Exchange:
 class StackedLinear(torch.nn.Module):
     """The matrices of one product of all experts here, [experts, rows, columns]."""
 
-    def __init__(self, weight: Tensor, split: int) -> None:
+    def __init__(self, weight: Tensor | None, split: int) -> None:
+        """`weight`: None where one is to come that is held in few bits."""
         super().__init__()
+        self.weight: Any = None
+        if weight is None:
+            return
         self.weight = torch.nn.Parameter(weight)
         self.weight.allreduce = False  # type: ignore[attr-defined]  # see the head of this file
         # Each rank's part counts in the gradient norm, also where etp is 1: the optimizer shares it out over ranks.
@@ -158,7 +165,7 @@ class StackedLinear(torch.nn.Module):
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """x [t, columns], sorted by expert, to [t, rows]; training makes both products at once (`expert_mlp`)."""
-        return grouped(x, self.weight.transpose(1, 2), ends)
+        return grouped(x, dense(self.weight, x.dtype).transpose(1, 2), ends)
 
 
 class StackedExperts(MegatronModule):
@@ -168,7 +175,7 @@ class StackedExperts(MegatronModule):
     part of its expert, so one exchange serves both; the parts are added up where the token came from.
     """
 
-    def __init__(self, config: TransformerConfig, experts: Experts) -> None:
+    def __init__(self, config: TransformerConfig, experts: Experts, packed: bool = False) -> None:
         super().__init__(config)
         self.ep, self.etp = parallel_state.get_expert_model_parallel_group(), parallel_state.get_expert_tensor_parallel_group()
         self.edp = parallel_state.get_expert_data_parallel_group()
@@ -180,9 +187,9 @@ class StackedExperts(MegatronModule):
         self.all, self.here, self.chosen = experts.count, experts.count // self.ep.size(), experts.chosen
         ffn, hidden = experts.ffn // self.etp.size(), config.hidden_size
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
-        made = dict(dtype=config.params_dtype, device=device)
-        self.linear_fc1 = StackedLinear(torch.zeros((self.here, 2 * ffn, hidden), **made), 1)
-        self.linear_fc2 = StackedLinear(torch.zeros((self.here, hidden, ffn), **made), 2)
+        shapes = (self.here, 2 * ffn, hidden), (self.here, hidden, ffn)
+        first, second = (None if packed else torch.zeros(size, dtype=config.params_dtype, device=device) for size in shapes)
+        self.linear_fc1, self.linear_fc2 = StackedLinear(first, 1), StackedLinear(second, 2)
 
     def forward(self, tokens: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """What the chosen experts make of each token, added up by weight.
@@ -243,7 +250,12 @@ class StackedExperts(MegatronModule):
         )
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict[str, Any]:
-        """All experts here as one block of the checkpoint's tensor; where etp cuts gate and up, a block for each half of each."""
+        """All experts here as one block of the checkpoint's tensor; where etp cuts gate and up, a block for each half of each.
+
+        Weights in few bits are no part of a checkpoint.
+        """
+        if not isinstance(self.linear_fc1.weight, Tensor):
+            return {}
         axis, replica = len(sharded_offsets), (0, 0, self.edp.rank())
         here = (axis, self.ep.rank(), self.ep.size())
         first, second = f"{prefix}linear_fc1.weight", f"{prefix}linear_fc2.weight"

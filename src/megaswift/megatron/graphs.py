@@ -199,8 +199,6 @@ def obstacle(decoder: Any, overlap_grad_reduce: bool = False) -> str | None:
         return "activations go to the host and come back"
     if overlap_grad_reduce:
         return _REDUCED
-    if config.recompute_granularity:
-        return "recomputation asks for the random state"
     if config.deterministic_mode or config.attention != "fastest":
         return "the attention kernel that was asked for takes sample by sample"
     return None
@@ -222,13 +220,14 @@ class Graphs:
     Args:
         decoder: the TransformerBlock.
         mode: "always", "never", or "if launching is slow": where launching kernels is what the first steps spent their time on.
-        has_adapter: whether the layers have one. With adapters, and with layers other than Llama's kind (experts, windows, other
-            norms), graphs are advised, and used only if asked for: what was compared on a GPU, gradient by gradient, are the others.
+        has_adapter: whether the layers have one. With adapters, recomputed layers, and layers other than Llama's kind (experts,
+            windows, other norms), graphs are advised, and used only if asked for: what was compared on a GPU, gradient by gradient, are the others.
     """
 
     def __init__(self, decoder: Any, mode: str, overlap_grad_reduce: bool = False, has_adapter: bool = False) -> None:
         self.decoder = decoder
-        self.advised_only = has_adapter or not all(_is_plain(layer) for layer in decoder.layers)
+        recomputes = decoder.config.recompute_granularity is not None
+        self.advised_only = has_adapter or recomputes or not all(_is_plain(layer) for layer in decoder.layers)
         self.parameters = list(decoder.parameters())
         self.problem = problem = obstacle(decoder, overlap_grad_reduce)
         self.on = mode == "always" and problem is None

@@ -106,7 +106,7 @@ def block_spec(kinds: Sequence[Kind], packed: bool = False) -> TransformerBlockS
 
     Args:
         kinds: of the layers, from the first to the last. The norm behind the last one is of that layer's kind.
-        packed: the linear layers hold frozen weights in 4 bits.
+        packed: the linear layers and experts hold frozen weights in few bits.
 
     Raises ValueError for a name that no module stands for.
     """
@@ -154,7 +154,7 @@ def layer_spec(kind: Kind, packed: bool = False) -> ModuleSpec:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=IdentityOp if kind.beside else before,
-            mlp=_mlp(kind, MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+            mlp=_mlp(kind, MLPSubmodules(linear_fc1=column, linear_fc2=row), packed),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=_saved_names(kind),
         ),
@@ -189,12 +189,12 @@ def _layer(kind: Kind, norm: type) -> tuple[type, dict[str, Any]]:
     return SumLayer, {"behind": behind, "beside": kind.beside, "residual_factor": kind.residual_factor}
 
 
-def _mlp(kind: Kind, submodules: MLPSubmodules) -> Any:
+def _mlp(kind: Kind, submodules: MLPSubmodules, packed: bool) -> Any:
     """The specification of a layer's MLP."""
     module = _named(MLPS, "mlp", kind.mlp)
     if kind.experts is None:
         return mlp_spec(module, submodules)
-    return ModuleSpec(module=module, params={"experts": kind.experts}, submodules=submodules)
+    return ModuleSpec(module=module, params={"experts": kind.experts, "packed": packed}, submodules=submodules)
 
 
 def _named(modules: dict[str, Any], part: str, name: str) -> Any:

@@ -22,11 +22,11 @@ from megaswift.megatron.kernels.linear_ops import PLAIN, linear_ops_of
 from megaswift.megatron.kernels.lora import LoraCall, Parts, Rows, lora_linear, row_norms, scaled_rows, take_out
 from megaswift.megatron.kernels.lora_experts import ExpertHalves, add_low_rank
 from megaswift.megatron.kernels.megatron_layer import SECOND_PRODUCTS
-from megaswift.megatron.kernels.nf4 import Packed
+from megaswift.megatron.kernels.packed import PACKED_OPS, dense
 from megaswift.megatron.kernels.parallel_linear import ColumnParallel, RowParallel
 from megaswift.megatron.latent_attention import Replicated
 from megaswift.megatron.layer_specs import local_name
-from megaswift.megatron.packed_layers import PACKED_OPS, PackedColumn, PackedReplicated, PackedRow
+from megaswift.megatron.packed_layers import PackedColumn, PackedReplicated, PackedRow
 from megaswift.megatron.router import Router
 from megaswift.models.adapters import LORA_A, LORA_B, MAGNITUDE, Lora, Site, is_expert, local_module
 from megaswift.models.parameters import Arrangement, Parameter
@@ -78,9 +78,8 @@ class _LoraLayer:
     def _norms(self, weight: Any) -> Tensor:
         """Of the rows of W + scale * B A, in the order of B."""
         layer: Any = self
-        values = weight.weight(self.lora_A.dtype) if isinstance(weight, Packed) else weight
         columns = layer.tp_group if isinstance(self, RowParallel) else None
-        return row_norms(values, self.lora_A, self.lora_B, self.lora_call, columns)
+        return row_norms(dense(weight, self.lora_A.dtype), self.lora_A, self.lora_B, self.lora_call, columns)
 
 
 class LoraColumn(_LoraLayer, ColumnParallel):
@@ -285,7 +284,7 @@ def attach(
             _exchange(module, site, halves, lora, keys, values)
         held |= {f"{name}.{half}": parameter for half, parameter in halves.items()}
     for name, experts in routed.items():
-        own = _exchange_experts(model.get_submodule(name), experts, lora, values)
+        own = _exchange_experts(model.get_submodule(name), experts, lora, values, model.config.params_dtype)
         held |= {f"{name}.{half}": parameter for half, parameter in own.items()}
     every = dict(model.named_parameters())
     for parameter in lora.whole(base):
@@ -406,7 +405,7 @@ def _exchange_router(module: Any, halves: Mapping[str, Parameter], lora: Lora, v
 
 
 def _exchange_experts(
-    module: Any, experts: Sequence[Mapping[str, Parameter]], lora: Lora, values: Callable[[Parameter], Any]
+    module: Any, experts: Sequence[Mapping[str, Parameter]], lora: Lora, values: Callable[[Parameter], Any], dtype: torch.dtype
 ) -> dict[str, Parameter]:
     """Give one product of a layer's experts their adapters; the halves of the first expert here.
 
@@ -420,7 +419,7 @@ def _exchange_experts(
     own = experts[first : first + here]
     for name in (LORA_A, LORA_B):
         parts = [halves[name].arrangement.shard(values(halves[name]), group.size())[group.rank()] for halves in own]
-        made = torch.nn.Parameter(torch.stack(parts).to(_device_of(module.weight), module.weight.dtype))
+        made = torch.nn.Parameter(torch.stack(parts).to(_device_of(module.weight.data), dtype))
         module.register_parameter(name, _marked_expert(made, own[0][name], group.rank()))
     adapted: Any = module
     adapted.__class__, adapted.lora_scale = LoraExperts, lora.scale

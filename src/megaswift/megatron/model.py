@@ -20,6 +20,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megaswift.megatron import compat
 from megaswift.megatron.compat import mark_split
 from megaswift.megatron.experts import tell_layers
 from megaswift.megatron.kernels.activation_offload import offload_activations
@@ -451,7 +452,7 @@ def build(
 
     Args:
         vocab_rows: rows of the embedding over all ranks, padding included; None: the fewest that tp can split.
-        packed: linear layers of the blocks hold frozen weights in 4 bits, which `packed_layers.fill` brings.
+        packed: linear layers and experts hold frozen weights in few bits, which `packed_weights.fill` brings.
 
     Needs the process groups of `process_groups.joined`. Several chunks of a stage share one config.
     """
@@ -499,6 +500,8 @@ def _chunk(
             parameter.zero_()  # rows of vocabulary padding stay zero, whatever the checkpoint brings
     _mark_split_weights(model)
     tell_layers(model.decoder.layers)
+    if megatron_config.recompute_granularity == "full":
+        compat.recompute_layers(model.decoder)
     if offloaded_layers:
         offload_activations(model.decoder, min(offloaded_layers, len(kinds)))
     return fuse_embedding(model.to(device))

@@ -83,7 +83,8 @@ class Lora:
             "pissa", "pissa_niter_N", "olora" (`weights.convert.lora_start`).
         lr_ratio: the learning rate of every B, as a multiple of that of A (https://arxiv.org/abs/2402.12354); None: 1.
         dora: whether every adapted row of W + scale * B A has a length of its own that is trained (https://arxiv.org/abs/2402.09353).
-        bits: in which the base's linear layers are held, 4 or None: as they are; double: whether their scales are held in 8 bits.
+        bits: in which the base's linear layers and experts are held, 4 or 8, or None: as they are.
+        double: whether the scales of 4 bits are held in 8 bits.
     """
 
     rank: int
@@ -271,6 +272,12 @@ def linear(base: Sequence[Parameter]) -> list[Parameter]:
         and not is_expert(p)
         and all(part.index is None and part.name.endswith(_WEIGHT) for part in p.hf)
     ]
+
+
+def packable(base: Sequence[Parameter]) -> list[Parameter]:
+    """The matrices of a model that can be held in few bits while adapters are trained: of linear layers and of experts."""
+    dense = {parameter.name for parameter in linear(base)}
+    return [p for p in base if p.name in dense or (is_expert(p) and len(p.shape) == 2)]
 
 
 def is_expert(parameter: Parameter) -> bool:

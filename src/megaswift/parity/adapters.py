@@ -12,9 +12,9 @@ from torch import Tensor
 
 from megaswift.megatron.compat import modules_by_name
 from megaswift.megatron.kernels.counter_dropout import Dropout, token_keys
-from megaswift.megatron.kernels.nf4 import rounded
+from megaswift.megatron.kernels.packed import rounded
 from megaswift.models import parameters_of
-from megaswift.models.adapters import LORA_A, LORA_B, PREFIX, Lora, linear
+from megaswift.models.adapters import LORA_A, LORA_B, PREFIX, Lora, is_expert, packable
 from megaswift.train.adapters import first_value
 from megaswift.weights.convert.lora import load_adapter
 
@@ -75,7 +75,7 @@ class PeftSide:
         """PEFT's model of a transformers model, its trained parameters by the names of PEFT's files, and its tokens."""
         base = parameters_of(model.config)
         if self.lora.bits is not None:
-            as_packed(model, base, self.lora.double)
+            as_packed(model, base, self.lora.bits, self.lora.double)
         wrapped = peft_of(model, self.lora, base, self.lora.dropout)
         trained = trained_of(wrapped, self.lora, base)
         begun = {} if self.start is None else load_adapter(self.start)
@@ -208,12 +208,17 @@ def _expert_view(base: Parameter, number: int, half: str, rank: int) -> Callable
 
 
 @torch.no_grad()
-def as_packed(model: Any, base: list[Parameter], double: bool = False) -> None:
-    """Give a model's linear layers the values that 4 bits can hold; `double`: with scales in 8 bits."""
+def as_packed(model: Any, base: Sequence[Parameter], bits: int, double: bool = False) -> None:
+    """Give a model's linear layers and experts the values that 4 or 8 bits can hold; `double`: with scales in 8 bits."""
     weights = dict(model.named_parameters())
-    for parameter in linear(base):
-        for part in parameter.hf:
-            weights[part.name].copy_(rounded(weights[part.name], double))
+    for parameter in packable(base):
+        if is_expert(parameter):
+            held = weights[parameter.loaded or parameter.hf[0].name][parameter.place[-1]]
+            own = held.chunk(len(parameter.hf))
+        else:
+            own = tuple(weights[part.name] for part in parameter.hf)
+        for matrix in own:
+            matrix.copy_(rounded(matrix, bits, double))
 
 
 def plain(name: str) -> str:

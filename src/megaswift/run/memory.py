@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from megaswift.models import family_of, parameters_of
-from megaswift.models.adapters import Lora, is_expert, linear
+from megaswift.models.adapters import Lora, is_expert, packable
 from megaswift.models.family import sizes_of
 from megaswift.models.stages import by_rank, passes_in_flight, stage_layers, stage_weights
 from megaswift.run.experts import experts_of, mlp_parts, mlp_widths
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 # Bytes of a parameter's two moments.
 STATE_BYTES = {"fp32": 8, "bf16": 4, "8bit": 2}
 GRADIENT_BYTES = MASTER_BYTES = 4
-PACKED_BYTES = {False: 0.5 + 4 / 64, True: 0.5 + 1 / 64}  # of a value in 4 bits, and its part of a scale in fp32, or 8 bits
+# Of a value and its part of a scale: (bits, whether scales are held in 8 bits themselves). A row in 8 bits has one scale.
+PACKED_BYTES = {(4, False): 0.5 + 4 / 64, (4, True): 0.5 + 1 / 64, (8, False): 1.0}
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,10 @@ def estimate(run: Run, config: PreTrainedConfig) -> MemoryEstimate:
     if method.adapter is not None or method.frozen:
         trained = trainable_of_rank(trained_parameters(method.adapter, method.frozen, config), config, parallel)
     if method.adapter is not None:
-        share = packed_share(method.adapter, config)
-        held = (
-            int(weights * ((1 - share) * BYTES[dtype] + share * PACKED_BYTES[method.adapter.double])) + trained * BYTES[dtype]
-        )
+        lora = method.adapter
+        share = packed_share(lora, config)
+        each = BYTES[dtype] if lora.bits is None else PACKED_BYTES[lora.bits, lora.double]
+        held = int(weights * ((1 - share) * BYTES[dtype] + share * each)) + trained * BYTES[dtype]
     each = STATE_BYTES[run.optimizer.state_dtype] + (0 if dtype == "fp32" else MASTER_BYTES)
     state = trained * each // (parallel.dp * parallel.cp)  # shared out over the ranks that have the same weights
     if trained == weights:  # those of experts are other ranks than those of the rest
@@ -130,11 +131,11 @@ def trained_parameters(adapter: Lora | None, frozen: Sequence[str], config: PreT
 
 
 def packed_share(adapter: Lora, config: PreTrainedConfig) -> float:
-    """Share of a model's weights that are held in 4 bits."""
+    """Share of a model's weights that are held in few bits."""
     if adapter.bits is None:
         return 0.0
     base = parameters_of(config)
-    return sum(parameter.size for parameter in linear(base)) / sum(parameter.size for parameter in base)
+    return sum(parameter.size for parameter in packable(base)) / sum(parameter.size for parameter in base)
 
 
 def trainable_of_rank(trained: list[Parameter], config: PreTrainedConfig, parallel: Parallel) -> int:

@@ -10,7 +10,7 @@ from megaswift.config.options import SftArguments, default_of
 from megaswift.config.training import AdapterArguments, FreezeArguments
 from megaswift.errors import UserError, nearest
 from megaswift.models import family_of, parameters_of
-from megaswift.models.adapters import Lora, is_router, linear, saved_modules, target_modules
+from megaswift.models.adapters import Lora, is_expert, is_router, packable, saved_modules, target_modules
 from megaswift.models.family import is_tied
 from megaswift.models.stages import stage_layers
 
@@ -96,7 +96,7 @@ def adapter_of(args: SftArguments, config: PreTrainedConfig) -> Lora | None:
         dora=args.use_dora,
         double=args.bnb_4bit_use_double_quant,
     )
-    if lora.double and lora.bits is None:
+    if lora.double and lora.bits != 4:
         raise UserError(
             "scales are held in 8 bits where weights are in 4.",
             where="--bnb_4bit_use_double_quant",
@@ -111,7 +111,7 @@ def adapter_of(args: SftArguments, config: PreTrainedConfig) -> Lora | None:
     _require_known_with_experts(lora, base)
     if lora.is_part_of_base:
         _require_plain_for_start(lora, base)
-    if lora.bits is not None:
+    if lora.bits == 4:
         _require_blocks(args, base)
     _require_work(parameters_of_adapter(lora, config), config, args.pp, args.vpp)
     return lora
@@ -136,12 +136,6 @@ def _require_known_with_experts(lora: Lora, base: list[Parameter]) -> None:
             where="--use_dora, --target_modules",
             fix="leave --use_dora out, or name the linear layers of attention: --target_modules q_proj k_proj v_proj o_proj",
         )
-    if lora.bits is not None:
-        raise UserError(
-            "4 bits hold the weights of linear layers; nearly all of this model's are in its experts, which would stay as they are.",
-            where="--quantization_bit",
-            fix="leave it out, and spread the experts with --ep",
-        )
 
 
 def _require_plain_for_start(lora: Lora, base: list[Parameter]) -> None:
@@ -151,7 +145,7 @@ def _require_plain_for_start(lora: Lora, base: list[Parameter]) -> None:
         (
             lora.bits is not None,
             "--quantization_bit",
-            "what is left of a weight would be rounded to 4 bits, and its first values with it",
+            f"what is left of a weight would be rounded to {lora.bits} bits, and its first values with it",
         ),
         (lora.dora, "--use_dora", "the lengths of rows are those of the whole weights"),
         (routed, "--target_modules", "PEFT begins adapters of experts and routers in no such way"),
@@ -166,14 +160,16 @@ def _require_plain_for_start(lora: Lora, base: list[Parameter]) -> None:
 
 def _require_blocks(args: SftArguments, base: list[Parameter]) -> None:
     """Raise UserError unless each rank's part of every row is whole blocks of 64, which share a scale."""
-    for parameter in linear(base):
-        columns = parameter.shape[1] // (args.tp if parameter.arrangement.split == 1 else 1)
+    for parameter in packable(base):
+        option, parts = ("etp", args.etp) if is_expert(parameter) else ("tp", args.tp)
+        columns = parameter.shape[1] // (parts if parameter.arrangement.split == 1 else 1)
         if columns % BLOCK or parameter.shape[1] % BLOCK:
-            legal = [tp for tp in range(1, args.tp) if parameter.shape[1] % (BLOCK * tp) == 0]
+            legal = [size for size in range(1, parts) if parameter.shape[1] % (BLOCK * size) == 0]
+            other = "--quantization_bit 8, which has no blocks"
             raise UserError(
-                f"4-bit weights are packed in blocks of {BLOCK} along a row; {parameter.name} has rows of {columns} on each rank of --tp {args.tp}.",
-                where="--quantization_bit, --tp",
-                fix=f"use --tp {' or '.join(map(str, legal))}" if legal else "leave --quantization_bit out",
+                f"4-bit weights are packed in blocks of {BLOCK} along a row; {parameter.name} has rows of {columns} on each rank of --{option} {parts}.",
+                where=f"--quantization_bit, --{option}",
+                fix=f"use --{option} {' or '.join(map(str, legal))}, or {other}" if legal else f"use {other}, or leave it out",
             )
 
 

@@ -71,7 +71,6 @@ def _numbers(run: Run) -> Iterator[Problem]:
     if run.memory.cuda_graphs == "always":
         others = {
             "--tp, --pp and --cp above 1": run.parallel.model_size > 1,
-            "--gradient_checkpointing": run.memory.recompute == "layers",
             "--deterministic": run.precision.deterministic,
             "--use_flash_attn": run.precision.attention != "fastest",
             "--overlap_grad_reduce true": run.parallel.overlap_grad_reduce,

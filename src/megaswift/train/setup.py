@@ -55,8 +55,8 @@ def restore_trainer(run: Run) -> tuple[Trainer, dict[str, Any]]:
     if run.schedule.first_step == 0 or method.base is not None:
         weights = Path(method.base["path"]) if method.base else start
         (load_hf_weights if is_hf_folder(weights) else load_weights)(model, weights)
-        if packed:
-            _pack_weights(model, config, weights, method.adapter is not None and method.adapter.double)
+        if packed and method.adapter is not None:
+            _pack_weights(model, config, weights, method.adapter)
         if run.model.rows_before is not None:
             fill_new_rows(model, start, Path(run.model.directory), run.model.rows_before, config.vocab_size)
     adapter = None if method.adapter is None else _adapter(run, method.adapter, config)
@@ -72,10 +72,11 @@ def restore_trainer(run: Run) -> tuple[Trainer, dict[str, Any]]:
     return trainer, load_training_state(trainer, start, layout=run.parallel.layout)
 
 
-def _pack_weights(model: ChatModel | Chunks, config: PreTrainedConfig, start: Path, double: bool) -> None:
-    """The weights of linear layers, read one by one and held in 4 bits."""
+def _pack_weights(model: ChatModel | Chunks, config: PreTrainedConfig, start: Path, lora: Lora) -> None:
+    """The weights of linear layers and experts, read one by one and held in few bits."""
+    assert lora.bits is not None
     from megaswift.megatron.model import chunks_of
-    from megaswift.megatron.packed_layers import fill
+    from megaswift.megatron.packed_weights import fill
 
     source: Any = FolderReader(config, HFCheckpoint.open(start)) if is_hf_folder(start) else Reader(start)
 
@@ -85,7 +86,7 @@ def _pack_weights(model: ChatModel | Chunks, config: PreTrainedConfig, start: Pa
         return value
 
     for chunk in chunks_of(model):
-        fill(chunk, parameters_of(config), chunk.first_layer, read, double)
+        fill(chunk, parameters_of(config), chunk.first_layer, read, lora.bits, lora.double)
 
 
 def _adapter(run: Run, lora: Lora, config: PreTrainedConfig) -> Adapter:

@@ -21,6 +21,7 @@ from megaswift.megatron.kernels.expert_rows import (
     weighted_swiglu_backward,
 )
 from megaswift.megatron.kernels.main_grad import buffer, has_main_grad, placeholder, take_stale
+from megaswift.megatron.kernels.packed import PackedWeight, dense
 
 
 def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -58,31 +59,31 @@ def _weight_grad(weight: Tensor, grad: Tensor, x: Tensor, ends: Tensor) -> Tenso
 
 class _ExpertMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weights: Tensor, first: Tensor, second: Tensor, ends: Tensor) -> Tensor:
-        both = grouped(x, first.transpose(1, 2), ends)
+    def forward(ctx: Any, x: Tensor, weights: Tensor, first: Any, second: Any, ends: Tensor) -> Tensor:
+        both = grouped(x, dense(first, x.dtype).transpose(1, 2), ends)
         ctx.save_for_backward(x, both, weights, ends)
         ctx.first, ctx.second = first, second  # as they are: through saved-tensor hooks they would lose main_grad
-        return grouped(weighted_swiglu(both, weights), second.transpose(1, 2), ends)
+        return grouped(weighted_swiglu(both, weights), dense(second, x.dtype).transpose(1, 2), ends)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x, both, weights, ends), first, second = ctx.saved_tensors, ctx.first, ctx.second
         grad = grads[0].contiguous()
-        hidden = grouped(grad, second, ends)  # its gradient, until the next line
+        hidden = grouped(grad, dense(second, grad.dtype), ends)  # its gradient, until the next line
         grad_weights = weighted_swiglu_backward(hidden, both, weights)
         grad_second = _weight_grad(second, grad, hidden, ends) if ctx.needs_input_grad[3] else None
         grad_first = _weight_grad(first, both, x, ends) if ctx.needs_input_grad[2] else None
-        grad_x = grouped(both, first, ends) if ctx.needs_input_grad[0] else None
+        grad_x = grouped(both, dense(first, both.dtype), ends) if ctx.needs_input_grad[0] else None
         return grad_x, grad_weights, grad_first, grad_second, None
 
 
-def expert_mlp(x: Tensor, weights: Tensor, first: Tensor, second: Tensor, ends: Tensor) -> Tensor:
+def expert_mlp(x: Tensor, weights: Tensor, first: Tensor | PackedWeight, second: Tensor | PackedWeight, ends: Tensor) -> Tensor:
     """Every row through its expert's gated MLP, times the row's weight; what SwiGLU makes is made again on the way back.
 
     Args:
         x: [t, h], sorted by expert.
         weights: fp32 [t], what the router gives each row.
-        first: [e, 2f, h], gate over up; second: [e, h, f].
+        first: [e, 2f, h], gate over up; second: [e, h, f]; as they are, or held in few bits.
         ends: int32 [e], the row after each expert's last.
 
     Returns:

@@ -16,6 +16,7 @@ from torch import Tensor
 from megaswift.megatron.kernels.expert_mlp import grouped, grouped_outer
 from megaswift.megatron.kernels.expert_rows import weighted_swiglu, weighted_swiglu_backward
 from megaswift.megatron.kernels.main_grad import add_gradient
+from megaswift.megatron.kernels.packed import PackedWeight, dense
 
 
 @dataclass(frozen=True)
@@ -92,13 +93,13 @@ def _counts(ends: Tensor) -> list[int]:
 class _LoraExpertMLP(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weights: Tensor, first: Tensor, second: Tensor, a1: Any, b1: Any, a2: Any, b2: Any, scale: float, ends: Tensor
+        ctx: Any, x: Tensor, weights: Tensor, first: Any, second: Any, a1: Any, b1: Any, a2: Any, b2: Any, scale: float, ends: Tensor
     ) -> Tensor:  # fmt: skip
         halves = [None if a is None else ExpertHalves(a, b, scale) for a, b in ((a1, b1), (a2, b2))]
-        both = grouped(x, first.transpose(1, 2), ends)
+        both = grouped(x, dense(first, x.dtype).transpose(1, 2), ends)
         low1 = None if halves[0] is None else add_low_rank(both, x, halves[0], ends)
         hidden = weighted_swiglu(both, weights)
-        output = grouped(hidden, second.transpose(1, 2), ends)
+        output = grouped(hidden, dense(second, x.dtype).transpose(1, 2), ends)
         low2 = None if halves[1] is None else add_low_rank(output, hidden, halves[1], ends)
         ctx.save_for_backward(x, both, weights, ends, low1, low2)
         ctx.first, ctx.second, ctx.halves = (
@@ -114,7 +115,7 @@ class _LoraExpertMLP(torch.autograd.Function):
         grad, (one, two) = grads[0].contiguous(), ctx.halves
         da1 = db1 = da2 = db2 = None
         dlow: Any = None
-        hidden = grouped(grad, ctx.second, ends)  # its gradient, until SwiGLU's backward makes it again
+        hidden = grouped(grad, dense(ctx.second, grad.dtype), ends)  # its gradient, until SwiGLU's backward makes it again
         if two is not None:
             dlow, change = low_rank_grads(grad, low2, two, ends)
             db2 = add_gradient(two.b, change)
@@ -122,7 +123,7 @@ class _LoraExpertMLP(torch.autograd.Function):
         grad_weights = weighted_swiglu_backward(hidden, both, weights)  # both becomes its gradient
         if two is not None:
             da2 = add_gradient(two.a, _outer(dlow, hidden, ends))
-        grad_x = grouped(both, ctx.first, ends) if ctx.needs_input_grad[0] else None
+        grad_x = grouped(both, dense(ctx.first, both.dtype), ends) if ctx.needs_input_grad[0] else None
         if one is not None:
             dlow, change = low_rank_grads(both, low1, one, ends)
             if grad_x is not None:
@@ -134,8 +135,8 @@ class _LoraExpertMLP(torch.autograd.Function):
 def lora_expert_mlp(
     x: Tensor,
     weights: Tensor,
-    first: Tensor,
-    second: Tensor,
+    first: Tensor | PackedWeight,
+    second: Tensor | PackedWeight,
     one: ExpertHalves | None,
     two: ExpertHalves | None,
     ends: Tensor,
@@ -145,7 +146,7 @@ def lora_expert_mlp(
     Args:
         x: [t, h], sorted by expert.
         weights: fp32 [t], what the router gives each row.
-        first: [e, 2f, h], gate over up; second: [e, h, f]; both frozen.
+        first: [e, 2f, h], gate over up; second: [e, h, f]; both frozen, as they are or held in few bits.
         one, two: the adapters of both; None where a product has none.
         ends: int32 [e], the row after each expert's last.
 

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megaswift.megatron.kernels.linear_ops import LinearOps
 from megaswift.megatron.kernels.triton_support import jit, tl, use_triton
 
 BLOCK = 64
@@ -46,6 +45,11 @@ class SmallScales:
     second: Tensor
     starts: Tensor
     offsets: Tensor
+
+    @property
+    def room(self) -> int:
+        """How far to count on for the starts of what comes behind."""
+        return len(self.second) * SECOND_BLOCK
 
     @property
     def nbytes(self) -> int:
@@ -127,14 +131,6 @@ def pack(weight: Tensor) -> Packed:
     return Packed(index[:, ::2] << 4 | index[:, 1::2], scales)
 
 
-def rounded(weight: Tensor, double: bool) -> Tensor:
-    """What 4 bits keep of one Hugging Face matrix [n, k], with scales in 8 bits where `double` says so."""
-    packed = pack(weight)
-    if double and isinstance(packed.scales, Tensor):
-        packed = Packed(packed.data, small_scales(packed.scales))
-    return packed.weight(weight.dtype)
-
-
 @jit
 def _unpack_kernel(packed, scales, code, out, count, BLOCK_BYTES: tl.constexpr, HALF: tl.constexpr):
     start = tl.program_id(0).to(tl.int64) * BLOCK_BYTES
@@ -159,23 +155,3 @@ def unpack(data: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         return out
     index = torch.stack((data >> 4, data & 15), -1).flatten(1)
     return (code[index.long()].view(*scales.shape, BLOCK) * scales.unsqueeze(-1)).flatten(1).to(dtype)
-
-
-class PackedOps(LinearOps):
-    """The products of a layer whose weight is packed."""
-
-    def forward(self, x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """x [..., k] @ weight [n, k]^T + bias [n]."""
-        return F.linear(x, weight.weight(x.dtype), bias)
-
-    def input_grad(self, grad: Tensor, weight: Packed) -> Tensor:  # type: ignore[override]
-        """grad [..., n] @ weight [n, k]."""
-        return torch.matmul(grad, weight.weight(grad.dtype))
-
-    def add_forward(self, onto: Tensor, x: Tensor, weight: Packed) -> Tensor:
-        """onto [tokens, n] += x [tokens, k] @ weight [n, k]^T."""
-        return super().add_forward(onto, x, weight.weight(x.dtype))
-
-    def add_input_grad(self, onto: Tensor, grad: Tensor, weight: Packed) -> Tensor:
-        """onto [tokens, k] += grad [tokens, n] @ weight [n, k]."""
-        return super().add_input_grad(onto, grad, weight.weight(grad.dtype))
