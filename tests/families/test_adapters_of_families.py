@@ -10,7 +10,9 @@ from unittest import mock
 import pytest
 from tests import tiny
 from tests.lora import test_layouts
+from tests.lora.test_parity_command import LORA, parity
 from tests.ranks import RankPool
+from tests.training import tiny_start, write_rows
 
 pytestmark = pytest.mark.skipif("MEGASWIFT_FAMILIES" not in os.environ, reason="a part of make test-families")
 
@@ -32,3 +34,13 @@ MORE["deepseek_v3, base in 4 bits, scales in 8"] = {
 def test_gradients_are_those_of_peft(case: str, pool: RankPool, tmp_path: Path) -> None:
     with mock.patch.dict(test_layouts.CASES, MORE):
         test_layouts.test_gradients_are_those_of_peft(case, pool, tmp_path)
+
+
+@pytest.mark.parametrize("name", [name for name in tiny.OTHERS if name not in tiny.dense_families()])
+def test_parity_holds_for_experts(name: str, pool: RankPool, tmp_path: Path) -> None:
+    """`swift parity` of all weights, and of adapters on every product, expert and router; where experts are shared out and cut."""
+    start = tiny_start(tmp_path, name), write_rows(tmp_path / "rows.jsonl")
+    adapters = {"target_modules": ["all-linear", "all-experts", "all-router"], "lora_dropout": 0.0}
+    for number, options in enumerate(({}, LORA | adapters)):
+        found = parity(pool, start, tmp_path / f"{number}", 2, **{"tp": 2, "ep": 2, "sequence_parallel": True, **options})
+        assert found["problem"] is None and len(found["reference"]) == 3

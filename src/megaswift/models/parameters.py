@@ -267,8 +267,8 @@ class HFTensor:
 
     @property
     def label(self) -> str:
-        """The name, with the place of the part where it is one: what hashes and precisions are noted under."""
-        return self.name if self.index is None else f"{self.name}[{self.index}]"
+        """The name, with the place of the part where it is one of several: what hashes and precisions are noted under."""
+        return self.name if self.index is None or self.count == 1 else f"{self.name}[{self.index}]"
 
     @property
     def stored_shape(self) -> Shape:
