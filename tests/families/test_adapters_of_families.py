@@ -44,3 +44,12 @@ def test_parity_holds_for_experts(name: str, pool: RankPool, tmp_path: Path) -> 
     for number, options in enumerate(({}, LORA | adapters)):
         found = parity(pool, start, tmp_path / f"{number}", 2, **{"tp": 2, "ep": 2, "sequence_parallel": True, **options})
         assert found["problem"] is None and len(found["reference"]) == 3
+
+
+@pytest.mark.parametrize("sp", [True, False], ids=["sp", "tp alone"])
+def test_dropout_of_products_that_every_rank_makes_whole(sp: bool, pool: RankPool, tmp_path: Path) -> None:
+    """Latent attention's first products see their own tokens alone under sequence parallelism, and drop what PEFT drops."""
+    start = tiny_start(tmp_path, "deepseek_v3"), write_rows(tmp_path / "rows.jsonl")
+    words = {"target_modules": [r".*\.self_attn\..*"], "packing": True, "max_length": 64}
+    found = parity(pool, start, tmp_path / "out", 2, **LORA, **words, tp=2, sequence_parallel=sp)
+    assert found["problem"] is None and len(found["reference"]) == 3
