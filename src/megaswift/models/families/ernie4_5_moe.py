@@ -21,7 +21,7 @@ _MLP, _BIAS = "model.layers.{i}.mlp.", "moe_statics.e_score_correction_bias"
 
 
 def _kind(config: Any, layer: int) -> Kind:
-    for field, value in (("moe_gate", "topk"), ("moe_use_aux_free", True)):
+    for field, value in (("moe_gate", "topk"), ("moe_use_aux_free", True), ("use_rmsnorm", True)):
         only_value(config, field, value)
     inside = config.moe_layer_start_index <= layer <= config.moe_layer_end_index
     if not inside or (layer + 1) % config.moe_layer_interval:
@@ -52,7 +52,7 @@ ERNIE4_5_MOE = replace(
     extra_fields=ROUTING_FIELDS
     | frozenset(
         "moe_k moe_num_experts moe_num_shared_experts moe_layer_start_index moe_layer_end_index moe_layer_interval moe_norm_min "
-        "moe_gate moe_use_aux_free moe_capacity num_nextn_predict_layers".split()
+        "moe_gate moe_use_aux_free moe_capacity use_rmsnorm num_nextn_predict_layers".split()
     ),
     ahead=lambda config: ("model.mtp_*",) if getattr(config, "num_nextn_predict_layers", None) else (),
     tiny=ERNIE4_5.tiny
