@@ -59,8 +59,8 @@ LAYOUTS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
 ROUTED = ["all-linear", "all-experts", "all-router"]
 WIDE = {"hidden_size": 128, "moe_intermediate_size": 128, "intermediate_size": 128, "head_dim": 64}  # rows of whole blocks
 CASES: dict[str, dict[str, Any]] = {
-    "qwen3_moe, all": {"family": "qwen3_moe", "words": ROUTED},
     "qwen3_moe, all, base in 4 bits": {"family": "qwen3_moe", "words": ROUTED, "sizes": WIDE, "lora": {"bits": 4}},
+    "qwen3_moe, all": {"family": "qwen3_moe", "words": ROUTED},
     "qwen3_moe, attention, base in 4 bits, scales in 8": {
         "family": "qwen3_moe",
         "words": ["all-linear"],
