@@ -507,7 +507,7 @@ def test_what_was_changed_in_rows_is_counted_and_told(run: Callable[..., Prepare
 @dataclass
 class Shown:
     sizes: np.ndarray
-    shown: list[list[tuple[str, bool]]] = field(default_factory=list)
+    shown: list[list[tuple[str, float]]] = field(default_factory=list)
 
 
 IDENTITY = [

@@ -51,6 +51,18 @@ def test_the_whole_verb(
     assert (tmp_path / "page" / "lengths.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_weights_stand_before_their_text(
+    model: None, jsonl: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rules = tmp_path / "rules.json"
+    rules.write_text('{"Action:": [2, 0.5]}', encoding="utf-8")
+    path = jsonl([{"query": "q", "response": "so Action: go"}])
+    data_main(["--dataset", path, "--dataset_test_ratio", "0", "--loss_scale", str(rules), "--output", str(tmp_path / "page")])
+    shown = capsys.readouterr().out
+    assert "[[so ]](2 x)[[Action:]](0.5 x)[[ go]][[<|im_end|>]]" in shown and "bring weights of their own: " in shown
+    assert "<mark><b>2 x </b>Action:</mark>" in (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
+
+
 def test_streamed_data_are_the_rows_that_training_reads(
     model: None, jsonl: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""Weights that rows give to their messages: loss, gradient norm and every gradient as transformers has them, at every layout."""
+"""Weights that rows give to their messages, and rules to parts of them: loss, gradient norm and every gradient as transformers has them, at every layout."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ def one_step(jobs: list[tuple[str, str]]) -> list[tuple[float, float, int, float
 def test_weights_of_messages(pool: RankPool, tmp_path: Path) -> None:
     from megaswift.parity.reference import Reference
 
-    start, rows = tiny_start(tmp_path), write_weighted(tmp_path / "rows.jsonl")
+    start, rows, rules = tiny_start(tmp_path), write_weighted(tmp_path / "rows.jsonl"), tmp_path / "rules.json"
+    rules.write_text(json.dumps({r"\d+": 3, "again": [0.5, 0.25]}), encoding="utf-8")
     found = {}
     for number, name in enumerate(NAMES):
         world, *layout = LAYOUTS[name]
@@ -58,7 +59,7 @@ def test_weights_of_messages(pool: RankPool, tmp_path: Path) -> None:
         for form, options in (("packed", {"packing": True}), ("padded", {"padding_free": False})):
             path = tmp_path / f"{number}-{form}.json"
             with mock.patch.dict(os.environ, {"NPROC_PER_NODE": str(world)}):
-                made = job(start, rows, world, *layout, batch=1 if form == "packed" else 4, **options)
+                made = job(start, rows, world, *layout, batch=1 if form == "packed" else 4, loss_scale=str(rules), **options)
             made.write(path)
             jobs.append((str(path), str(tmp_path / f"{name} {form}")))
         for (_, target), figures in zip(jobs, pool.run(world, one_step, jobs)[0], strict=True):
@@ -66,6 +67,9 @@ def test_weights_of_messages(pool: RankPool, tmp_path: Path) -> None:
     data = TokenRows.open(made.data.train)  # of the last padded one
     reference = Reference(tmp_path / "hf", SftArguments(), "fp32", steps=1, warmup=0)
     wanted = next(reference.run(data, [np.arange(len(data))], keep=False))
+    assert {0.25 * 3, 0.25, 2.5 * 3, 3.0, 0.5} <= {
+        float(x) for row in range(len(data)) for sample in data.samples(row) for x in sample.weights
+    }
     weights = [float(sample.weights[1:].sum()) for row in range(len(data)) for sample in data.samples(row)]
     first = Reader(tmp_path / f"{NAMES[0]} padded" / "iter_0000001")
     for name, (loss, norm, supervised, weight) in found.items():

@@ -16,6 +16,7 @@ import numpy as np
 from megaswift.config.options import InspectArguments, parse
 from megaswift.data.chat import ChatTemplate
 from megaswift.data.encode import prepare
+from megaswift.data.loss_rules import LossRules
 from megaswift.data.packing import pack
 from megaswift.data.page import write_page
 from megaswift.data.report import print_example, print_report, stretches
@@ -53,7 +54,7 @@ class Inspection:
         duplicates: samples whose tokens equal those of an earlier one; repeats by #N do not count.
         fill: share of max_length that packs would use; None without a limit.
         padding: share of padded tokens in random micro batches of batch_size rows, 0 when they are laid end to end.
-        shown: samples as (text, has loss) stretches.
+        shown: samples as (text, weight in the loss) stretches.
     """
 
     data: PreparedData
@@ -61,7 +62,7 @@ class Inspection:
     duplicates: int
     fill: float | None
     padding: float
-    shown: list[list[tuple[str, bool]]]
+    shown: list[list[tuple[str, float]]]
 
 
 def data_main(args: InspectArguments | list[str]) -> Inspection:
@@ -116,6 +117,7 @@ def _template(args: InspectArguments, directory: Path) -> ChatTemplate:
         args.system,
         fallback=entry.template if entry else None,
         date=args.template_date or date.today().isoformat(),
+        loss=LossRules.parse(args.loss_scale),
     )
 
 

@@ -125,6 +125,11 @@ class ExpertArguments(BaseArguments):
 class EncodingArguments(BaseArguments):
     """What else decides the tokens of a row."""
 
+    loss_scale: str = option(
+        "default",
+        "What carries loss: default (every answer), last_round, or all; with + ignore_empty_think, last_think or no_think, and "
+        "JSON files of weights (regular expression -> weight), joined by +.",
+    )
     template_date: str | None = option(None, "YYYY-MM-DD for templates that write the date; default: the day the run began.")
     parse_special_tokens: bool = option(True, "Read control tokens in text rows as tokens; false: as characters.")
 

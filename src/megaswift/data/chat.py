@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from megaswift.data.conversation import BadRow, Conversation, Message
+from megaswift.data.loss_rules import LossRules
 from megaswift.data.probes import A_CALL, A_TOOL, own_tokens, where_thoughts_stand
 from megaswift.data.structure import NO_SYSTEM, Structure, align, as_dicts, build, render
 from megaswift.data.templates import TEMPLATES, TemplateRaised, choose_source, compile_template
@@ -25,6 +26,7 @@ from megaswift.data.tools import tools_as_text
 from megaswift.errors import UserError
 
 # The opening tag may have stood in the prompt, as R1's and Qwen3-Thinking's answers come.
+AS_ROWS_SAY = LossRules()
 THOUGHTS = re.compile(r"\s*(?:<think>|(?!(?:(?!</think>).)*<think>))(.*?)</think>\s*(.*)\Z", re.DOTALL)
 SHIELD = 0xE100  # control token number k inside tool texts is written as this character + k
 
@@ -38,6 +40,7 @@ class ChatTemplate:
         default_system: system prompt of conversations that bring none; "" for none at all; None for the template's.
         fallback: name to use when AUTO finds no template in the tokenizer.
         date: YYYY-MM-DD for templates that write the date; None for the day on which they are used.
+        loss: which parts of a conversation carry loss.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class ChatTemplate:
         *,
         fallback: str | None = None,
         date: str | None = None,
+        loss: LossRules = AS_ROWS_SAY,
     ) -> None:
         source, tool_use, name, system = choose_source(tokenizer, template_type, fallback)
         special = {key: value for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
@@ -65,6 +69,8 @@ class ChatTemplate:
             "pad_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             "bos_id": _own_bos(tokenizer),
         }
+        if loss != AS_ROWS_SAY:  # else the digests of rows that were made before there were rules would change
+            state["loss"] = loss.record()
         self._setup(state)
         for token in TEMPLATES[name].needs if name in TEMPLATES else ():
             if token not in self.encoder.control:
@@ -88,6 +94,7 @@ class ChatTemplate:
         self.default_system: str | None = state["default_system"]
         self.eos_id: int = state["eos_id"]
         self.pad_id: int = state["pad_id"]
+        self.loss = LossRules.from_record(state["loss"]) if "loss" in state else AS_ROWS_SAY
         self.encoder: PieceEncoder = without_tools.encoder if without_tools else PieceEncoder(state["tokenizer"])
         self._jinja = compile_template(state["source"], state["date"])
         self.thinks = "</think>" in state["source"]
@@ -196,19 +203,30 @@ class ChatTemplate:
     def encode(self, conversations: list[Conversation]) -> list[Encoded | BadRow]:
         """Ids and loss mask of each conversation, or why it cannot be had. One call of the tokenizer for all."""
         result: list[Encoded | BadRow | None] = []
-        pieces = []
+        pieces, factors = [], []
         for conversation in conversations:
             try:
-                pieces.append(self.pieces(conversation))
+                own, factor = self._weighed(conversation)
+                pieces.append(own)
+                factors.append(factor)
                 result.append(None)
             except BadRow as error:
                 result.append(error)
-        encoded = iter(self.encoder.encode(pieces))
+        encoded = iter(self.encoder.encode(pieces, factors))
         done = [item if item is not None else next(encoded) for item in result]
         return [
             self._with_ends(item) if isinstance(item, Encoded) and conversation.text is not None else item
             for item, conversation in zip(done, conversations, strict=True)
         ]
+
+    def _weighed(self, conversation: Conversation) -> tuple[list[Piece], np.ndarray | None]:
+        """Its pieces, and what `loss` makes of the weight of each of their characters. Raises BadRow."""
+        pieces = [piece for piece in self.pieces(conversation) if piece.text]
+        if conversation.text is not None or self.loss == AS_ROWS_SAY:
+            return pieces, None
+        writer = self._tool_use if self._tool_use is not None and conversation.tools else self
+        messages = writer._prepared(conversation).messages
+        return self.loss.everything(pieces, messages), self.loss.factors(pieces, messages)
 
     def _with_ends(self, item: Encoded) -> Encoded:
         """Pre-training text: the tokenizer's own first token, when it has one, and the end token around it, each once."""
@@ -247,7 +265,7 @@ class ChatTemplate:
             kind, number = segment.slot
             message = messages[number]
             text = texts.get(segment.slot, (message.reasoning or "").strip("\n") if kind == "r" else message.content)
-            pieces.append(Piece(text, Kind.ANSWER if message.role == "assistant" else Kind.CONTENT, weight))
+            pieces.append(Piece(text, Kind.ANSWER if message.role == "assistant" else Kind.CONTENT, weight, number))
         if not prompt and not any(piece.weight and piece.text for piece in pieces):
             raise BadRow("no supervised turn", "the chat template leaves out the thoughts of every supervised turn")
         return pieces
@@ -327,7 +345,7 @@ class ChatTemplate:
 
     def _prepared(self, conversation: Conversation) -> Conversation:
         """With its system prompt settled, thoughts apart from answers, and tools as this template can write them."""
-        messages = self._with_system(conversation.messages)
+        messages = self.loss.chosen(self._with_system(conversation.messages))
         if self.thinks:
             messages = [_split_thoughts(message) for message in messages]
         tools = conversation.tools

@@ -23,7 +23,7 @@ class Inspected(Protocol):
     def sizes(self) -> np.ndarray: ...
 
     @property
-    def shown(self) -> list[list[tuple[str, bool]]]: ...
+    def shown(self) -> list[list[tuple[str, float]]]: ...
 
 
 def write_page(directory: Path, report: DataReport, inspected: Inspected, lines: list[str]) -> Path:
@@ -80,13 +80,15 @@ def _page(report: DataReport, inspected: Inspected, lines: list[str], picture: b
         html.picture(picture, "histogram of lengths"),
         *told,
         html.heading("Examples"),
-        html.paragraph("Loss is on the ", html.element("mark", "marked"), " text."),
-        *(html.element("pre", *(_stretch(text, kept) for text, kept in example)) for example in inspected.shown),
+        html.paragraph("Loss is on the ", html.element("mark", "marked"), " text; a weight other than 1 stands before it."),
+        *(html.element("pre", *(_stretch(text, weight) for text, weight in example)) for example in inspected.shown),
     )
 
 
-def _stretch(text: str, kept: bool) -> str:
-    return html.element("mark", text) if kept else text
+def _stretch(text: str, weight: float) -> str:
+    if weight in (0.0, 1.0):
+        return html.element("mark", text) if weight else text
+    return html.element("mark", html.element("b", f"{weight:g} x "), text)
 
 
 def _dropped(item: DatasetReport, reason: str, entry: Dropped) -> Markup:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megaswift.data.tokens import Encoded, weights_of
+
 if TYPE_CHECKING:
     from rich.console import Console
 
     from megaswift.data.chat import ChatTemplate
-    from megaswift.data.tokens import Encoded
 
 SHOWN = 5  # places named for each reason
 LABEL = 20  # columns of a dataset's name in the table
@@ -89,7 +90,7 @@ class DataReport:
         train_samples: samples in the training rows.
         parse_special_tokens: control tokens in text rows are tokens, not characters.
         fill: share of max_length that packs use; None when not packed.
-        example: the first training sample as (text, has loss) stretches.
+        example: the first training sample as (text, weight in the loss) stretches.
     """
 
     template: str
@@ -103,7 +104,7 @@ class DataReport:
     train_samples: int = 0
     longest: int = 0
     fill: float | None = None
-    example: list[tuple[str, bool]] = field(default_factory=list)
+    example: list[tuple[str, float]] = field(default_factory=list)
     seconds: float = 0.0
     from_cache: bool = False
 
@@ -169,10 +170,11 @@ def print_report(report: DataReport, console: Console, *, example: bool = True) 
         print_example(report.example, console)
 
 
-def stretches(template: ChatTemplate, sample: Encoded) -> list[tuple[str, bool]]:
-    """A sample as (text, has loss) stretches."""
-    borders = [0, *(np.flatnonzero(np.diff(sample.kept)) + 1).tolist(), len(sample.ids)]
-    return [(template.decode(sample.ids[first:last]), bool(sample.kept[first])) for first, last in pairwise(borders)]
+def stretches(template: ChatTemplate, sample: Encoded) -> list[tuple[str, float]]:
+    """A sample as (text, weight in the loss) stretches."""
+    weights = weights_of(sample)
+    borders = [0, *(np.flatnonzero(np.diff(weights)) + 1).tolist(), len(sample.ids)]
+    return [(template.decode(sample.ids[first:last]), float(weights[first])) for first, last in pairwise(borders)]
 
 
 def _print_details(item: DatasetReport, report: DataReport, console: Console) -> None:
@@ -227,8 +229,8 @@ def remarks(item: DatasetReport, report: DataReport) -> list[tuple[str, list[str
     return result
 
 
-def print_example(example: list[tuple[str, bool]], console: Console, title: str = "One training sample") -> None:
-    """One sample with its supervised text marked."""
+def print_example(example: list[tuple[str, float]], console: Console, title: str = "One training sample") -> None:
+    """One sample with its supervised text marked, and with weights other than 1 before what has them."""
     from rich.text import Text
 
     if not example:
@@ -240,6 +242,9 @@ def print_example(example: list[tuple[str, bool]], console: Console, title: str 
         highlight=False,
     )
     text = Text()
-    for part, kept in example:
-        text.append(part if coloured or not kept else f"[[{part}]]", style="bold green" if kept and coloured else "")
+    for part, weight in example:
+        if weight not in (0.0, 1.0):
+            text.append(f"({weight:g} x)", style="bold yellow" if coloured else "")
+        style = "" if not coloured or not weight else "bold green" if weight == 1.0 else "bold yellow"
+        text.append(part if coloured or not weight else f"[[{part}]]", style=style)
     console.print(text, soft_wrap=True)

@@ -10,7 +10,7 @@ import json
 import re
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import accumulate, pairwise
@@ -37,11 +37,12 @@ class Kind(IntEnum):
 
 @dataclass(slots=True)
 class Piece:
-    """A stretch of text of one kind, and the weight of its tokens in the loss."""
+    """A stretch of text of one kind, and the weight of its tokens in the loss; `turn`: of which message's text, if of one's."""
 
     text: str
     kind: Kind
     weight: float = 0.0
+    turn: int = -1
 
 
 @dataclass(slots=True)
@@ -131,16 +132,22 @@ class PieceEncoder:
         names = {self.control[token]: token for token in self.guarded | self.special}
         return Counter(names[found.token] for found in self._added.find([text])[0] if found.token in names)
 
-    def encode(self, samples: Iterable[list[Piece]]) -> list[Encoded]:
-        """Encode many samples with one call of the tokenizer."""
-        plans: list[list[tuple[int, float]]] = []  # per sample: (token id, weight), or (-1 - run, weight)
+    def encode(self, samples: Iterable[list[Piece]], factors: Sequence[np.ndarray | None] | None = None) -> list[Encoded]:
+        """Encode many samples with one call of the tokenizer.
+
+        Args:
+            factors: for each sample, what the weight of each of its characters is multiplied by; a token has that of its last.
+        """
+        plans: list[list[tuple[int, float | np.ndarray]]] = []  # per sample: (token id, weight), or (-1 - run, weights)
         texts: list[str] = []
         index: dict[str, int] = {}
         samples = [[piece for piece in pieces if piece.text] for pieces in samples]
+        own = [None] * len(samples) if factors is None else factors
         all_found = self._added.find(["".join(piece.text for piece in pieces) for pieces in samples])
-        for pieces, found in zip(samples, all_found, strict=True):
-            plan = []
-            for text, token, weight in self._runs(pieces, found):
+        for pieces, found, factor in zip(samples, all_found, own, strict=True):
+            plan: list[tuple[int, float | np.ndarray]] = []
+            for text, token, role_weight, first in self._runs(pieces, found):
+                weight = role_weight if factor is None else role_weight * self._factors(text, token, first, factor)
                 if token is None:
                     if len(text) > 64:
                         run = len(texts)
@@ -154,6 +161,27 @@ class PieceEncoder:
             plans.append(plan)
         runs = self._encode_texts(texts)
         return [_assemble(plan, runs) for plan in plans]
+
+    def _factors(self, text: str, token: int | None, first: int, factor: np.ndarray) -> float | np.ndarray:
+        """Of a token whose last character is `first`, or of each token of a run of text that begins there."""
+        if token is not None:
+            return float(factor[first])
+        own = factor[max(first, 0) : first + len(text)]
+        if not len(own) or (own == own[0]).all():
+            return float(own[0]) if len(own) else 1.0
+        ends = np.maximum(self._ends(text) - 1 + first, max(first, 0))
+        return factor[np.minimum(ends, len(factor) - 1)]
+
+    def _ends(self, text: str) -> np.ndarray:
+        """Where each token of a run of text ends."""
+        ends, shift = [], 0
+        whole = self._plain.encode(text, add_special_tokens=False)
+        parts = self._uncontrolled(text) if self._is_control[whole.ids].any() else [text]
+        for part in parts:
+            encoding = whole if len(parts) == 1 else self._plain.encode(part, add_special_tokens=False)
+            ends += [shift + stop for _, stop in encoding.offsets]
+            shift += len(part)
+        return np.array(ends, np.int64)
 
     def last_control(self, text: str, first: int, last: int) -> int | None:
         """Where the last control token within text[first:last] ends; None when there is none."""
@@ -176,19 +204,27 @@ class PieceEncoder:
         return [fresh[text] if text in fresh else known[text] for text in texts]
 
     def _without_control(self, text: str) -> np.ndarray:
+        parts = self._uncontrolled(text)
+        return np.array([token for part in parts for token in self._plain.encode(part, add_special_tokens=False).ids], np.int32)
+
+    def _uncontrolled(self, text: str) -> list[str]:
         """A Unigram model may spell a control token as one piece; cutting inside it prevents that."""
         parts, last = [], 0
         for match in self._spelled.finditer(text):
             parts.append(text[last : match.start() + 1])
             last = match.start() + 1
         parts.append(text[last:])
-        return np.array([token for part in parts for token in self._plain.encode(part, add_special_tokens=False).ids], np.int32)
+        return parts
 
-    def _runs(self, pieces: list[Piece], found: list[Found]) -> list[tuple[str, int | None, float]]:
-        """Pieces as (text, None, weight) runs and ("", token id, weight) added tokens, in order; `found`: those of all texts."""
+    def _runs(self, pieces: list[Piece], found: list[Found]) -> list[tuple[str, int | None, float, int]]:
+        """Pieces as runs of text (text, None, weight, first character) and added tokens ("", id, weight, last character), in order.
+
+        Args:
+            found: the added tokens of all texts. A tokenizer's own space before a run is a character of it, before the first.
+        """
         text, ends = "".join(piece.text for piece in pieces), list(accumulate(len(piece.text) for piece in pieces))
         borders = [end for end, (one, other) in zip(ends, pairwise(pieces), strict=False) if one.weight != other.weight]
-        result: list[tuple[str, int | None, float]] = []
+        result: list[tuple[str, int | None, float, int]] = []
         position, fresh = 0, True  # fresh: a run that starts here would be the tokenizer's own start of a run
 
         def write(stop: int) -> None:
@@ -197,17 +233,17 @@ class PieceEncoder:
             for first, last in pairwise([position, *inner, stop]):
                 if first >= last:  # the token before may have swallowed this one, which is white space
                     continue
-                part = text[first:last]
+                part, begin = text[first:last], first
                 if fresh and self._wants_prefix(part, not result):
-                    part = " " + part
+                    part, begin = " " + part, first - 1
                 fresh = False
-                result.append((part, None, pieces[bisect_right(ends, first)].weight))
+                result.append((part, None, pieces[bisect_right(ends, first)].weight, begin))
 
         for item in self._allowed(text, pieces, ends, borders, found):
             if position == item.start and fresh and item.rest:  # nothing but the tokenizer's own prefix stands before it
-                result.append((" ", None, pieces[bisect_right(ends, item.first)].weight))
+                result.append((" ", None, pieces[bisect_right(ends, item.first)].weight, item.first - 1))
             write(item.start)
-            result.append(("", item.token, pieces[bisect_right(ends, item.last - 1)].weight))
+            result.append(("", item.token, pieces[bisect_right(ends, item.last - 1)].weight, item.last - 1))
             position = item.stop
             fresh = not (item.normalized and self._prefix_always)  # a normalizer's prefix stands before the first run only
         write(len(text))
@@ -256,7 +292,7 @@ def tokenizer_json(tokenizer: Any) -> str:
     return backend.to_str()
 
 
-def _assemble(plan: list[tuple[int, float]], runs: list[np.ndarray]) -> Encoded:
+def _assemble(plan: list[tuple[int, float | np.ndarray]], runs: list[np.ndarray]) -> Encoded:
     size = sum(1 if token >= 0 else len(runs[-1 - token]) for token, _ in plan)
     ids, weights = np.empty(size, np.int32), np.empty(size, np.float32)
     position = 0
@@ -270,7 +306,7 @@ def _assemble(plan: list[tuple[int, float]], runs: list[np.ndarray]) -> Encoded:
             ids[position:end], weights[position:end] = run, weight
             position = end
     kept = weights != 0
-    return Encoded(ids, kept, None if all(weight in (0.0, 1.0) for _, weight in plan) else weights)
+    return Encoded(ids, kept, None if bool((weights == kept).all()) else weights)
 
 
 def _take_prefix_out(data: dict[str, Any]) -> tuple[str, bool]:

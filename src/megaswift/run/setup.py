@@ -38,13 +38,21 @@ def template_of(args: SftArguments, start: TrainingSource) -> ChatTemplate:
             fix = f"the same data as before; all options of the run: swift sft {options} --resume_from_checkpoint {run}"
         raise UserError("no training data is named.", where="--dataset", fix=fix)
     from megaswift.data.chat import ChatTemplate
+    from megaswift.data.loss_rules import LossRules
 
     tokenizer = read_tokenizer(start.root)
     began = (
         read_args_file(start.root).get("template_date") if start.run_dir else None
     )  # else the rows would be others every day
     date = args.template_date or began or datetime.date.today().isoformat()
-    return ChatTemplate(tokenizer, args.template_type, args.system, fallback=_registered_template(args), date=date)
+    return ChatTemplate(
+        tokenizer,
+        args.template_type,
+        args.system,
+        fallback=_registered_template(args),
+        date=date,
+        loss=LossRules.parse(args.loss_scale),
+    )
 
 
 def _registered_template(args: SftArguments) -> str | None:
