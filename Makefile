@@ -34,7 +34,7 @@ test: $(VENV)/ready-dev
 
 test-families: $(VENV)/ready-dev
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 MEGASWIFT_FAMILIES=true $(BIN)/python -m pytest -n 2 --dist worksteal tests/families \
-	  tests/engine/test_parity.py tests/convert/test_proof.py tests/convert/test_hf_load.py tests/faults/test_reshard.py
+	  tests/engine/test_parity.py tests/convert/test_proof.py tests/convert/test_hf_load.py tests/faults/test_reshard.py tests/engine/test_experts.py
 
 test-gpu: $(VENV)/ready-dev
 	$(BIN)/python -m pytest tests/kernels tests/engine/test_graphs.py tests/engine/test_gpu_offload.py tests/engine/test_fp8_training.py \

@@ -11,7 +11,7 @@ import torch
 
 from megaswift.models import families
 
-ROUTERS = (".gate.weight", ".router.weight")  # as transformers names them once loaded
+ROUTERS = (".gate.weight", ".router.weight", ".gate.wg.weight")  # as transformers names them once loaded
 EVERY = tuple(sorted({family.name for family in families().values()}))
 # These are walked at all layouts by default; between them they have every way of storing weights. The others bring layers of
 # other kinds: by default they get tests/families/test_every_family.py, and all that these get by `make test-families`.

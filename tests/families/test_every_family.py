@@ -21,12 +21,15 @@ from megaswift.weights.hf.config import load_config
 from megaswift.weights.hf.read import HFCheckpoint
 from megaswift.weights.torch_dist.reader import Reader
 
+LATENT = ("tp2", "tp2, sequence parallel")
+
 
 @pytest.mark.parametrize("name", tiny.OTHERS)
 def test_round_trip_and_a_step(name: str, pool: RankPool, tmp_path: Path) -> None:
     """Tied weights on two stages, packed rows; and two tensor-parallel ranks, padded ones.
 
-    Gradients of norms of each head are a trap without sequence parallelism, those of all other norms with it.
+    Gradients of norms of each head are a trap without sequence parallelism, those of all other norms with it; latent
+    attention has traps of both.
     """
     steps = Steps(tmp_path, name, samples=16, tie_word_embeddings=True)
     source, reader = HFCheckpoint.open(tmp_path / "hf"), Reader(tmp_path / "start" / "release")
@@ -34,8 +37,10 @@ def test_round_trip_and_a_step(name: str, pool: RankPool, tmp_path: Path) -> Non
     assert set(back) == set(source.names)
     assert all(torch.equal(back[key], source.tensor(key)) for key in back)
     steps.check(pool, "pp2", LAYOUTS["pp2"], ["packed"])
-    heads = any(kind.qk_norm_rotated or kind.qk_norm for kind in family_of(steps.config.model_type).layers(steps.config))
-    steps.check(pool, "tp2", LAYOUTS["tp2" if heads else "tp2, sequence parallel"], ["padded"])
+    kinds = family_of(steps.config.model_type).layers(steps.config)
+    heads = any(kind.qk_norm_rotated or kind.qk_norm for kind in kinds)
+    for layout in LATENT if kinds[0].latent is not None else ("tp2" if heads else "tp2, sequence parallel",):
+        steps.check(pool, layout, LAYOUTS[layout], ["padded"])
 
 
 def test_transformers_does_not_drop_caps_of_scores(tmp_path: Path) -> None:
@@ -84,6 +89,23 @@ def test_windows_of_old_configs(tmp_path: Path) -> None:
         ("arcee", {"mlp_bias": True}, "mlp_bias"),
         ("olmo2", {"attention_bias": True}, "attention_bias"),
         ("mistral", {"sliding_window": 0}, "sliding_window"),
+        ("ernie4_5_moe", {"use_bias": True}, "use_bias"),
+        ("ernie4_5_moe", {"moe_gate": "top2_fused"}, "moe_gate"),
+        ("hunyuan_v1_moe", {"moe_topk": [2, 2, 1, 2]}, "moe_topk"),
+        ("hunyuan_v1_moe", {"use_cla": True}, "use_cla"),
+        ("hunyuan_v1_moe", {"num_shared_expert": [2, 2, 2, 2]}, "num_shared_expert"),
+        ("minimax_m2", {"attn_type_list": [1, 0, 1, 1]}, "attn_type_list"),
+        ("minimax_m2", {"router_jitter_noise": 0.1}, "router_jitter_noise"),
+        ("minimax_m2", {"scoring_func": "softmax"}, "scoring_func"),
+        ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob"),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method"),
+        ("deepseek_v2", {"num_nextn_predict_layers": 1}, "num_nextn_predict_layers"),
+        ("deepseek_v3", {"num_key_value_heads": 4}, "num_key_value_heads"),
+        ("deepseek_v3", {"v_head_dim": 32}, "v_head_dim"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func"),
+        ("deepseek_v3", {"topk_method": "greedy"}, "topk_method"),
+        ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq"),
+        ("deepseek_v3", {"attention_bias": True}, "attention_bias"),
         ("ministral3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "llama_4_scaling_beta"),
         ("phi3", {"partial_rotary_factor": 0.5, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope"),
     ],

@@ -21,6 +21,7 @@ from megaswift.proof.parity import compare_adapter
 from megaswift.proof.streams import TrainedAdapter
 from megaswift.run.method import adapter_of
 from megaswift.store.manifest import read_manifest
+from megaswift.weights.base import base_digest
 from megaswift.weights.convert import precisions_of_folder
 from megaswift.weights.convert.lora import load_adapter
 from megaswift.weights.hf.config import load_config
@@ -221,3 +222,10 @@ def test_names_are_those_that_vllm_reads() -> None:
     assert vllm_refuses(lora, shapes) == ""
     assert "all three" in vllm_refuses(lora, {key: value for key, value in shapes.items() if "down" not in key})
     assert "no adapters for gate" in vllm_refuses(lora, {"base_model.model.model.layers.0.mlp.gate.lora_A.weight": (4, 8)})
+
+
+def test_a_base_whose_experts_are_one_tensor_is_known_in_both_forms(tmp_path: Path) -> None:
+    """granitemoe's folder and what was converted from it: an adapter begins from either."""
+    start = tiny_start(tmp_path, "granitemoe")
+    config = load_config(tmp_path / "hf")
+    assert base_digest(tmp_path / "hf", config) == base_digest(start / "release", config)

@@ -186,4 +186,7 @@ def facts(inspection: Inspection, max_length: int, batch_size: int) -> list[str]
         lines.append(f"packing to {max_length:,} tokens fills {inspection.fill:.1%}")
     if batch_size > 1:
         lines.append(f"padding micro batches of {batch_size} to their longest row would waste {inspection.padding:.1%}")
+    seen = sum(item.seen.rows for item in report.datasets)
+    if seen and not any(item.seen.other or item.seen.endless for item in report.datasets):
+        lines.append(f"inference: {seen:,} rows looked at begin as the prompt of their last answer, and learn to end it")
     return lines

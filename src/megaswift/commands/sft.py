@@ -24,6 +24,7 @@ from megaswift.errors import Stopped, UserError
 from megaswift.launch import agent, versions
 from megaswift.launch.signals import Interrupted, StopSignals
 from megaswift.models import parameters_of
+from megaswift.models.prediction import note_on_layers_ahead
 from megaswift.models.stages import stage_layers
 from megaswift.report.curves import write_images
 from megaswift.run.memory import MemoryEstimate, estimate, parameter_count, trained_parameters
@@ -244,6 +245,8 @@ def _print_plan(run: Run, config: PreTrainedConfig, memory: MemoryEstimate, data
         f"(weights {device['weights'] / 1e9:.2f}, gradients {device['gradients'] / 1e9:.2f}, optimizer {device['optimizer'] / 1e9:.2f}); "
         f"one checkpoint {run.saving.checkpoint_bytes / 1e9:.2f} GB\n{_host_memory(run, memory)}"
     )
+    if note := note_on_layers_ahead(config):
+        out.print(f"[yellow]{note}[/yellow]")
     if note := warmup_note(args, run.schedule.train_iters):
         out.print(f"[yellow]{note}[/yellow]")
 

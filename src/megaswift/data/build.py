@@ -197,6 +197,7 @@ class Build:
         writer.add(encoding.ids, encoding.kept, encoding.sizes, encoding.weights, encoding.desirable)
         self.columns |= encoding.found
         entry.unsupervised_turns += encoding.unsupervised
+        entry.seen.add(encoding.seen)
         entry.weighted += encoding.weighted[0]
         entry.weight += encoding.weighted[1]
         for token, count in encoding.control.items():

@@ -13,6 +13,7 @@ from megaswift.data.pipeline import NO_LOSS_LEFT, Checked, Encoding, Note, Pipel
 from megaswift.data.places import fill_places
 from megaswift.data.read import Raw
 from megaswift.data.rows import CHAT_COLUMNS, RESPONSE_NAMES, to_conversation
+from megaswift.data.seen import LOOKED_AT, Seen
 from megaswift.data.tables import NULLS, TableRow
 from megaswift.data.tokens import Encoded, joined, weights_of
 
@@ -134,6 +135,7 @@ class PreferencePipeline(Pipeline):
         cut: dict[int, int] = {}
         parts: list[Encoded] = []
         desirable: list[bool] = []
+        seen = Seen()
         for number, made in rows:
             items = [next(encoded) for _ in made]
             others = [next(beside) for _ in made] if self.kind == preference.MISMATCHED else []
@@ -142,6 +144,8 @@ class PreferencePipeline(Pipeline):
             except BadRow as error:
                 bad[number] = error
                 continue
+            if made[0][0].text is None and seen.rows < LOOKED_AT:
+                seen.look(self.template, made[0][0], items[0])
             for conversation, _ in made:
                 unsupervised += self.template.unsupervised_turns(conversation)
                 if conversation.cut:
@@ -156,7 +160,7 @@ class PreferencePipeline(Pipeline):
         own = [float(weights_of(part).sum(dtype=np.float64)) for part in parts if part.weights is not None]
         return Encoding(
             whole.ids, whole.kept, whole.weights, sizes, counts, bad, long, shapes, unsupervised, frozenset(found),
-            (len(own), sum(own)), cut, notes=notes, desirable=desirable,
+            (len(own), sum(own)), cut, notes=notes, seen=seen, desirable=desirable,
         )  # fmt: skip
 
     def _mismatched(self, conversations: list[Conversation]) -> list[Encoded | BadRow]:

@@ -17,6 +17,7 @@ from megaswift.data.places import Names, fill_places
 from megaswift.data.read import Raw, decode
 from megaswift.data.registry import CONVERTERS
 from megaswift.data.rows import to_conversation
+from megaswift.data.seen import LOOKED_AT, Seen
 from megaswift.data.tables import NULLS, TableRow
 from megaswift.data.tokens import Encoded, joined, weights_of
 
@@ -57,6 +58,7 @@ class Encoding:
         found: columns of the recipe that some row had.
         weighted: samples with weights other than 0 and 1, and the sum of their weights.
         notes: (row number, what was changed or is doubtful, where in the row).
+        seen: what inference would see of the first rows.
         desirable: of each sample, whether it is a good answer; None where rows are no preferences.
     """
 
@@ -74,6 +76,7 @@ class Encoding:
     cut: dict[int, int] = field(default_factory=dict)
     control: Counter[str] = field(default_factory=Counter)
     notes: list[Note] = field(default_factory=list)
+    seen: Seen = field(default_factory=Seen)
     desirable: list[bool] | None = None
 
 
@@ -142,7 +145,7 @@ class Pipeline:
             except BadRow as error:
                 bad[number] = error
         counts = [0] * len(raws)
-        cut, control = {}, Counter[str]()
+        cut, control, seen = {}, Counter[str](), Seen()
         parts: list[Encoded] = []
         for number, conversation, item in zip(numbers, conversations, self.template.encode(conversations), strict=True):
             if isinstance(item, BadRow):
@@ -150,9 +153,11 @@ class Pipeline:
                 continue
             if conversation.cut:
                 cut[number] = conversation.cut
+            unsupervised += self.template.unsupervised_turns(conversation)
             if conversation.text is not None:
                 control += self.template.encoder.control_in(conversation.text)
-            unsupervised += self.template.unsupervised_turns(conversation)
+            elif seen.rows < LOOKED_AT:
+                seen.look(self.template, conversation, item)
             if 0 < self.max_length < len(item.ids):
                 long[number] = len(item.ids)
             pieces = [piece for piece in self._cut(item) if piece.kept[1:].any()]
@@ -166,7 +171,7 @@ class Pipeline:
         own = [float(weights_of(part).sum(dtype=np.float64)) for part in parts if part.weights is not None]
         return Encoding(
             whole.ids, whole.kept, whole.weights, sizes, counts, bad, long, shapes, unsupervised, frozenset(found),
-            (len(own), sum(own)), cut, control, notes,
+            (len(own), sum(own)), cut, control, notes, seen,
         )  # fmt: skip
 
     def _cut(self, item: Encoded) -> list[Encoded]:

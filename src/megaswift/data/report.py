@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megaswift.data.seen import Seen
 from megaswift.data.tokens import Encoded, weights_of
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class DatasetReport:
         weighted: samples on disk whose rows give tokens a weight other than 0 and 1; weight: the sum of these samples' weights.
         cut: rows with messages after their last answer, which are left out.
         control_tokens: control token -> how often it stands in the text rows that were tokenized.
+        seen: what inference would see of some rows of chats.
     """
 
     item: str
@@ -75,6 +77,7 @@ class DatasetReport:
     weight: float = 0.0
     cut: Dropped = field(default_factory=Dropped)
     control_tokens: dict[str, int] = field(default_factory=dict)
+    seen: Seen = field(default_factory=Seen)
 
     def drop(self, reason: str, place: Callable[[], str], detail: str = "") -> None:
         """Count a row that cannot be used."""
@@ -122,6 +125,7 @@ class DataReport:
                     **item,
                     "too_long": Dropped(**item["too_long"]),
                     "cut": Dropped(**item["cut"]),
+                    "seen": Seen(**item["seen"]),
                     **{part: {key: Dropped(**value) for key, value in item[part].items()} for part in ("dropped", "notes")},
                 }
             )
@@ -217,6 +221,7 @@ def remarks(item: DatasetReport, report: DataReport) -> list[tuple[str, list[str
     if item.weighted:
         text = f"{item.weighted:,} samples bring weights of their own: {item.weight:,.6g} in all; the loss is divided by the sum of weights"
         result.append((text, []))
+    result += ((text, []) for text in item.seen.remarks())
     if item.cut.count:
         text = f"{item.cut.count:,} rows do not end with an answer: what follows their last one is left out"
         result.append((text, item.cut.places))

@@ -9,6 +9,7 @@ from typing import Any
 
 from megaswift.config.files import EXPORT_ARGS
 from megaswift.errors import UserError
+from megaswift.models.prediction import note_on_layers_ahead
 from megaswift.proof.page import print_proof, round_trip
 from megaswift.store import paths
 from megaswift.store.manifest import MANIFEST
@@ -86,6 +87,12 @@ def report(parameters: int, tensors: int, size: int, seconds: float, resumed: li
     )
     if resumed:
         say(f"  resumed: {len(resumed)} files of an interrupted conversion were complete and are kept")
+
+
+def report_left_out(config: Any) -> None:
+    """Say which layers of a model's publication are neither converted nor trained, where there are such."""
+    if note := note_on_layers_ahead(config):
+        say(f"  [yellow]{note}[/yellow]")
 
 
 def report_nonfinite(names: set[str]) -> None:

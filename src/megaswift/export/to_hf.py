@@ -18,6 +18,7 @@ from megaswift.export.common import (
     THREADS,
     check_tokenizer,
     report,
+    report_left_out,
     report_nonfinite,
     report_proof,
     report_rounded,
@@ -100,6 +101,7 @@ def convert_with_proof(args: ExportArguments) -> tuple[Path, str]:
     form = _form(weights)
     say(f"{weights.label} -> Hugging Face model, {form.precisions}")
     result, proof = _write(weights, form, target, root)
+    report_left_out(weights.config)
     report_proof(proof)
     equal = _equal_to_source(_digests(result.tensors, target, weights.config), weights.manifest, form)
     if equal:

@@ -17,6 +17,7 @@ from megaswift.export.common import (
     THREADS,
     check_tokenizer,
     report,
+    report_left_out,
     report_nonfinite,
     report_proof,
     report_rounded,
@@ -34,6 +35,7 @@ from megaswift.store.files import start_reading
 from megaswift.store.manifest import digest_files, versions, write_manifest
 from megaswift.store.publish import publish, workspace
 from megaswift.terminal import say, shown, typed
+from megaswift.weights.hf.block_fp8 import FIELD, BlockFp8Folder, opened
 from megaswift.weights.hf.config import load_config
 from megaswift.weights.hf.folder import read_config, side_files
 from megaswift.weights.hf.new_tokens import NewTokens, listed_tokens, with_new_tokens
@@ -57,6 +59,7 @@ class _Source:
         new_tokens: what --new_special_tokens added to them, or None.
         convert: writes the weights into a directory.
         prove: config, directory and conversion -> the proof.
+        note: what a user must know of how the weights are read, or None.
     """
 
     model_type: str
@@ -73,6 +76,7 @@ class _Source:
     convert: Callable[[Path, Workspace], Conversion]
     prove: Callable[[Path, Conversion], dict[str, Any]]
     new_tokens: NewTokens | None = None
+    note: str | None = None
 
 
 def to_megatron(args: ExportArguments) -> Path:
@@ -80,7 +84,8 @@ def to_megatron(args: ExportArguments) -> Path:
     if not args.model_type and not args.model_id_or_path:
         raise UserError("no model is named.", where="swift export", fix="give --model_type NAME or --model_id_or_path DIR")
     located = locate(args.model_type, args.model_id_or_path, args.model_revision, args.allow_pickle)
-    source = HFCheckpoint.open(located.path, args.allow_pickle)
+    source = opened(HFCheckpoint.open(located.path, args.allow_pickle))
+    quantized = isinstance(source, BlockFp8Folder)
     files = sorted({source.file_of(name) for name in source.names})
     start_reading(files)
     from megaswift.weights.convert import hf_to_megatron, precisions_of_folder, verify_round_trip
@@ -89,7 +94,7 @@ def to_megatron(args: ExportArguments) -> Path:
     from megaswift.weights.torch_dist.reader import Reader
 
     args, added, model_dir = _with_new_tokens(args, located.path)
-    config = load_config(model_dir)
+    config = load_config(model_dir, from_fp8=True)
     had = precisions_of_folder(source, config)
     precisions = chosen(had, None if args.dtype == "AUTO" else args.dtype, str(located.path))
     grown = GrownFolder(source, added.rows_before, added.rows_after) if added else source
@@ -112,7 +117,7 @@ def to_megatron(args: ExportArguments) -> Path:
             config=config,
             directory=located.path,
             model_dir=model_dir,
-            config_overrides={},
+            config_overrides={FIELD: None} if quantized else {},
             had=had,
             precisions=precisions,
             nbytes=_bytes(config, precisions),
@@ -123,6 +128,7 @@ def to_megatron(args: ExportArguments) -> Path:
             ),
             prove=proof,
             new_tokens=added,
+            note=source.note() if isinstance(source, BlockFp8Folder) else None,
         ),
     )
 
@@ -228,12 +234,15 @@ def _write(args: ExportArguments, source: _Source) -> Path:
         release = work.path / paths.RELEASE
         release.mkdir(exist_ok=True)
         say(f"{source.label} -> Megatron weights, {source.precisions}")
+        if source.note:
+            say(f"  [yellow]{source.note}[/yellow]")
         if source.new_tokens:
             say(f"  {source.new_tokens.note()}")
         begin = time.perf_counter()
         done = source.convert(release, work)
         seconds = time.perf_counter() - begin
         report(done.parameters, len(done.tensors), sum(digest.size for digest in done.files.values()), seconds, work.resumed)
+        report_left_out(source.config)
         report_nonfinite(done.nonfinite)
         lost = rounded(source.had, source.precisions, done.tensors)
         report_rounded(lost, len(done.tensors))
@@ -284,6 +293,7 @@ def _finish(
         "layout": {"tp": args.tp, "pp": args.pp},
         **precisions,
         **({"rounded": lost} if lost else {}),
+        **({"from_fp8": source.note} if source.note else {}),
         "versions": versions(),
         "verified": verified,
         "config": read_config(root),

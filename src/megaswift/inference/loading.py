@@ -10,6 +10,7 @@ import torch
 from megaswift.errors import DataError, UserError, first_line
 from megaswift.launch.versions import has_bf16
 from megaswift.models import families
+from megaswift.models.prediction import without_layers_ahead
 from megaswift.weights.hf.config import check_source
 from megaswift.weights.hf.read import UNTIED, HFCheckpoint
 from megaswift.weights.hf.tokenizer import load_tokenizer, quiet_transformers
@@ -57,7 +58,7 @@ def load_model(path: Path, dtype: str = "AUTO") -> Any:
             fix = "the folder must hold a text model that this version of transformers knows, as safetensors"
             raise DataError(f"the model cannot be read: {first_line(error)}", where=str(path), fix=fix) from error
     model, report = pair
-    _require_complete(report, path)
+    _require_complete(report, path, model.config)
     return model.eval()
 
 
@@ -86,7 +87,7 @@ def _device_map(weight_bytes: int) -> str | None:
     return "auto" if torch.cuda.device_count() > 1 and weight_bytes * 1.3 > free else "cuda"
 
 
-def _require_complete(loaded: dict[str, Any], path: Path) -> None:
+def _require_complete(loaded: dict[str, Any], path: Path, config: Any) -> None:
     """transformers fills missing weights with random numbers and goes on; we do not."""
     for key, what in (
         ("missing_keys", "are missing"),
@@ -94,6 +95,8 @@ def _require_complete(loaded: dict[str, Any], path: Path) -> None:
         ("unexpected_keys", "are not part of the model"),
     ):
         names = sorted(name if isinstance(name, str) else name[0] for name in loaded.get(key) or ())
+        if key == "unexpected_keys" and getattr(config, "model_type", None) in families():
+            names = without_layers_ahead(names, config)
         if names:
             shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
             fix = UNTIED if names == ["lm_head.weight"] and key == "missing_keys" else "convert or download the model again"

@@ -22,6 +22,7 @@ from torch import Tensor
 from megaswift.megatron.kernels.activation_offload import OffloadingBlock
 from megaswift.megatron.kernels.linear_ops import PLAIN, linear_ops_of
 from megaswift.megatron.kernels.megatron_layer import FusedMLP, FusedTransformerLayer, RMSNorm
+from megaswift.megatron.latent_attention import LatentAttention
 from megaswift.megatron.router import Counted
 
 _LIMIT = 64  # graphs; a run with more shapes than that runs the others as they are
@@ -207,6 +208,7 @@ def _is_plain(layer: Any) -> bool:
     """Whether a layer is of Llama's kind, all of it."""
     core = layer.self_attention.core_attention
     exact = type(layer) is FusedTransformerLayer and type(layer.mlp) is FusedMLP and type(layer.input_layernorm) is RMSNorm
+    exact = exact and not isinstance(layer.self_attention, LatentAttention)
     return exact and layer.mlp.activation_func is F.silu and core.window is None and core.score_cap is None
 
 

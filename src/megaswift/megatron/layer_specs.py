@@ -35,14 +35,15 @@ from megaswift.megatron.kernels.megatron_layer import (
     RMSNorm,
 )
 from megaswift.megatron.kernels.parallel_linear import ColumnParallel, RowParallel
+from megaswift.megatron.latent_attention import LatentAttention, LatentSubmodules, Replicated
 from megaswift.megatron.layers import SumLayer, WidthNorm
 from megaswift.megatron.norms import LayerNorm, WideLayerNorm, WideRMSNorm, ZeroCentredLayerNorm, ZeroCentredRMSNorm
-from megaswift.megatron.packed_layers import PackedColumn, PackedRow
+from megaswift.megatron.packed_layers import PackedColumn, PackedReplicated, PackedRow
 from megaswift.megatron.router import Counted
-from megaswift.models.kinds import EXPERTS, Kind
+from megaswift.models.kinds import EXPERTS, LATENT, Kind
 
 # The modules behind the names in a Kind.
-ATTENTIONS: dict[str, type] = {"grouped_query": FusedSelfAttention}
+ATTENTIONS: dict[str, type] = {"grouped_query": FusedSelfAttention, LATENT: LatentAttention}
 MLPS: dict[str, type] = {"gated": FusedMLP, "plain": FusedMLP, EXPERTS: ExpertsLayer}
 NORMS: dict[str, type] = {
     "rms": RMSNorm,
@@ -85,12 +86,17 @@ _WITH_EXPERTS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "mlp.shared_gate.weight": "mlp.shared_experts.gate_weight",
 }
+# Latent attention's first products are in no fused module; the norms of its narrow states are in those after them.
+_LATENT_NORMS = {
+    "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
+    "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
+}
 _EXPERT = re.compile(r"\.local_experts\.\d+")  # all experts of a layer are one parameter of the built model
 
 
 def local_name(name: str) -> str:
     """The parameter of the built model that a checkpoint name stands for."""
-    for local, stored in (_NORMS | _WITH_EXPERTS).items():
+    for local, stored in (_NORMS | _WITH_EXPERTS | _LATENT_NORMS).items():
         name = name.replace(stored, local)
     return _EXPERT.sub("", name)
 
@@ -133,7 +139,9 @@ def layer_spec(kind: Kind, packed: bool = False) -> ModuleSpec:
         params=params,
         submodules=TransformerLayerSubmodules(
             input_layernorm=before,
-            self_attention=ModuleSpec(
+            self_attention=_latent(kind, packed)
+            if kind.latent is not None
+            else ModuleSpec(
                 module=_named(ATTENTIONS, "attention", kind.attention),
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
@@ -148,9 +156,27 @@ def layer_spec(kind: Kind, packed: bool = False) -> ModuleSpec:
             pre_mlp_layernorm=IdentityOp if kind.beside else before,
             mlp=_mlp(kind, MLPSubmodules(linear_fc1=column, linear_fc2=row), packed),
             mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map=_NORMS if kind.experts is None else _WITH_EXPERTS,
+            sharded_state_dict_keys_map=_saved_names(kind),
         ),
     )
+
+
+def _latent(kind: Kind, packed: bool) -> ModuleSpec:
+    """The specification of latent attention, whose core gets queries and keys that are rotated already."""
+    column, row, whole = (PackedColumn, PackedRow, PackedReplicated) if packed else (ColumnParallel, RowParallel, Replicated)
+    return ModuleSpec(
+        module=_named(ATTENTIONS, "attention", kind.attention),
+        params={"latent": kind.latent, "rotation": kind.rotation},
+        submodules=LatentSubmodules(column, row, whole, partial(CoreAttention, rotation=None)),
+    )
+
+
+def _saved_names(kind: Kind) -> dict[str, str]:
+    """How parts of a layer's modules are called in a checkpoint."""
+    names = _NORMS if kind.experts is None else _WITH_EXPERTS
+    if kind.latent is None:
+        return names
+    return {own: stored for own, stored in names.items() if own != "input_layernorm."} | _LATENT_NORMS
 
 
 def _layer(kind: Kind, norm: type) -> tuple[type, dict[str, Any]]:

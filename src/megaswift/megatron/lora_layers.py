@@ -24,8 +24,9 @@ from megaswift.megatron.kernels.lora_experts import ExpertHalves, add_low_rank
 from megaswift.megatron.kernels.megatron_layer import SECOND_PRODUCTS
 from megaswift.megatron.kernels.packed import PACKED_OPS, dense
 from megaswift.megatron.kernels.parallel_linear import ColumnParallel, RowParallel
+from megaswift.megatron.latent_attention import Replicated
 from megaswift.megatron.layer_specs import local_name
-from megaswift.megatron.packed_layers import PackedColumn, PackedRow
+from megaswift.megatron.packed_layers import PackedColumn, PackedReplicated, PackedRow
 from megaswift.megatron.router import Router
 from megaswift.models.adapters import LORA_A, LORA_B, MAGNITUDE, Lora, Site, is_expert, local_module
 from megaswift.models.parameters import Arrangement, Parameter
@@ -100,6 +101,20 @@ class LoraRow(_LoraLayer, RowParallel):
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self._product(input, weight, kwargs)
+
+
+class LoraReplicated(_LoraLayer, Replicated):
+    """A layer that every rank has whole, with an adapter that every rank has whole, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._product(x, self.weight, {})
+
+    def _keys(self) -> Tensor | None:
+        """Of the tokens of this rank."""
+        keys = super()._keys()
+        if keys is None or not self.config.sequence_parallel:
+            return keys
+        return keys.chunk(self.tp_group.size())[self.tp_group.rank()]
 
 
 class LoraExperts(StackedLinear):
@@ -303,6 +318,14 @@ def _sees(keys: StepKeys) -> Callable[..., None]:
     return hook
 
 
+# Axis that tensor parallelism cuts -> the classes that an adapter knows, plain and in 4 bits, and the one with an adapter.
+_ADAPTED: dict[int | None, tuple[tuple[type, type], type]] = {
+    0: ((ColumnParallel, PackedColumn), LoraColumn),
+    1: ((RowParallel, PackedRow), LoraRow),
+    None: ((Replicated, PackedReplicated), LoraReplicated),
+}
+
+
 def _exchange(
     module: Any,
     site: Site,
@@ -311,7 +334,8 @@ def _exchange(
     keys: StepKeys,
     values: Callable[[Parameter], Any],
 ) -> None:
-    kinds, adapted = ((ColumnParallel, PackedColumn), LoraColumn) if site.is_column else ((RowParallel, PackedRow), LoraRow)
+    split = site.base.arrangement.split
+    kinds, adapted = _ADAPTED[split]
     if type(module) not in kinds:
         raise TypeError(f"{site.module} is a {type(module).__name__}: an adapter knows only {kinds[0].__name__}")
     weight, tp, rank = module.weight, module.tp_group.size(), module.tp_group.rank()
@@ -324,6 +348,8 @@ def _exchange(
             continue
         part = parameter.arrangement.shard(values(parameter), tp)[rank].to(device, module.config.params_dtype).contiguous()
         module.register_parameter(name, _marked(torch.nn.Parameter(part), parameter, tp))
+        if split is None:  # all ranks make the same gradient, unless each has tokens of its own
+            module.get_parameter(name).partial_gradient = module.config.sequence_parallel
     module.__class__ = adapted
     module.step_keys = keys
     first = 0 if site.is_column else rank * weight.shape[1]
@@ -344,6 +370,8 @@ def _exchange(
         made = torch.nn.Parameter(part.to(device, module.config.params_dtype).contiguous())
         del module.lora_magnitude
         module.register_parameter(MAGNITUDE, _marked(made, halves[MAGNITUDE], tp))
+        if split is None:
+            module.get_parameter(MAGNITUDE).partial_gradient = module.config.sequence_parallel
 
 
 SECOND_PRODUCTS[LoraRow] = LoraRow.after_swiglu

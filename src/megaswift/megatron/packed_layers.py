@@ -11,6 +11,7 @@ from torch import Tensor
 from megaswift.megatron.kernels.lora import LoraCall, Parts, lora_linear
 from megaswift.megatron.kernels.packed import PACKED_OPS
 from megaswift.megatron.kernels.parallel_linear import ColumnParallel, RowParallel
+from megaswift.megatron.latent_attention import Replicated
 
 _NO_ADAPTER = LoraCall(Parts((), ()), 0.0, PACKED_OPS)
 
@@ -65,3 +66,14 @@ class PackedRow(RowParallel):
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return _packed_product(input, weight, kwargs)
+
+
+class PackedReplicated(Replicated):
+    """A layer that every tensor-parallel rank has whole; its weight is a `PackedWeight` once it is read."""
+
+    def __init__(self, inputs: int, outputs: int, config: Any) -> None:
+        self.bias = None
+        _built_without_weight(self, config, lambda: super(PackedReplicated, self).__init__(inputs, outputs, config))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _packed_product(x, self.weight, {})

@@ -144,15 +144,15 @@ class Router(torch.nn.Module):
         """
         logits = self.logits(x)
         how, wide = self.experts, torch.promote_types(logits.dtype, torch.float32)
-        if how.score == "softmax":
-            scores = logits.softmax(-1, dtype=wide)
+        scores = logits.softmax(-1, dtype=wide) if how.score == "softmax" else logits.to(wide).sigmoid()
+        if how.groups == 1 and self.expert_bias is None:
             weights, chosen = scores.topk(how.chosen, dim=-1)
         else:
-            scores = logits.to(wide).sigmoid()
             chosen = self._chosen(scores.detach())
             weights = scores.gather(1, chosen)
         if how.renormalise:
-            weights = weights / (weights.sum(-1, keepdim=True) + (0.0 if how.score == "softmax" else 1e-20))
+            total = weights.sum(-1, keepdim=True) + (0.0 if how.score == "softmax" else 1e-20)
+            weights = weights / (total.clamp_min(how.least) if how.least else total)
         weights = (weights if how.factor == 1.0 else weights * how.factor).float()
         # A layer whose activations are computed again runs twice; the second time is the one with gradients.
         if weight is not None and (self.watching or (self.training and torch.is_grad_enabled())):
@@ -173,7 +173,8 @@ class Router(torch.nn.Module):
         scores = scores if self.expert_bias is None else scores + self.expert_bias
         if how.groups > 1:
             grouped = scores.unflatten(-1, (how.groups, -1))
-            best = grouped.topk(2, dim=-1).values.sum(-1).topk(how.kept, dim=-1).indices
+            worth = grouped.amax(-1) if how.group_score == "best" else grouped.topk(2, dim=-1).values.sum(-1)
+            best = worth.topk(how.kept, dim=-1).indices
             kept = torch.zeros(grouped.shape[:2], dtype=torch.bool, device=scores.device).scatter_(1, best, True)
             scores = grouped.masked_fill(~kept.unsqueeze(-1), -torch.inf).flatten(1)
         return scores.topk(how.chosen, dim=-1).indices

@@ -32,6 +32,7 @@ _WEIGHT = ".weight"
 _LAYERS = "decoder.layers."
 _LAYER = re.compile(r"decoder\.layers\.\d+\.")
 _EXPERT = re.compile(r"\.experts\.local_experts\.\d+\.")
+_LINEAR = re.compile(r"\.linear_(qkv|proj|fc1|fc2|q_proj|(q|kv)_(down|up)_proj)\.weight$")
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ class Site:
 
     @property
     def is_column(self) -> bool:
-        """Whether tensor parallelism cuts the matrix by rows (outputs), or else, if at all, by columns (inputs)."""
-        return self.base.arrangement.split == 0
+        """Whether tensor parallelism cuts the matrix by rows (outputs), if at all; else it does by columns (inputs)."""
+        return self.base.arrangement.split != 1
 
     @property
     def is_expert(self) -> bool:
@@ -267,7 +268,7 @@ def linear(base: Sequence[Parameter]) -> list[Parameter]:
         for p in base
         if len(p.shape) == 2
         and p.name.startswith(_LAYERS)
-        and p.name.endswith((".linear_qkv.weight", ".linear_proj.weight", ".linear_fc1.weight", ".linear_fc2.weight"))
+        and _LINEAR.search(p.name)
         and not is_expert(p)
         and all(part.index is None and part.name.endswith(_WEIGHT) for part in p.hf)
     ]
@@ -295,7 +296,7 @@ def adaptable(base: Sequence[Parameter]) -> list[Parameter]:
     Of experts and routers those of folders that hold each expert's matrices apart: PEFT finds no others.
     """
     dense = {parameter.name for parameter in linear(base)}
-    apart = all(part.index is None for parameter in base for part in parameter.hf)
+    apart = all(part.index is None for parameter in base if parameter.trained for part in parameter.hf)
     return [p for p in base if p.name in dense or (apart and (is_expert(p) or is_router(p)))]
 
 

@@ -80,6 +80,8 @@ def attention(family: Family, config: Any, windows: str = "") -> str:
         words.append("a part of each head rotates")
     if settings.get("softmax_scale") is not None:
         words.append("scores by a factor of the config")
+    if first.latent is not None:
+        words.append("latent" if first.latent.query is None else "latent, queries too")
     if settings["add_qkv_bias"] or any(kind.qkv_bias or kind.bias for kind in kinds):
         words.append("biases")
     return ", ".join(words) or "as Llama's"

@@ -49,6 +49,7 @@ def expert_rules(
     loaded: str,
     loaded_router: str | None = None,
     bias: str | None = None,
+    loaded_bias: str | None = None,
 ) -> tuple[Rule, ...]:
     """The tensors of a layer of experts: the norm before them, the router, and each expert's matrices.
 
@@ -56,7 +57,7 @@ def expert_rules(
         router, gate, up, down, norm: names in a Hugging Face folder, with `{e}` for the expert.
         loaded: where transformers holds all experts once loaded, as `gate_up_proj` and `down_proj`.
         loaded_router: where it holds the router's weight, if not under the folder's name.
-        bias: the bias by which experts are chosen, where there is one.
+        bias: the bias by which experts are chosen, where there is one; loaded_bias: as loaded_router, of it.
     """
     one = _MLP + "experts.local_experts.{e}."
     rules: tuple[Rule, ...] = (
@@ -68,12 +69,12 @@ def expert_rules(
         ),
     )  # fmt: skip
     if bias is not None:
-        rules += (replace(copy(_MLP + "router.expert_bias", bias, ("experts",)), trained=False),)
+        rules += (replace(copy(_MLP + "router.expert_bias", bias, ("experts",)), trained=False, loaded=loaded_bias),)
     return only(rules, has_experts)
 
 
-def usual_expert_rules(bias: str | None = None) -> tuple[Rule, ...]:
-    """The tensors of a layer of experts under the names that most families give them; `bias` as for `expert_rules`."""
+def usual_expert_rules(bias: str | None = None, loaded_bias: str | None = None) -> tuple[Rule, ...]:
+    """The tensors of a layer of experts under the names that most families give them; both arguments as for `expert_rules`."""
     layer = "model.layers.{i}."
     expert = layer + "mlp.experts.{e}."
     return expert_rules(
@@ -84,6 +85,7 @@ def usual_expert_rules(bias: str | None = None) -> tuple[Rule, ...]:
         norm=layer + "post_attention_layernorm.weight",
         loaded=layer + "mlp.experts.",
         bias=bias,
+        loaded_bias=loaded_bias,
     )
 
 
@@ -105,8 +107,8 @@ def only(rules: Iterable[Rule], layers: Any) -> tuple[Rule, ...]:
 
 
 def without_mlp(rules: Iterable[Rule]) -> tuple[Rule, ...]:
-    """A dense family's rules of everything but the MLPs and the norms before them."""
-    return tuple(rule for rule in rules if ".mlp." not in rule.megatron)
+    """A family's rules of everything but the MLPs, or experts, and the norms before them."""
+    return tuple(rule for rule in rules if not any(part in rule.megatron for part in (".mlp.", ".pre_mlp_layernorm.")))
 
 
 def dense_mlp(rules: Iterable[Rule]) -> tuple[Rule, ...]:
@@ -123,6 +125,17 @@ def kind_with(experts: Experts, **more: Any) -> Kind:
             fix="fetch config.json again",
         )
     return Kind(mlp=EXPERTS, experts=experts, **more)
+
+
+def only_value(config: Any, field: str, value: Any) -> None:
+    """Raise UserError where a config has a field that transformers does not ask for, and it says something else than it computes."""
+    found = getattr(config, field, None)
+    if found not in (None, value):
+        raise UserError(
+            f"{field} = {found!r} is not supported (only {value!r}, which is what transformers computes).",
+            where=f"config.json: {field}",
+            fix="train this model elsewhere; nothing was converted",
+        )
 
 
 def every_step(config: Any, layer: int) -> bool:

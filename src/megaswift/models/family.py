@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from megaswift.errors import UserError
 from megaswift.models.experts import expert_sizes
 from megaswift.models.kinds import Factors, Kind
+from megaswift.models.latent import latent_sizes
 from megaswift.models.parameters import Parameter
 from megaswift.models.rules import Rule, Sizes, expanded, is_mixed
 
@@ -72,6 +73,7 @@ class Family:
         left_out: fields of dropouts that training leaves out, whatever they say.
         extra_fields: config fields that only this family honours, in `settings`, `kind` or `factors`.
         factors: config -> what embeddings and logits are multiplied by.
+        ahead: config -> patterns of tensors of layers that predict further ahead, which folders may hold (`models/prediction.py`).
     """
 
     name: str
@@ -89,6 +91,7 @@ class Family:
     left_out: frozenset[str] = field(default_factory=frozenset)
     extra_fields: frozenset[str] = field(default_factory=frozenset)
     factors: Callable[[Any], Factors] = lambda config: Factors()
+    ahead: Callable[[Any], tuple[str, ...]] = lambda config: ()
 
     def rules_for(self, tied: bool) -> tuple[Rule, ...]:
         """The rules of a model with tied or separate output weights."""
@@ -110,7 +113,9 @@ class Family:
     def parameters(self, config: PreTrainedConfig) -> list[Parameter]:
         """All tensors of a model of this family, in the order of the computation."""
         kinds = self.layers(config)
-        return expanded(self.rules_for(is_tied(config)), replace(sizes_of(config), more=expert_sizes(kinds)), kinds)
+        sizes = sizes_of(config)
+        more = expert_sizes(kinds) | latent_sizes(kinds, sizes.heads)
+        return expanded(self.rules_for(is_tied(config)), replace(sizes, more=more), kinds)
 
     def audit(self, config: PreTrainedConfig, where: str = "config.json") -> None:
         """Raise UserError for a config field that this family neither honours nor knows as neutral."""
@@ -244,6 +249,12 @@ def decoder_settings(config: PreTrainedConfig, epsilon: str = "rms_norm_eps") ->
     }
 
 
+def layers_after(config: PreTrainedConfig) -> tuple[str, ...]:
+    """`Family.ahead` of families that number these layers on from the model's own."""
+    first = config.num_hidden_layers
+    return tuple(f"model.layers.{first + number}.*" for number in range(getattr(config, "num_nextn_predict_layers", None) or 0))
+
+
 def is_tied(config: PreTrainedConfig) -> bool:
     """Whether input embedding and output layer are one matrix."""
     return bool(getattr(config, "tie_word_embeddings", False))
@@ -260,6 +271,7 @@ __all__ = [
     "decoder_settings",
     "every_window",
     "is_tied",
+    "layers_after",
     "padded_vocab",
     "sizes_of",
     "typed_window",

@@ -8,6 +8,7 @@ MAIN = "main"  # the rotation of a model that has one
 QUERIES = "queries"  # the same, for queries that grow with their position
 ALPHA = "alpha"  # the same, with a base that grows by `alpha` of rope_parameters
 EXPERTS = "experts"  # the MLP that is many, of which a router chooses some for each token
+LATENT = "latent"  # attention whose keys and values, and mostly its queries, come from narrow states
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,10 @@ class Experts:
         ffn: rows of the gate, and of the up projection, of one expert.
         score: "softmax" over all experts, or "sigmoid" of each by itself.
         renormalise: whether the scores of the chosen experts are divided by their sum.
+        least: what that sum is taken for at least.
         factor: what the weights are multiplied by then.
-        groups, kept: experts are chosen within the `kept` of so many groups whose two best scores sum up highest; 1: among all.
+        groups, kept: experts are chosen within the `kept` best of so many groups; 1: among all.
+        group_score: what a group counts by: "two best", the sum of these scores, or "best", the largest.
         bias: whether a bias, which training leaves alone, is added to the scores for the choice, but not to the weights.
         shared_ffn: the same rows of an expert beside them that every token goes to; 0: there is none.
         shared_gate: whether each token weighs what that expert gives by a gate of its own.
@@ -32,12 +35,36 @@ class Experts:
     ffn: int
     score: str = "softmax"
     renormalise: bool = True
+    least: float = 0.0
     factor: float = 1.0
     groups: int = 1
     kept: int = 1
+    group_score: str = "two best"
     bias: bool = False
     shared_ffn: int = 0
     shared_gate: bool = False
+
+
+@dataclass(frozen=True)
+class Latent:
+    """The sizes of attention whose keys and values are made from one narrow state of each token (https://arxiv.org/abs/2405.04434).
+
+    Args:
+        query: width of the state that queries are made from; None: they are made from the layer's input.
+        key_value: width of the state that keys and values of all heads are made from.
+        still, turning: features of a head's query and key that know no position, and that rotate; the key's are one for all heads.
+        value: features of a head's value.
+        neighbours: whether features that stand beside each other rotate together, or those of two halves.
+        epsilon: what the norms of the narrow states add to a variance.
+    """
+
+    query: int | None
+    key_value: int
+    still: int
+    turning: int
+    value: int
+    neighbours: bool = True
+    epsilon: float = 1e-6
 
 
 @dataclass(frozen=True)
@@ -62,6 +89,7 @@ class Kind:
         bias: whether it, attention's output and the MLP's products have one; the same in all layers.
         residual_factor: what the results of attention and MLP are multiplied by before they are added.
         experts: what an MLP of the name EXPERTS is made of; None with any other MLP.
+        latent: what attention of the name LATENT is made of; None with any other.
     """
 
     attention: str = "grouped_query"
@@ -81,6 +109,7 @@ class Kind:
     bias: bool = False
     residual_factor: float = 1.0
     experts: Experts | None = None
+    latent: Latent | None = None
 
 
 @dataclass(frozen=True)

@@ -267,8 +267,8 @@ class HFTensor:
 
     @property
     def label(self) -> str:
-        """The name, with the place of the part where it is one: what hashes and precisions are noted under."""
-        return self.name if self.index is None else f"{self.name}[{self.index}]"
+        """The name, with the place of the part where it is one of several: what hashes and precisions are noted under."""
+        return self.name if self.index is None or self.count == 1 else f"{self.name}[{self.index}]"
 
     @property
     def stored_shape(self) -> Shape:
@@ -361,7 +361,8 @@ def as_stored(parameters: Sequence[Parameter], loaded: Mapping[str, Tensor]) -> 
             continue
         taken.add(parameter.loaded)
         whole = loaded[parameter.loaded]
-        own = whole[parameter.place[-1]] if whole.ndim > len(parameter.shape) else whole
+        index = parameter.hf[0].index
+        own = whole[parameter.place[-1] if index is None else index] if whole.ndim > len(parameter.shape) else whole
         for part, value in zip(parameter.hf, parameter.arrangement.unpack(own), strict=True):
             if part.index is None:
                 made[part.name] = part.stored(value)

@@ -303,6 +303,31 @@ _REGISTERED = (
     *_same_names("starcoder2", "starcoder2", _AIM, "bigcode/", {"3b": "starcoder2-3b", "7b": "starcoder2-7b", "15b": "starcoder2-15b"}),
     *_same_names("nemotron", "minitron", "nvidia/", "nvidia/", {"4b-base": "Minitron-4B-Base", "8b-base": "Minitron-8B-Base"}),
     *_same_names("cohere", "c4ai-command-r", _AIM, "CohereLabs/", {"35b-chat": "c4ai-command-r-v01"}),
+    *_same_names("deepseek_v2", "deepseek", "deepseek-ai/", "deepseek-ai/", {
+        "v2": "DeepSeek-V2", "v2-chat": "DeepSeek-V2-Chat", "v2-lite": "DeepSeek-V2-Lite", "v2-lite-chat": "DeepSeek-V2-Lite-Chat",
+        "v2_5": "DeepSeek-V2.5", "coder-v2-instruct": "DeepSeek-Coder-V2-Instruct", "coder-v2-lite-instruct": "DeepSeek-Coder-V2-Lite-Instruct",
+    }),
+    *_same_names("glm4_moe", "glm4_5", "ZhipuAI/", "zai-org/", {
+        "355b": "GLM-4.5", "355b-base": "GLM-4.5-Base", "air": "GLM-4.5-Air", "air-base": "GLM-4.5-Air-Base",
+    }),
+    *_same_names("glm4_moe", "glm4_6", "ZhipuAI/", "zai-org/", {"357b": "GLM-4.6"}),
+    *_same_names("glm4_moe", "glm4_7", "ZhipuAI/", "zai-org/", {"358b": "GLM-4.7"}),
+    *_same_names("ernie4_5_moe", "ernie4_5", "PaddlePaddle/", "baidu/", {
+        "21b-a3b": "ERNIE-4.5-21B-A3B-PT", "21b-a3b-base": "ERNIE-4.5-21B-A3B-Base-PT", "21b-a3b-thinking": "ERNIE-4.5-21B-A3B-Thinking",
+        "300b-a47b": "ERNIE-4.5-300B-A47B-PT", "300b-a47b-base": "ERNIE-4.5-300B-A47B-Base-PT",
+    }),
+    *_same_names("hunyuan_v1_moe", "hunyuan", "Tencent-Hunyuan/", "tencent/", {
+        "a13b-instruct": "Hunyuan-A13B-Instruct", "a13b-base": "Hunyuan-A13B-Pretrain",
+    }),
+    # Published in FP8, which `swift export` reads; and MiniMax M2, whose name on ModelScope is another.
+    *_same_names("deepseek_v3", "deepseek", "deepseek-ai/", "deepseek-ai/", {
+        "v3": "DeepSeek-V3", "v3-base": "DeepSeek-V3-Base", "v3-0324": "DeepSeek-V3-0324", "v3_1": "DeepSeek-V3.1", "v3_1-base": "DeepSeek-V3.1-Base",
+        "r1": "DeepSeek-R1", "r1-0528": "DeepSeek-R1-0528",
+    }),
+    _moe("minimax-m2", "MiniMax/MiniMax-M2", "MiniMaxAI/MiniMax-M2", "minimax_m2"),
+    *_same_names("deepseek_v3", "moonlight", "moonshotai/", "moonshotai/", {
+        "16b-a3b": "Moonlight-16B-A3B", "16b-a3b-instruct": "Moonlight-16B-A3B-Instruct",
+    }),
     *_same_names("cohere2", "c4ai-command-r7b", _LLM, "CohereLabs/", {"chat": "c4ai-command-r7b-12-2024"}),
 )  # fmt: skip
 

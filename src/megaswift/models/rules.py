@@ -60,7 +60,7 @@ class Rule:
         arrangement: how they make the Megatron tensor.
         padded: whether Megatron may hold more rows.
         layers: which kinds of layers have it; None: all.
-        stacked: the folder holds the tensors of all experts as one.
+        stacked: the folder holds the tensors of all experts as one; without experts, the tensor as the only one of several.
         transposed: the folder holds rows and columns exchanged.
         loaded: the name under which transformers holds it once loaded, where that is not the folder's: of all experts as one
             tensor, each as the Megatron tensor has it.
@@ -210,7 +210,7 @@ def _of_layer(
         place, counts, key = [layer], [sizes.layers], key.replace(".{i}", "")
     made = []
     for expert in range(experts) if experts else (None,):
-        index = expert if rule.stacked else None
+        index = (expert or 0) if rule.stacked else None
         hf = tuple(
             HFTensor(name.format(i=layer, e=expert), shape, index, experts or 1, rule.transposed)
             for name, shape in zip(rule.hf, shapes, strict=True)

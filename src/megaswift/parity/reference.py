@@ -114,7 +114,9 @@ class Reference:
         for token in learn_every_row(self.model):
             say(f"reference: built without padding_idx; the embedding of token {token}, the pad token, gets its gradient too")
         self.model.to(self.device).train()
-        self.names: dict[str, Any] = dict(self.model.named_parameters())
+        # A bias of a choice that a class calls a parameter gets no gradient; weight decay alone would move it here.
+        still = {one.loaded or one.hf[0].name for one in family.parameters(config) if not one.trained}
+        self.names: dict[str, Any] = {name: one for name, one in self.model.named_parameters() if name not in still}
         self.tokens: Tokens | None = None
         self.step = 0  # steps that were made
         if adapter is not None:

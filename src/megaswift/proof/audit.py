@@ -46,15 +46,12 @@ def audit(config: PreTrainedConfig, reference: Streamed, measured: Streamed) -> 
     rows: list[tuple[str, Any, Any]] = [
         ("num_hidden_layers", len(theirs.model.layers), len(ours.decoder.layers)),
         ("hidden_size", shape[1], ours.embedding.word_embeddings.weight.shape[1]),
-        ("num_attention_heads", _heads(twin.self_attn)[0], attention.num_attention_heads_per_partition),
-        ("num_key_value_heads", _heads(twin.self_attn)[1], attention.num_query_groups_per_partition),
-        ("head_dim", twin.self_attn.head_dim, attention.hidden_size_per_attention_head),
+        *(_latent_sizes if hasattr(attention, "latent") else _head_sizes)(twin.self_attn, attention),
         *_mlps([_mlp(one) for one in theirs.model.layers], [one.mlp for one in ours.decoder.layers]),
         *_factors(config, theirs, ours),
         ("vocab_size", shape[0], ours.true_vocab),
         ("rms_norm_eps", _epsilons(theirs), _epsilons(ours)),
         ("hidden_act", _activation(_mlp(twin)), _gated(_name(settings.activation_func), settings.gated_linear_unit)),
-        ("attention_bias (q, k, v)", _query(twin.self_attn).bias is not None, attention.linear_qkv.bias is not None),
         ("attention_bias (o)", twin.self_attn.o_proj.bias is not None, attention.linear_proj.bias is not None),
         (
             "q/k norm",
@@ -71,7 +68,7 @@ def audit(config: PreTrainedConfig, reference: Streamed, measured: Streamed) -> 
         (
             "layers that rotate",
             _layers(theirs.model.layers, lambda one: _rotates(config, one.self_attn)),
-            _layers(ours.decoder.layers, lambda one: one.self_attention.core_attention.rotation is not None),
+            _layers(ours.decoder.layers, lambda one: _rotation(one.self_attention) is not None),
         ),
         ("attention scale", round(float(twin.self_attn.scaling), 9), _scale(ours)),
         ("tie_word_embeddings", is_tied(config), bool(ours.share_embeddings_and_output_weights)),
@@ -107,6 +104,43 @@ def _epsilons(model: torch.nn.Module) -> list[float]:
     return sorted({float(getattr(norm, "variance_epsilon", 0.0) or norm.eps) for norm in norms})
 
 
+def _head_sizes(twin: Any, attention: Any) -> list[tuple[str, Any, Any]]:
+    """Rows on heads, and on the biases of what makes queries, keys and values."""
+    return [
+        ("num_attention_heads", _heads(twin)[0], attention.num_attention_heads_per_partition),
+        ("num_key_value_heads", _heads(twin)[1], attention.num_query_groups_per_partition),
+        ("head_dim", twin.head_dim, attention.hidden_size_per_attention_head),
+        ("attention_bias (q, k, v)", _query(twin).bias is not None, attention.linear_qkv.bias is not None),
+    ]
+
+
+def _latent_sizes(twin: Any, attention: Any) -> list[tuple[str, Any, Any]]:
+    """Rows on latent attention: heads, the narrow states, the parts of a head, by the shapes of weights."""
+    latent, heads, states = attention.latent, attention.num_attention_heads_per_partition, twin.q_lora_rank is not None
+    query = twin.q_b_proj if states else twin.q_proj
+    mine = attention.linear_q_up_proj if latent.query is not None else attention.linear_q_proj
+    return [
+        ("num_attention_heads", twin.num_heads, heads),
+        ("q_lora_rank", query.weight.shape[1] if states else None, mine.weight.shape[1] if latent.query is not None else None),
+        ("kv_lora_rank", twin.kv_b_proj.weight.shape[1], attention.linear_kv_up_proj.weight.shape[1]),
+        ("qk_nope_head_dim", query.weight.shape[0] // twin.num_heads - twin.qk_rope_head_dim, latent.still),
+        (
+            "qk_rope_head_dim",
+            twin.kv_a_proj_with_mqa.weight.shape[0] - twin.kv_b_proj.weight.shape[1],
+            attention.linear_kv_down_proj.weight.shape[0] - attention.linear_kv_up_proj.weight.shape[1],
+        ),
+        ("v_head_dim", twin.o_proj.weight.shape[1] // twin.num_heads, attention.linear_proj.weight.shape[1] // heads),
+        ("rope_interleave", bool(getattr(twin.config, "rope_interleave", True)), latent.neighbours),
+        ("attention_bias (q, k, v)", twin.kv_a_proj_with_mqa.bias is not None, False),
+    ]
+
+
+def _rotation(attention: Any) -> str | None:
+    """The tables that a layer of ours rotates by."""
+    name: str | None = attention.rotation if hasattr(attention, "latent") else attention.core_attention.rotation
+    return name
+
+
 def _query(attention: Any) -> Any:
     """The layer of transformers that makes queries: with keys and values in one, or apart."""
     return attention.qkv_proj if hasattr(attention, "qkv_proj") else attention.q_proj
@@ -123,6 +157,8 @@ def _heads(attention: Any) -> tuple[int, int]:
 
 def _query_norms(attention: Any) -> list[Any]:
     """The norms of queries before and after they rotate, where there are such."""
+    if hasattr(attention, "latent"):
+        return []  # the norms of its narrow states are not of queries
     return [attention.q_layernorm, getattr(attention.core_attention, "q_layernorm", None)]
 
 
@@ -162,7 +198,7 @@ def _mlps(theirs: list[Any], ours: list[Any]) -> list[tuple[str, Any, Any]]:
     if any(experts):
         twin, mlp = theirs[experts.index(True)], ours[experts.index(True)]
         gate, router = _bare(getattr(twin, "gate", None) or twin.router), mlp.router.experts
-        shared = getattr(twin, "shared_expert", None) or getattr(twin, "shared_experts", None)
+        shared = next((getattr(twin, name) for name in _SHARED if getattr(twin, name, None) is not None), None)
         shared_gate = getattr(twin, "shared_expert_gate", None)
         rows += [
             (
@@ -176,8 +212,13 @@ def _mlps(theirs: list[Any], ours: list[Any]) -> list[tuple[str, Any, Any]]:
                 list(mlp.experts.linear_fc1.weight.shape[:2]),
             ),
             ("num_experts_per_tok", int(gate.top_k), router.chosen),
-            ("norm_topk_prob", bool(getattr(gate, "norm_topk_prob", True)), router.renormalise),
-            *_choices(gate, mlp.router),
+            # DeepSeek V2's, which has a topk_method, divides by no sum.
+            (
+                "norm_topk_prob",
+                bool(getattr(gate, "norm_topk_prob", not hasattr(gate, "topk_method"))),
+                router.renormalise,
+            ),
+            *_choices(twin, gate, mlp.router),
             (
                 "shared expert",
                 None if shared is None else shared.gate_proj.weight.shape[0],
@@ -205,12 +246,21 @@ def _rows(mlp: Any) -> int:
     return rows // 2 if hasattr(mlp, "gate_up_proj") else rows
 
 
-def _choices(gate: Any, router: Any) -> list[tuple[str, Any, Any]]:
+_SHARED = ("shared_expert", "shared_experts", "shared_mlp")  # what classes of transformers call it
+
+
+def _choices(twin: Any, gate: Any, router: Any) -> list[tuple[str, Any, Any]]:
     """Rows on a choice by sigmoid, groups and bias; none for routers that know none of it."""
-    how, bias = router.experts, getattr(gate, "e_score_correction_bias", None)
+    how, places = router.experts, [gate, twin, getattr(gate, "moe_statics", gate)]
+    bias = next((one.e_score_correction_bias for one in places if hasattr(one, "e_score_correction_bias")), None)
+    groups = (
+        (1, 1)
+        if getattr(gate, "topk_method", "") == "greedy"
+        else (getattr(gate, "num_group", 1), getattr(gate, "topk_group", 1))
+    )
     rows: list[tuple[str, Any, Any]] = [
         ("routed_scaling_factor", float(getattr(gate, "routed_scaling_factor", 1.0)), float(how.factor)),
-        ("n_group, topk_group", (getattr(gate, "num_group", 1), getattr(gate, "topk_group", 1)), (how.groups, how.kept)),
+        ("n_group, topk_group", groups, (how.groups, how.kept)),
         ("e_score_correction_bias", bias is not None, router.expert_bias is not None),
     ]
     return rows if bias is not None or any(row[1] != row[2] for row in rows) else []

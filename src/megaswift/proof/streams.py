@@ -74,9 +74,10 @@ def hf_stream(config: PreTrainedConfig, source: HFCheckpoint, precisions: Precis
     with _META:
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
     _real_buffers(model, config)
+    stored = {one.loaded: one.hf[0].name for one in parameters_of(config) if not one.trained and one.loaded is not None}
     for name, buffer in model.named_buffers():
-        if name in source.table:
-            buffer.copy_(source.tensor(name))
+        if stored.get(name, name) in source.table:
+            buffer.copy_(source.tensor(stored.get(name, name)))
     model.eval()
     tied = is_tied(config)
     loaded: dict[str, list[Parameter]] = {}
@@ -87,7 +88,8 @@ def hf_stream(config: PreTrainedConfig, source: HFCheckpoint, precisions: Precis
     def load(name: str) -> Tensor:
         if name in loaded:
             made = [one.arrangement.pack([_rounded(part) for part in one.hf]) for one in loaded[name]]
-            return torch.stack(made) if name.endswith("_proj") else made[0]
+            several = name.endswith("_proj") or loaded[name][0].hf[0].index is not None
+            return torch.stack(made) if several else made[0]
         stored = "model.embed_tokens.weight" if tied and name == "lm_head.weight" else name  # a copy may have another precision
         return source.tensor(stored).to(precisions.of(stored))
 

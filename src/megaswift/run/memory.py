@@ -88,7 +88,7 @@ def layer_activations(run: Run, config: PreTrainedConfig) -> int:
     tokens = run.batch.micro_batch_size * row // parallel.cp * passes
     if run.memory.recompute == "layers":
         return tokens * sizes.hidden // (parallel.tp if parallel.sequence_parallel else 1)
-    qkv = (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim
+    qkv = _query_key_value(config)
     wide = {"swiglu": mlp_parts(config), "mlp": 0}.get(run.memory.recompute, 1 + mlp_parts(config))
     kept, experts = (qkv + wide * sizes.ffn) // parallel.tp, experts_of(config)
     if experts is not None:
@@ -98,6 +98,15 @@ def layer_activations(run: Run, config: PreTrainedConfig) -> int:
             qkv // parallel.tp + routed // parallel.tp + 3 * experts.shared_ffn // parallel.tp,
         )
     return tokens * (5 * sizes.hidden + kept)
+
+
+def _query_key_value(config: PreTrainedConfig) -> int:
+    """Values of a token's query, key and value in all heads; of latent attention with the padding that kernels ask for, and its states."""
+    sizes = sizes_of(config)
+    latent = next((kind.latent for kind in family_of(config.model_type).layers(config) if kind.latent is not None), None)
+    if latent is None:
+        return (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim
+    return 3 * sizes.heads * (latent.still + latent.turning) + (latent.query or 0) + latent.key_value
 
 
 def parameter_count(config: PreTrainedConfig) -> int:

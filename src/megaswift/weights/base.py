@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megaswift.errors import DataError
 from megaswift.models import parameters_of
-from megaswift.models.parameters import hf_shapes
+from megaswift.models.parameters import HFTensor
 from megaswift.store.cache import cache_root
 from megaswift.store.manifest import MANIFEST, read_manifest
 from megaswift.store.publish import put
@@ -23,7 +24,7 @@ _THREADS = 2
 
 
 def base_digest(directory: Path, config: PreTrainedConfig) -> str:
-    """SHA-256 of the names and the raw values of a model's Hugging Face tensors.
+    """SHA-256 of the names and the raw values of a model's Hugging Face tensors; of one that holds all experts, of each by itself.
 
     Args:
         directory: a Hugging Face folder, or converted Megatron weights, whose manifest recorded them.
@@ -31,45 +32,45 @@ def base_digest(directory: Path, config: PreTrainedConfig) -> str:
     The same for the folder and for what was converted from it without a cast. Raises DataError for trained Megatron weights:
     they have no such record.
     """
-    names = list(hf_shapes(parameters_of(config)))
+    parts = {part.label: part for parameter in parameters_of(config) for part in parameter.hf}
     recorded = read_manifest(directory).get("hf_tensors") if (directory / MANIFEST).is_file() else None
-    if isinstance(recorded, dict) and all(name in recorded for name in names):
-        return _of({name: str(recorded[name]) for name in names})
+    if isinstance(recorded, dict) and all(label in recorded for label in parts):
+        return _of({label: str(recorded[label]) for label in parts})
     if not (directory / "config.json").is_file():
         raise DataError(
             "an adapter cannot begin from these weights: nothing recorded what they hold, tensor by tensor.",
             where=str(directory),
             fix="export them first (swift export --ckpt_dir RUN --to_hf true) and begin from that folder",
         )
-    return _of(_of_folder(directory, names))
+    return _of(_of_folder(directory, parts))
 
 
 def _of(digests: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()
 
 
-def _of_folder(folder: Path, names: list[str]) -> dict[str, str]:
-    """Of every tensor; read once for each state of the files, and kept in the cache."""
+def _of_folder(folder: Path, parts: Mapping[str, HFTensor]) -> dict[str, str]:
+    """Of every part by its label; read once for each state of the files, and kept in the cache."""
     from megaswift.weights.convert.model import digest
 
     source = HFCheckpoint.open(folder)
-    files = sorted({source.file_of(name).resolve() for name in names})
+    files = sorted({source.file_of(part.name).resolve() for part in parts.values()})
     state = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     kept = cache_root() / "tensors" / f"{hashlib.sha256(json.dumps(state).encode()).hexdigest()}.json"
     try:
         found = json.loads(kept.read_text(encoding="utf-8"))
-        if isinstance(found, dict) and set(names) <= set(found):
+        if isinstance(found, dict) and set(parts) <= set(found):
             return found
     except (OSError, ValueError):
         pass
 
-    def one(name: str) -> str:
-        value = digest(source.tensor(name))
-        source.release(name)
+    def one(part: HFTensor) -> str:
+        value = digest(part.of(source.tensor(part.name)))
+        source.release(part.name)
         return value
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        made = dict(zip(names, pool.map(one, names), strict=True))
+        made = dict(zip(parts, pool.map(one, parts.values()), strict=True))
     kept.parent.mkdir(parents=True, exist_ok=True)
     put(kept, json.dumps(made), durable=False)
     return made

@@ -46,6 +46,16 @@ def _cudnn_takes(query: Tensor) -> bool:
     return query.shape[-1] % 8 == 0 and query.shape[-1] <= 128 and query.shape[0] > 1 and _is_hopper(query.device)
 
 
+def takes_narrow_values(query: Tensor) -> bool:
+    """Whether `dense_causal` takes values narrower than such queries [s, b, heads, d] as they are, without losing a fast kernel.
+
+    On Hopper PyTorch chooses cuDNN for heads of 192 with values of 128; elsewhere its choice for unequal widths is a slow one.
+    """
+    if not query.is_cuda:
+        return True
+    return query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] == 192 and _is_hopper(query.device)
+
+
 def _narrowed(window: int | None, longest: int) -> int | None:
     """A window, or None where no sample is longer than it."""
     return None if window is None or window >= longest else window
@@ -64,7 +74,7 @@ def dense_causal(
     """Causal attention of whole rows.
 
     Args:
-        query: [s, b, heads, d]; key, value: [s, b, kv heads, d].
+        query: [s, b, heads, d]; key, value: [s, b, kv heads, d], or narrower values where `takes_narrow_values`.
         softmax_scale: factor on the scores, 1 / sqrt(d) when None.
         backend: "auto" (the fastest measured), or "torch": PyTorch's own choice among the kernels that are enabled there.
         window: how many keys a query sees, its own among them; None: all before it.
@@ -95,7 +105,7 @@ def dense_causal(
         ]
     else:
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=softmax_scale, enable_gqa=heads != key.shape[2])
-    return mixed.permute(2, 0, 1, 3).reshape(s, b, heads * dim)
+    return mixed.permute(2, 0, 1, 3).reshape(s, b, -1)
 
 
 @dataclass(frozen=True)
@@ -137,6 +147,8 @@ def describe(query: Tensor, kv_heads: int, *, packed: bool, window: bool = False
     if not _has_flash(query.device):
         return "PyTorch's own choice for this GPU" + (", sample by sample" if packed else "")
     used = "PyTorch's flash kernel" if packed or not _cudnn_takes(query) else "cuDNN"
+    if not packed and takes_narrow_values(query):
+        used = "PyTorch's own choice for heads of 192, which is cuDNN"
     if reason:
         return f"{used}, for FlashAttention 4 does not work here: {reason.splitlines()[0]}"
     return used

@@ -9,6 +9,8 @@ from megaswift.errors import DataError, UserError, first_line
 from megaswift.models import family_of, parameters_of
 from megaswift.models.family import is_tied, sizes_of
 from megaswift.models.parameters import hf_shapes
+from megaswift.models.prediction import layers_ahead
+from megaswift.weights.hf.block_fp8 import FIELD, blocks_of, required_blocks
 from megaswift.weights.hf.folder import read_config
 
 if TYPE_CHECKING:
@@ -17,8 +19,11 @@ if TYPE_CHECKING:
     from megaswift.weights.hf.read import HFCheckpoint
 
 
-def load_config(directory: Path) -> PreTrainedConfig:
+def load_config(directory: Path, from_fp8: bool = False) -> PreTrainedConfig:
     """The config of a model folder, its family known and every field honoured or neutral.
+
+    Args:
+        from_fp8: take a folder whose weights are in FP8 by blocks, which are read as bf16 (`block_fp8`).
 
     Raises:
         DataError: config.json is missing, not JSON, or names sizes that no model has.
@@ -27,10 +32,19 @@ def load_config(directory: Path) -> PreTrainedConfig:
     path = directory / "config.json"
     values = read_config(directory)
     family = family_of(str(values.get("model_type")), str(path))
-    if values.get("quantization_config") is not None:
-        raise UserError(
-            "the weights are quantized.", where=f"{path}: quantization_config", fix="give the model in bf16, fp16 or fp32"
-        )
+    if values.get(FIELD) is not None:
+        if from_fp8:
+            required_blocks(values, str(path))
+            values = {**values, FIELD: None}
+        else:
+            readable = blocks_of(values) is not None
+            raise UserError(
+                "the weights are quantized" + (" (FP8 in blocks)." if readable else "."),
+                where=f"{path}: {FIELD}",
+                fix="convert the folder first: swift export --to_megatron true --model_id_or_path DIR"
+                if readable
+                else "give the model in bf16, fp16 or fp32",
+            )
     if values.get("per_layer_config"):
         raise UserError(
             "per_layer_config gives layers of different forms, which is not supported.",
@@ -54,12 +68,13 @@ def load_config(directory: Path) -> PreTrainedConfig:
 
 
 def check_source(source: HFCheckpoint, config: PreTrainedConfig) -> None:
-    """Raise DataError unless the folder holds exactly the tensors of its config (a tied copy of the embedding is allowed)."""
+    """Raise DataError unless the folder holds exactly the tensors of its config (a tied copy of the embedding, and layers that predict ahead, are allowed)."""
     import torch
 
     tied = is_tied(config)
     ignorable = {"lm_head.weight"} if tied else set()
     ignorable |= {name for name in source.names if name.endswith(".rotary_emb.inv_freq")}
+    ignorable |= set(layers_ahead(config))
     source.check_names(hf_shapes(parameters_of(config)), ignorable)
     copied = tied and "lm_head.weight" in source.names
     if copied and not torch.equal(source.tensor("lm_head.weight"), source.tensor("model.embed_tokens.weight")):
