@@ -144,8 +144,9 @@ class PreferencePipeline(Pipeline):
             except BadRow as error:
                 bad[number] = error
                 continue
-            if made[0][0].text is None and seen.rows < LOOKED_AT:
-                seen.look(self.template, made[0][0], items[0])
+            first = items[0]
+            if isinstance(first, Encoded) and made[0][0].text is None and seen.rows < LOOKED_AT:
+                seen.look(self.template, made[0][0], first)
             for conversation, _ in made:
                 unsupervised += self.template.unsupervised_turns(conversation)
                 if conversation.cut:
