@@ -21,6 +21,7 @@ from megaswift.config.options import (
     InferArguments,
     InspectArguments,
     ParityArguments,
+    RlhfArguments,
     SftArguments,
     VerifyArguments,
     allowed,
@@ -223,6 +224,7 @@ def test_the_list_of_options_is_frozen() -> None:
         for cls in (
             ExportArguments,
             SftArguments,
+            RlhfArguments,
             InferArguments,
             VerifyArguments,
             FamiliesArguments,
@@ -240,6 +242,7 @@ def test_the_list_of_options_is_frozen() -> None:
     [
         ExportArguments,
         SftArguments,
+        RlhfArguments,
         InferArguments,
         VerifyArguments,
         EvalArguments,

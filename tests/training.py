@@ -71,8 +71,10 @@ class Trained:
         return [row["grad_norm"] for row in self.rows if "loss" in row]
 
 
-def train(pool: RankPool, output: Path, world_size: int, **options: Any) -> Trained:
-    """Run `swift sft` with its loop on pooled ranks in place of fresh processes."""
+def train(
+    pool: RankPool, output: Path, world_size: int, arguments: type[SftArguments] = SftArguments, **options: Any
+) -> Trained:
+    """Run `swift sft`, or what else `arguments` are those of, with its loop on pooled ranks in place of fresh processes."""
     options = {"logging_steps": 1, "learning_rate": 1e-3, "output_dir": str(output), "max_length": 128, **options}
 
     def start_ranks(place: Any, job: Path, *_: Any) -> None:
@@ -86,9 +88,9 @@ def train(pool: RankPool, output: Path, world_size: int, **options: Any) -> Trai
             with mock.patch(
                 "megaswift.train.loop.train", lambda run: pool.run(1, run_job, str(Path(run.saving.run_dir) / "run.json"))
             ):
-                directory = sft.sft_main(SftArguments(**options))
+                directory = sft.sft_main(arguments(**options))
         else:
-            directory = sft.sft_main(SftArguments(**options))
+            directory = sft.sft_main(arguments(**options))
     lines = (directory / "logging.jsonl").read_text(encoding="utf-8").splitlines()
     return Trained(directory, [json.loads(line) for line in lines])
 

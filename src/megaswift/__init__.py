@@ -13,8 +13,16 @@ if TYPE_CHECKING:
     from megaswift.commands.eval import eval_main
     from megaswift.commands.export import export_main
     from megaswift.commands.infer import infer_main
+    from megaswift.commands.rlhf import rlhf_main
     from megaswift.commands.sft import sft_main
-    from megaswift.config.options import DeployArguments, EvalArguments, ExportArguments, InferArguments, SftArguments
+    from megaswift.config.options import (
+        DeployArguments,
+        EvalArguments,
+        ExportArguments,
+        InferArguments,
+        RlhfArguments,
+        SftArguments,
+    )
     from megaswift.errors import MegaswiftError
 
 __version__ = "0.1.0"
@@ -24,11 +32,13 @@ __all__ = [
     "ExportArguments",
     "InferArguments",
     "MegaswiftError",
+    "RlhfArguments",
     "SftArguments",
     "deploy_main",
     "eval_main",
     "export_main",
     "infer_main",
+    "rlhf_main",
     "sft_main",
 ]
 
@@ -37,12 +47,14 @@ _HOMES = {
     "EvalArguments": "config.options",
     "ExportArguments": "config.options",
     "InferArguments": "config.options",
+    "RlhfArguments": "config.options",
     "SftArguments": "config.options",
     "MegaswiftError": "errors",
     "deploy_main": "commands.deploy",
     "eval_main": "commands.eval",
     "export_main": "commands.export",
     "infer_main": "commands.infer",
+    "rlhf_main": "commands.rlhf",
     "sft_main": "commands.sft",
 }
 

@@ -33,6 +33,7 @@ VERBS = {
         "check a directory, and everything that it was made from",
     ),
     "sft": ("megaswift.commands.sft", "sft_main", "SftArguments", "fine-tune Megatron weights"),
+    "rlhf": ("megaswift.commands.rlhf", "rlhf_main", "RlhfArguments", "train from preferences: dpo, kto and others"),
     "data": ("megaswift.commands.data", "data_main", "InspectArguments", "show what training would read, without a model"),
     "parity": (
         "megaswift.commands.parity",
@@ -173,7 +174,7 @@ def help_text(verb: str, cls: Any) -> str:
     from megaswift.config.options import allowed, default_of
     from megaswift.run.table import megatron_names
 
-    names = megatron_names() if verb in ("sft", "parity") else {}
+    names = megatron_names() if verb in ("sft", "rlhf", "parity") else {}
     meant = getattr(cls, "MEANT", None)
     lines = [f"usage: swift {verb} [options.json | options.yaml] [--option value ...]", "", VERBS[verb][3] + "."]
     items = {item.name: item for item in dataclasses.fields(cls)}

@@ -27,7 +27,7 @@ class Noted(Callback):
     def step(self, step: int, result: Any, seconds: float) -> None:
         self.moments.append(["step", step])
 
-    def evaluated(self, step: int, loss: float) -> None:
+    def evaluated(self, step: int, loss: float, metrics: dict[str, float]) -> None:
         self.moments.append(["evaluated", step])
 
     def saved(self, step: int, directory: Path, seconds: float, waited: float) -> None:

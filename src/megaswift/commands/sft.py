@@ -28,6 +28,7 @@ from megaswift.models.prediction import note_on_layers_ahead
 from megaswift.models.stages import stage_layers
 from megaswift.report.curves import write_images
 from megaswift.run.memory import MemoryEstimate, estimate, parameter_count, trained_parameters
+from megaswift.run.objective import in_words
 from megaswift.run.plan import PLAN_FILE, write_plan
 from megaswift.run.resolve import warmup_note
 from megaswift.run.resume import check_unchanged, kept_batch
@@ -38,7 +39,7 @@ from megaswift.run.table import filled_rows
 from megaswift.store.cache import cache_root
 from megaswift.store.lock import LOCK, filling, locked
 from megaswift.store.manifest import MANIFEST
-from megaswift.store.paths import INITIAL_ADAPTER, hf_copy_of, iteration_directory
+from megaswift.store.paths import INITIAL_ADAPTER, REFERENCE_FILE, hf_copy_of, iteration_directory
 from megaswift.store.publish import put
 from megaswift.store.retention import clean
 from megaswift.terminal import console, say, shown, typed
@@ -70,7 +71,9 @@ def sft_main(args: SftArguments | list[str]) -> Path:
             return _train(args, stop)
         except Interrupted as order:
             raise Stopped(
-                f"stopped by {order}.", where="swift sft", fix="the same command with --resume true makes what is missing"
+                f"stopped by {order}.",
+                where=f"swift {args.VERB}",
+                fix="the same command with --resume true makes what is missing",
             ) from None
 
 
@@ -237,7 +240,7 @@ def _print_plan(run: Run, config: PreTrainedConfig, memory: MemoryEstimate, data
         f"{parallel.world_size} processes = tp {parallel.tp} x pp {parallel.pp}{_stages(config, parallel)} x {cp}dp {parallel.dp}{_experts(parallel)}, {run.precision.dtype}{fp8}\n"
         f"global batch {run.batch.global_batch_size} = {run.batch.micro_batch_size} rows x {_shares(run)}\n"
         f"{_steps(run)}; {run.data.val_rows} validation rows\n"
-        f"{_trained(run, config)}\n"
+        f"{_trained(run, config)}\n{_learnt(run)}"
         f"memory of the fullest rank without activations: {sum(device.values()) / 1e9:.2f} GB "
         f"(weights {device['weights'] / 1e9:.2f}, gradients {device['gradients'] / 1e9:.2f}, optimizer {device['optimizer'] / 1e9:.2f}); "
         f"one checkpoint {run.saving.checkpoint_bytes / 1e9:.2f} GB\n{_host_memory(run, memory)}"
@@ -262,6 +265,15 @@ def _trained(run: Run, config: PreTrainedConfig) -> str:
         f"trained: {own:,} parameters of a LoRA adapter (rank {adapter.rank}, alpha {adapter.alpha:g}) "
         f"beside {whole:,} frozen ones, {100 * own / (whole + own):.2g} % of all{left}"
     )
+
+
+def _learnt(run: Run) -> str:
+    """A line on the objective; nothing is said where it is the answers' tokens."""
+    if run.objective.kind == "supervised":
+        return ""
+    reference = "the weights that training starts from" if run.method.adapter is None else "the model without its adapter"
+    beside = f"; reference: {reference}" if run.objective.needs_reference else "; no reference"
+    return f"learnt: {in_words(run.objective)}{beside}\n"
 
 
 def _shares(run: Run) -> str:
@@ -331,7 +343,7 @@ def _fill_run_dir(run_dir: Path, args: SftArguments, run: Run, memory: MemoryEst
 
 # What commands leave in a run's directory, beside the model's own files and what is exported there, which has a manifest.
 _OF_A_RUN = (
-    *RUN_FILES, INITIAL_ADAPTER, "iter_*", "trash-*", ".iter_*", "runs", "images", "infer_result", "config.json", "generation_config.json", "tokenizer*", "vocab*",
+    *RUN_FILES, INITIAL_ADAPTER, REFERENCE_FILE, "iter_*", "trash-*", ".iter_*", "runs", "images", "infer_result", "config.json", "generation_config.json", "tokenizer*", "vocab*",
     "merges.txt", "*.model", "*.tiktoken", "special_tokens_map.json", "added_tokens.json", "chat_template*",
 )  # fmt: skip
 

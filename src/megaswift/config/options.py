@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from megaswift.config.parse import REFUSED, BaseArguments, allowed, default_of, option, parse
+from megaswift.config.preference import PreferenceArguments
 from megaswift.config.training import (
     AdapterArguments,
     BatchArguments,
@@ -153,6 +154,15 @@ class SftArguments(
     StartArguments,
 ):  # fmt: skip
     """`swift sft`: fine-tuning with Megatron-Core, of all weights or of an adapter."""
+
+    VERB: ClassVar[str] = "sft"
+
+
+@dataclass(kw_only=True)
+class RlhfArguments(PreferenceArguments, SftArguments):
+    """`swift rlhf`: training from preferences, of all weights or of an adapter."""
+
+    VERB: ClassVar[str] = "rlhf"
 
 
 @dataclass(kw_only=True)

@@ -36,6 +36,9 @@ class MicroBatch:
         sample_ids: rows of the data in it.
         padding: bool [b, s], True at tokens that only fill up; None: there are none.
         origins: int64 [b, s], which token each is, whatever the layout: row of the data x 2^32 + place in that row.
+        desirable: bool [samples], of preferences: whether each sample is a good answer, in the order of the rows.
+        reference: fp32 [samples], the log-probability that the reference gives to the labels of each.
+        mismatched: of answers with labels, the same questions with answers to others, as a micro batch of its own.
         share: where several ranks share each row, which part these tokens are: a Share of engine.kernels.context_parallel, made there.
     """
 
@@ -48,6 +51,9 @@ class MicroBatch:
     share: Any = None
     padding: Tensor | None = None
     origins: Tensor | None = None
+    desirable: Tensor | None = None
+    reference: Tensor | None = None
+    mismatched: MicroBatch | None = None
 
 
 class Batches:
@@ -194,19 +200,50 @@ class EvalBatches:
 
 def make_micro_batch(rows: TokenRows, group: list[int], padding_free: bool, pad_multiple: int, pad_id: int) -> MicroBatch:
     """The tensors of some rows. Packed rows share one row of tokens even when padding_free is False."""
-    by_row = [list(rows.samples(row)) for row in group]
+    how = (padding_free, pad_multiple, pad_id)
+    if not rows.mismatched:
+        return _micro_batch(rows, group, slice(None), rows.answers, *how)
+    beside = _micro_batch(rows, group, slice(1, None, 2), 1, *how)
+    return replace(_micro_batch(rows, group, slice(0, None, 2), 1, *how), mismatched=beside)
+
+
+def _micro_batch(
+    rows: TokenRows, group: list[int], which: slice, answers: int, padding_free: bool, pad_multiple: int, pad_id: int
+) -> MicroBatch:
+    """The tensors of some of the samples of some rows.
+
+    Args:
+        which: of each row's samples; answers: how many of them an example has.
+    """
+    by_row = [rows.samples(row)[which] for row in group]
     samples = [sample for row in by_row for sample in row]
-    origins = [(row << 32) + np.arange(sum(len(s.ids) for s in own), dtype=np.int64) for row, own in zip(group, by_row)]
     if not samples:
         empty = Encoded(np.full(1, pad_id, np.int32), np.zeros(1, bool))
         batch = _end_to_end([empty], tuple(group), pad_multiple, pad_id)
-        return replace(batch, padding=batch.labels == IGNORED)
-    if padding_free or len(samples) > len(group):
+        return replace(batch, padding=batch.labels == IGNORED, **_preferences(rows, group, which))
+    origins = [(row << 32) + np.arange(sum(len(s.ids) for s in own), dtype=np.int64) for row, own in zip(group, by_row)]
+    if padding_free or len(samples) > len(group) * answers:
         made = _end_to_end(samples, tuple(group), pad_multiple, pad_id)
         origins = [np.concatenate([*origins, np.zeros(0, np.int64)])]
     else:
         made = _padded(samples, tuple(group), pad_multiple, pad_id)
-    return replace(made, origins=_side_by_side(origins, made.tokens.shape[1]))
+        ends = np.cumsum([len(sample.ids) for sample in samples])
+        origins = np.split(np.concatenate(origins), ends[:-1])
+    return replace(made, origins=_side_by_side(origins, made.tokens.shape[1]), **_preferences(rows, group, which))
+
+
+def _preferences(rows: TokenRows, group: list[int], which: slice) -> dict[str, Any]:
+    """What a micro batch of preferences knows of its samples."""
+    import torch
+
+    found: dict[str, Any] = {}
+    if rows.has_preferences:
+        parts = [rows.desirable(row)[which] for row in group]
+        found["desirable"] = torch.from_numpy(np.concatenate([*parts, np.zeros(0, bool)]))
+    if rows.reference is not None:
+        parts = [rows.reference[rows.places(row)][which] for row in group]
+        found["reference"] = torch.from_numpy(np.concatenate([*parts, np.zeros(0, np.float32)]))
+    return found
 
 
 def _side_by_side(rows: list[np.ndarray], width: int) -> Tensor:

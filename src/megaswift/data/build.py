@@ -67,12 +67,21 @@ class Build:
         report: filled in on the way.
         workers: what checks and tokenizes.
         table: the model's embedding.
+        answers: samples of one example, which are never divided over rows: 2 for pairs.
+        mismatched: the second of two is no example itself.
     """
 
     def __init__(
-        self, args: DataArguments, recipes: dict[int, Recipe], report: DataReport, workers: Workers, table: Table
+        self,
+        args: DataArguments,
+        recipes: dict[int, Recipe],
+        report: DataReport,
+        workers: Workers,
+        table: Table,
+        answers: int = 1,
+        mismatched: bool = False,
     ) -> None:
-        self.table = table
+        self.table, self.answers, self.mismatched = table, answers, mismatched
         self.args, self.recipes, self.report, self.workers = args, recipes, report, workers
         self.seed = args.seed if args.dataset_seed is None else args.dataset_seed
         self.columns: set[str] = set()  # those of --columns that some row has
@@ -125,6 +134,7 @@ class Build:
     def _take(self, dataset: Dataset, entry: DatasetReport, share: int, packing: bool, writer: RowWriter) -> np.ndarray:
         """Tokenize the front of a stream, until it gives `share` rows (or packs); returns their sample numbers."""
         first = len(writer)
+        share *= self.answers
         wanted = share * self.args.max_length if packing else share
         source = dataset.source
         encoded = self.workers.stream(source.rows(dataset.spec.count), self.recipes[id(dataset)], CHUNK)
@@ -184,7 +194,7 @@ class Build:
     def _add(self, entry: DatasetReport, encoding: Encoding, writer: RowWriter, source: Any, rows: np.ndarray) -> None:
         """Write the samples of these rows of a source, and count the rows that gave none."""
         self.table.judge(encoding, lambda row: source.where(int(rows[row])))
-        writer.add(encoding.ids, encoding.kept, encoding.sizes, encoding.weights)
+        writer.add(encoding.ids, encoding.kept, encoding.sizes, encoding.weights, encoding.desirable)
         self.columns |= encoding.found
         entry.unsupervised_turns += encoding.unsupervised
         entry.seen.add(encoding.seen)
@@ -225,17 +235,18 @@ class Build:
         for part, writer in writers.items():
             order = np.concatenate(orders[part]) if orders[part] else np.zeros(0, np.int64)
             sizes = writer.sizes[order]
-            bounds = None
+            bounds, capacity = None, self.args.max_length * self.answers
             if packing and len(order):
-                packs = pack(sizes, self.args.max_length)
-                order = order[np.concatenate([np.array(group) for group in packs])]
-                bounds = np.concatenate([[0], np.cumsum([len(group) for group in packs])])
-            rows = len(order) if bounds is None else len(bounds) - 1
-            writer.finish(order, bounds)
+                examples = order.reshape(-1, self.answers)
+                packs = pack(sizes.reshape(-1, self.answers).sum(axis=1), capacity)
+                order = examples[np.concatenate([np.array(group) for group in packs])].reshape(-1)
+                bounds = np.concatenate([[0], np.cumsum([len(group) * self.answers for group in packs])])
+            rows = len(order) // self.answers if bounds is None else len(bounds) - 1
+            writer.finish(order, bounds, self.answers, self.mismatched)
             if part == "train":
                 report.train_rows, report.train_samples = rows, len(order)
                 report.longest = int(sizes.max()) if len(sizes) else 0
-                report.fill = float(sizes.sum() / (rows * self.args.max_length)) if packing and rows else None
+                report.fill = float(sizes.sum() / (rows * capacity)) if packing and rows else None
             else:
                 report.val_rows = rows
         if not report.train_rows:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -58,6 +59,7 @@ class Encoding:
         weighted: samples with weights other than 0 and 1, and the sum of their weights.
         notes: (row number, what was changed or is doubtful, where in the row).
         seen: what inference would see of the first rows.
+        desirable: of each sample, whether it is a good answer; None where rows are no preferences.
     """
 
     ids: np.ndarray
@@ -75,6 +77,7 @@ class Encoding:
     control: Counter[str] = field(default_factory=Counter)
     notes: list[Note] = field(default_factory=list)
     seen: Seen = field(default_factory=Seen)
+    desirable: list[bool] | None = None
 
 
 Note = tuple[int, str, str]
@@ -90,6 +93,15 @@ class Pipeline:
 
     def conversation(self, raw: Raw, recipe: Recipe, *, answered: bool = True, found: set[str] | None = None) -> Conversation:
         """One row as a conversation; adds the recipe's columns that it has to `found`. Raises BadRow."""
+        row = self.row(raw, recipe, found)
+        conversation = to_conversation(row, answered=answered)
+        fill_places(conversation, recipe.names, row.get("tag"))
+        if isinstance(raw, TableRow) and raw.nulls:
+            conversation.note(NULLS, ", ".join(raw.nulls))
+        return conversation
+
+    def row(self, raw: Raw, recipe: Recipe, found: set[str] | None = None) -> dict[str, Any]:
+        """One row under the names that the recipe gives its columns. Raises BadRow."""
         row = decode(raw)
         for source, target in recipe.columns.items():
             if source in row:
@@ -100,11 +112,7 @@ class Pipeline:
                 )
         if recipe.converter:
             row = CONVERTERS[recipe.converter](row)
-        conversation = to_conversation(row, answered=answered)
-        fill_places(conversation, recipe.names, row.get("tag"))
-        if isinstance(raw, TableRow) and raw.nulls:
-            conversation.note(NULLS, ", ".join(raw.nulls))
-        return conversation
+        return row
 
     def check(self, raws: list[Raw], recipe: Recipe) -> Checked:
         """Rows that cannot be used, by number; how many rows had each shape; the recipe's columns that are there; notes."""

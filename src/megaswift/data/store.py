@@ -2,7 +2,8 @@
 
 A directory holds ids.bin (int32), kept.bin (uint8: 1 where there is loss), weights.bin (fp32 weights in the loss; only where
 some differ from 1), offsets.npy (where each sample starts), order.npy (the sample at
-each place, repeats included), bounds.npy (which places form one row; more than one when packed) and index.json.
+each place, repeats included), bounds.npy (which places form one row; more than one when packed), desirable.npy (of preferences:
+whether each sample is a good answer) and index.json.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class RowWriter:
         self._weights: Any = None  # the file of weights, once a sample brings some
         self._weights_hash = hashlib.sha256()
         self._largest = -1
+        self._desirable: list[bool] | None = None
 
     def __len__(self) -> int:
         return len(self._sizes)
@@ -50,8 +52,21 @@ class RowWriter:
         """Tokens with loss of each sample so far."""
         return np.array(self._supervised, np.int32)
 
-    def add(self, ids: np.ndarray, kept: np.ndarray, sizes: list[int], weights: np.ndarray | None = None) -> None:
-        """Append samples given end to end: int32 ids, bool kept, the size of each, and fp32 weights where they are not all 1."""
+    def add(
+        self,
+        ids: np.ndarray,
+        kept: np.ndarray,
+        sizes: list[int],
+        weights: np.ndarray | None = None,
+        desirable: list[bool] | None = None,
+    ) -> None:
+        """Append samples given end to end: int32 ids, bool kept, the size of each, and fp32 weights where they are not all 1.
+
+        Args:
+            desirable: of preferences, whether each sample is a good answer.
+        """
+        if desirable is not None:
+            self._desirable = (self._desirable or []) + desirable
         if weights is not None and self._weights is None:
             self._weights = open(self.path / "weights.bin", "wb")  # noqa: SIM115 (closed by finish)
             for size in self._sizes:
@@ -77,17 +92,25 @@ class RowWriter:
             with suppress(OSError):
                 handle.close()
 
-    def finish(self, order: np.ndarray, bounds: np.ndarray | None) -> str:
-        """Write the tables and the index; returns the fingerprint. Row r holds the places bounds[r] to bounds[r + 1]."""
+    def finish(self, order: np.ndarray, bounds: np.ndarray | None, answers: int = 1, mismatched: bool = False) -> str:
+        """Write the tables and the index; returns the fingerprint. Row r holds the places bounds[r] to bounds[r + 1].
+
+        Args:
+            answers: places of one example, which stand side by side in one row: 2 for pairs.
+            mismatched: of the two, the second is the question with the answer to another one.
+        """
         for handle in self._files:
             handle.close()
         if self._weights is not None:
             self._weights.close()
             self._hash.update(self._weights_hash.digest())
         if bounds is None:
-            bounds = np.arange(len(order) + 1)
+            bounds = np.arange(0, len(order) + 1, answers)
         offsets = np.concatenate([[0], np.cumsum(self.sizes, dtype=np.int64)]).astype(np.int64)
-        for name, table in (("offsets", offsets), ("order", order.astype(np.int64)), ("bounds", bounds.astype(np.int64))):
+        tables = {"offsets": offsets, "order": order.astype(np.int64), "bounds": bounds.astype(np.int64)}
+        if self._desirable is not None:
+            tables["desirable"] = np.array(self._desirable, bool)
+        for name, table in tables.items():
             whole = io.BytesIO()  # of a full disk, saving into the file itself tells neither kind nor place
             np.save(whole, table)
             (self.path / f"{name}.npy").write_bytes(whole.getbuffer())
@@ -101,6 +124,8 @@ class RowWriter:
         }
         if self._weights is not None:
             index["weights"] = True
+        if self._desirable is not None:
+            index |= {"answers": answers, "mismatched": mismatched}
         (self.path / "index.json").write_text(json.dumps(index), encoding="utf-8")
         return str(index["fingerprint"])
 
@@ -112,6 +137,10 @@ class TokenRows:
         lengths: int32 array, tokens of each row.
         fingerprint: text that is the same exactly when the rows, their order and their packing are the same.
         largest_id: the largest token id of all rows.
+        answers: samples of one example, side by side in one row: 2 for pairs of a chosen and a rejected answer.
+        mismatched: every second sample is a question with the answer to another one, and not for training.
+        reference: fp32, of each place the log-probability that the reference gives to its supervised tokens; put here by
+            whoever computed them.
     """
 
     def __init__(self, path: Path, index: dict[str, Any]) -> None:
@@ -124,7 +153,11 @@ class TokenRows:
         self._weights = _map(path / "weights.bin", "<f4", int(self._offsets[-1])) if index.get("weights") else None
         ends = np.concatenate([[0], np.cumsum(self.sizes)])
         self.lengths: np.ndarray = np.diff(ends[self._bounds]).astype(np.int32)
-        self.packed = len(self._order) != len(self.lengths)
+        self.answers = int(index.get("answers", 1))
+        self.mismatched = bool(index.get("mismatched", False))
+        self.packed = len(self._order) != len(self.lengths) * self.answers
+        self._desirable = np.load(path / "desirable.npy") if "answers" in index else None
+        self.reference: np.ndarray | None = None
 
     @classmethod
     def open(cls, path: Path | str) -> TokenRows:
@@ -156,6 +189,20 @@ class TokenRows:
     def samples(self, row: int) -> list[Encoded]:
         """The samples of a row: one, or several when packed."""
         return [self.stored(sample) for sample in self._order[self._bounds[row] : self._bounds[row + 1]].tolist()]
+
+    def places(self, row: int) -> slice:
+        """Where the samples of a row stand among all."""
+        return slice(int(self._bounds[row]), int(self._bounds[row + 1]))
+
+    @property
+    def has_preferences(self) -> bool:
+        """Whether samples are good and bad answers."""
+        return self._desirable is not None
+
+    def desirable(self, row: int) -> np.ndarray:
+        """bool, of each sample of a row whether it is a good answer. Only of rows that are preferences."""
+        assert self._desirable is not None
+        return np.asarray(self._desirable[self._order[self.places(row)]])
 
     @property
     def sizes(self) -> np.ndarray:

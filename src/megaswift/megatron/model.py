@@ -537,13 +537,14 @@ def run_micro_batch(model: Any, batch: MicroBatch, objective: Objective) -> Any:
     """A micro batch through (a wrapper of) ChatModel: hidden states before the last stage, on it the objective's Loss."""
     seq_lens = None if batch.cu_seqlens is None else batch.cu_seqlens.diff().tolist()
     worth = partial(_worth, objective, batch)
-    return model(batch.tokens, batch.position_ids, seq_lens, batch.share, worth, partial(_counted, batch), batch.origins)
+    return model(
+        batch.tokens, batch.position_ids, seq_lens, batch.share, worth, partial(_counted, batch, objective), batch.origins
+    )
 
 
-def _counted(batch: MicroBatch) -> Counted:
-    """What routers are told of a micro batch; its weight is what the supervised objective divides by."""
-    weight = (batch.labels != IGNORED).sum() if batch.weights is None else batch.weights.double().sum()
-    return Counted(batch.padding, weight.float())
+def _counted(batch: MicroBatch, objective: Objective) -> Counted:
+    """What routers are told of a micro batch; its weight is what the objective divides by."""
+    return Counted(batch.padding, objective.weight(batch))
 
 
 def _worth(objective: Objective, batch: MicroBatch, model: ChatModel, hidden: Tensor) -> Loss:

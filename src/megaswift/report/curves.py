@@ -34,7 +34,7 @@ class Tag:
     number: str = ".4g"
 
 
-TAGS = (
+TAGS: tuple[Tag, ...] = (
     Tag(
         "train_loss",
         "Training loss",
@@ -55,6 +55,21 @@ TAGS = (
         number=",.0f",
     ),
 )
+TAGS += tuple(
+    Tag(
+        f"{part}{name}",
+        f"{title}{of}",
+        unit,
+        (f"{part}rewards/{name.removeprefix('rewards_')}", f"{board}/rewards/{name.removeprefix('rewards_')}"),
+    )
+    for part, board, of in (("", "train", ""), ("eval_", "eval", ", validation"))
+    for name, title, unit in (
+        ("rewards_margins", "Margin of rewards", "chosen - rejected"),
+        ("rewards_accuracies", "Accuracy of rewards", "share of pairs"),
+        ("rewards_chosen", "Reward of chosen answers", "reward"),
+        ("rewards_rejected", "Reward of rejected answers", "reward"),
+    )
+)  # of preference training
 _STEP_KEYS = ("step", "global_step", "iteration", "global_step/max_steps")
 
 

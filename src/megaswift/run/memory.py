@@ -84,7 +84,8 @@ def layer_activations(run: Run, config: PreTrainedConfig) -> int:
     """
     sizes, parallel = sizes_of(config), run.parallel
     passes = passes_in_flight(parallel.pp, parallel.vpp, run.batch.micro_batches)
-    tokens = run.batch.micro_batch_size * run.batch.max_length // parallel.cp * passes
+    row = run.batch.max_length * run.objective.answers
+    tokens = run.batch.micro_batch_size * row // parallel.cp * passes
     if run.memory.recompute == "layers":
         return tokens * sizes.hidden // (parallel.tp if parallel.sequence_parallel else 1)
     qkv = _query_key_value(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,7 @@ def plan_of(run: Run, config: PreTrainedConfig, memory: MemoryEstimate) -> dict[
         "host_bytes": memory.host,
         "stages": list(stage_layers(config, parallel.pp, parallel.vpp)),
         "parameters": parameter_count(config),
+        "objective": asdict(run.objective),
         "trainable": sum(p.size for p in trained_parameters(run.method.adapter, run.method.frozen, config)),
     }
 

@@ -17,6 +17,7 @@ from megaswift.models.family import sizes_of
 from megaswift.models.lengths import trained_length
 from megaswift.models.stages import by_rank, stage_layers
 from megaswift.run.experts import expert_layout_problems, expert_problems, mlp_parts, mlp_widths
+from megaswift.run.objective import objective_contradictions, objective_problems
 from megaswift.run.problem import Problem, divisors, nearest_sizes
 from megaswift.run.spec import FP8_MULTIPLE, Parallel, Run
 
@@ -46,11 +47,13 @@ def contradictions(args: SftArguments) -> Iterator[Problem]:
         )
     if args.cuda_graphs == "true" and args.overlap_grad_reduce:
         yield _no_graphs("--overlap_grad_reduce true")
+    yield from objective_contradictions(args)
 
 
 def problems(run: Run, config: PreTrainedConfig) -> Iterator[Problem]:
     """Everything that is wrong with a run, in the order in which a user should hear of it."""
     yield from _numbers(run)
+    yield from objective_problems(run)
     yield from _device(run)
     yield from layout_problems(config, run.parallel)
     yield from expert_problems(run, config)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from megaswift.config.options import SftArguments
 from megaswift.run.memory import checkpoint_bytes, rank_weights
+from megaswift.run.objective import objective_of
 from megaswift.run.spec import (
     Batch,
     DataRef,
@@ -130,6 +131,7 @@ def resolve(
             base=source.base,
             adapter_start=_adapter_start(args, source, run_dir),
         ),
+        objective=objective_of(args),
         data=data,
         saving=Saving(
             run_dir=run_dir,

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megaswift.config.files import read_args_file
-from megaswift.config.options import SftArguments
+from megaswift.config.options import RlhfArguments, SftArguments
+from megaswift.data.preference import LABELLED, MISMATCHED, PAIRS
 from megaswift.errors import UserError
 from megaswift.models.registry import MODEL_TYPES
+from megaswift.run.objective import objective_of
 from megaswift.run.problems import contradictions, problems, refuse
 from megaswift.run.resolve import World, global_batch_size, resolve
 from megaswift.run.source import TrainingSource
@@ -76,9 +78,20 @@ def prepared(args: SftArguments, template: ChatTemplate, start: TrainingSource, 
     from megaswift.data.encode import prepare
 
     table = start.config.vocab_size
-    data = prepare(args, template, cache_dir=cache_root(), packing=args.packing, stream_rows=stream_rows, table=table)
+    data = prepare(
+        args, template, cache_dir=cache_root(), packing=args.packing, stream_rows=stream_rows, table=table,
+        preferences=preferences_of(args),
+    )  # fmt: skip
     require_embedding_rows(template.vocabulary, table, start.root)
     return data
+
+
+def preferences_of(args: SftArguments) -> str:
+    """What the rows of a run are taken for, as `prepare` has it."""
+    if not isinstance(args, RlhfArguments):
+        return ""
+    objective = objective_of(args)
+    return PAIRS if objective.pairs else MISMATCHED if objective.looks_ahead else LABELLED
 
 
 def resolved(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megaswift.config.files import LAYOUT_OPTIONS, MODEL_OPTIONS, fill_from_file, read_args_file, with_home
-from megaswift.config.options import SftArguments
+from megaswift.config.options import RlhfArguments, SftArguments
 from megaswift.errors import DataError, UserError
 from megaswift.hub.locate import locate
 from megaswift.launch.versions import has_bf16
@@ -24,6 +24,7 @@ from megaswift.run.method import (
     parameters_of_adapter,
     with_method_defaults,
 )
+from megaswift.run.objective import PREFERENCE_OPTIONS, check_same_objective
 from megaswift.run.problems import contradictions, layout_problems, problems, refuse, usable_length
 from megaswift.run.resolve import World, resolve
 from megaswift.run.resume import check_same_base, check_same_model, newest_run, newest_whole
@@ -93,6 +94,8 @@ def resolve_source(args: SftArguments, leads: bool = True) -> TrainingSource:
         check_same_method(args, manifest, shown(root))
     else:
         args = _with_start_adapter(args)
+    if goes_on and isinstance(args, RlhfArguments):
+        args = fill_from_file(args, values, PREFERENCE_OPTIONS)
     args = with_method_defaults(args)
     refuse(layout_problems(config, Parallel(world_size=args.tp * args.pp * args.cp, tp=args.tp, pp=args.pp, cp=args.cp)))
     adapter, frozen = adapter_of(args, config), frozen_parameters(args, config)
@@ -104,6 +107,7 @@ def resolve_source(args: SftArguments, leads: bool = True) -> TrainingSource:
     base = None
     if goes_on:
         check_same_model(args, values, manifest, shown(root))
+        check_same_objective(args, manifest, shown(root))
         check_config(root, manifest)
         if adapter is None:
             check_same_frozen(frozen, manifest, shown(root))

@@ -168,6 +168,40 @@ class Method:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ObjectiveSpec:
+    """What is learnt: the tokens of answers, or which of two answers is better; `train/preference_losses.py` has the formulas."""
+
+    kind: Literal["supervised", "dpo", "ipo", "simpo", "orpo", "cpo", "kto"] = "supervised"
+    form: str = ""  # of a preference loss, by TRL's names
+    beta: float = 0.0
+    label_smoothing: float = 0.0
+    gamma: float = 0.0  # SimPO's margin
+    nll_weight: float = 0.0  # of the chosen answer's own loss
+    desirable_weight: float = 1.0  # KTO's
+    undesirable_weight: float = 1.0
+
+    @property
+    def pairs(self) -> bool:
+        """Whether an example is a chosen and a rejected answer."""
+        return self.kind not in ("supervised", "kto")
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether each step begins with a forward pass over mismatched answers, which the loss needs a figure of."""
+        return self.kind == "kto" and self.form == "kto"
+
+    @property
+    def answers(self) -> int:
+        """Sequences of one example: two of a pair, and of an answer with a mismatched one beside it."""
+        return 2 if self.pairs or self.looks_ahead else 1
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss compares with what the model said before training."""
+        return self.kind in ("dpo", "ipo", "kto")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataRef:
     """Tokenized rows. Without `train` they are not known yet."""
 
@@ -219,6 +253,7 @@ class Run:
     schedule: Schedule
     optimizer: OptimizerSpec
     method: Method
+    objective: ObjectiveSpec = field(default_factory=ObjectiveSpec)
     data: DataRef
     saving: Saving
     guards: Guards

@@ -9,6 +9,7 @@ output/{name}-tp{tp}-pp{pp}/vN-time/  made by `swift sft`
     iter_0000010/                       torch_dist files and manifest.json
     initial_adapter/                    what an adapter began as, where that was taken out of the base
     iter_0000010-hf/                    its Hugging Face copy (--save_safetensors true)
+    reference_logps.npz                 what the reference says of every answer (swift rlhf)
     sft_args.json, plan.json, logging.jsonl, runs/, images/, config.json, tokenizer files
 """
 
@@ -23,6 +24,7 @@ from megaswift.store.manifest import quick_check
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 INITIAL_ADAPTER = "initial_adapter"  # of a run whose adapter began as a part of the base
+REFERENCE_FILE = "reference_logps.npz"  # of a run whose objective compares with a reference
 _ITERATION = re.compile(r"iter_(\d{7,})")
 
 

@@ -2,7 +2,7 @@
 
 class Tracker(Callback):                                     # overrides what it needs, and no more
     def step(self, step, result, seconds): ...
-    def evaluated(self, step, loss): ...
+    def evaluated(self, step, loss, metrics): ...
 
 callbacks.add(Tracker())
 """
@@ -49,8 +49,8 @@ class Callback:
     def step(self, step: int, result: StepResult, seconds: float) -> None:
         """A step is done; `seconds` is its time, data and the callbacks of the step before included."""
 
-    def evaluated(self, step: int, loss: float) -> None:
-        """The validation loss after a step is known."""
+    def evaluated(self, step: int, loss: float, metrics: dict[str, float]) -> None:
+        """The validation loss after a step is known, and the objective's metrics of the validation rows as means."""
 
     def saved(self, step: int, directory: Path, seconds: float, waited: float) -> None:
         """A checkpoint is safe: seconds since it was begun, and those of them in which training waited for it."""
@@ -110,9 +110,9 @@ class Callbacks:
         for callback in self._members:
             callback.step(step, result, seconds)
 
-    def evaluated(self, step: int, loss: float) -> None:
+    def evaluated(self, step: int, loss: float, metrics: dict[str, float]) -> None:
         for callback in self._members:
-            callback.evaluated(step, loss)
+            callback.evaluated(step, loss, metrics)
 
     def saved(self, step: int, directory: Path, seconds: float, waited: float) -> None:
         for callback in self._members:

@@ -10,6 +10,7 @@ import torch
 from megaswift.data.batches import EvalBatches, MicroBatch
 from megaswift.store.faults import fault_point
 from megaswift.train.callbacks import Callback, Callbacks
+from megaswift.train.objectives import shown
 from megaswift.train.setup import to_device
 
 if TYPE_CHECKING:
@@ -50,6 +51,6 @@ class Evaluation(Callback):
                 yield to_device(self.validation.step(k), self.device)
                 self.watchdog.beat(f"the evaluation after step {step}")
 
-        loss = self.trainer.evaluate(groups())
+        loss, weight, sums = self.trainer.evaluated(groups())
         if not cut:
-            self.callbacks.evaluated(step, loss)
+            self.callbacks.evaluated(step, loss, shown(sums, weight))

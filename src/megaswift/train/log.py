@@ -13,7 +13,7 @@ import torch
 from megaswift.store.publish import put
 from megaswift.terminal import LiveLine, duration
 from megaswift.train.callbacks import Callback
-from megaswift.train.objectives import SUPERVISED
+from megaswift.train.objectives import SUPERVISED, shown
 
 if TYPE_CHECKING:
     from megaswift.run.spec import Run
@@ -55,15 +55,18 @@ class RunLog(Callback):
         if due:
             self._write(row)
             for name in (*FIGURES, *self._own_metrics()):
-                if row[name] is not None:
+                if row.get(name) is not None:
                     self.board.add_scalar(f"train/{name}", row[name], step)
             self.window = []
 
-    def evaluated(self, step: int, loss: float) -> None:
-        """The validation loss after a step."""
+    def evaluated(self, step: int, loss: float, metrics: dict[str, float]) -> None:
+        """The validation loss after a step, and the objective's metrics of the validation rows."""
         if self.active:
-            self._write({"eval_loss": _rounded(loss), "global_step/max_steps": f"{step}/{self.last}"})
-            self.board.add_scalar("eval/loss", loss, step)
+            own = {name: value for name, value in metrics.items() if name != SUPERVISED}
+            row = {"eval_loss": _rounded(loss)} | {f"eval_{name}": _rounded(value) for name, value in own.items()}
+            self._write(row | {"global_step/max_steps": f"{step}/{self.last}"})
+            for name, value in (own | {"loss": loss}).items():
+                self.board.add_scalar(f"eval/{name}", value, step)
             self.line.show(f"step {step}/{self.last}  validation loss {loss:.4f}", keep=True)
 
     def saved(self, step: int, directory: Path, seconds: float, waited: float) -> None:
@@ -124,7 +127,7 @@ class RunLog(Callback):
             "tokens_per_second": round(sum(result.tokens for result in results) / sum(times), 1),
             "supervised_tokens_per_second": round(supervised / sum(times), 1),
             **({} if results[-1].loss_scale is None else {"loss_scale": results[-1].loss_scale}),
-            **{name: self._mean(name, used, weight) for name in self._own_metrics()},
+            **self._means(used, weight),
             "skipped_steps": sum(result.skipped or result.nonfinite or result.spike for result in results),
             "memory_gb": round(memory_gb(self.on_gpu), 2),
             "elapsed_s": round(elapsed, 1),
@@ -133,11 +136,15 @@ class RunLog(Callback):
 
     def _own_metrics(self) -> list[str]:
         """Metrics of the objective that are shown as means; tokens with loss have a figure of their own."""
-        return [name for name in self.window[-1][0].metrics if name != SUPERVISED]
+        return list(self._means([result for result, _ in self.window], 1.0))
 
-    def _mean(self, name: str, results: list[StepResult], weight: float) -> float | None:
-        """Over all steps together, divided as the loss is."""
-        return _rounded(sum(result.metrics[name] for result in results) / (weight or 1.0)) if results else None
+    def _means(self, results: list[StepResult], weight: float) -> dict[str, float | None]:
+        """Over all steps together, divided as the loss is, or as `shown` says."""
+        names = [name for name in self.window[-1][0].metrics if name != SUPERVISED]
+        if not results:
+            return dict.fromkeys(shown(dict.fromkeys(names, 1.0), 1.0))
+        sums = {name: sum(result.metrics[name] for result in results) for name in names}
+        return {name: _rounded(value) for name, value in shown(sums, weight or 1.0).items()}
 
     def _text(self, step: int, row: dict[str, Any]) -> str:
         norm = "overflow" if row["grad_norm"] is None else f"{row['grad_norm']:.3f}"

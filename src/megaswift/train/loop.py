@@ -8,9 +8,11 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 
 from megaswift.data.batches import Batches, EvalBatches, prefetch
@@ -30,6 +32,7 @@ from megaswift.train.setup import open_batches, restore_trainer, to_device
 from megaswift.train.step_guard import StepGuard
 
 if TYPE_CHECKING:
+    from megaswift.megatron.model import ChatModel, Chunks
     from megaswift.train.trainer import Trainer
 
 
@@ -44,8 +47,9 @@ def train(run: Run) -> None:
     ):
         run_dir = _agreed_run_dir(run)
         with Watchdog(run_dir, rank.rank, *limits) as watchdog:
-            trainer, extra = restore_trainer(run)
             batches, validation = open_batches(run, rank)
+            loaded = partial(_attach_reference, run, run_dir, batches, validation, rank, watchdog, signals)
+            trainer, extra = restore_trainer(run, loaded if run.objective.needs_reference else None)
             with (
                 closing(trainer),
                 closing(RunLog(run_dir, run, rank.is_first, rank.on_gpu)) as log,
@@ -57,6 +61,34 @@ def train(run: Run) -> None:
                 training = Training(run, rank, run_dir, trainer, batches, callbacks, signals)
                 training.attend(log, watchdog, validation, extra)
                 training.run()
+
+
+def _attach_reference(
+    run: Run,
+    run_dir: Path,
+    batches: Batches,
+    validation: EvalBatches | None,
+    rank: process_groups.Rank,
+    watchdog: Watchdog,
+    signals: StopSignals,
+    model: ChatModel | Chunks,
+) -> None:
+    """What the model says of all answers before it is trained. Raises Stopped, on all ranks alike, where a signal asks for it."""
+    from megaswift.train.reference import attach
+
+    def beat(what: str) -> None:
+        watchdog.long(what)
+        asked = torch.tensor(float(bool(signals.asked)), device=rank.device)
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        if asked.item():
+            raise Stopped(
+                f"stopped by {signals.asked or 'a signal to another rank'} before a step was made, during {what}.",
+                where=str(run_dir),
+                fix="the same command with --resume true starts again",
+            )
+
+    stores = {"train": batches.rows} | ({} if validation is None else {"val": validation.rows})
+    attach(run, run_dir, stores, rank.device, beat, model)
 
 
 class Training:

@@ -34,7 +34,7 @@ class Loss:
     Attributes:
         total: fp32, with the gradient that the backward pass begins from.
         weight: fp32, how much this micro batch counts: tokens, pairs, whatever the objective divides by.
-        metrics: fp32 sums under the objective's own names.
+        metrics: fp32 sums under the objective's own names. `shown` says what they are divided by.
     """
 
     total: Tensor
@@ -42,12 +42,34 @@ class Loss:
     metrics: dict[str, Tensor]
 
 
+def shown(sums: dict[str, float], weight: float) -> dict[str, float]:
+    """Metrics as means: sums divided by the sum of weights; `a|b`, shown as `a`, by the sum `b`, which is a count and not shown.
+
+    What there is nothing of is left out. Where both rewards are means of their own, their margin is shown too.
+    """
+    counts = {name.partition("|")[2] for name in sums} - {""}
+    by = {name: sums[name.partition("|")[2]] if "|" in name else weight for name in sums if name not in counts}
+    found = {name.partition("|")[0]: sums[name] / by[name] for name in by if by[name] > 0}
+    if {"rewards/chosen", "rewards/rejected"} <= found.keys() and "rewards/margins" not in found:
+        found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
+    return found
+
+
 class Objective(Protocol):
     """How a model is judged: what the trainer is given, and all that it knows of the method."""
 
     @property
+    def ahead(self) -> Ahead | None:
+        """What must be known of a global batch before its losses are; None: nothing."""
+        ...
+
+    @property
     def metrics(self) -> tuple[str, ...]:
         """Names of the metrics that every Loss has."""
+        ...
+
+    def weight(self, batch: MicroBatch) -> Tensor:
+        """fp32, on the host: what a Loss of this micro batch will have as its weight; on the ranks of every stage."""
         ...
 
     def micro_batch(self, model: ChatModel, hidden: Tensor, batch: MicroBatch) -> Loss:
@@ -61,10 +83,28 @@ class Objective(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """A forward pass over the mismatched answers of a global batch, before its step.
+
+    Args:
+        objective: what is made of them.
+        told: called with the sum of the losses over the sum of their weights, fp64 on the device, on all ranks alike.
+    """
+
+    objective: Objective
+    told: Callable[[Tensor], None]
+
+
 class SupervisedTokens:
     """Cross entropy of the tokens that carry loss, each by its weight: supervised fine-tuning, chats and plain text alike."""
 
     metrics = (SUPERVISED,)
+    ahead = None
+
+    def weight(self, batch: MicroBatch) -> Tensor:
+        """The sum of weights, which is the number of tokens where rows bring none."""
+        return supervised_weight(batch)
 
     def micro_batch(self, model: ChatModel, hidden: Tensor, batch: MicroBatch) -> Loss:
         """The summed loss; it is divided by the sum of weights, which is the number of tokens where rows bring none."""
@@ -84,10 +124,20 @@ class SequenceObjective:
             are, by their weights, fp32 [n]; the micro batch) -> Loss. Sequences come in the order of the rows, and of the
             samples packed into one; what pads a packed row is one without tokens.
         metrics: names of the metrics that each Loss has.
+        weigh: the weight of a micro batch's Loss, known ahead; routers balance their load by it.
+        ahead: see Objective.
     """
 
     worth: Callable[[Tensor, Tensor, MicroBatch], Loss]
     metrics: tuple[str, ...] = ()
+    weigh: Callable[[MicroBatch], Tensor] | None = None
+    ahead: Ahead | None = None
+
+    def weight(self, batch: MicroBatch) -> Tensor:
+        """See Objective. Ranks that share the rows count a part each."""
+        if self.weigh is None:
+            return supervised_weight(batch)
+        return self.weigh(batch) / (1 if batch.share is None else batch.share.group.size())
 
     def micro_batch(self, model: ChatModel, hidden: Tensor, batch: MicroBatch) -> Loss:
         """What `worth` says. Ranks that share the rows all have every sequence, so each of them counts its part of it."""
@@ -96,6 +146,11 @@ class SequenceObjective:
         ranks = 1 if batch.share is None else batch.share.group.size()
         metrics = {name: value / ranks for name, value in loss.metrics.items()}
         return Loss(loss.total / ranks, loss.weight / ranks, metrics)
+
+
+def supervised_weight(batch: MicroBatch) -> Tensor:
+    """fp32: the sum of the weights of a micro batch's labels."""
+    return ((batch.labels != IGNORED).sum() if batch.weights is None else batch.weights.double().sum()).float()
 
 
 def sequences_of(batch: MicroBatch) -> tuple[Tensor, int]:

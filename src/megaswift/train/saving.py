@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,7 @@ class Checkpoints(Callback):
         self.eval_loss: tuple[int, float] | None = None  # step and loss of the last evaluation
         self.copies = HFCopies(run_dir, active=run.saving.hf_copies and rank.is_first)
 
-    def evaluated(self, step: int, loss: float) -> None:
+    def evaluated(self, step: int, loss: float, metrics: dict[str, float]) -> None:
         self.eval_loss = (step, loss)
 
     def asks(self) -> Verdict:
@@ -151,6 +152,7 @@ def _origin(run: Run, run_dir: Path) -> dict[str, Any]:
     method = run.method
     found |= {"adapter": method.adapter.record(), "base": method.base} if method.adapter is not None else {}
     found |= {"frozen": list(method.frozen)} if method.frozen else {}
+    found |= {"objective": asdict(run.objective)} if run.objective.kind != "supervised" else {}
     own = (
         read_manifest(start) if run.schedule.first_step else {"rows_before": run.model.rows_before}
     )  # of this run's own checkpoint

@@ -8,6 +8,7 @@ with process_groups.joined(run.parallel, run.seed) as rank:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from megaswift.models.stages import by_rank, stage_layers
 from megaswift.run.memory import layer_activations
 from megaswift.run.spec import Run
 from megaswift.train.checkpoint.load import load_training_state, load_weights
-from megaswift.train.objectives import SupervisedTokens
+from megaswift.train.preference import objective_of
 from megaswift.weights.convert.lora import load_adapter
 from megaswift.weights.convert.lora_start import load_start
 from megaswift.weights.dtypes import BYTES
@@ -43,8 +44,13 @@ if TYPE_CHECKING:
     from megaswift.train.trainer import Trainer
 
 
-def restore_trainer(run: Run) -> tuple[Trainer, dict[str, Any]]:
-    """Model and optimizer with the weights, or the whole state, of the run's checkpoint; and what was saved beside it."""
+def restore_trainer(run: Run, loaded: Callable[[ChatModel | Chunks], None] | None = None) -> tuple[Trainer, dict[str, Any]]:
+    """Model and optimizer with the weights, or the whole state, of the run's checkpoint; and what was saved beside it.
+
+    Args:
+        loaded: called with the model once the weights that training starts from, or those of an adapter's base, are in it,
+            before there is an adapter or an optimizer. In full training that goes on, its weights are not read yet.
+    """
     from megaswift.megatron.freeze import freeze
     from megaswift.megatron.model import build, chunks_of, recompute_parts
     from megaswift.train.trainer import Trainer
@@ -59,13 +65,15 @@ def restore_trainer(run: Run) -> tuple[Trainer, dict[str, Any]]:
             _pack_weights(model, config, weights, method.adapter)
         if run.model.rows_before is not None:
             fill_new_rows(model, start, Path(run.model.directory), run.model.rows_before, config.vocab_size)
+    if loaded is not None:
+        loaded(model)
     adapter = None if method.adapter is None else _adapter(run, method.adapter, config)
     for chunk in chunks_of(model):
         if adapter is not None:
             adapter.attach(chunk)
         elif method.frozen:
             freeze(chunk, method.frozen)
-    trainer = Trainer(model, run, SupervisedTokens())
+    trainer = Trainer(model, run, objective_of(run.objective))
     recompute_parts(model, _recomputed(run, config))
     if run.schedule.first_step == 0:
         return trainer, {}
@@ -133,7 +141,11 @@ def to_device(group: list[MicroBatch], device: torch.device) -> list[MicroBatch]
     """Micro batches on the rank's device; borders of packed rows stay on the host, which reads them."""
     if device.type == "cpu":
         return group
-    names = ("tokens", "position_ids", "origins")
+    names = ("tokens", "position_ids", "origins", "desirable", "reference")
     moved = [{name: getattr(batch, name) for name in names if getattr(batch, name) is not None} for batch in group]
+    beside = [batch.mismatched for batch in group]
+    if beside[0] is not None:
+        with_beside = zip(group, to_device([batch for batch in beside if batch is not None], device), strict=True)
+        group = [replace(batch, mismatched=own) for batch, own in with_beside]
     there = [{name: value.to(device, non_blocking=True) for name, value in values.items()} for values in moved]
     return [replace(batch, **values) for batch, values in zip(group, there, strict=True)]

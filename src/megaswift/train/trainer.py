@@ -147,6 +147,7 @@ class Trainer:
         Returns the sums of the global batch, fp64 on the device: losses, weights, and the objective's metrics in their order.
         `gradient_divisor` tells what the gradient buffers must be divided by to be gradients of the mean loss.
         """
+        self._look_ahead(batches)
         for wrapped in self.wrapped:
             wrapped.train()
             zero_main_grads(wrapped)
@@ -226,35 +227,44 @@ class Trainer:
             sum_gradients(params, "partial_gradient", parallel_state.get_tensor_model_parallel_group())
             sum_gradients(params, "partial_expert_gradient", parallel_state.get_expert_tensor_parallel_group())
 
-    @torch.no_grad()
     def evaluate(self, batches: Iterator[list[MicroBatch]]) -> float:
         """The loss of all batches together: the sum of their losses over the sum of their weights."""
+        return self.evaluated(batches)[0]
+
+    @torch.no_grad()
+    def evaluated(self, batches: Iterator[list[MicroBatch]]) -> tuple[float, float, dict[str, float]]:
+        """The loss of all batches together, what it was divided by, and the sums of the objective's metrics."""
         for wrapped in self.wrapped:
             wrapped.eval()
-        total, weight = 0.0, 0.0
+        sums = torch.zeros(2 + len(self.objective.metrics), dtype=torch.float64)
         for group in batches:
-            summed, more, *_ = self._forward_backward(group, forward_only=True).tolist()
-            total, weight = total + summed, weight + more
-        return total / weight if weight > 0 else 0.0
+            self._look_ahead(group)
+            sums += self._forward_backward(group, forward_only=True).cpu()
+        total, weight, *metrics = sums.tolist()
+        found = dict(zip(self.objective.metrics, metrics, strict=True))
+        return total / weight if weight > 0 else 0.0, weight, found
 
-    def _forward_backward(self, batches: list[MicroBatch], forward_only: bool) -> Tensor:
-        """Run Megatron-Core's schedule; the sums of losses, weights and metrics over the whole global batch (fp64)."""
-        if parallel_state.get_context_parallel_world_size() > 1:
-            batches = [shard_batch(batch, parallel_state.get_context_parallel_group()) for batch in batches]
-        iterators = [iter(batches) for _ in self.wrapped]
-        if len(iterators) > 1:
-            pp = parallel_state.get_pipeline_model_parallel_world_size()
-            self.bare_model.config.microbatch_group_size_per_vp_stage = group_of_micro_batches(len(batches), pp)
-        reports = self.run_schedule(
-            forward_step_func=partial(forward_step, self.objective),
-            data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=self.wrapped,
-            num_microbatches=len(batches),
-            seq_length=batches[0].tokens.shape[1],
-            micro_batch_size=batches[0].tokens.shape[0],
-            forward_only=forward_only,
-        )
-        sums = torch.zeros(2 + len(self.objective.metrics), dtype=torch.float64, device=batches[0].tokens.device)
+    @torch.no_grad()
+    def _look_ahead(self, batches: list[MicroBatch]) -> None:
+        """Find what the objective must know of a global batch before its losses, by a forward pass over what is beside it."""
+        ahead = self.objective.ahead
+        if ahead is None:
+            return
+        for wrapped in self.wrapped:
+            wrapped.eval()
+        beside = [batch.mismatched for batch in batches if batch.mismatched is not None]
+        sums = self._forward_backward(beside, forward_only=True, objective=ahead.objective)
+        ahead.told(sums[0] / divisor(sums))
+
+    def _forward_backward(self, batches: list[MicroBatch], forward_only: bool, objective: Objective | None = None) -> Tensor:
+        """Run Megatron-Core's schedule; the sums of losses, weights and metrics over the whole global batch (fp64).
+
+        Args:
+            objective: another than the trainer's own.
+        """
+        objective = objective or self.objective
+        reports = forward_backward(self.wrapped, self.bare_model.config, objective, batches, forward_only, self.run_schedule)
+        sums = torch.zeros(2 + len(objective.metrics), dtype=torch.float64, device=batches[0].tokens.device)
         for report in reports:  # empty before the last pipeline stage
             sums += report["sums"].to(torch.float64)
         dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
@@ -265,6 +275,40 @@ class Trainer:
                 group=parallel_state.get_pipeline_model_parallel_group(),
             )
         return sums
+
+
+def forward_backward(
+    models: list[Any],
+    config: Any,
+    objective: Objective,
+    batches: list[MicroBatch],
+    forward_only: bool,
+    run_schedule: Any = None,
+) -> list[dict[str, Tensor]]:
+    """Megatron-Core's schedule over this rank's micro batches, shared with the context-parallel ranks.
+
+    Args:
+        models: the chunks of this process, wrapped or not; config: Megatron-Core's, which they share.
+        run_schedule: `get_forward_backward_func()`, for who has it already.
+
+    Returns the sums of each micro batch as `forward_step` reports them; nothing before the last pipeline stage.
+    """
+    if parallel_state.get_context_parallel_world_size() > 1:
+        batches = [shard_batch(batch, parallel_state.get_context_parallel_group()) for batch in batches]
+    iterators = [iter(batches) for _ in models]
+    if len(iterators) > 1:
+        pp = parallel_state.get_pipeline_model_parallel_world_size()
+        config.microbatch_group_size_per_vp_stage = group_of_micro_batches(len(batches), pp)
+    reports: list[dict[str, Tensor]] = (run_schedule or get_forward_backward_func())(
+        forward_step_func=partial(forward_step, objective),
+        data_iterator=iterators if len(iterators) > 1 else iterators[0],
+        model=models,
+        num_microbatches=len(batches),
+        seq_length=batches[0].tokens.shape[1],
+        micro_batch_size=batches[0].tokens.shape[0],
+        forward_only=forward_only,
+    )
+    return reports
 
 
 def divisor(sums: Tensor) -> Tensor:

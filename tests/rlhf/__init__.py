@@ -1,0 +1,1 @@
+"""Preference training: rows, losses, references, whole runs."""
