@@ -49,7 +49,13 @@ def test_right_conversions_pass(name: str, tiny_folders: Any) -> None:
     logits = proof["logits"]
     assert not logits["failed"]
     assert len(logits["prompts"]) >= 8 and logits["positions"] > 300
-    assert logits["max_abs"] < 1e-5 and logits["mean_kl"] < 1e-12 and logits["top1"] == 1.0
+    # What transformers' own fp32 computes of a gated delta net is 1e-5 from what it computes in fp64.
+    delta = any(kind.delta for kind in family_of(name).layers(load_config(folder)))
+    assert (
+        logits["max_abs"] < (5e-5 if delta else 1e-5)
+        and logits["mean_kl"] < (1e-10 if delta else 1e-12)
+        and logits["top1"] == 1.0
+    )
     assert len(logits["layers"]) == 1 + load_config(folder).num_hidden_layers
     assert all(item["equal"] for item in proof["config"])
 

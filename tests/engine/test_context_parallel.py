@@ -45,7 +45,9 @@ def test_slices_see_what_stands_before_them(samples: list[int], size: int, rows:
         assert piece.lengths.cu_queries[-1] == part * rows
 
 
-def _attention(lengths: list[int] | None, width: int, rows: int, window: int | None, cap: float | None) -> list[float]:
+def _attention(
+    lengths: list[int] | None, width: int, rows: int, window: int | None, cap: float | None, sinks: bool
+) -> list[float]:
     """Largest differences of output and gradients from whole attention, in fp64, on one rank."""
     dist.init_process_group("gloo")
     try:
@@ -54,7 +56,8 @@ def _attention(lengths: list[int] | None, width: int, rows: int, window: int | N
         shapes = [(width, rows, count, dim) for count in (heads, groups, groups)]
         whole = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
         upstream = torch.randn(width, rows, heads * dim, dtype=torch.float64)
-        expected = _whole(*whole, lengths or [width], window, cap)
+        one, mine = (torch.linspace(-2, 2, heads, dtype=torch.float64).requires_grad_() for _ in range(2))
+        expected = _whole(*whole, lengths or [width], window, cap, one if sinks else None)
         expected.backward(upstream)
 
         ids = torch.arange(width).expand(rows, width)
@@ -65,16 +68,25 @@ def _attention(lengths: list[int] | None, width: int, rows: int, window: int | N
             return torch.cat([x[piece.first : piece.last] for piece in share.slices])
 
         parts = [own(x.detach()).requires_grad_() for x in whole]
-        output = shared_causal(*parts, share, window=window, cap=cap)
+        output = shared_causal(*parts, share, window=window, cap=cap, sinks=mine if sinks else None)
         output.backward(own(upstream))
         pairs = [(output, own(expected)), *((part.grad, own(x.grad)) for part, x in zip(parts, whole))]
+        if sinks:  # each rank has the gradient of its own queries
+            dist.all_reduce(mine.grad)
+            pairs.append((mine.grad, one.grad))
         return [float((one - other).abs().max()) for one, other in pairs]
     finally:
         dist.destroy_process_group()
 
 
 def _whole(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[int], window: int | None, cap: float | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: list[int],
+    window: int | None,
+    cap: float | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """Softmax attention written out, sample by sample."""
     repeat = query.shape[2] // key.shape[2]
@@ -84,16 +96,19 @@ def _whole(
     sample = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     near = torch.ones(len(sample), len(sample)).tril().triu(1 - (window or len(sample))).bool()
     seen = (sample[:, None] == sample[None]) & near
-    weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
+    scores = scores.masked_fill(~seen, -math.inf)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)), -1)
+    weights = scores.softmax(-1)[..., : len(sample)]
     return torch.einsum("bhqk,kbhd->qbhd", weights, value).flatten(2)
 
 
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize(("lengths", "rows"), [(None, 1), (None, 3), ([5, 1, 13, 5], 1), ([1] * 24, 1), ([23, 1], 1)], ids=str)
 def test_shared_attention_is_whole_attention(size: int, lengths: list[int] | None, rows: int, pool: RankPool) -> None:
-    # Three ranks look through a window; of three rows the scores are capped.
+    # Three ranks look through a window, two have sinks; of three rows the scores are capped.
     window, cap = (4 if size == 3 else None), (1.0 if rows == 3 else None)
-    for differences in pool.run(size, _attention, lengths, 24, rows, window, cap):
+    for differences in pool.run(size, _attention, lengths, 24, rows, window, cap, size == 2):
         assert max(differences) < 1e-12
 
 

@@ -10,8 +10,11 @@ from unittest import mock
 import pytest
 import torch
 
-from megaswift.models import families
+from megaswift.errors import UserError
+from megaswift.models import families, family_of
 from megaswift.models.experts import has_experts
+from megaswift.run.experts import expert_layout_problems
+from megaswift.run.problems import refuse
 from megaswift.run.spec import Parallel, Routing, Run
 from megaswift.weights.hf.config import load_config
 from tests import tiny
@@ -102,6 +105,16 @@ def reference(folder: Path, updated: Path, balance: float = 0.0, z_loss: float =
     return float(loss.detach()), norm
 
 
+def cannot_be_cut(folder: str) -> bool:
+    """Whether experts have biases, which each part of them would add: etp is then refused."""
+    config = load_config(Path(folder))
+    if not any(kind.experts and kind.experts.biases for kind in family_of(config.model_type).layers(config)):
+        return False
+    with pytest.raises(UserError, match="experts have biases"):
+        refuse(expert_layout_problems(config, Parallel(world_size=2, tp=2, etp=2)))
+    return True
+
+
 def built(folder: str, release: str, layout: dict[str, int]) -> Any:
     """On one rank: the model of a layout with the weights of a checkpoint."""
     from megaswift.megatron.model import build
@@ -158,6 +171,8 @@ def family(request: pytest.FixtureRequest, tiny_folders: Any, tmp_path_factory: 
 def test_a_step_is_that_of_transformers(name: str, family: Any, pool: RankPool) -> None:
     folder, release, updated, loss, norm = family
     layout = LAYOUTS[name]
+    if layout.get("etp", 1) > 1 and cannot_be_cut(folder):
+        return
     for result in pool.run(layout.get("world", 1), one_step, folder, release, updated, layout):
         assert result["loss"] == pytest.approx(loss, abs=2e-6)
         assert result["norm"] == pytest.approx(norm, rel=1e-5)
@@ -302,9 +317,13 @@ def test_logits_are_those_of_transformers(name: str, family: Any, pool: RankPool
     from transformers import AutoModelForCausalLM
 
     folder, release, layout = *family[:2], LAYOUTS[name]
+    if layout.get("etp", 1) > 1 and cannot_be_cut(folder):
+        return
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
         wanted = model(rows(model.config.vocab_size)[0], use_cache=False).logits
     parts = dict(pool.run(layout["world"], logits_at, folder, release, layout))
     found = torch.cat([parts[rank] for rank in sorted(parts)], dim=-1)[..., : model.config.vocab_size]
-    assert (found - wanted).abs().max() < 1e-5
+    kinds = family_of(model.config.model_type).layers(model.config)
+    limit = 4e-5 if any(kind.delta for kind in kinds) else 1e-5  # transformers' own are 1e-5 from those in fp64 there
+    assert (found - wanted).abs().max() < limit

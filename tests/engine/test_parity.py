@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megaswift.models import parameters_of
+from megaswift.models import family_of, parameters_of
 from megaswift.run.spec import Parallel, Precision
 from megaswift.weights.convert import Precisions, hf_to_megatron, planned_hf_tensors, verify_round_trip
 from megaswift.weights.hf.config import load_config
@@ -94,10 +94,13 @@ def run_layout(folder: str, release: str, gradients: str, tp: int, pp: int) -> d
             forward_step_func=partial(forward_step, SupervisedTokens()), data_iterator=iter([batch]), model=[wrapped], num_microbatches=1,
             seq_length=tokens.shape[1], micro_batch_size=1, forward_only=False,
         )  # fmt: skip
-        errors = {
-            name: float((parameter.main_grad - wanted).abs().max() / wanted.abs().max().clamp_min(1e-3))
-            for (name, parameter), wanted in zip(model.named_parameters(), expected.parameters())
-        }
+        errors = {}
+        for (name, parameter), wanted in zip(model.named_parameters(), expected.parameters()):
+            largest = wanted.detach().abs().max()  # of all parts: those of a few heads may be near zero
+            torch.distributed.all_reduce(
+                largest, op=torch.distributed.ReduceOp.MAX, group=parallel_state.get_tensor_model_parallel_group()
+            )
+            errors[name] = float((parameter.main_grad - wanted).abs().max() / largest.clamp_min(1e-3))
         worst = max(errors, key=lambda name: errors[name])
         wrapped.grad_accs.clear()  # its hooks hold the wrapper, and with it the process groups
         return {
@@ -131,12 +134,15 @@ def test_family(name: str, tied: bool, tiny_folders: Any, pool: RankPool, tmp_pa
     assert all(torch.equal(back[key], source.tensor(key)) for key in back)
 
     logits, loss = reference(folder, tmp_path / "grads")
+    delta = any(
+        kind.delta for kind in family_of(config.model_type).layers(config)
+    )  # transformers' own are 1e-5 from fp64 there
     gradients = tiny.to_megatron(tmp_path / "grads", tmp_path / "grads_megatron")
     for tp, pp in LAYOUTS:
         results = pool.run(tp * pp, run_layout, str(folder), str(release), str(gradients), tp, pp)
         if pp == 1:
             whole = torch.cat([result["logits"] for result in results], dim=-1)[..., : config.vocab_size]
-            assert (whole - logits).abs().max() < 5e-6, f"tp {tp}"
+            assert (whole - logits).abs().max() < (2e-5 if delta else 5e-6), f"tp {tp}"
         losses = [result["loss"] for result in results if result["loss"] is not None]
         assert losses and all(abs(value - loss) / loss < 1e-6 for value in losses), f"tp {tp} pp {pp}: {losses} {loss}"
         error, parameter = max(result["worst"] for result in results)

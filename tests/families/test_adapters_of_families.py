@@ -29,6 +29,16 @@ MORE["deepseek_v3, base in 4 bits, scales in 8"] = {
     },
 }  # fmt: skip
 
+# Bases held in 4 bits: rows of whole blocks of 64.
+MORE |= {
+    f"{name}, base in 4 bits": {
+        "family": name, "tied": True, "lora": {"bits": 4}, "layouts": ("tp1 pp1 dp1", "tp2 pp2, sequence parallel"),
+        "sizes": {"hidden_size": 128, "intermediate_size": 128, **sizes},
+    }
+    # A clamp that hardly a value meets: at its edge a rounding turns a gradient off.
+    for name, sizes in (("qwen3_5_text", {"linear_value_head_dim": 16}), ("gpt_oss", {"swiglu_limit": 3.0}))
+}  # fmt: skip
+
 
 @pytest.mark.parametrize("case", MORE)
 def test_gradients_are_those_of_peft(case: str, pool: RankPool, tmp_path: Path) -> None:

@@ -21,15 +21,15 @@ from megaswift.weights.hf.config import load_config
 from megaswift.weights.hf.read import HFCheckpoint
 from megaswift.weights.torch_dist.reader import Reader
 
-LATENT = ("tp2", "tp2, sequence parallel")
+BOTH = ("tp2", "tp2, sequence parallel")
 
 
 @pytest.mark.parametrize("name", tiny.OTHERS)
 def test_round_trip_and_a_step(name: str, pool: RankPool, tmp_path: Path) -> None:
     """Tied weights on two stages, packed rows; and two tensor-parallel ranks, padded ones.
 
-    Gradients of norms of each head are a trap without sequence parallelism, those of all other norms with it; latent
-    attention has traps of both.
+    Gradients of norms of each head are a trap without sequence parallelism, those of all other norms with it; latent attention,
+    and biases of experts and routers, have traps of both.
     """
     steps = Steps(tmp_path, name, samples=16, tie_word_embeddings=True)
     source, reader = HFCheckpoint.open(tmp_path / "hf"), Reader(tmp_path / "start" / "release")
@@ -39,7 +39,8 @@ def test_round_trip_and_a_step(name: str, pool: RankPool, tmp_path: Path) -> Non
     steps.check(pool, "pp2", LAYOUTS["pp2"], ["packed"])
     kinds = family_of(steps.config.model_type).layers(steps.config)
     heads = any(kind.qk_norm_rotated or kind.qk_norm for kind in kinds)
-    for layout in LATENT if kinds[0].latent is not None else ("tp2" if heads else "tp2, sequence parallel",):
+    both = any(kind.latent is not None or (kind.experts is not None and kind.experts.biases) for kind in kinds)
+    for layout in BOTH if both else ("tp2" if heads else "tp2, sequence parallel",):
         steps.check(pool, layout, LAYOUTS[layout], ["padded"])
 
 

@@ -141,7 +141,7 @@ class LikelihoodScorer:
         """Log probabilities of the second and later tokens of each choice."""
         device, width = mask.device, max(map(len, tails)) - 1
         rows = torch.tensor(owner)  # on the CPU: a model split over GPUs has each layer's cache on that layer's GPU
-        cache.batch_select_indices(rows)
+        cache.reorder_cache(rows)  # what layers with linear attention know, too
         given = torch.tensor([tail[:-1] + [0] * (width - len(tail) + 1) for tail in tails], device=device)
         wanted = torch.tensor([tail[1:] + [-1] * (width - len(tail) + 1) for tail in tails], device=device)
         shown = torch.tensor([[1] * (len(tail) - 1) + [0] * (width - len(tail) + 1) for tail in tails], device=device)

@@ -309,7 +309,7 @@ def _digests(tensors: dict[str, str], target: Path, config: Any) -> dict[str, st
     if not parts:
         return tensors
     source = HFCheckpoint.open(target)
-    apart = {part.label: digest(part.of(source.tensor(part.name))) for part in parts}
+    apart = {part.label: digest(source.part(part)) for part in parts}
     return {name: value for name, value in tensors.items() if name not in {part.name for part in parts}} | apart
 
 

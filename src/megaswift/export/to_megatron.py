@@ -35,7 +35,7 @@ from megaswift.store.files import start_reading
 from megaswift.store.manifest import digest_files, versions, write_manifest
 from megaswift.store.publish import publish, workspace
 from megaswift.terminal import say, shown, typed
-from megaswift.weights.hf.block_fp8 import FIELD, BlockFp8Folder, opened
+from megaswift.weights.hf.block_fp8 import FIELD, opened
 from megaswift.weights.hf.config import load_config
 from megaswift.weights.hf.folder import read_config, side_files
 from megaswift.weights.hf.new_tokens import NewTokens, listed_tokens, with_new_tokens
@@ -85,7 +85,6 @@ def to_megatron(args: ExportArguments) -> Path:
         raise UserError("no model is named.", where="swift export", fix="give --model_type NAME or --model_id_or_path DIR")
     located = locate(args.model_type, args.model_id_or_path, args.model_revision, args.allow_pickle)
     source = opened(HFCheckpoint.open(located.path, args.allow_pickle))
-    quantized = isinstance(source, BlockFp8Folder)
     files = sorted({source.file_of(name) for name in source.names})
     start_reading(files)
     from megaswift.weights.convert import hf_to_megatron, precisions_of_folder, verify_round_trip
@@ -117,7 +116,7 @@ def to_megatron(args: ExportArguments) -> Path:
             config=config,
             directory=located.path,
             model_dir=model_dir,
-            config_overrides={FIELD: None} if quantized else {},
+            config_overrides={FIELD: None} if source.note else {},
             had=had,
             precisions=precisions,
             nbytes=_bytes(config, precisions),
@@ -128,7 +127,7 @@ def to_megatron(args: ExportArguments) -> Path:
             ),
             prove=proof,
             new_tokens=added,
-            note=source.note() if isinstance(source, BlockFp8Folder) else None,
+            note=source.note,
         ),
     )
 

@@ -28,6 +28,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megaswift.megatron.kernels.biased_experts import biased_expert_mlp, clamped_swiglu, expert_of_rows
 from megaswift.megatron.kernels.expert_mlp import expert_mlp, grouped, sum_rows, take_rows
 from megaswift.megatron.kernels.expert_rows import weighted_swiglu
 from megaswift.megatron.kernels.lora_experts import ExpertHalves, lora_expert_mlp
@@ -146,17 +147,17 @@ class _Exchange:
 class StackedLinear(torch.nn.Module):
     """The matrices of one product of all experts here, [experts, rows, columns]."""
 
-    def __init__(self, weight: Tensor | None, split: int) -> None:
-        """`weight`: None where one is to come that is held in few bits."""
+    def __init__(self, weight: Tensor | None, split: int, bias: Tensor | None = None) -> None:
+        """`weight`: None where one is to come that is held in few bits; `bias`: [experts, rows]."""
         super().__init__()
-        self.weight: Any = None
-        if weight is None:
-            return
-        self.weight = torch.nn.Parameter(weight)
-        self.weight.allreduce = False  # type: ignore[attr-defined]  # see the head of this file
-        # Each rank's part counts in the gradient norm, also where etp is 1: the optimizer shares it out over ranks.
-        self.weight.tensor_model_parallel = True  # type: ignore[attr-defined]
-        self.weight.partition_dim, self.weight.partition_stride = split, 1  # type: ignore[attr-defined]
+        self.weight: Any = None if weight is None else torch.nn.Parameter(weight)
+        self.bias: Any = None if bias is None else torch.nn.Parameter(bias)
+        both: tuple[Any, ...] = (self.weight, self.bias)
+        for values in (one for one in both if one is not None):
+            values.allreduce = False  # see the head of this file
+            # Each rank's part counts in the gradient norm, also where etp is 1: the optimizer shares it out over ranks.
+            values.tensor_model_parallel = True
+            values.partition_dim, values.partition_stride = min(split, values.dim() - 1), 1
 
     @property
     def halves(self) -> ExpertHalves | None:
@@ -165,7 +166,8 @@ class StackedLinear(torch.nn.Module):
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """x [t, columns], sorted by expert, to [t, rows]; training makes both products at once (`expert_mlp`)."""
-        return grouped(x, dense(self.weight, x.dtype).transpose(1, 2), ends)
+        made = grouped(x, dense(self.weight, x.dtype).transpose(1, 2), ends)
+        return made if self.bias is None else made + self.bias[expert_of_rows(ends, len(x))]
 
 
 class StackedExperts(MegatronModule):
@@ -184,12 +186,17 @@ class StackedExperts(MegatronModule):
             raise ValueError(
                 "Megatron-Core numbers the ranks of a tensor- and expert-parallel group in another way than expected"
             )
+        self.clamp, biased = experts.clamp, experts.biases
+        if biased != (experts.clamp is not None) or (biased and self.etp.size() > 1):
+            raise ValueError("experts with biases have clamped gates, and are whole on each rank")
         self.all, self.here, self.chosen = experts.count, experts.count // self.ep.size(), experts.chosen
         ffn, hidden = experts.ffn // self.etp.size(), config.hidden_size
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
         shapes = (self.here, 2 * ffn, hidden), (self.here, hidden, ffn)
-        first, second = (None if packed else torch.zeros(size, dtype=config.params_dtype, device=device) for size in shapes)
-        self.linear_fc1, self.linear_fc2 = StackedLinear(first, 1), StackedLinear(second, 2)
+        made: dict[str, Any] = dict(dtype=config.params_dtype, device=device)
+        first, second = (None if packed else torch.zeros(size, **made) for size in shapes)
+        biases = [torch.zeros(size[:2], **made) if biased else None for size in shapes]
+        self.linear_fc1, self.linear_fc2 = StackedLinear(first, 1, biases[0]), StackedLinear(second, 2, biases[1])
 
     def forward(self, tokens: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """What the chosen experts make of each token, added up by weight.
@@ -218,9 +225,16 @@ class StackedExperts(MegatronModule):
         return sum_rows(all_to_all(self.group, output, plan.sent, plan.received), places, source)
 
     def _mlp(self, rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-        if getattr(self.config, "plain_layers", False):  # every module is called, as a check that watches modules wants it
+        plain = getattr(self.config, "plain_layers", False)  # every module is called, as a check that watches modules wants it
+        if plain and self.clamp is not None:
+            hidden = clamped_swiglu(self.linear_fc1(rows, ends), *self.clamp)
+            return (self.linear_fc2(hidden, ends) * weights.unsqueeze(1)).to(rows.dtype)
+        if plain:
             return self.linear_fc2(weighted_swiglu(self.linear_fc1(rows, ends), weights), ends)
         first, second = self.linear_fc1, self.linear_fc2
+        if self.clamp is not None:
+            assert first.bias is not None and second.bias is not None
+            return biased_expert_mlp(rows, weights, (first.weight, first.bias), (second.weight, second.bias), ends, self.clamp)
         if first.halves is not None or second.halves is not None:
             return lora_expert_mlp(rows, weights, first.weight, second.weight, first.halves, second.halves, ends)
         return expert_mlp(rows, weights, first.weight, second.weight, ends)
@@ -254,19 +268,22 @@ class StackedExperts(MegatronModule):
 
         Weights in few bits are no part of a checkpoint.
         """
-        if not isinstance(self.linear_fc1.weight, Tensor):
-            return {}
         axis, replica = len(sharded_offsets), (0, 0, self.edp.rank())
         here = (axis, self.ep.rank(), self.ep.size())
         first, second = f"{prefix}linear_fc1.weight", f"{prefix}linear_fc2.weight"
         keys = f"{prefix}experts.linear_fc1.weight", f"{prefix}experts.linear_fc2.weight"
         rank, size = self.etp.rank(), self.etp.size()
         more: dict[str, Any] = dict(replica_id=replica, prepend_axis_num=axis)
-        made: dict[str, Any] = {
-            second: ShardedTensor.from_rank_offsets(
-                keys[1], self.linear_fc2.weight, *sharded_offsets, here, (axis + 2, rank, size), **more
-            )
-        }
+        made: dict[str, Any] = {}
+        for part in ("linear_fc1", "linear_fc2") if self.clamp is not None else ():
+            bias = getattr(self, part).bias
+            key = f"{prefix}experts.{part}.bias"
+            made[f"{prefix}{part}.bias"] = ShardedTensor.from_rank_offsets(key, bias, *sharded_offsets, here, **more)
+        if not isinstance(self.linear_fc1.weight, Tensor):
+            return made
+        made[second] = ShardedTensor.from_rank_offsets(
+            keys[1], self.linear_fc2.weight, *sharded_offsets, here, (axis + 2, rank, size), **more
+        )
         if size == 1:
             made[first] = ShardedTensor.from_rank_offsets(keys[0], self.linear_fc1.weight, *sharded_offsets, here, **more)
         else:

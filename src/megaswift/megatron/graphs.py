@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megaswift.megatron.gated_delta_net import GatedDeltaNet
 from megaswift.megatron.kernels.activation_offload import OffloadingBlock
 from megaswift.megatron.kernels.linear_ops import PLAIN, linear_ops_of
 from megaswift.megatron.kernels.megatron_layer import FusedMLP, FusedTransformerLayer, RMSNorm
@@ -199,6 +200,8 @@ def obstacle(decoder: Any, overlap_grad_reduce: bool = False) -> str | None:
         return "activations go to the host and come back"
     if overlap_grad_reduce:
         return _REDUCED
+    if any(type(layer.self_attention) is GatedDeltaNet for layer in decoder.layers):
+        return "where samples begin in a gated delta net the host must know in each step"
     if config.deterministic_mode or config.attention != "fastest":
         return "the attention kernel that was asked for takes sample by sample"
     return None
@@ -206,10 +209,15 @@ def obstacle(decoder: Any, overlap_grad_reduce: bool = False) -> str | None:
 
 def _is_plain(layer: Any) -> bool:
     """Whether a layer is of Llama's kind, all of it."""
-    core = layer.self_attention.core_attention
     exact = type(layer) is FusedTransformerLayer and type(layer.mlp) is FusedMLP and type(layer.input_layernorm) is RMSNorm
-    exact = exact and not isinstance(layer.self_attention, LatentAttention)
-    return exact and layer.mlp.activation_func is F.silu and core.window is None and core.score_cap is None
+    core: Any = getattr(layer.self_attention, "core_attention", None)
+    exact = exact and core is not None and not isinstance(layer.self_attention, LatentAttention)
+    exact = exact and not layer.config.attention_output_gate
+    return (
+        exact
+        and layer.mlp.activation_func is F.silu
+        and (core.window, core.score_cap, core.softmax_offset) == (None, None, None)
+    )
 
 
 class Graphs:

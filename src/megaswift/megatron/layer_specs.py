@@ -26,6 +26,7 @@ from torch import Tensor
 
 from megaswift.megatron.compat import mlp_spec
 from megaswift.megatron.experts import ExpertsLayer
+from megaswift.megatron.gated_delta_net import GatedDeltaNet
 from megaswift.megatron.kernels.context_parallel import Share
 from megaswift.megatron.kernels.megatron_layer import (
     CoreAttention,
@@ -40,10 +41,10 @@ from megaswift.megatron.layers import SumLayer, WidthNorm
 from megaswift.megatron.norms import LayerNorm, WideLayerNorm, WideRMSNorm, ZeroCentredLayerNorm, ZeroCentredRMSNorm
 from megaswift.megatron.packed_layers import PackedColumn, PackedReplicated, PackedRow
 from megaswift.megatron.router import Counted
-from megaswift.models.kinds import EXPERTS, LATENT, Kind
+from megaswift.models.kinds import EXPERTS, GATED_DELTA, LATENT, Kind
 
 # The modules behind the names in a Kind.
-ATTENTIONS: dict[str, type] = {"grouped_query": FusedSelfAttention, LATENT: LatentAttention}
+ATTENTIONS: dict[str, type] = {"grouped_query": FusedSelfAttention, LATENT: LatentAttention, GATED_DELTA: GatedDeltaNet}
 MLPS: dict[str, type] = {"gated": FusedMLP, "plain": FusedMLP, EXPERTS: ExpertsLayer}
 NORMS: dict[str, type] = {
     "rms": RMSNorm,
@@ -132,26 +133,32 @@ def layer_spec(kind: Kind, packed: bool = False) -> ModuleSpec:
             for heads in ("num_attention_heads", "num_query_groups")
         )
     core: Any = dict(rotation=kind.rotation, query_rotation=kind.query_rotation, window=kind.window, score_cap=kind.score_cap)
+    core |= dict(sinks=kind.sinks)
     module, params = _layer(kind, norm)
     column, row = (PackedColumn, PackedRow) if packed else (ColumnParallel, RowParallel)
+    attention = _named(ATTENTIONS, "attention", kind.attention)
+    if kind.delta is not None:
+        mixer = ModuleSpec(module=attention, params={"delta": kind.delta, "column": column, "row": row})
+    elif kind.latent is not None:
+        mixer = _latent(kind, packed)
+    else:
+        mixer = ModuleSpec(
+            module=attention,
+            params={"attn_mask_type": AttnMaskType.causal},
+            submodules=SelfAttentionSubmodules(
+                linear_qkv=column,
+                core_attention=partial(CoreAttention, norm=norm if kind.qk_norm_rotated else None, **core),
+                linear_proj=row,
+                q_layernorm=q_norm,
+                k_layernorm=k_norm,
+            ),
+        )
     return ModuleSpec(
         module=module,
         params=params,
         submodules=TransformerLayerSubmodules(
             input_layernorm=before,
-            self_attention=_latent(kind, packed)
-            if kind.latent is not None
-            else ModuleSpec(
-                module=_named(ATTENTIONS, "attention", kind.attention),
-                params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=column,
-                    core_attention=partial(CoreAttention, norm=norm if kind.qk_norm_rotated else None, **core),
-                    linear_proj=row,
-                    q_layernorm=q_norm,
-                    k_layernorm=k_norm,
-                ),
-            ),
+            self_attention=mixer,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=IdentityOp if kind.beside else before,
             mlp=_mlp(kind, MLPSubmodules(linear_fc1=column, linear_fc2=row), packed),

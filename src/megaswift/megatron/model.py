@@ -23,6 +23,7 @@ from torch import Tensor
 from megaswift.megatron import compat
 from megaswift.megatron.compat import mark_split
 from megaswift.megatron.experts import tell_layers
+from megaswift.megatron.gated_delta_net import GatedDeltaNet
 from megaswift.megatron.kernels.activation_offload import offload_activations
 from megaswift.megatron.kernels.attention import describe
 from megaswift.megatron.kernels.fp8_linear import Fp8LinearOps
@@ -152,12 +153,18 @@ class ChatModel(GPTModel):
         )
         query = torch.empty((2, 2, heads, config.kv_channels), dtype=config.params_dtype, device="cuda")
         packed = packed or config.context_parallel_size > 1
-        cores = [layer.self_attention.core_attention for layer in self.decoder.layers]
+        attending = [layer for layer in self.decoder.layers if type(layer.self_attention) is not GatedDeltaNet]
+        cores = [layer.self_attention.core_attention for layer in attending]
         plain = describe(query, groups, packed=packed)
-        said = [] if all(core.window or core.score_cap for core in cores) else [plain]
-        for window, cap in dict.fromkeys((core.window, core.score_cap) for core in cores if core.window or core.score_cap):
+        special = [(core.window, core.score_cap, core.softmax_offset is not None) for core in cores]
+        said = [] if all(map(any, special)) else [plain]
+        if len(attending) < len(self.decoder.layers):
+            delta = next(net.self_attention for net in self.decoder.layers if type(net.self_attention) is GatedDeltaNet)
+            said.append(f"{delta.kernel()} in layers with linear attention")
+        for window, cap, sinks in dict.fromkeys(one for one in special if any(one)):
             words = [f"windows of {window}"] * (window is not None) + [f"scores capped at {cap:g}"] * (cap is not None)
-            kernel = describe(query, groups, packed=packed, window=window is not None, cap=cap)
+            words += ["sinks"] * sinks
+            kernel = describe(query, groups, packed=packed, window=window is not None, cap=cap, sinks=sinks)
             said.append(f"{kernel} in layers with {' and '.join(words)}")
         return "; ".join(said)
 
@@ -397,6 +404,7 @@ def _settings_of(kinds: Sequence[Kind], settings: Mapping[str, Any]) -> dict[str
         activation_func=ACTIVATIONS[activation],
         gated_linear_unit=not plain,
         add_bias_linear=bias,
+        attention_output_gate=any(kind.output_gate for kind in kinds),
         add_qkv_bias=settings["add_qkv_bias"] or any(kind.qkv_bias for kind in kinds),
     )
 

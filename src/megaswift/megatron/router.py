@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -130,6 +131,10 @@ class Router(torch.nn.Module):
         shape = (experts.count, config.hidden_size)
         self.weight = torch.nn.Parameter(torch.zeros(shape, dtype=config.params_dtype, device=device))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.bias: torch.nn.Parameter | None = None
+        if experts.biases:
+            self.bias = torch.nn.Parameter(torch.zeros(experts.count, dtype=config.params_dtype, device=device))
+            self.bias.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.register_buffer("expert_bias", torch.zeros(experts.count, device=device) if experts.bias else None)
         self.seen: Seen | None = None
         self.expert_bias: Tensor | None
@@ -161,7 +166,12 @@ class Router(torch.nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """x [t, h] -> [t, experts], in the precision that tokens are routed in."""
-        return _RouterLogits.apply(x, self.weight, self.dtype, self.sum_group)
+        made = _RouterLogits.apply(x, self.weight, self.dtype, self.sum_group)
+        if self.bias is None:
+            return made
+        # Each rank routes its own part of the tokens: as for the weight, its gradient is summed over them.
+        bias = self.bias if self.sum_group is None else copy_to_tensor_model_parallel_region(self.bias, group=self.sum_group)
+        return made + bias.to(made.dtype)
 
     def routing_matrix(self) -> Tensor:
         """fp32 [experts, h]: what x is multiplied by."""

@@ -32,7 +32,8 @@ _WEIGHT = ".weight"
 _LAYERS = "decoder.layers."
 _LAYER = re.compile(r"decoder\.layers\.\d+\.")
 _EXPERT = re.compile(r"\.experts\.local_experts\.\d+\.")
-_LINEAR = re.compile(r"\.linear_(qkv|proj|fc1|fc2|q_proj|(q|kv)_(down|up)_proj)\.weight$")
+# Modules of ours that are linear layers: of attention and MLPs, of latent attention, of linear attention.
+_LINEAR = re.compile(r"\.(linear_(qkv|proj|fc1|fc2|q_proj|(q|kv)_(down|up)_proj)|in_proj(_ba)?|out_proj)\.weight$")
 
 
 @dataclass(frozen=True)

@@ -37,10 +37,16 @@ def table() -> list[dict[str, str]]:
                 "MLP": mlp(kinds),
                 "norms": norms(kinds),
                 "embeddings and logits": outside(family, config),
-                "layouts": "tp pp cp dp sp" + (" ep etp" if any(kind.experts for kind in kinds) else ""),
+                "layouts": layouts(kinds),
             }
         )
     return rows
+
+
+def layouts(kinds: Sequence[Kind]) -> str:
+    """Ways in which a model of such layers is split over processes."""
+    experts = next((kind.experts for kind in kinds if kind.experts is not None), None)
+    return "tp pp cp dp sp" + ("" if experts is None else " ep" if experts.biases else " ep etp")
 
 
 def _has_windows(family: Family, configs: Any) -> str:
@@ -61,17 +67,25 @@ def attention(family: Family, config: Any, windows: str = "") -> str:
         windows: which layers have a window, in words.
     """
     kinds, settings = family.layers(config), family.settings(config)
-    first, words = kinds[0], [windows] if windows else []
+    words = [windows] if windows else []
+    if any(kind.delta is not None for kind in kinds):
+        words.append("linear attention (gated delta net) in some layers")
+    if any(kind.output_gate for kind in kinds):
+        words.append("a gate for each head's result")
+    kinds = [kind for kind in kinds if kind.delta is None] or kinds
     if any(kind.score_cap is not None for kind in kinds):
         words.append("scores capped")
+    if any(kind.sinks for kind in kinds):
+        words.append("sinks")
     if any(kind.qk_norm_over_heads for kind in kinds):
         words.append("queries and keys normed over all heads")
     elif any(kind.qk_norm or kind.qk_norm_rotated for kind in kinds):
-        words.append("each head's query and key normed" + (" after the rotation" if first.qk_norm_rotated else ""))
+        words.append("each head's query and key normed" + (" after the rotation" if kinds[0].qk_norm_rotated else ""))
     if any(kind.rotation is None for kind in kinds):
         words.append("some layers without positions")
     if len({kind.rotation for kind in kinds} - {None}) > 1:
         words.append("angles by layer type")
+    first = kinds[0]
     if first.rotation == ALPHA:
         words.append("base grows by alpha")
     if first.query_rotation is not None:
@@ -96,7 +110,8 @@ def mlp(kinds: Sequence[Kind]) -> str:
         words.append(f"{gated}{_ACTIVATIONS[dense[0].activation]}" + (", beside attention" if dense[0].beside else ""))
     experts = next((kind.experts for kind in kinds if kind.experts is not None), None)
     if experts is not None:
-        words.append("experts" + (" and one that all tokens go to" if experts.shared_ffn else ""))
+        biased = " with biases and clamped gates" if experts.biases else ""
+        words.append(f"experts{biased}" + (" and one that all tokens go to" if experts.shared_ffn else ""))
     return "; ".join(words)
 
 
@@ -133,7 +148,9 @@ def layers(kinds: Sequence[Kind]) -> list[tuple[str, str]]:
     rows = []
     for kind, numbers in found.items():
         words = [f"a window of {kind.window} tokens" if kind.window is not None else "sees all before a token"]
-        if kind.rotation is None:
+        if kind.delta is not None:
+            words = [f"linear attention, {kind.delta.heads} states of {kind.delta.key_dim} x {kind.delta.value_dim}"]
+        elif kind.rotation is None:
             words.append("no positions")
         elif kind.rotation != MAIN:
             words.append(f"angles: {kind.rotation}")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from megaswift.errors import UserError
+from megaswift.models.delta import delta_sizes
 from megaswift.models.experts import expert_sizes
 from megaswift.models.kinds import Factors, Kind
 from megaswift.models.latent import latent_sizes
@@ -49,6 +50,7 @@ HONOURED_FIELDS = frozenset(
     "partial_rotary_factor is_causal".split()
 )
 LAYER_TYPES = ("full_attention", "sliding_attention")
+LINEAR_TYPES = ("full_attention", "linear_attention")
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 LONGROPE, LONGROPE_LISTS = "longrope", ("short_factor", "long_factor")  # one factor a frequency
 
@@ -70,6 +72,8 @@ class Family:
         activation_field: where it says that.
         rope_types: which types of rotation its tables may be of.
         partial_rotary: whether `partial_rotary_factor` is honoured: transformers' model asks for it.
+        layer_types: what `layer_types` in the config may name.
+        neutral_rotation: entries of rope_parameters that say nothing about text.
         left_out: fields of dropouts that training leaves out, whatever they say.
         extra_fields: config fields that only this family honours, in `settings`, `kind` or `factors`.
         factors: config -> what embeddings and logits are multiplied by.
@@ -88,6 +92,8 @@ class Family:
     activation_field: str = "hidden_act"
     rope_types: tuple[str, ...] = ROPE_TYPES
     partial_rotary: bool = False
+    layer_types: tuple[str, ...] = LAYER_TYPES
+    neutral_rotation: frozenset[str] = field(default_factory=frozenset)
     left_out: frozenset[str] = field(default_factory=frozenset)
     extra_fields: frozenset[str] = field(default_factory=frozenset)
     factors: Callable[[Any], Factors] = lambda config: Factors()
@@ -106,15 +112,15 @@ class Family:
         return is_mixed(self.rules, self.layers(config))
 
     def loading(self, config: PreTrainedConfig) -> dict[str, Any]:
-        """With what transformers must load such a model to compute what its config says: its SDPA attention drops caps of scores."""
-        capped = any(kind.score_cap is not None for kind in self.layers(config))
+        """With what transformers must load such a model to compute what its config says: its SDPA attention drops caps of scores and sinks."""
+        capped = any(kind.score_cap is not None or kind.sinks for kind in self.layers(config))
         return {"attn_implementation": "eager"} if capped else {}
 
     def parameters(self, config: PreTrainedConfig) -> list[Parameter]:
         """All tensors of a model of this family, in the order of the computation."""
         kinds = self.layers(config)
         sizes = sizes_of(config)
-        more = expert_sizes(kinds) | latent_sizes(kinds, sizes.heads)
+        more = delta_sizes(kinds) | expert_sizes(kinds) | latent_sizes(kinds, sizes.heads)
         return expanded(self.rules_for(is_tied(config)), replace(sizes, more=more), kinds)
 
     def audit(self, config: PreTrainedConfig, where: str = "config.json") -> None:
@@ -141,9 +147,9 @@ class Family:
             _require(values, "partial_rotary_factor", (1, 1.0, None), where)
         _require(values, "is_causal", (True, None), where)
         kinds = {str(kind) for kind in values.get("layer_types") or ()}
-        if not kinds <= set(LAYER_TYPES):
+        if not kinds <= set(self.layer_types):
             raise UserError(
-                f"layer_types names {', '.join(sorted(kinds - set(LAYER_TYPES)))}, which is not supported (only {', '.join(LAYER_TYPES)}).",
+                f"layer_types names {', '.join(sorted(kinds - set(self.layer_types)))}, which is not supported (only {', '.join(self.layer_types)}).",
                 where=f"{where}: layer_types",
                 fix="train this model elsewhere; nothing was converted",
             )
@@ -166,7 +172,7 @@ class Family:
             raise UserError(f"RoPE type {kind!r} is not supported.", where=f"{where}: {place}", fix=f"known types: {known}")
         if not self.partial_rotary:
             _require(rope, "partial_rotary_factor", (1, 1.0, None), f"{where}: {place}")
-        numbers = {name: value for name, value in rope.items() if name not in ("rope_type", "type")}
+        numbers = {name: value for name, value in rope.items() if name not in {"rope_type", "type"} | self.neutral_rotation}
         if kind == LONGROPE:
             numbers |= {f"{name}[{n}]": one for name in LONGROPE_LISTS for n, one in enumerate(numbers.pop(name, None) or [])}
         for name, value in numbers.items():
@@ -205,7 +211,8 @@ def sizes_of(config: PreTrainedConfig) -> Sizes:
         heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=head_dim,
-        ffn=config.intermediate_size,
+        ffn=getattr(config, "intermediate_size", None)
+        or config.moe_intermediate_size,  # of those whose layers all have experts
         vocab=config.vocab_size,
         rotary=int(head_dim * float((getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor") or 1.0)),
     )

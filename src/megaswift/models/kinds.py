@@ -7,6 +7,7 @@ from dataclasses import dataclass
 MAIN = "main"  # the rotation of a model that has one
 QUERIES = "queries"  # the same, for queries that grow with their position
 ALPHA = "alpha"  # the same, with a base that grows by `alpha` of rope_parameters
+GATED_DELTA = "gated_delta"  # linear attention: a state of each head, by the gated delta rule
 EXPERTS = "experts"  # the MLP that is many, of which a router chooses some for each token
 LATENT = "latent"  # attention whose keys and values, and mostly its queries, come from narrow states
 
@@ -27,6 +28,8 @@ class Experts:
         group_score: what a group counts by: "two best", the sum of these scores, or "best", the largest.
         bias: whether a bias, which training leaves alone, is added to the scores for the choice, but not to the weights.
         shared_ffn: the same rows of an expert beside them that every token goes to; 0: there is none.
+        biases: whether the router and the products of each expert have biases.
+        clamp: limit and slope of a gate that is clamped (see `kernels/biased_experts.py`); None: the gate is SiLU's.
         shared_gate: whether each token weighs what that expert gives by a gate of its own.
     """
 
@@ -43,6 +46,30 @@ class Experts:
     bias: bool = False
     shared_ffn: int = 0
     shared_gate: bool = False
+    biases: bool = False
+    clamp: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Delta:
+    """Linear attention by the gated delta rule.
+
+    Args:
+        key_heads: heads of queries and keys; `heads`: of values, as many of them for each key head.
+        key_dim, value_dim: their sizes.
+        width: how many tokens the convolution before them sees.
+    """
+
+    key_heads: int
+    heads: int
+    key_dim: int
+    value_dim: int
+    width: int
+
+    @property
+    def channels(self) -> int:
+        """Rows of queries, keys and values."""
+        return 2 * self.key_heads * self.key_dim + self.heads * self.value_dim
 
 
 @dataclass(frozen=True)
@@ -82,13 +109,17 @@ class Kind:
         query_rotation: which tables queries take where they are not those of the keys (QUERIES); None: the same.
         window: how many tokens a token sees, itself among them; None: all before it.
         score_cap: a score s becomes score_cap * tanh(s / score_cap); None: it stays.
+        sinks: whether each head's softmax has one score more, which no key has and which is trained.
         qk_norm: whether each head's query and key go through the norm, before they rotate.
         qk_norm_over_heads: whether that norm goes over all heads together.
         qk_norm_rotated: whether they go through it after they rotate.
         qkv_bias: whether the product for query, key and value has a bias.
         bias: whether it, attention's output and the MLP's products have one; the same in all layers.
+        output_gate: whether each head's result is multiplied by the sigmoid of a gate, which comes with its query; the same in all
+            layers that attend.
         residual_factor: what the results of attention and MLP are multiplied by before they are added.
         experts: what an MLP of the name EXPERTS is made of; None with any other MLP.
+        delta: what an attention of the name GATED_DELTA is made of; None with any other.
         latent: what attention of the name LATENT is made of; None with any other.
     """
 
@@ -102,13 +133,16 @@ class Kind:
     query_rotation: str | None = None
     window: int | None = None
     score_cap: float | None = None
+    sinks: bool = False
     qk_norm: bool = False
     qk_norm_over_heads: bool = False
     qk_norm_rotated: bool = False
     qkv_bias: bool = False
     bias: bool = False
+    output_gate: bool = False
     residual_factor: float = 1.0
     experts: Experts | None = None
+    delta: Delta | None = None
     latent: Latent | None = None
 
 

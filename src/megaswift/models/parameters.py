@@ -183,6 +183,11 @@ def stacked(*rows: int) -> Arrangement:
     return Arrangement(tuple(Piece(number, 0, count) for number, count in enumerate(rows)), rows)
 
 
+def alternating(rows: int) -> Arrangement:
+    """One Hugging Face tensor in which the rows of two alternate: they stand one above the other here, `rows` of each, cut inside each."""
+    return Arrangement((Piece(0, 0, 2 * rows, 2), Piece(0, 1, 2 * rows, 2)), (rows, rows))
+
+
 def grouped(groups: int, *rows: int) -> Arrangement:
     """`groups` times some rows of each tensor: queries, key and value of a key/value head, for each such head.
 

@@ -257,6 +257,15 @@ _REGISTERED = (
     _moe("granite3_1-1b-a400m-instruct", _GRANITE + "1b-a400m-instruct", _GRANITE + "1b-a400m-instruct", "granitemoe"),
     _moe("granite3_1-3b-a800m-base", _GRANITE + "3b-a800m-base", _GRANITE + "3b-a800m-base", "granitemoe"),
     _moe("granite3_1-3b-a800m-instruct", _GRANITE + "3b-a800m-instruct", _GRANITE + "3b-a800m-instruct", "granitemoe"),
+    _moe(
+        "qwen3-next-80b-a3b-instruct", "Qwen/Qwen3-Next-80B-A3B-Instruct", "Qwen/Qwen3-Next-80B-A3B-Instruct", "qwen3_next",
+        "qwen3_nothinking",
+    ),
+    _moe(
+        "qwen3-next-80b-a3b-thinking", "Qwen/Qwen3-Next-80B-A3B-Thinking", "Qwen/Qwen3-Next-80B-A3B-Thinking", "qwen3_next",
+        "qwen3_thinking",
+    ),
+    *_same_names("gpt_oss", "gpt-oss", "openai-mirror/", "openai/", {"20b": "gpt-oss-20b", "120b": "gpt-oss-120b"}),
     # Dense models of other families, all of whose chat models bring their templates with their tokenizers.
     *_same_names("gemma2", "gemma2", _LLM, "google/", {
         "2b": "gemma-2-2b", "2b-instruct": "gemma-2-2b-it", "9b": "gemma-2-9b", "9b-instruct": "gemma-2-9b-it",

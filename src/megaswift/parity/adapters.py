@@ -212,7 +212,9 @@ def as_packed(model: Any, base: Sequence[Parameter], bits: int, double: bool = F
     """Give a model's linear layers and experts the values that 4 or 8 bits can hold; `double`: with scales in 8 bits."""
     weights = dict(model.named_parameters())
     for parameter in packable(base):
-        if is_expert(parameter):
+        if is_expert(parameter) and parameter.loaded is None:  # a folder holds all experts as transformers does
+            own = tuple(part.of(weights[part.name]) for part in parameter.hf)
+        elif is_expert(parameter):
             held = weights[parameter.loaded or parameter.hf[0].name][parameter.place[-1]]
             own = held.chunk(len(parameter.hf))
         else:

@@ -126,7 +126,8 @@ class Reference:
         ratio = (adapter.lora.lr_ratio if adapter is not None else None) or 1.0
         groups: dict[tuple[float, float], list[Tensor]] = {}
         for name, master in self.masters.items():
-            key = (args.weight_decay if master.ndim > 1 else 0.0, ratio if ".lora_B." in name else 1.0)
+            matrix = master.ndim > 1 and not name.endswith("bias")  # biases of all experts stand in one matrix
+            key = (args.weight_decay if matrix else 0.0, ratio if ".lora_B." in name else 1.0)
             groups.setdefault(key, []).append(master)
         self.optimizer = torch.optim.AdamW(
             [{"params": params, "weight_decay": decay, "ratio": own} for (decay, own), params in groups.items()],

@@ -40,8 +40,8 @@ def audit(config: PreTrainedConfig, reference: Streamed, measured: Streamed) -> 
     """Compare the model that transformers builds with the one that Megatron-Core builds."""
     theirs: Any = reference.module
     ours: Any = measured.module
-    layer, twin = ours.decoder.layers[0], theirs.model.layers[0]
-    attention, settings = layer.self_attention, ours.config
+    first = [hasattr(one, "self_attn") for one in theirs.model.layers].index(True)  # the first layer that attends
+    twin, attention, settings = theirs.model.layers[first], ours.decoder.layers[first].self_attention, ours.config
     shape = theirs.get_input_embeddings().weight.shape
     rows: list[tuple[str, Any, Any]] = [
         ("num_hidden_layers", len(theirs.model.layers), len(ours.decoder.layers)),
@@ -52,11 +52,13 @@ def audit(config: PreTrainedConfig, reference: Streamed, measured: Streamed) -> 
         ("vocab_size", shape[0], ours.true_vocab),
         ("rms_norm_eps", _epsilons(theirs), _epsilons(ours)),
         ("hidden_act", _activation(_mlp(twin)), _gated(_name(settings.activation_func), settings.gated_linear_unit)),
+        *_linear_attention(theirs.model.layers, ours.decoder.layers),
         ("attention_bias (o)", twin.self_attn.o_proj.bias is not None, attention.linear_proj.bias is not None),
         (
             "q/k norm",
             _layers(
-                theirs.model.layers, lambda one: any(hasattr(one.self_attn, name) for name in ("q_norm", "query_layernorm"))
+                theirs.model.layers,
+                lambda one: any(hasattr(getattr(one, "self_attn", None), name) for name in ("q_norm", "query_layernorm")),
             ),
             _layers(ours.decoder.layers, lambda one: any(_has_weights(norm) for norm in _query_norms(one.self_attention))),
         ),
@@ -67,7 +69,7 @@ def audit(config: PreTrainedConfig, reference: Streamed, measured: Streamed) -> 
         ),
         (
             "layers that rotate",
-            _layers(theirs.model.layers, lambda one: _rotates(config, one.self_attn)),
+            _layers(theirs.model.layers, lambda one: hasattr(one, "self_attn") and _rotates(config, one.self_attn)),
             _layers(ours.decoder.layers, lambda one: _rotation(one.self_attention) is not None),
         ),
         ("attention scale", round(float(twin.self_attn.scaling), 9), _scale(ours)),
@@ -111,6 +113,7 @@ def _head_sizes(twin: Any, attention: Any) -> list[tuple[str, Any, Any]]:
         ("num_key_value_heads", _heads(twin)[1], attention.num_query_groups_per_partition),
         ("head_dim", twin.head_dim, attention.hidden_size_per_attention_head),
         ("attention_bias (q, k, v)", _query(twin).bias is not None, attention.linear_qkv.bias is not None),
+        *_gates(twin, attention.config),
     ]
 
 
@@ -137,7 +140,8 @@ def _latent_sizes(twin: Any, attention: Any) -> list[tuple[str, Any, Any]]:
 
 def _rotation(attention: Any) -> str | None:
     """The tables that a layer of ours rotates by."""
-    name: str | None = attention.rotation if hasattr(attention, "latent") else attention.core_attention.rotation
+    own = attention if hasattr(attention, "latent") else getattr(attention, "core_attention", None)
+    name: str | None = getattr(own, "rotation", None)
     return name
 
 
@@ -146,20 +150,47 @@ def _query(attention: Any) -> Any:
     return attention.qkv_proj if hasattr(attention, "qkv_proj") else attention.q_proj
 
 
-def _heads(attention: Any) -> tuple[int, int]:
-    """Heads for queries, and for keys and values, of transformers' attention, by the rows of its weights."""
+def _heads(attention: Any) -> tuple[int, int, bool]:
+    """Heads for queries, and for keys and values, of transformers' attention, by the rows of its weights; whether queries bring gates."""
     size = attention.head_dim
     heads = attention.o_proj.weight.shape[1] // size
     if hasattr(attention, "qkv_proj"):
-        return heads, (attention.qkv_proj.weight.shape[0] // size - heads) // 2
-    return attention.q_proj.weight.shape[0] // size, attention.k_proj.weight.shape[0] // size
+        return heads, (attention.qkv_proj.weight.shape[0] // size - heads) // 2, False
+    queries = attention.q_proj.weight.shape[0] // size
+    return heads, attention.k_proj.weight.shape[0] // size, queries == 2 * heads
+
+
+def _gates(attention: Any, settings: Any) -> list[tuple[str, Any, Any]]:
+    """A row on the gates of heads; none for a model without them."""
+    row = ("gates of heads", _heads(attention)[2], bool(settings.attention_output_gate))
+    return [row] if any(row[1:]) else []
 
 
 def _query_norms(attention: Any) -> list[Any]:
     """The norms of queries before and after they rotate, where there are such."""
     if hasattr(attention, "latent"):
         return []  # the norms of its narrow states are not of queries
-    return [attention.q_layernorm, getattr(attention.core_attention, "q_layernorm", None)]
+    core = getattr(attention, "core_attention", None)
+    return [getattr(attention, "q_layernorm", None), getattr(core, "q_layernorm", None)]
+
+
+def _linear_attention(theirs: Any, ours: Any) -> list[tuple[str, Any, Any]]:
+    """Rows on layers with linear attention; none for a model without them."""
+    has_one = [hasattr(layer, "linear_attn") for layer in theirs]
+    if not any(has_one):
+        return []
+    first = has_one.index(True)
+    twin, own = theirs[first].linear_attn, ours[first].self_attention
+    sizes = (own.delta.key_heads, own.delta.heads, own.delta.key_dim, own.delta.value_dim, own.delta.width)
+    named = ("num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim", "conv_kernel_size")
+    return [
+        (
+            "layers with linear attention",
+            _layers(theirs, lambda one: hasattr(one, "linear_attn")),
+            _layers(ours, lambda one: hasattr(one.self_attention, "delta")),
+        ),
+        ("linear attention: heads, sizes, convolution", tuple(getattr(twin, name) for name in named), sizes),
+    ]
 
 
 def _rotates(config: Any, attention: Any) -> bool:
@@ -173,17 +204,23 @@ def _rotates(config: Any, attention: Any) -> bool:
 
 def _limits(config: Any, theirs: Any, ours: Any) -> list[tuple[str, Any, Any]]:
     """Rows on windows and caps of scores and logits; none for a model without them."""
-    cores = [layer.self_attention.core_attention for layer in ours.decoder.layers]
+    cores = [getattr(layer.self_attention, "core_attention", None) for layer in ours.decoder.layers]
     count = len(cores)  # how many there should be has a row of its own
     # What transformers' Gemma 3 has under this name its attention does not use.
-    caps = [getattr(layer.self_attn, "attn_logit_softcapping", None) for layer in theirs.model.layers[:count]]
+    twins = [getattr(layer, "self_attn", None) for layer in theirs.model.layers[:count]]
+    caps = [getattr(twin, "attn_logit_softcapping", None) for twin in twins]
     rows: list[tuple[str, Any, Any]] = [
-        ("attn_logit_softcapping", caps, [core.score_cap for core in cores]),
+        ("attn_logit_softcapping", caps, [getattr(core, "score_cap", None) for core in cores]),
+        ("layers with sinks", [hasattr(twin, "sinks") for twin in twins], [_has_sinks(core) for core in cores]),
         ("final_logit_softcapping", getattr(config, "final_logit_softcapping", None), ours.logit_cap),
     ]
     if attention_window(config) is None:
-        rows.append(("sliding_window", windows_of(config, theirs)[:count], [core.window for core in cores]))
+        rows.append(("sliding_window", windows_of(config, theirs)[:count], [getattr(core, "window", None) for core in cores]))
     return [row for row in rows if row[1] != row[2] or any(row[1] if isinstance(row[1], list) else [row[1]])]
+
+
+def _has_sinks(core: Any) -> bool:
+    return getattr(core, "softmax_offset", None) is not None
 
 
 def _mlp(layer: Any) -> Any:
@@ -208,7 +245,7 @@ def _mlps(theirs: list[Any], ours: list[Any]) -> list[tuple[str, Any, Any]]:
             ),
             (
                 "experts, rows of one",
-                list(_bare(twin.experts).gate_up_proj.shape[:2]),
+                _expert_rows(_bare(twin.experts)),
                 list(mlp.experts.linear_fc1.weight.shape[:2]),
             ),
             ("num_experts_per_tok", int(gate.top_k), router.chosen),
@@ -225,6 +262,7 @@ def _mlps(theirs: list[Any], ours: list[Any]) -> list[tuple[str, Any, Any]]:
                 None if mlp.shared_experts is None else mlp.shared_experts.linear_fc1.weight.shape[0] // 2,
             ),
             ("gate of the shared expert", shared_gate is not None, mlp.shared_gate is not None),
+            *_biases(_bare(twin.experts), gate, mlp),
         ]
     if not all(experts):
         twin, mlp = theirs[experts.index(False)], ours[experts.index(False)]
@@ -233,6 +271,25 @@ def _mlps(theirs: list[Any], ours: list[Any]) -> list[tuple[str, Any, Any]]:
             ("mlp_bias", _first(twin).bias is not None, mlp.linear_fc1.bias is not None),
         ]
     return rows
+
+
+def _expert_rows(experts: Any) -> list[int]:
+    """Experts of transformers, and rows of the gate and up projections of each; some hold these transposed, with a bias."""
+    bias = getattr(experts, "gate_up_proj_bias", None)
+    return list((experts.gate_up_proj if bias is None else bias).shape[:2])
+
+
+def _biases(experts: Any, gate: Any, mlp: Any) -> list[tuple[str, Any, Any]]:
+    """Rows on biases of experts and of their router, and on gates that are clamped; none for experts without them."""
+    how, bias = mlp.router.experts, getattr(experts, "gate_up_proj_bias", None)
+    clamp = (float(experts.limit), float(experts.alpha)) if hasattr(experts, "limit") else None
+    if bias is None and clamp is None and how.clamp is None and not how.biases:
+        return []
+    return [
+        ("biases of experts", bias is not None, mlp.experts.linear_fc1.bias is not None),
+        ("bias of the router", getattr(gate, "bias", None) is not None, mlp.router.bias is not None),
+        ("swiglu_limit, swiglu_alpha", clamp, how.clamp),
+    ]
 
 
 def _first(mlp: Any) -> Any:
@@ -284,7 +341,9 @@ def _factors(config: Any, theirs: Any, ours: Any) -> list[tuple[str, Any, Any]]:
 def _activation(mlp: Any) -> str:
     """An MLP's function of transformers, and whether it is gated."""
     own = _bare(getattr(mlp, "experts", mlp))
-    function = next(getattr(own, name) for name in ("act_fn", "activation_fn", "act") if hasattr(own, name))
+    # Experts with clamped gates have their function in their code; it has rows of its own.
+    functions = [getattr(own, name) for name in ("act_fn", "activation_fn", "act") if hasattr(own, name)]
+    function = functions[0] if functions else torch.nn.functional.silu
     return _gated(_name(function), _is_gated(own))
 
 
@@ -331,6 +390,8 @@ def _scale(model: Any) -> float | list[float]:
     """The factor on the scores of all layers; several where they are not the same."""
     found = set()
     for layer in model.decoder.layers:
+        if not hasattr(layer.self_attention, "core_attention"):
+            continue
         own = getattr(layer.self_attention.core_attention, "softmax_scale", None)
         size = layer.self_attention.hidden_size_per_attention_head
         found.add(round(float(own) if own else 1 / math.sqrt(size), 9))

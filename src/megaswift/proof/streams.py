@@ -11,6 +11,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -94,7 +95,7 @@ def hf_stream(config: PreTrainedConfig, source: HFCheckpoint, precisions: Precis
         return source.tensor(stored).to(precisions.of(stored))
 
     def _rounded(part: HFTensor) -> Tensor:
-        return part.of(source.tensor(part.name)).to(precisions.of(part.name))
+        return source.part(part).to(precisions.of(part.name))
 
     def release(name: str) -> None:
         for one in [part.name for parameter in loaded[name] for part in parameter.hf] if name in loaded else [name]:
@@ -107,10 +108,13 @@ def hf_stream(config: PreTrainedConfig, source: HFCheckpoint, precisions: Precis
             _stream(module, own, load, release, around)
 
     for name, module in model.named_modules():
-        hold(name, module, module)
+        # The weights of this convolution are read by the module around it, which does not call it.
+        read_only = name.endswith("linear_attn.conv1d")
+        hold(name, module, model.get_submodule(name.rpartition(".")[0]) if read_only else module)
 
     def run(tokens: Tensor, positions: Tensor, lengths: list[int]) -> Tensor:
         masks = _block_masks(config, model, lengths)
+        _by_samples(model, lengths)
         return model(input_ids=tokens, position_ids=positions, attention_mask=masks, use_cache=False).logits[0]
 
     embedding = model.get_input_embeddings()
@@ -160,6 +164,7 @@ def peft_stream(config: PreTrainedConfig, source: HFCheckpoint, precisions: Prec
 
     def run(tokens: Tensor, positions: Tensor, lengths: list[int]) -> Tensor:
         masks = _block_masks(config, model, lengths)
+        _by_samples(model, lengths)
         return wrapped(input_ids=tokens, position_ids=positions, attention_mask=masks, use_cache=False).logits[0]
 
     embedding, factor = model.get_input_embeddings(), plain.embedding_factor
@@ -278,7 +283,10 @@ def windows_of(config: PreTrainedConfig, model: Any) -> list[int | None]:
     """The window of each layer of a transformers model, as its attention modules have it, or all of them from the config."""
     found: list[int | None] = []
     for layer in model.model.layers:
-        attention = layer.self_attn
+        attention = getattr(layer, "self_attn", None)
+        if attention is None:
+            found.append(None)
+            continue
         has_one = getattr(attention, "is_sliding", True)
         # Models without one in their modules, Mistral and Phi-3 among them, give it to one mask for all layers.
         every = getattr(config, "sliding_window", None) if config.model_type in ONE_WINDOW else None
@@ -295,6 +303,20 @@ def _block_masks(config: PreTrainedConfig, model: Any, lengths: list[int]) -> An
     if len(set(windows)) == 1:
         return _block_mask(lengths, windows[0])
     return {kind: _block_mask(lengths, window) for kind, window in zip(config.layer_types, windows)}
+
+
+def _by_samples(model: Any, lengths: list[int]) -> None:
+    """Let linear attention of transformers, to which no mask says where samples begin, take them one by one."""
+    for layer in model.model.layers:
+        module = getattr(layer, "linear_attn", None)
+        if module is not None:
+            module.forward = partial(_each_sample, type(module).forward, module, lengths)
+
+
+def _each_sample(
+    forward: Callable[..., Tensor], module: Any, lengths: list[int], hidden_states: Tensor, **options: Any
+) -> Tensor:
+    return torch.cat([forward(module, part, **options) for part in hidden_states.split(lengths, dim=1)], dim=1)
 
 
 def _block_mask(lengths: list[int], window: int | None) -> Tensor:

@@ -58,6 +58,12 @@ def expert_layout_problems(config: PreTrainedConfig, parallel: Parallel) -> Iter
                 where=f"--{name}",
                 fix=f"nearest legal values: {nearest_sizes(value, divisors(size))}",
             )
+    if experts.biases and etp > 1:
+        yield Problem(
+            f"--etp {etp} cuts each expert, and a {config.model_type} model's experts have biases, which would be added by each part.",
+            where="--etp",
+            fix="leave --etp out, and spread the experts by --ep",
+        )
     needed = pp * ep * etp
     if parallel.world_size % needed:
         yield Problem(

@@ -90,6 +90,9 @@ def layer_activations(run: Run, config: PreTrainedConfig) -> int:
         return tokens * sizes.hidden // (parallel.tp if parallel.sequence_parallel else 1)
     qkv = _query_key_value(config)
     wide = {"swiglu": mlp_parts(config), "mlp": 0}.get(run.memory.recompute, 1 + mlp_parts(config))
+    delta = next((kind.delta for kind in family_of(config.model_type).layers(config) if kind.delta is not None), None)
+    if delta is not None:  # what its products give, what its convolution does, and heads in fp32
+        qkv = max(qkv, 4 * delta.channels + 2 * delta.heads * delta.value_dim)
     kept, experts = (qkv + wide * sizes.ffn) // parallel.tp, experts_of(config)
     if experts is not None:
         routed = experts.chosen * (sizes.hidden + 2 * experts.ffn)

@@ -125,14 +125,25 @@ def layout_problems(config: PreTrainedConfig, parallel: Parallel) -> Iterator[Pr
         return
     widths = mlp_widths(config)
     heads = [("attention heads", sizes.heads), ("key/value heads", sizes.kv_heads)]
+    delta = next((kind.delta for kind in family_of(config.model_type).layers(config) if kind.delta is not None), None)
+    if delta is not None:
+        heads.append(("key heads of linear attention", delta.key_heads))
     for name, size in [*heads, *(("feed-forward size", width) for width in widths)]:
         if size % tp:
-            legal = divisors(math.gcd(sizes.heads, sizes.kv_heads, *widths))
+            legal = divisors(math.gcd(*(count for _, count in heads), *widths))
             yield Problem(
                 f"--tp {tp} does not divide the model's {size} {name}.",
                 where="--tp",
                 fix=f"nearest legal values: {nearest_sizes(tp, legal)}",
             )
+    if delta is not None and delta.key_heads % tp == 0 and delta.key_heads // tp % cp:
+        legal = divisors(delta.key_heads // tp)
+        yield Problem(
+            f"--cp {cp} does not divide the {delta.key_heads // tp} key heads of linear attention that a rank of --tp {tp} has: "
+            "ranks that share a row take whole rows of some heads each there.",
+            where="--cp",
+            fix=f"nearest legal values: {nearest_sizes(cp, legal)}",
+        )
     if sizes.layers < pp:
         yield Problem(
             f"--pp {pp} is more than the model's {sizes.layers} layers: each stage has one at least.",
@@ -211,6 +222,11 @@ def _fp8(run: Run, config: PreTrainedConfig) -> Iterator[Problem]:
     if dtype != "bf16":
         yield Problem(f"--fp8 goes with bf16 training; this is {dtype}.", where="--fp8, --dtype", fix="use --dtype bf16")
         return
+    if any(kind.delta is not None for kind in family_of(config.model_type).layers(config)):
+        yield Problem(
+            "--fp8 with layers of linear attention was never compared with bf16.", where="--fp8", fix="leave --fp8 out"
+        )
+        return
     parts = {  # sizes of the results and inputs of a rank's products
         "linear_qkv": ((sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim // tp, sizes.hidden),
         "linear_proj": (sizes.hidden, sizes.heads * sizes.head_dim // tp),
@@ -232,8 +248,9 @@ def _flash(run: Run, config: PreTrainedConfig) -> Iterator[Problem]:
         return
     kinds = family_of(config.model_type).layers(config)
     windows = sorted({kind.window for kind in kinds if kind.window is not None and kind.window < run.batch.max_length})
-    if windows or any(kind.score_cap is not None for kind in kinds):
-        what = f"a window of {windows[0]} tokens" if windows else "a cap of the scores"
+    capped, sinks = any(kind.score_cap is not None for kind in kinds), any(kind.sinks for kind in kinds)
+    if windows or capped or sinks:
+        what = f"a window of {windows[0]} tokens" if windows else "a cap of the scores" if capped else "sinks"
         yield Problem(
             f"--use_flash_attn true asks for a kernel that does not know {what}, which layers of this model have.",
             where="--use_flash_attn",

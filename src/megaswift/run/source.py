@@ -309,7 +309,10 @@ def _check_start_adapter(args: SftArguments, adapter: Lora, config: Any) -> None
 def _check_tensors(root: Path, checkpoint: Path | None, config: Any, adapter: Lora | None = None) -> None:
     """Raise DataError unless names and shapes of the weights are those of config.json: before a rank builds that model."""
     if checkpoint is None:
-        check_source(HFCheckpoint.open(root), config)
+        source = HFCheckpoint.open(root)
+        check_source(source, config)
+        if source.note:
+            say(source.note)
         return
     from megaswift.weights.convert import check_megatron
     from megaswift.weights.torch_dist.reader import Reader

@@ -87,7 +87,7 @@ def _fill(part: _Held, parameter: Parameter, source: HFCheckpoint) -> None:
     if any(last <= first for first, last in zip(offset, stop)):
         return
     pieces = [
-        parameter.hf[piece.tensor].of(source.tensor(parameter.hf[piece.tensor].name))[piece.first : piece.last : piece.step]
+        source.part(parameter.hf[piece.tensor])[piece.first : piece.last : piece.step]
         for piece in parameter.arrangement.rows(offset[0], stop[0])
     ]
     value = pieces[0] if len(pieces) == 1 else torch.cat(pieces)

@@ -3,7 +3,7 @@
 FlashAttention 4 is the fastest on Hopper where it is installed. Of the kernels that PyTorch ships, cuDNN's is the fastest there
 for whole rows; elsewhere, and for packed rows, its flash kernel. Packed rows hold several samples, told apart by
 `cu_seqlens`; each attends within itself. A window is an argument of FlashAttention 4 and of the flash kernel, a cap of the
-scores of FlashAttention 4 alone; what no kernel knows goes through plain operations (`block_attention`). A window as long as
+scores of FlashAttention 4 alone; sinks go with both (`sinks`); what no kernel knows goes through plain operations (`block_attention`). A window as long as
 the longest sample is none.
 """
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megaswift.megatron.kernels.block_attention import block_causal
 from megaswift.megatron.kernels.flash_attention_4 import flash_attention_4, refusal
+from megaswift.megatron.kernels.sinks import sinks_gradient, with_sinks
 
 
 @functools.cache
@@ -70,6 +71,7 @@ def dense_causal(
     backend: str = "auto",
     window: int | None = None,
     cap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of whole rows.
 
@@ -79,24 +81,27 @@ def dense_causal(
         backend: "auto" (the fastest measured), or "torch": PyTorch's own choice among the kernels that are enabled there.
         window: how many keys a query sees, its own among them; None: all before it.
         cap: a score s becomes cap * tanh(s / cap); None: it stays.
+        sinks: [heads], a score of each head that no key has; None: there are none.
     Returns:
         [s, b, heads * d].
     """
     s, b, heads, dim = query.shape
     window = _narrowed(window, s)
     q, k, v = (part.permute(1, 2, 0, 3) for part in (query, key, value))
-    if backend == "auto" and refusal(query, key.shape[2], packed=False, window=window is not None, cap=cap) is None:
+    limits: dict[str, Any] = dict(packed=False, window=window is not None, cap=cap, sinks=sinks is not None)
+    if backend == "auto" and refusal(query, key.shape[2], **limits) is None:
         rows = [part.transpose(0, 1) for part in (query, key, value)]
-        mixed = flash_attention_4(rows[0], rows[1], rows[2], softmax_scale=softmax_scale, window=window, cap=cap)
+        mixed = flash_attention_4(rows[0], rows[1], rows[2], softmax_scale=softmax_scale, window=window, cap=cap, sinks=sinks)
         return mixed.transpose(0, 1).reshape(s, b, heads * dim)
-    if cap is not None or (window is not None and not _takes_packed(query)):
+    special = window is not None or sinks is not None
+    if cap is not None or (special and not _takes_packed(query)):
         rows = [part.transpose(0, 1) for part in (query, key, value)]
-        mixed = block_causal(rows[0], rows[1], rows[2], softmax_scale, window=window, cap=cap)
+        mixed = block_causal(rows[0], rows[1], rows[2], softmax_scale, window=window, cap=cap, sinks=sinks)
         return mixed.transpose(0, 1).reshape(s, b, heads * dim)
-    if window is not None:  # rows are samples, one after the other
+    if special:  # rows are samples, one after the other
         lengths = Lengths.of([s] * b, [s] * b, query.device)
         packed = [part.transpose(0, 1).flatten(0, 1) for part in (query, key, value)]
-        mixed = varlen_causal(packed[0], packed[1], packed[2], lengths, softmax_scale, window=window)
+        mixed = varlen_causal(packed[0], packed[1], packed[2], lengths, softmax_scale, window=window, sinks=sinks)
         return mixed.unflatten(0, (b, s)).transpose(0, 1).reshape(s, b, heads * dim)
     if backend == "auto" and _cudnn_takes(query):
         needs = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
@@ -130,18 +135,20 @@ class Lengths:
         return cls(queries, keys, *(part.to(device, non_blocking=True) for part in borders))
 
 
-def describe(query: Tensor, kv_heads: int, *, packed: bool, window: bool = False, cap: float | None = None) -> str:
+def describe(
+    query: Tensor, kv_heads: int, *, packed: bool, window: bool = False, cap: float | None = None, sinks: bool = False
+) -> str:
     """Which kernel `packed_causal`, or else `dense_causal`, takes for such a query on its GPU, in words for the user.
 
     Args:
-        window, cap: whether samples are longer than a window, and what scores are capped at.
+        window, cap, sinks: whether samples are longer than a window, what scores are capped at, and whether there are sinks.
     """
-    reason = refusal(query, kv_heads, packed=packed, window=window, cap=cap)
+    reason = refusal(query, kv_heads, packed=packed, window=window, cap=cap, sinks=sinks)
     if reason is None:
         return "FlashAttention 4"
-    if cap is not None or (window and not _takes_packed(query)):
+    if cap is not None or ((window or sinks) and not _takes_packed(query)):
         return "plain operations, block by block, which is the slow way"
-    packed = packed or window
+    packed = packed or window or sinks
     if query.dtype == torch.float32:
         return "PyTorch's own choice for fp32" + (", sample by sample" if packed else "")
     if not _has_flash(query.device):
@@ -163,11 +170,12 @@ def _packed(
     scale: float | None,
     window: int | None,
     cap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor | None:
     """The fastest kernel for packed half-precision rows on a GPU: [t, heads, d], kv heads as they are; None where none fits."""
-    if refusal(q, k.shape[1], packed=True, window=window is not None, cap=cap) is None:
-        return flash_attention_4(q, k, v, cu, longest, scale, window=window, cap=cap)
-    return None if cap is not None else _FlashVarlen.apply(q, k, v, cu, longest, scale, window)
+    if refusal(q, k.shape[1], packed=True, window=window is not None, cap=cap, sinks=sinks is not None) is None:
+        return flash_attention_4(q, k, v, cu, longest, scale, window=window, cap=cap, sinks=sinks)
+    return None if cap is not None else _FlashVarlen.apply(q, k, v, sinks, cu, longest, scale, window)
 
 
 class _FlashVarlen(torch.autograd.Function):
@@ -179,6 +187,7 @@ class _FlashVarlen(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        sinks: Tensor | None,
         cu: tuple[Tensor, Tensor],
         longest: tuple[int, int],
         scale: float | None,
@@ -189,17 +198,21 @@ class _FlashVarlen(torch.autograd.Function):
         out, lse, state, unused, _ = torch.ops.aten._flash_attention_forward(
             q, k, v, *cu, *longest, 0.0, True, False, scale=scale, **options
         )
-        ctx.save_for_backward(q, k, v, out, lse, *cu, state, unused)
+        if sinks is not None:
+            out, full = with_sinks(out, lse.t(), sinks)
+            lse = full.t().contiguous()
+        ctx.save_for_backward(q, k, v, sinks, out, lse, *cu, state, unused)
         ctx.longest, ctx.options = longest, options | {"scale": scale}
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, cu_q, cu_k, state, unused = ctx.saved_tensors
+        q, k, v, sinks, out, lse, cu_q, cu_k, state, unused = ctx.saved_tensors
         dq, dk, dv = torch.ops.aten._flash_attention_backward(
             grads[0].contiguous(), q, k, v, out, lse, cu_q, cu_k, *ctx.longest, 0.0, True, state, unused, **ctx.options
         )
-        return dq, dk, dv, None, None, None, None
+        dsinks = None if sinks is None else sinks_gradient(grads[0], out, lse.t(), sinks)
+        return dq, dk, dv, dsinks, None, None, None, None
 
 
 def _by_sample(
@@ -211,14 +224,15 @@ def _by_sample(
     scale: float | None,
     window: int | None = None,
     cap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """The twin: one attention a sample. `split` and `cat` keep the backward pass linear in the row's length."""
     parts = []
     for one in zip(q.split(queries), k.split(keys), v.split(keys)):
         narrow = _narrowed(window, one[1].shape[0])
-        if narrow is not None or cap is not None:
+        if narrow is not None or cap is not None or sinks is not None:
             rows = [x.unsqueeze(0) for x in one]
-            parts.append(block_causal(rows[0], rows[1], rows[2], scale, window=narrow, cap=cap).squeeze(0))
+            parts.append(block_causal(rows[0], rows[1], rows[2], scale, window=narrow, cap=cap, sinks=sinks).squeeze(0))
             continue
         a, b, c = (x.transpose(0, 1).unsqueeze(0) for x in one)
         before = b.shape[2] - a.shape[2]  # keys that all queries see
@@ -239,22 +253,23 @@ def varlen_causal(
     *,
     window: int | None = None,
     cap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention within each of several samples, from their last tokens to all of them.
 
     Args:
         q: [queries, heads, d]; k, v: [keys, kv heads, d].
-        window, cap: as for `dense_causal`.
+        window, cap, sinks: as for `dense_causal`.
     Returns:
         [queries, heads, d].
     """
     window = _narrowed(window, max(lengths.keys))
     if _takes_packed(q):
         cu, longest = (lengths.cu_queries, lengths.cu_keys), (max(lengths.queries), max(lengths.keys))
-        mixed = _packed(q, k, v, cu, longest, softmax_scale, window, cap)
+        mixed = _packed(q, k, v, cu, longest, softmax_scale, window, cap, sinks)
         if mixed is not None:
             return mixed
-    return _by_sample(q, k, v, lengths.queries, lengths.keys, softmax_scale, window, cap)
+    return _by_sample(q, k, v, lengths.queries, lengths.keys, softmax_scale, window, cap, sinks)
 
 
 def packed_causal(
@@ -268,6 +283,7 @@ def packed_causal(
     lengths: list[int] | None = None,
     window: int | None = None,
     cap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention within each of the samples that share one row.
 
@@ -276,7 +292,7 @@ def packed_causal(
         cu_seqlens: int32 [n + 1], where samples begin; the last entry is t.
         max_seqlen: length of the longest sample.
         lengths: the samples' lengths as numbers, if the caller has them (used where there is no kernel for packed rows).
-        window, cap: as for `dense_causal`.
+        window, cap, sinks: as for `dense_causal`.
     Returns:
         [t, 1, heads * d].
     """
@@ -284,8 +300,8 @@ def packed_causal(
     q, k, v = (part.squeeze(1) for part in (query, key, value))
     window, mixed = _narrowed(window, max_seqlen), None
     if _takes_packed(query):
-        mixed = _packed(q, k, v, (cu_seqlens, cu_seqlens), (max_seqlen, max_seqlen), softmax_scale, window, cap)
+        mixed = _packed(q, k, v, (cu_seqlens, cu_seqlens), (max_seqlen, max_seqlen), softmax_scale, window, cap, sinks)
     if mixed is None:
         lengths = lengths or cu_seqlens.diff().tolist()
-        mixed = _by_sample(q, k, v, lengths, lengths, softmax_scale, window, cap)
+        mixed = _by_sample(q, k, v, lengths, lengths, softmax_scale, window, cap, sinks)
     return mixed.reshape(t, 1, heads * dim)

@@ -1,4 +1,4 @@
-"""Causal attention with a window and a cap of the scores, block by block, in plain operations: right everywhere, fast nowhere.
+"""Causal attention with a window, a cap of the scores and sinks, block by block, in plain operations: right everywhere, fast nowhere.
 
 A block of queries is multiplied with the keys that any of them sees, so that memory is linear in the length of a row; with a
 window work is, too. Nothing of a block is kept: the backward pass makes its scores again. It is what kernels are compared with,
@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from megaswift.megatron.kernels.sinks import sinks_gradient, with_sinks
 
 _QUERIES = 256  # of a block
 
@@ -51,7 +53,7 @@ class _BlockAttention(torch.autograd.Function):
     """q [g, r, n, d], k and v [g, m, d]: r query heads for each key/value head; the last query stands beside the last key."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, how: _Scores) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, how: _Scores) -> Tensor:
         wide = torch.promote_types(q.dtype, torch.float32)
         out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
         lse = torch.empty(q.shape[:-1], dtype=wide, device=q.device)
@@ -60,14 +62,19 @@ class _BlockAttention(torch.autograd.Function):
             scores.masked_fill_(hidden, float("-inf"))
             lse[:, :, queries] = scores.logsumexp(-1)
             weights = scores.sub_(lse[:, :, queries].unsqueeze(-1)).exp_()
-            out[:, :, queries] = (weights @ v[:, keys].unsqueeze(1).to(wide)).to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, lse)
+            mixed = weights @ v[:, keys].unsqueeze(1).to(wide)
+            if sinks is not None:  # heads are the first two axes here
+                own = mixed.permute(2, 0, 1, 3), lse[:, :, queries].permute(2, 0, 1)
+                mixed, full = (part.movedim(0, 2) for part in with_sinks(*own, sinks))
+                lse[:, :, queries] = full
+            out[:, :, queries] = mixed.to(q.dtype)
+        ctx.save_for_backward(q, k, v, sinks, out, lse)
         ctx.how = how
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, sinks, out, lse = ctx.saved_tensors
         how: _Scores = ctx.how
         wide = lse.dtype
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
@@ -84,11 +91,21 @@ class _BlockAttention(torch.autograd.Function):
             dscores.mul_(how.scale)
             dq[:, :, queries] = (dscores @ near.unsqueeze(1)).to(q.dtype)
             dk[:, keys] += dscores.flatten(1, 2).transpose(-2, -1) @ own.flatten(1, 2)
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None
+        dsinks = None
+        if sinks is not None:
+            dsinks = sinks_gradient(grads[0].movedim(2, 0), out.movedim(2, 0), lse.movedim(2, 0), sinks)
+        return dq, dk.to(k.dtype), dv.to(v.dtype), dsinks, None
 
 
 def block_causal(
-    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None, *, window: int | None = None, cap: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float | None = None,
+    *,
+    window: int | None = None,
+    cap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of rows, from their last tokens to all of them.
 
@@ -97,6 +114,7 @@ def block_causal(
         softmax_scale: factor on the scores, 1 / sqrt(d) when None.
         window: how many keys a query sees, its own among them; None: all before it.
         cap: a score s becomes cap * tanh(s / cap); None: it stays.
+        sinks: [heads], a score of each head that no key has (see `kernels/sinks.py`); None: there are none.
     Returns:
         [b, queries, heads, d].
     """
@@ -105,5 +123,6 @@ def block_causal(
     folded = q.permute(0, 2, 1, 3).reshape(rows * groups, heads // groups, queries, dim)
     key, value = (part.permute(0, 2, 1, 3).flatten(0, 1) for part in (k, v))
     how = _Scores(dim**-0.5 if softmax_scale is None else softmax_scale, window, cap)
-    mixed = _BlockAttention.apply(folded, key, value, how)
+    own = None if sinks is None else sinks.view(groups, -1).repeat(rows, 1)
+    mixed = _BlockAttention.apply(folded, key, value, own, how)
     return mixed.reshape(rows, heads, queries, -1).permute(0, 2, 1, 3)

@@ -111,6 +111,46 @@ class _Gather(torch.autograd.Function):
         return own, None
 
 
+class _Exchange(torch.autograd.Function):
+    """Either direction of `by_heads`; the gradient goes the other way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, to_heads: bool) -> Tensor:
+        ctx.group, ctx.to_heads, size = group, to_heads, dist.get_world_size(group)
+        if to_heads:
+            sent = x.unflatten(2, (size, -1)).movedim(2, 0).contiguous()
+        else:
+            slices = x.unflatten(0, (2 * size, -1))
+            sent = torch.stack((slices[:size], slices[size:].flip(0)), dim=1).flatten(1, 2)
+        everyone = torch.empty_like(sent)
+        dist.all_to_all_single(everyone, sent, group=group)
+        if not to_heads:
+            return everyone.movedim(0, 2).flatten(2, 3)
+        halves = everyone.unflatten(1, (2, -1))
+        return torch.cat((halves[:, 0], halves[:, 1].flip(0))).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _Exchange.apply(grads[0], ctx.group, not ctx.to_heads), None, None
+
+
+def by_heads(x: Tensor, share: Share) -> Tensor:
+    """Every head of this rank's tokens -> this rank's heads of every token, in the order of the row: rank r has the r-th part of them.
+
+    Args:
+        x: [s / cp, b, heads, d], the two slices one after the other.
+
+    Returns:
+        [s, b, heads / cp, d]
+    """
+    return _Exchange.apply(x, share.group, True)
+
+
+def by_tokens(x: Tensor, share: Share) -> Tensor:
+    """The other direction of `by_heads`."""
+    return _Exchange.apply(x, share.group, False)
+
+
 def shared_causal(
     query: Tensor,
     key: Tensor,
@@ -120,12 +160,13 @@ def shared_causal(
     *,
     window: int | None = None,
     cap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of this rank's tokens within their samples, to all tokens of the row before them.
 
     Args:
         query: [s / cp, b, heads, d], the two slices one after the other; key, value: [s / cp, b, kv heads, d].
-        window, cap: as for `dense_causal`.
+        window, cap, sinks: as for `dense_causal`.
     Returns:
         [s / cp, b, heads * d].
     """
@@ -134,6 +175,6 @@ def shared_causal(
     for piece, own in zip(share.slices, query.chunk(2)):
         seen = both[piece.start : piece.last]
         q, k, v = (x.transpose(0, 1).flatten(0, 1) for x in (own, seen[:, 0], seen[:, 1]))
-        mixed = varlen_causal(q, k, v, piece.lengths, softmax_scale, window=window, cap=cap)
+        mixed = varlen_causal(q, k, v, piece.lengths, softmax_scale, window=window, cap=cap, sinks=sinks)
         parts.append(mixed.unflatten(0, (query.shape[1], -1)).transpose(0, 1).flatten(2))
     return torch.cat(parts)

@@ -48,7 +48,7 @@ def grouped_outer(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     return F.grouped_mm(grad.t(), x, offs=ends)
 
 
-def _weight_grad(weight: Tensor, grad: Tensor, x: Tensor, ends: Tensor) -> Tensor | None:
+def weight_gradient(weight: Tensor, grad: Tensor, x: Tensor, ends: Tensor) -> Tensor | None:
     """The gradient of all experts' matrices into `main_grad`; what autograd shall receive."""
     product = grouped_outer(grad, x, ends)
     if not has_main_grad(weight):
@@ -71,8 +71,8 @@ class _ExpertMLP(torch.autograd.Function):
         grad = grads[0].contiguous()
         hidden = grouped(grad, dense(second, grad.dtype), ends)  # its gradient, until the next line
         grad_weights = weighted_swiglu_backward(hidden, both, weights)
-        grad_second = _weight_grad(second, grad, hidden, ends) if ctx.needs_input_grad[3] else None
-        grad_first = _weight_grad(first, both, x, ends) if ctx.needs_input_grad[2] else None
+        grad_second = weight_gradient(second, grad, hidden, ends) if ctx.needs_input_grad[3] else None
+        grad_first = weight_gradient(first, both, x, ends) if ctx.needs_input_grad[2] else None
         grad_x = grouped(both, dense(first, both.dtype), ends) if ctx.needs_input_grad[0] else None
         return grad_x, grad_weights, grad_first, grad_second, None
 

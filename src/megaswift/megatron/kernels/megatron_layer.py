@@ -25,10 +25,11 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megaswift.megatron.compat import become
+from megaswift.megatron.compat import become, mark_split
 from megaswift.megatron.kernels.attention import dense_causal, packed_causal
 from megaswift.megatron.kernels.block_attention import block_causal
 from megaswift.megatron.kernels.context_parallel import shared_causal
@@ -97,6 +98,7 @@ class CoreAttention(torch.nn.Module):
         window: how many tokens a token sees, itself among them; None: all before it.
         score_cap: a score s becomes score_cap * tanh(s / score_cap); None: it stays.
         norm: makes a norm of each head's query and key after they rotate, of a config, its width and its epsilon.
+        sinks: whether each head's softmax has one score more, which is trained (`softmax_offset`, as Megatron-Core calls it).
     """
 
     def __init__(
@@ -108,14 +110,31 @@ class CoreAttention(torch.nn.Module):
         window: int | None = None,
         score_cap: float | None = None,
         norm: Any = None,
+        sinks: bool = False,
         **_: Any,
     ) -> None:
         super().__init__()
+        self.softmax_offset: torch.nn.Parameter | None = None
+        if sinks:
+            device = None if config.use_cpu_initialization else torch.cuda.current_device()
+            heads = config.num_attention_heads // config.tensor_model_parallel_size
+            self.softmax_offset = torch.nn.Parameter(torch.zeros(heads, dtype=config.params_dtype, device=device))
+            mark_split(self.softmax_offset, 0)
         self.kernels = _kernels(config)
         self.softmax_scale, self.rotation, self.query_rotation = softmax_scale, rotation, query_rotation or rotation
         self.window, self.score_cap = window, score_cap
         if norm is not None:
             self.q_layernorm, self.k_layernorm = (norm(config, config.kv_channels, config.layernorm_epsilon) for _ in range(2))
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        """What kernels are told of the scores."""
+        return {"window": self.window, "cap": self.score_cap, "sinks": self.softmax_offset}
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict[str, Any]:
+        """Megatron-Core's description: sinks are cut by heads."""
+        own = self.state_dict(prefix="", keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(own, prefix, {"softmax_offset": 0}, sharded_offsets)
 
     def turned(self, query: Tensor, key: Tensor, tables: Any) -> tuple[Tensor, Tensor]:
         """Query and key, rotated by the layer's tables and normed then, where they are."""
@@ -139,7 +158,7 @@ class CoreAttention(torch.nn.Module):
         if layout is not None:
             query, key = self.turned(query, key, layout.tables)
         if layout is not None and layout.share is not None:
-            return shared_causal(query, key, value, layout.share, self.softmax_scale, window=self.window, cap=self.score_cap)
+            return shared_causal(query, key, value, layout.share, self.softmax_scale, **self.limits)
         query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))  # [b, heads, s, d]
         if layout is None or layout.seq_lens is None:
             mixed = self._attend(query, key, value)
@@ -150,10 +169,10 @@ class CoreAttention(torch.nn.Module):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         narrow = self.window is not None and self.window < key.shape[2]
-        if narrow or self.score_cap is not None:
+        if narrow or self.score_cap is not None or self.softmax_offset is not None:
             query, key, value = (part.transpose(1, 2) for part in (query, key, value))
-            window = self.window if narrow else None
-            return block_causal(query, key, value, self.softmax_scale, window=window, cap=self.score_cap).transpose(1, 2)
+            limits = self.limits | {"window": self.window if narrow else None}
+            return block_causal(query, key, value, self.softmax_scale, **limits).transpose(1, 2)
         grouped = query.shape[1] != key.shape[1]
         with sdpa_kernel(self.kernels, set_priority=True):
             return F.scaled_dot_product_attention(
@@ -181,10 +200,10 @@ class FusedSelfAttention(SelfAttention):
         layout: Any = kwargs.get("packed_seq_params")
         if not self._takes(layout, kwargs):
             return super().forward(hidden_states, attention_mask, **kwargs)
-        query, key, value = self._query_key_value(hidden_states, layout)
+        query, key, value, gate = self._query_key_value(hidden_states, layout)
         core = self.core_attention
         scale: float | None = core.softmax_scale
-        limits: Any = dict(window=core.window, cap=core.score_cap)
+        limits: Any = core.limits
         if getattr(layout, "share", None) is not None:
             context = shared_causal(query, key, value, layout.share, scale, **limits)
         elif getattr(layout, "seq_lens", None) is None and layout.cu_seqlens_q is None:
@@ -194,25 +213,39 @@ class FusedSelfAttention(SelfAttention):
             context = packed_causal(
                 query, key, value, layout.cu_seqlens_q, layout.max_seqlen_q, scale, lengths=lengths, **limits
             )
-        return self.linear_proj(context)
+        return self.linear_proj(context if gate is None else context * torch.sigmoid(gate))
 
-    def _query_key_value(self, hidden_states: Tensor, layout: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Query [s, b, heads, d], key and value [s, b, kv heads, d] of this rank, normalised and rotated."""
+    def _query_key_value(self, hidden_states: Tensor, layout: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Query [s, b, heads, d], key and value [s, b, kv heads, d] of this rank, normalised and rotated.
+
+        The last one are the gates of the heads, [s, b, heads * d], or None where queries bring none.
+        """
         heads, groups = self.num_attention_heads_per_partition, self.num_query_groups_per_partition
         core = self.core_attention
         rotation: str | None = core.rotation
         normed = self.q_layernorm is not None and type(self.q_layernorm) is not IdentityOp
-        if rotation is not None and not normed and core.query_rotation == rotation and not hasattr(core, "q_layernorm"):
+        gated = self.config.attention_output_gate
+        if (
+            rotation is not None
+            and not (normed or gated)
+            and core.query_rotation == rotation
+            and not hasattr(core, "q_layernorm")
+        ):
             mixed, bias = self._product_and_bias(hidden_states)
-            return split_rotate_qkv(mixed, *layout.tables[rotation], heads=heads, groups=groups, bias=bias)
+            return *split_rotate_qkv(mixed, *layout.tables[rotation], heads=heads, groups=groups, bias=bias), None
         mixed, _ = self.linear_qkv(hidden_states)
         s, b, _ = mixed.shape
         view = mixed.view(s, b, groups, -1, self.hidden_size_per_attention_head)
-        query, key, value = view[..., :-2, :].reshape(s, b, heads, -1), view[..., -2, :], view[..., -1, :]
+        first, key, value = view[..., :-2, :], view[..., -2, :], view[..., -1, :]
+        gate = None
+        if gated:  # each group's queries, then their gates
+            first, gate = first.chunk(2, dim=-2)
+            gate = gate.reshape(s, b, -1)
+        query = first.reshape(s, b, heads, -1)
         if normed:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
         query, key = core.turned(query, key, layout.tables)
-        return query, key, value
+        return query, key, value, gate
 
     def _product_and_bias(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
         """The query-key-value product without its bias, and the bias, which the split adds."""
@@ -236,7 +269,7 @@ class FusedSelfAttention(SelfAttention):
         shared = self.config.num_query_groups < self.world_size  # key-value heads repeated over ranks
         # A kernel that the user named, or a deterministic one, is CoreAttention's to choose.
         named = self.config.attention != "fastest" or self.config.deterministic_mode
-        return wanted and not (_plain(self) or asks or off or shared or named or self.config.attention_output_gate)
+        return wanted and not (_plain(self) or asks or off or shared or named)
 
 
 # Layers, by their exact class, that take [gate, up] themselves: (layer, [gate, up], residual or None, whether the result is

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megaswift.errors import DataError
 from megaswift.models import parameters_of
-from megaswift.models.parameters import Parameter
+from megaswift.models.parameters import HFTensor, Parameter
 from megaswift.weights.convert.model import MegatronReader, raw
 from megaswift.weights.convert.precision import Precisions
 from megaswift.weights.hf.read import HFCheckpoint
@@ -55,6 +55,10 @@ class GrownFolder(HFCheckpoint):
             if name not in self._grown:
                 self._grown[name] = _grown(self.original.tensor(name), self.rows_after)
             return self._grown[name]
+
+    def part(self, part: HFTensor) -> Tensor:
+        """The part of a tensor that a parameter is made of."""
+        return super().part(part) if part.index is None else self.original.part(part)
 
     def release(self, name: str) -> None:
         """Give back the memory of a tensor."""

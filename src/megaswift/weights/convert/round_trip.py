@@ -58,7 +58,7 @@ def verify_written(
 
     def compare(parameter: Parameter) -> str | None:
         arrangement, names = parameter.arrangement, [part.name for part in parameter.hf]
-        parts = [part.of(written.tensor(part.name)) for part in parameter.hf]
+        parts = [written.part(part) for part in parameter.hf]
         wide = precisions.widest(names)
         packed = arrangement.pack([part.to(wide) for part in parts])
         stored = reader.read(parameter.key, parameter.place)[: packed.shape[0]].to(wide)

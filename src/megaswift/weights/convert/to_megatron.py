@@ -147,7 +147,7 @@ class _FromFolder:
         ]
 
     def _packed(self, parameter: Parameter) -> Tensor:
-        parts = [part.of(self.source.tensor(part.name)) for part in parameter.hf]
+        parts = [self.source.part(part) for part in parameter.hf]
         return _woven(parameter, parts, self.precisions, self.notes, self.finite)
 
     def _blocks(self, parameter: Parameter, part: HFTensor, first_row: int) -> list[Chunk]:
@@ -158,7 +158,7 @@ class _FromFolder:
         running: Any = hashlib.sha256()
 
         def produce(start: int, stop: int) -> Tensor:
-            block = part.of(self.source.tensor(part.name))[start:stop].to(dtype).contiguous()
+            block = self.source.part(part)[start:stop].to(dtype).contiguous()
             self.finite(part.label, block)
             running.update(raw(block))
             if stop == count:

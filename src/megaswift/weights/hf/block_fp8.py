@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from megaswift.errors import DataError, UserError
+from megaswift.weights.hf.mxfp4 import is_mxfp4
 from megaswift.weights.hf.read import HFCheckpoint
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ class BlockFp8Folder(HFCheckpoint):
             self._made.pop(name, None)
         self.original.release(name)
 
+    @property
     def note(self) -> str:
         """What a user must know."""
         return (
@@ -110,7 +112,7 @@ def from_blocks(weight: torch.Tensor, scales: torch.Tensor, blocks: tuple[int, i
 
 def opened(source: HFCheckpoint) -> HFCheckpoint:
     """A folder, read as bf16 where its weights are in FP8. Raises UserError for any other quantisation."""
-    if source.config.get(FIELD) is None:
+    if source.config.get(FIELD) is None or is_mxfp4(source.config):  # MXFP4 is read as bf16 already
         return source
     return BlockFp8Folder(source, required_blocks(source.config, str(source.path / "config.json")))
 

@@ -12,6 +12,7 @@ from megaswift.models.parameters import hf_shapes
 from megaswift.models.prediction import layers_ahead
 from megaswift.weights.hf.block_fp8 import FIELD, blocks_of, required_blocks
 from megaswift.weights.hf.folder import read_config
+from megaswift.weights.hf.mxfp4 import is_mxfp4
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -32,6 +33,8 @@ def load_config(directory: Path, from_fp8: bool = False) -> PreTrainedConfig:
     path = directory / "config.json"
     values = read_config(directory)
     family = family_of(str(values.get("model_type")), str(path))
+    if is_mxfp4(values):  # what is read of such a folder is bf16
+        values = {name: value for name, value in values.items() if name != FIELD}
     if values.get(FIELD) is not None:
         if from_fp8:
             required_blocks(values, str(path))
@@ -43,7 +46,7 @@ def load_config(directory: Path, from_fp8: bool = False) -> PreTrainedConfig:
                 where=f"{path}: {FIELD}",
                 fix="convert the folder first: swift export --to_megatron true --model_id_or_path DIR"
                 if readable
-                else "give the model in bf16, fp16 or fp32",
+                else "give the model in bf16, fp16 or fp32, or in MXFP4",
             )
     if values.get("per_layer_config"):
         raise UserError(

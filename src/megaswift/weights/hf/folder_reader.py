@@ -34,7 +34,7 @@ class FolderReader:
 
     def read(self, key: str, place: tuple[int, ...] = (), rows: tuple[int, int] | None = None) -> Tensor:
         parameter = self.parameters[key, place]
-        value = parameter.arrangement.pack([part.of(self.source.tensor(part.name)) for part in parameter.hf])
+        value = parameter.arrangement.pack([self.source.part(part) for part in parameter.hf])
         return value if rows is None else value[rows[0] : rows[1]]
 
     def prefetch(self, key: str, place: tuple[int, ...] = ()) -> None:

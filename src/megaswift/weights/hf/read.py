@@ -21,10 +21,13 @@ from megaswift.weights.dtypes import WEIGHTS
 from megaswift.weights.hf.folder import INDEX, read_config, side_files, weight_files, weight_map
 from megaswift.weights.hf.header import TensorEntry, read_header
 from megaswift.weights.hf.json_files import inside
+from megaswift.weights.hf.mxfp4 import BLOCKS, SCALES, dequantised, is_mxfp4, seen
 from megaswift.weights.hf.pickled import read_pickle
 
 if TYPE_CHECKING:
     import torch
+
+    from megaswift.models.parameters import HFTensor
 
 _SHOWN = 10  # names in an error message
 UNTIED = (
@@ -131,7 +134,10 @@ class HFCheckpoint:
         directory = Path(path)
         if not directory.is_dir():
             raise UserError(f"model directory {str(directory)!r} {'is a file' if directory.exists() else 'does not exist'}.")
-        return cls(directory, read_config(directory), tensor_table(directory, allow_pickle))
+        config, table = read_config(directory), tensor_table(directory, allow_pickle)
+        if is_mxfp4(config) and any(name.endswith(BLOCKS) for name in table):
+            return Mxfp4Folder(directory, config, table)
+        return cls(directory, config, table)
 
     @property
     def names(self) -> list[str]:
@@ -166,6 +172,11 @@ class HFCheckpoint:
         """The weight file that holds a tensor."""
         return self.entry(name).file
 
+    @property
+    def note(self) -> str | None:
+        """What a user must know of how its weights are read; None: they are read as they are."""
+        return None
+
     def side_files(self) -> list[Path]:
         """The files that travel with the model unchanged: config, tokenizer, chat template, licence."""
         return side_files(self.path)
@@ -184,6 +195,10 @@ class HFCheckpoint:
             raw = torch.frombuffer(mapped, dtype=torch.uint8, count=entry.nbytes, offset=entry.start)
             return raw.clone().view(dtype).reshape(entry.shape)
         return torch.frombuffer(mapped, dtype=dtype, count=count, offset=entry.start).reshape(entry.shape)
+
+    def part(self, part: HFTensor) -> torch.Tensor:
+        """The part of a tensor that a parameter is made of."""
+        return part.of(self.tensor(part.name))
 
     def slice(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows `start` to `stop` of a tensor, as a view; other rows are not read."""
@@ -258,3 +273,48 @@ class HFCheckpoint:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.table)
+
+
+class Mxfp4Folder(HFCheckpoint):
+    """A folder whose experts are in MXFP4, seen as if they were in bf16: dequantised when they are read, and not kept."""
+
+    def __init__(self, path: Path, config: dict[str, Any], table: dict[str, TensorEntry]) -> None:
+        super().__init__(path, config, seen(path, table))
+        self._raw = HFCheckpoint(path, config, table, self._maps, self._lock)
+
+    @property
+    def note(self) -> str:
+        return "the experts are in MXFP4: they are read as bf16, to the bit as transformers reads them, and written as bf16"
+
+    def file_of(self, name: str) -> Path:
+        """The weight file that holds a tensor; of one in MXFP4 its blocks."""
+        return self._raw.file_of(self._stored(name)[0])
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor; of one in MXFP4 its values in bf16, made anew at each call."""
+        names = self._stored(name)
+        if len(names) == 1:
+            return super().tensor(name)
+        return dequantised(*map(self._raw.tensor, names)).transpose(-1, -2).contiguous()
+
+    def part(self, part: HFTensor) -> torch.Tensor:
+        """The part of a tensor that a parameter is made of; no other part is dequantised."""
+        names = self._stored(part.name)
+        if len(names) == 1 or part.index is None:
+            return super().part(part)
+        values = dequantised(*(self._raw.tensor(name)[part.index] for name in names))
+        return values if part.transposed else values.transpose(-1, -2)
+
+    def prefetch(self, name: str) -> None:
+        """Ask the system to read a tensor's data ahead, in the background."""
+        for stored in self._stored(name):
+            self._raw.prefetch(stored)
+
+    def release(self, name: str) -> None:
+        """Give back the memory through which a tensor was read."""
+        for stored in self._stored(name):
+            self._raw.release(stored)
+
+    def _stored(self, name: str) -> list[str]:
+        """Names of the tensors that one is stored as."""
+        return [name + BLOCKS, name + SCALES] if name + BLOCKS in self._raw.table else [name]

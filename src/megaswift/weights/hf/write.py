@@ -19,6 +19,7 @@ from megaswift.errors import DataError
 from megaswift.store.files import Cancelled, FileRecord, write_small
 from megaswift.store.publish import Workspace, publish, refuse_existing, remove_leftovers, workspace
 from megaswift.weights.hf.folder import CONFIG, INDEX, read_config
+from megaswift.weights.hf.mxfp4 import QUANTIZED
 from megaswift.weights.hf.read import tensor_table, torch_dtype
 from megaswift.weights.hf.shards import PlannedTensor, Shard, ShardResult, plan_shards, write_shard
 
@@ -122,11 +123,15 @@ def _small_files(
     """Every file but the shards: name -> content, or the file to copy."""
     contents: dict[str, bytes | Path] = {item.name: item for item in side_files}
     contents |= extra
-    if overrides:
-        if CONFIG not in contents:
-            raise ValueError(f"config_overrides without a {CONFIG}")
-        source = contents[CONFIG]
-        config = json.loads(source.read_bytes() if isinstance(source, Path) else source) | dict(overrides)
+    if overrides and CONFIG not in contents:
+        raise ValueError(f"config_overrides without a {CONFIG}")
+    source = contents.get(CONFIG, b"{}")
+    config = json.loads(source.read_bytes() if isinstance(source, Path) else source)
+    # What is written here is in no quantised form, whatever the folder was that it came from.
+    quantized = QUANTIZED in config
+    config.pop(QUANTIZED, None)
+    if quantized or overrides:
+        config |= dict(overrides or {})
         contents[CONFIG] = (json.dumps(config, ensure_ascii=False, indent=2) + "\n").encode("utf-8")
     if len(shards) > 1:
         places = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
