@@ -67,3 +67,13 @@ def test_another_broken_pipe_is_told(monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setattr(verify, "verify_main", fail)
     assert cli.main(["verify"]) == 1
     assert "a worker has gone" in capsys.readouterr().err
+
+
+def test_help_has_columns_and_begins_with_what_is_own() -> None:
+    from megaswift.cli import VERBS, help_text, overview
+    from megaswift.config.options import RlhfArguments
+
+    lines = overview().splitlines()
+    assert all(any(line.split() == [verb, *text.split()] for line in lines) for verb, (*_, text) in VERBS.items())
+    shown = help_text("rlhf", RlhfArguments)
+    assert shown.index("--rlhf_type") < shown.index("--seed") and shown.count("--rlhf_type ") == 1

@@ -162,7 +162,8 @@ def report_error(error: MegaswiftError) -> None:
 def overview() -> str:
     """Help without a verb."""
     lines = ["usage: swift COMMAND [--option value ...]", "", "commands:"]
-    lines += [f"  {verb:8}{text}" for verb, (_, _, _, text) in VERBS.items()]
+    width = max(map(len, VERBS)) + 2
+    lines += [f"  {verb:{width}}{text}" for verb, (_, _, _, text) in VERBS.items()]
     return "\n".join([*lines, "", "swift COMMAND --help lists the options of a command."])
 
 
@@ -178,7 +179,8 @@ def help_text(verb: str, cls: Any) -> str:
     meant = getattr(cls, "MEANT", None)
     lines = [f"usage: swift {verb} [options.json | options.yaml] [--option value ...]", "", VERBS[verb][3] + "."]
     items = {item.name: item for item in dataclasses.fields(cls)}
-    for group in reversed([part for part in cls.__mro__ if dataclasses.is_dataclass(part)]):
+    groups = reversed([part for part in cls.__mro__ if dataclasses.is_dataclass(part)])
+    for group in sorted(groups, key=lambda group: group not in getattr(cls, "FIRST", ())):
         own = [name for name in vars(group).get("__annotations__", {}) if name in items]
         if not own or (meant is not None and group not in meant and group is not cls):
             continue

@@ -29,6 +29,14 @@ from megaswift.models.registry import MODEL_TYPES, by_hub_id, model_type, reposi
             "qwen2",
         ),
         ("qwen3-8b", "Qwen/Qwen3-8B", "Qwen/Qwen3-8B", "qwen3", "qwen3"),
+        ("yi-1_5-9b-chat", "01ai/Yi-1.5-9B-Chat", "01-ai/Yi-1.5-9B-Chat", "chatml", "llama"),
+        (
+            "deepseek-coder-1_3b",
+            "deepseek-ai/deepseek-coder-1.3b-base",
+            "deepseek-ai/deepseek-coder-1.3b-base",
+            "default-generation",
+            "llama",
+        ),
         (
             "llama3_1-8b-instruct",
             "LLM-Research/Meta-Llama-3.1-8B-Instruct",
@@ -76,7 +84,7 @@ def test_entries(name: str, ms_id: str, hf_id: str, template: str, family: str) 
 
 
 def test_every_entry_is_well_formed_and_of_a_known_family() -> None:
-    assert len(MODEL_TYPES) > 110
+    assert len({(entry.ms_id, entry.hf_id) for entry in MODEL_TYPES.values()}) >= 300
     known = families()
     for name, entry in MODEL_TYPES.items():
         assert name == entry.name == name.lower() and entry.family in known
@@ -84,7 +92,7 @@ def test_every_entry_is_well_formed_and_of_a_known_family() -> None:
         assert (
             entry.template == "default-generation"
             or "math" in name
-            or any(part in name for part in ("chat", "instruct", "qwen3", "smollm3"))
+            or any(part in name for part in ("chat", "instruct", "qwen3", "smollm3", "alpaca", "codestral", "kimi-dev"))
         )
 
 

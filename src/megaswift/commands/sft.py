@@ -99,7 +99,7 @@ def _train(args: SftArguments, stop: StopSignals) -> Path:
     rows = streamed_rows(args, place.world_size, batch)
     data = prepared(args, template, start, rows)
     run_dir = start.run_dir or new_run_dir(args, place.leads)
-    run = resolved(args, start, data, place.world_size, run_dir, template.pad_id, batch)
+    run = resolved(args, start, data, place.world_size, run_dir, template.pad_id, batch, template.end_ids)
     steps = run.schedule.train_iters
     if start.run_dir is not None:
         _check_unchanged(args, start, data, run)

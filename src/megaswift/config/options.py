@@ -163,6 +163,7 @@ class RlhfArguments(PreferenceArguments, SftArguments):
     """`swift rlhf`: training from preferences, of all weights or of an adapter."""
 
     VERB: ClassVar[str] = "rlhf"
+    FIRST: ClassVar[tuple[type, ...]] = (PreferenceArguments,)  # of the groups that --help shows
 
 
 @dataclass(kw_only=True)

@@ -341,6 +341,11 @@ class ChatTemplate:
         """Tokens that end an answer, with and without tools."""
         return self.ends if self._tool_use is None else tuple(sorted({*self.ends, *self._tool_use.ends}))
 
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids of the tokens that end an answer, the tokenizer's own end token among them."""
+        return tuple(sorted({self.eos_id} | {self.encoder.control[token] for token in self.all_ends}))
+
     # What happens to a conversation before the template sees it
 
     def _prepared(self, conversation: Conversation) -> Conversation:

@@ -57,9 +57,8 @@ class Seen:
             prompt, text = template.decode(template.prompt(asked)), template.decode(row.ids)
         except BadRow:
             return
-        ends = {template.eos_id} | {template.encoder.control[token] for token in template.all_ends}
         self.rows += 1
-        self.endless += not (bool(row.kept[-1]) and int(row.ids[-1]) in ends)
+        self.endless += not (bool(row.kept[-1]) and int(row.ids[-1]) in template.end_ids)
         if not text.startswith(prompt):
             if not self.other:
                 first = next((n for n, (a, b) in enumerate(zip(prompt, text)) if a != b), min(len(prompt), len(text)))

@@ -193,6 +193,13 @@ class ChatModel(GPTModel):
         )
         return loss
 
+    def token_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """fp32 [s * b], the cross entropy at each label, without a gradient; 0 where there is none. Arguments as for `summed_loss`."""
+        losses, _ = linear_cross_entropy(
+            self._head_inputs(hidden), self._weight(), labels.t(), reduction="none", **self._head()
+        )
+        return losses
+
     def sequence_log_probabilities(
         self, hidden: Tensor, batch: MicroBatch, sequences: Tensor, count: int
     ) -> tuple[Tensor, Tensor]:

@@ -102,6 +102,7 @@ def resolved(
     run_dir: Path,
     pad_id: int,
     earlier_batch: int | None = None,
+    end_ids: tuple[int, ...] = (),
 ) -> Run:
     """Everything that follows from options, model, rows and processes. Raises UserError or DataError for what cannot work.
 
@@ -114,6 +115,7 @@ def resolved(
         train_rows=len(data.train),
         val_rows=len(data.val) if data.val is not None else 0,
         pad_id=pad_id,
+        end_ids=end_ids,
     )
     run = resolve(args, start, World.of(processes), rows, run_dir=run_dir, earlier_batch=earlier_batch)
     refuse(contradictions(args))

@@ -210,6 +210,7 @@ class DataRef:
     train_rows: int = 0
     val_rows: int = 0
     pad_id: int = 0
+    end_ids: tuple[int, ...] = ()  # of the tokens that end an answer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from megaswift.train.setup import to_device
 
 if TYPE_CHECKING:
     from megaswift.launch.watchdog import Watchdog
+    from megaswift.train.objectives import Objective
     from megaswift.train.trainer import StepResult, Trainer
 
 
@@ -31,10 +32,12 @@ class Evaluation(Callback):
         *,
         every: int,
         last: int,
+        objective: Objective | None = None,
     ) -> None:
+        """`objective`: what the rows are judged by, where that is not the trainer's own."""
         self.trainer, self.validation, self.device = trainer, validation, device
         self.callbacks, self.watchdog = callbacks, watchdog
-        self.every, self.last = every, last
+        self.every, self.last, self.objective = every, last, objective
 
     def step(self, step: int, result: StepResult, seconds: float) -> None:
         if step % self.every and step != self.last:
@@ -51,6 +54,6 @@ class Evaluation(Callback):
                 yield to_device(self.validation.step(k), self.device)
                 self.watchdog.beat(f"the evaluation after step {step}")
 
-        loss, weight, sums = self.trainer.evaluated(groups())
+        loss, weight, sums = self.trainer.evaluated(groups(), self.objective)
         if not cut:
             self.callbacks.evaluated(step, loss, shown(sums, weight))

@@ -13,7 +13,7 @@ import torch
 from megaswift.store.publish import put
 from megaswift.terminal import LiveLine, duration
 from megaswift.train.callbacks import Callback
-from megaswift.train.objectives import SUPERVISED, shown
+from megaswift.train.objectives import END_TOKEN, SUPERVISED, shown
 
 if TYPE_CHECKING:
     from megaswift.run.spec import Run
@@ -67,7 +67,8 @@ class RunLog(Callback):
             self._write(row | {"global_step/max_steps": f"{step}/{self.last}"})
             for name, value in (own | {"loss": loss}).items():
                 self.board.add_scalar(f"eval/{name}", value, step)
-            self.line.show(f"step {step}/{self.last}  validation loss {loss:.4f}", keep=True)
+            ends = "" if END_TOKEN not in own else f"  answers end with probability {own[END_TOKEN]:.3f}"
+            self.line.show(f"step {step}/{self.last}  validation loss {loss:.4f}{ends}", keep=True)
 
     def saved(self, step: int, directory: Path, seconds: float, waited: float) -> None:
         """A checkpoint is safe: seconds since it was begun, and those of them in which training waited for it."""

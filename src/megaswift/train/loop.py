@@ -27,6 +27,7 @@ from megaswift.train.callbacks import Callbacks, GraphNotes, Heartbeat, StopOnSi
 from megaswift.train.determinism import CostOfDeterminism, deterministic
 from megaswift.train.evaluation import Evaluation
 from megaswift.train.log import RunLog
+from megaswift.train.objectives import EvaluatedTokens
 from megaswift.train.saving import Checkpoints, saves_after
 from megaswift.train.setup import open_batches, restore_trainer, to_device
 from megaswift.train.step_guard import StepGuard
@@ -134,9 +135,13 @@ class Training:
                 )
             )  # fmt: skip
         if validation is not None:
+            ends = spec.data.end_ids if spec.objective.kind == "supervised" else ()
             callbacks.add(
-                Evaluation(trainer, validation, self.rank.device, callbacks, watchdog, every=spec.saving.eval_steps, last=last)
-            )
+                Evaluation(
+                    trainer, validation, self.rank.device, callbacks, watchdog, every=spec.saving.eval_steps, last=last,
+                    objective=EvaluatedTokens(ends) if ends else None,
+                )
+            )  # fmt: skip
         callbacks.add(checkpoints)
 
     def run(self) -> None:

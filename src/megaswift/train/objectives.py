@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from megaswift.megatron.model import ChatModel
 
 SUPERVISED = "supervised"  # the metric of objectives that count tokens with loss
+END_TOKEN = "end_token_probability"  # of validation rows
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,36 @@ class SupervisedTokens:
         weight = count.float() if batch.weights is None else batch.weights.double().sum().float()
         supervised, weight = (x.to(hidden.device, non_blocking=True) for x in (count.float(), weight))
         return Loss(total, weight, {SUPERVISED: supervised})
+
+
+@dataclass(frozen=True)
+class EvaluatedTokens(SupervisedTokens):
+    """The same of validation rows, forward only, and how sure the model is of where answers end.
+
+    Args:
+        ends: ids of the tokens that end an answer.
+    """
+
+    ends: tuple[int, ...]
+
+    @property
+    def metrics(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The mean probability of the ends that carry loss, and how many these are."""
+        return SUPERVISED, f"{END_TOKEN}|ends", "ends"
+
+    def micro_batch(self, model: ChatModel, hidden: Tensor, batch: MicroBatch) -> Loss:
+        """As for training, without a gradient."""
+        losses = model.token_losses(hidden, batch.labels).double()  # [s * b]
+        labelled = batch.labels != IGNORED
+        weights = labelled.double() if batch.weights is None else batch.weights.double()
+        ends = labelled & torch.isin(batch.labels, torch.tensor(self.ends, dtype=batch.labels.dtype))
+        own, at_ends, count = (
+            part.to(hidden.device, non_blocking=True)
+            for part in (weights.t().reshape(-1), ends.t().reshape(-1), labelled.sum().float())
+        )
+        sure = losses.neg().exp()[at_ends].sum().float()
+        metrics = {SUPERVISED: count, f"{END_TOKEN}|ends": sure, "ends": at_ends.sum().float()}
+        return Loss((losses * own).sum().float(), own.sum().float(), metrics)
 
 
 @dataclass(frozen=True)

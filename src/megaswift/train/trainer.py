@@ -232,16 +232,23 @@ class Trainer:
         return self.evaluated(batches)[0]
 
     @torch.no_grad()
-    def evaluated(self, batches: Iterator[list[MicroBatch]]) -> tuple[float, float, dict[str, float]]:
-        """The loss of all batches together, what it was divided by, and the sums of the objective's metrics."""
+    def evaluated(
+        self, batches: Iterator[list[MicroBatch]], objective: Objective | None = None
+    ) -> tuple[float, float, dict[str, float]]:
+        """The loss of all batches together, what it was divided by, and the sums of the objective's metrics.
+
+        Args:
+            objective: another than the trainer's own.
+        """
+        objective = objective or self.objective
         for wrapped in self.wrapped:
             wrapped.eval()
-        sums = torch.zeros(2 + len(self.objective.metrics), dtype=torch.float64)
+        sums = torch.zeros(2 + len(objective.metrics), dtype=torch.float64)
         for group in batches:
             self._look_ahead(group)
-            sums += self._forward_backward(group, forward_only=True).cpu()
+            sums += self._forward_backward(group, forward_only=True, objective=objective).cpu()
         total, weight, *metrics = sums.tolist()
-        found = dict(zip(self.objective.metrics, metrics, strict=True))
+        found = dict(zip(objective.metrics, metrics, strict=True))
         return total / weight if weight > 0 else 0.0, weight, found
 
     @torch.no_grad()
