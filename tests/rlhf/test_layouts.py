@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -66,16 +67,16 @@ def kto(policy: Tensor, tokens: Tensor, reference: Tensor, good: Tensor) -> Tens
 
 RATES: dict[str, Any] = {"learning_rate": RATE, "adam_epsilon": EPSILON}
 SOME = ("tp1 pp1 dp1", "dp2", "tp2, sequence parallel", "cp2", "tp2 pp2 vpp2, sequence parallel")
+LATER = SOME if "MEGASWIFT_LONG" in os.environ else SOME[:1] + SOME[2:4]  # of what shares its way with another method
+EVERY = tuple(LAYOUTS) if "MEGASWIFT_LONG" in os.environ else SOME  # by `make test-long`
 # method: loss, options, whether beside an adapter, layouts
 METHODS: dict[str, tuple[Any, dict[str, Any], bool, tuple[str, ...]]] = {
-    "dpo": (dpo, {"beta": BETA, "label_smoothing": 0.1, "rpo_alpha": 0.5}, False, tuple(LAYOUTS)),
-    "dpo, lora": (dpo, {"beta": BETA, "label_smoothing": 0.1, "rpo_alpha": 0.5}, True, tuple(LAYOUTS)),
-    "kto": (
-        kto, {"rlhf_type": "kto", "beta": BETA, "desirable_weight": 1.5, "undesirable_weight": 0.8}, False, tuple(LAYOUTS)
-    ),
-    "kto, lora": (kto, {"rlhf_type": "kto", "beta": BETA, "desirable_weight": 1.5, "undesirable_weight": 0.8}, True, SOME),
-    "orpo": (orpo, {"rlhf_type": "orpo", "beta": BETA}, False, SOME),
-    "simpo": (simpo, {"rlhf_type": "simpo", "beta": BETA, "simpo_gamma": 0.7, "cpo_alpha": 0.0}, False, SOME),
+    "dpo": (dpo, {"beta": BETA, "label_smoothing": 0.1, "rpo_alpha": 0.5}, False, EVERY),
+    "dpo, lora": (dpo, {"beta": BETA, "label_smoothing": 0.1, "rpo_alpha": 0.5}, True, EVERY),
+    "kto": (kto, {"rlhf_type": "kto", "beta": BETA, "desirable_weight": 1.5, "undesirable_weight": 0.8}, False, EVERY),
+    "kto, lora": (kto, {"rlhf_type": "kto", "beta": BETA, "desirable_weight": 1.5, "undesirable_weight": 0.8}, True, LATER),
+    "orpo": (orpo, {"rlhf_type": "orpo", "beta": BETA}, False, LATER),
+    "simpo": (simpo, {"rlhf_type": "simpo", "beta": BETA, "simpo_gamma": 0.7, "cpo_alpha": 0.0}, False, LATER),
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from megaswift.store.paths import REFERENCE_FILE
 from tests.ranks import RankPool
 from tests.rlhf.pairs import PlainStep, forget, job, kept_files, say, write_pairs
 from tests.runs import changed
-from tests.training import Trained, tiny_start, train
+from tests.training import Trained, long, tiny_start, train
 
 STEPS, BETA = 6, 0.2
 COMMON: dict[str, Any] = {
@@ -46,6 +47,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2": (2, {"pp": 2, "batch_size": 2, "gradient_accumulation_steps": 2}),
     "cp2": (2, {"cp": 2}),
 }
+
+
+SOME = tuple(LAYOUTS) if "MEGASWIFT_LONG" in os.environ else ("dp1 padded", "tp2 sp", "cp2")  # in the default suite
 
 
 @pytest.fixture(scope="module")
@@ -84,13 +88,13 @@ def plain(run: Trained, folder: Path) -> tuple[list[float], np.ndarray]:
     return [step.loss for step in side.run(data, ids, keep=False)], data.reference
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", ["full", pytest.param("lora", marks=long)])
 def test_six_steps_are_those_of_torch_at_every_layout(
     method: str, start: Path, rows: Path, pool: RankPool, tmp_path: Path
 ) -> None:
     """The reference is computed by each run itself, at its own layout."""
     wanted: Any = None
-    for name, (world, options) in LAYOUTS.items():
+    for name, (world, options) in ((name, LAYOUTS[name]) for name in SOME):
         words = COMMON | (LORA if method == "lora" else {}) | options
         run = train(pool, tmp_path / name, world, resume_from_checkpoint=str(start), dataset=[str(rows)], **words)
         forget(run.directory)
@@ -228,6 +232,9 @@ def test_a_signal_is_heard_while_the_reference_is_computed(start: Path, pool: Ra
 KTO: dict[str, Any] = {"rlhf_type": "kto", "beta": 0.1, "desirable_weight": 0.5, "undesirable_weight": 2.0}
 
 
+LABELLED_AT = ("dp1 padded", "tp2 sp", "pp2", "cp2") if "MEGASWIFT_LONG" in os.environ else ("dp1 padded", "pp2")
+
+
 def test_kto_with_unbalanced_labels(start: Path, pool: RankPool, tmp_path: Path) -> None:
     """Four good answers for each bad one: rewards part, on held-out answers too, the same at other layouts, and a run goes on."""
     rows = tmp_path / "rows.jsonl"
@@ -239,7 +246,7 @@ def test_kto_with_unbalanced_labels(start: Path, pool: RankPool, tmp_path: Path)
             file.write(json.dumps({"messages": turns, "label": good}) + "\n")
     words = COMMON | KTO | {"max_steps": 12, "save_steps": 6, "eval_steps": 6, "learning_rate": 1e-3}
     found = {}
-    for name, (world, options) in {key: LAYOUTS[key] for key in ("dp1 padded", "tp2 sp", "pp2", "cp2")}.items():
+    for name, (world, options) in {key: LAYOUTS[key] for key in LABELLED_AT}.items():
         run = train(pool, tmp_path / name, world, resume_from_checkpoint=str(start), dataset=[str(rows)], **words | options)
         found[name] = run
         for key in ("loss", "kl", "rewards/chosen", "rewards/rejected"):

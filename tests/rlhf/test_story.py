@@ -11,6 +11,7 @@ from tests import tiny
 from tests.rlhf.pairs import write_pairs
 from tests.test_readme import README, ROOT, blocks, commands
 from tests.test_whole_story import swift
+from tests.training import long
 
 PAGE = (ROOT / "docs" / "rlhf.md").read_text(encoding="utf-8")
 
@@ -41,6 +42,7 @@ def test_the_example(text: str, form: str, tmp_path: Path) -> None:
     assert (run / f"tiny-chat-{form}").is_dir()
 
 
+@long
 @pytest.mark.smollm2
 def test_smollm2_prefers_what_it_was_shown(tmp_path: Path) -> None:
     """Thirty steps over pairs of a lower-case and an upper-case answer; margin and accuracy rise on pairs that it never saw."""

@@ -28,7 +28,7 @@ def table() -> list[dict[str, str]]:
     for name, family in sorted({family.name: family for family in families().values()}.items()):
         config = CONFIG_MAPPING[family.hf_types[0]](**family.tiny)
         kinds = family.layers(config)
-        models = sorted({entry.hf_id for entry in MODEL_TYPES.values() if entry.family in family.hf_types})
+        models = [entry.hf_id for entry in MODEL_TYPES.values() if entry.family in family.hf_types]
         rows.append(
             {
                 "model_type": name,
