@@ -34,6 +34,15 @@ FORMS: dict[str, dict[str, Any]] = {
         "chosen": {"from": "gpt", "value": "good"},
         "rejected": {"from": "gpt", "value": "bad"},
     },
+    "roles in capitals": {
+        "messages": [{"role": "User", "content": "q"}, {"role": "Assistant", "content": "good"}],
+        "rejected_response": "bad",
+    },
+    "an answer by a bot": {
+        "prompt": "q",
+        "chosen": [{"role": "bot", "content": "good"}],
+        "rejected": [{"role": "Model", "content": "bad"}],
+    },
     "openai": {"input": {"messages": [USER]}, "preferred_output": [GOOD], "non_preferred_output": [BAD]},
     "ultrafeedback": {"prompt": "q", "messages": [USER, GOOD], "chosen": [USER, GOOD], "rejected": [USER, BAD], "score": 3},
     "an answer beside the two": {"question": "q", "answer": "other", "chosen": "good", "rejected": "bad", "label": 0},

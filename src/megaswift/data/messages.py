@@ -19,6 +19,12 @@ MAX_WEIGHT = 1_000_000
 ROLES = {alias: role for role, aliases in ALIASES.items() for alias in aliases.split()}
 
 
+def role_of(item: Any) -> str | None:
+    """What a message says that it is, under the names of ALIASES; None where it is none of them, or no message."""
+    name = item.get("role", item.get("from")) if isinstance(item, dict) else None
+    return ROLES.get(name.lower()) if isinstance(name, str) else None
+
+
 def read_messages(items: list[Any]) -> list[Message]:
     """Normalise the roles, contents, tool calls and `loss` of a conversation. Raises BadRow."""
     messages: list[Message] = []
@@ -26,7 +32,7 @@ def read_messages(items: list[Any]) -> list[Message]:
         if not isinstance(item, dict):
             raise BadRow("wrong type", f"message {number} is no object")
         role_name, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
-        role = ROLES.get(role_name.lower()) if isinstance(role_name, str) else None
+        role = role_of(item)
         if role is None:
             raise BadRow("unknown role", f"message {number}: {role_name!r}")
         where = f"message {number}, {role_name}"

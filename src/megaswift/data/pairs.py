@@ -100,30 +100,27 @@ class PreferencePipeline(Pipeline):
 
     def check(self, raws: list[Raw], recipe: Recipe) -> Checked:
         """As a Pipeline does, both answers of each row."""
-        bad, shapes, found, notes = {}, Counter[str](), set[str](), list[Note]()
+        return self._read(raws, recipe)[1]
+
+    def _read(self, raws: list[Raw], recipe: Recipe) -> tuple[dict[int, list[tuple[Conversation, bool]]], Checked]:
+        """The answers of each row that can be used, by its number; and what `check` says of all."""
+        made: dict[int, list[tuple[Conversation, bool]]] = {}
+        bad, found, notes = {}, set[str](), list[Note]()
         for number, raw in enumerate(raws):
             try:
-                made = self.answers(raw, recipe, found)
+                made[number] = self.answers(raw, recipe, found)
+                notes += ((number, *note) for conversation, _ in made[number] for note in conversation.notes)
             except BadRow as error:
                 bad[number] = error
-                continue
-            shapes[made[0][0].shape] += 1
-            notes += ((number, *note) for conversation, _ in made for note in conversation.notes)
-        return bad, shapes, frozenset(found), notes
+        shapes = Counter(answers[0][0].shape for answers in made.values())
+        return made, (bad, shapes, frozenset(found), notes)
 
     def encode(self, raws: list[Raw], recipe: Recipe) -> Encoding:
         """Samples of these rows: a row whose answers cannot all be used gives none."""
-        bad, shapes, found, notes = {}, Counter[str](), set[str](), list[Note]()
+        every, (bad, shapes, found, notes) = self._read(raws, recipe)
         rows: list[tuple[int, list[tuple[Conversation, bool]]]] = []
         long: dict[int, int] = {}
-        for number, raw in enumerate(raws):
-            try:
-                made = self.answers(raw, recipe, found)
-            except BadRow as error:
-                bad[number] = error
-                continue
-            shapes[made[0][0].shape] += 1
-            notes += ((number, *note) for conversation, _ in made for note in conversation.notes)
+        for number, made in every.items():
             if any(self._surely_long(conversation) for conversation, _ in made):
                 long[number] = -1
                 continue
@@ -160,7 +157,7 @@ class PreferencePipeline(Pipeline):
         whole, sizes = joined(parts), [len(part.ids) for part in parts]
         own = [float(weights_of(part).sum(dtype=np.float64)) for part in parts if part.weights is not None]
         return Encoding(
-            whole.ids, whole.kept, whole.weights, sizes, counts, bad, long, shapes, unsupervised, frozenset(found),
+            whole.ids, whole.kept, whole.weights, sizes, counts, bad, long, shapes, unsupervised, found,
             (len(own), sum(own)), cut, notes=notes, seen=seen, desirable=desirable,
         )  # fmt: skip
 

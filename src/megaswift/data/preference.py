@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megaswift.data.conversation import BadRow
+from megaswift.data.messages import role_of
 
 CHOSEN = ("chosen", "chosen_messages", "preferred_output", "chosen_response")
 REJECTED = ("rejected", "rejected_messages", "non_preferred_output", "rejected_response")
@@ -106,14 +107,7 @@ def _without_answer(row: dict[str, Any], chats: tuple[str, ...]) -> dict[str, An
 
 
 def _is_answer(turn: Any) -> bool:
-    return isinstance(turn, dict) and turn.get("role", turn.get("from")) in (
-        "assistant",
-        "gpt",
-        "bot",
-        "model",
-        "chatgpt",
-        "bing",
-    )
+    return role_of(turn) in ("assistant", "call")
 
 
 def _chat_of(row: dict[str, Any], chats: tuple[str, ...]) -> str | None:
@@ -140,8 +134,7 @@ def with_chosen(row: dict[str, Any], chats: tuple[str, ...]) -> dict[str, Any]:
         return rest | {chat: [*rest[chat], {"role": "assistant", "content": chosen}]}
     messages = chosen if isinstance(chosen, list) else [chosen]
     first = messages[0] if messages else None
-    role = first.get("role", first.get("from")) if isinstance(first, dict) else None
-    if role in ("assistant", "gpt"):  # the answer alone: what is asked stands in another column
+    if role_of(first) == "assistant":  # the answer alone: what is asked stands in another column
         messages = _asked(rest, chat) + messages
     return {key: value for key, value in rest.items() if key not in (*chats, "prompt")} | {"messages": messages}
 

@@ -66,7 +66,8 @@ class RowWriter:
             desirable: of preferences, whether each sample is a good answer.
         """
         if desirable is not None:
-            self._desirable = (self._desirable or []) + desirable
+            self._desirable = self._desirable or []
+            self._desirable += desirable
         if weights is not None and self._weights is None:
             self._weights = open(self.path / "weights.bin", "wb")  # noqa: SIM115 (closed by finish)
             for size in self._sizes:

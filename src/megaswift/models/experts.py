@@ -127,6 +127,22 @@ def kind_with(experts: Experts, **more: Any) -> Kind:
     return Kind(mlp=EXPERTS, experts=experts, **more)
 
 
+def grouped_sigmoid_experts(config: Any) -> Experts:
+    """The experts of DeepSeek V3's kind: chosen by the sigmoid of each and a bias, within the best groups, beside shared ones."""
+    return Experts(
+        config.n_routed_experts,
+        config.num_experts_per_tok,
+        config.moe_intermediate_size,
+        score="sigmoid",
+        renormalise=bool(config.norm_topk_prob),
+        factor=float(config.routed_scaling_factor),
+        groups=config.n_group,
+        kept=config.topk_group,
+        bias=True,
+        shared_ffn=config.moe_intermediate_size * config.n_shared_experts,
+    )
+
+
 def only_value(config: Any, field: str, value: Any) -> None:
     """Raise UserError where a config has a field that transformers does not ask for, and it says something else than it computes."""
     found = getattr(config, field, None)

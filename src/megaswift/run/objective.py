@@ -98,7 +98,7 @@ def objective_contradictions(args: SftArguments) -> Iterator[Problem]:
             where="--label_smoothing",
             fix=f"leave it out; it belongs to {named}",
         )
-    if "all" in args.loss_scale.split("+"):
+    if "all" in map(str.strip, args.loss_scale.split("+")):
         yield Problem(
             "--loss_scale all counts the question, which says nothing about which answer is better.",
             where="--loss_scale",

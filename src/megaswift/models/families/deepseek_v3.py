@@ -7,6 +7,7 @@ from typing import Any
 from megaswift.models.experts import (
     ROUTING_FIELDS,
     dense_mlp,
+    grouped_sigmoid_experts,
     kind_with,
     only_value,
     shared_rules,
@@ -15,7 +16,7 @@ from megaswift.models.experts import (
 )
 from megaswift.models.families.llama import LLAMA
 from megaswift.models.family import Family, decoder_settings, layers_after
-from megaswift.models.kinds import LATENT, Experts, Kind
+from megaswift.models.kinds import LATENT, Kind
 from megaswift.models.latent import LATENT_FIELDS, latent_of, latent_rules, latent_settings
 
 _MLP = "model.layers.{i}.mlp."
@@ -33,19 +34,7 @@ def _kind(config: Any, layer: int) -> Kind:
     latent = latent_of(config)
     if layer < config.first_k_dense_replace:
         return Kind(attention=LATENT, latent=latent)
-    experts = Experts(
-        config.n_routed_experts,
-        config.num_experts_per_tok,
-        config.moe_intermediate_size,
-        score="sigmoid",
-        renormalise=bool(config.norm_topk_prob),
-        factor=float(config.routed_scaling_factor),
-        groups=config.n_group,
-        kept=config.topk_group,
-        bias=True,
-        shared_ffn=config.moe_intermediate_size * config.n_shared_experts,
-    )
-    return kind_with(experts, attention=LATENT, latent=latent)
+    return kind_with(grouped_sigmoid_experts(config), attention=LATENT, latent=latent)
 
 
 DEEPSEEK_V3 = Family(

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from megaswift.models.experts import ROUTING_FIELDS, dense_mlp, kind_with, shared_rules, usual_expert_rules, without_mlp
+from megaswift.models.experts import (
+    ROUTING_FIELDS,
+    dense_mlp,
+    grouped_sigmoid_experts,
+    kind_with,
+    shared_rules,
+    usual_expert_rules,
+    without_mlp,
+)
 from megaswift.models.families.qwen3 import QWEN3
 from megaswift.models.family import Family, decoder_settings, typed_window
-from megaswift.models.kinds import Experts, Kind
+from megaswift.models.kinds import Kind
 
 _LAYER = "model.layers.{i}."
 _SHARED = _LAYER + "mlp.shared_experts."
@@ -16,19 +24,7 @@ _SHARED = _LAYER + "mlp.shared_experts."
 def _kind(config: Any, layer: int) -> Kind:
     if layer < config.first_k_dense_replace:
         return Kind(qk_norm=True, window=typed_window(config, layer))
-    experts = Experts(
-        config.n_routed_experts,
-        config.num_experts_per_tok,
-        config.moe_intermediate_size,
-        score="sigmoid",
-        renormalise=bool(config.norm_topk_prob),
-        factor=float(config.routed_scaling_factor),
-        groups=config.n_group,
-        kept=config.topk_group,
-        bias=True,
-        shared_ffn=config.moe_intermediate_size * config.n_shared_experts,
-    )
-    return kind_with(experts, qk_norm=True, window=typed_window(config, layer))
+    return kind_with(grouped_sigmoid_experts(config), qk_norm=True, window=typed_window(config, layer))
 
 
 DOTS1 = Family(

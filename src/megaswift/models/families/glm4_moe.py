@@ -7,6 +7,7 @@ from typing import Any
 from megaswift.models.experts import (
     ROUTING_FIELDS,
     dense_mlp,
+    grouped_sigmoid_experts,
     kind_with,
     only,
     shared_rules,
@@ -16,7 +17,7 @@ from megaswift.models.experts import (
 from megaswift.models.families.llama import LLAMA
 from megaswift.models.families.qwen3 import QWEN3
 from megaswift.models.family import Family, decoder_settings, layers_after
-from megaswift.models.kinds import Experts, Kind
+from megaswift.models.kinds import Kind
 from megaswift.models.rules import qkv_bias
 
 _MLP = "model.layers.{i}.mlp."
@@ -26,19 +27,7 @@ def _kind(config: Any, layer: int) -> Kind:
     attention: dict[str, Any] = dict(qkv_bias=bool(config.attention_bias), qk_norm=bool(config.use_qk_norm))
     if layer < config.first_k_dense_replace:
         return Kind(**attention)
-    experts = Experts(
-        config.n_routed_experts,
-        config.num_experts_per_tok,
-        config.moe_intermediate_size,
-        score="sigmoid",
-        renormalise=bool(config.norm_topk_prob),
-        factor=float(config.routed_scaling_factor),
-        groups=config.n_group,
-        kept=config.topk_group,
-        bias=True,
-        shared_ffn=config.moe_intermediate_size * config.n_shared_experts,
-    )
-    return kind_with(experts, **attention)
+    return kind_with(grouped_sigmoid_experts(config), **attention)
 
 
 GLM4_MOE = Family(
