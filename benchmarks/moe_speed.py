@@ -69,8 +69,8 @@ def adapter_of(config: Any, which: str, bits: int | None) -> Any:
     return Lora(rank=8, alpha=32, dropout=0.0, targets=target_modules(parameters_of(config), words), bits=bits)
 
 
-def trainer_of(run: Any, config: Any, lora: Any) -> Any:
-    """A trainer with random weights; the process groups must have been joined."""
+def trainer_of(run: Any, config: Any, lora: Any, objective: Any = None) -> Any:
+    """A trainer with random weights, of supervised tokens unless another objective is given; process groups must have been joined."""
     from megaswift.megatron.model import build, recompute_parts
     from megaswift.megatron.packed_weights import fill
     from megaswift.models import parameters_of
@@ -95,7 +95,7 @@ def trainer_of(run: Any, config: Any, lora: Any) -> Any:
         )
     if lora is not None:
         LoraAdapter(lora, config, 0).attach(model)
-    made = Trainer(model, run, SupervisedTokens())
+    made = Trainer(model, run, objective or SupervisedTokens())
     recompute_parts(model, run.memory.recompute)
     return made
 

@@ -19,10 +19,10 @@ from megaswift.megatron.kernels.megatron_layer import (
     FusedMLP,
     FusedSelfAttention,
     FusedTransformerLayer,
-    RMSNorm,
 )
 from megaswift.megatron.kernels.parallel_linear import ColumnParallel, RowParallel
 from megaswift.megatron.model import RotaryTable, build
+from megaswift.megatron.norms import RMSNorm
 from megaswift.models.kinds import Kind
 from megaswift.proof.streams import one_process
 from megaswift.run.spec import Parallel, Precision

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from tests.kernels.conftest import check, double, leaf
 
 from megaswift.megatron.kernels import swiglu_linear as module
-from megaswift.megatron.kernels.swiglu import backward_in_place, swiglu
+from megaswift.megatron.kernels.swiglu import GATES, GELU_TANH, SILU, backward_in_place, swiglu
 from megaswift.megatron.kernels.swiglu_linear import FirstProduct, swiglu_linear
 from megaswift.megatron.kernels.triton_support import HAS_TRITON, use_triton
 from megaswift.megatron.kernels.weight_grad import linear
@@ -16,38 +16,40 @@ from megaswift.megatron.kernels.weight_grad import linear
 SHAPES = [(5, 3, 33), (2, 1, 1030), (1, 4, 7)]
 
 
-def reference(x: torch.Tensor) -> torch.Tensor:
+def reference(x: torch.Tensor, gated_by: str = SILU) -> torch.Tensor:
     gate, up = x.chunk(2, -1)
-    return F.silu(gate) * up
+    return (F.silu(gate) if gated_by == SILU else F.gelu(gate, approximate="tanh")) * up
 
 
+@pytest.mark.parametrize("gated_by", GATES.values())
 @pytest.mark.parametrize("shape", SHAPES)
-def test_swiglu(case, shape):
+def test_swiglu(case, shape, gated_by):
     source = leaf(*shape[:2], 2 * shape[2], like=case)
-    y = swiglu(source * 1)
+    y = swiglu(source * 3, gated_by)  # where both halves of the curve are
     grad = torch.randn_like(y)
     a = double(source)
-    want = reference(a)
+    want = reference(a * 3, gated_by)
     want.backward(grad.double())
     check(y, want, case[1])
     y.backward(grad)
     check(source.grad, a.grad, case[1])
 
 
+@pytest.mark.parametrize("gated_by", GATES.values())
 @pytest.mark.parametrize("recompute", [True, False])
 @pytest.mark.parametrize("main", [True, False])
 @pytest.mark.parametrize("add", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_swiglu_linear(case, shape, recompute, main, add):
+def test_swiglu_linear(case, shape, recompute, main, add, gated_by):
     source, weight = leaf(*shape[:2], 2 * shape[2], like=case), leaf(11, shape[2], like=case)
     residual = leaf(*shape[:2], 11, like=case) if add else None
     if main:
         weight.main_grad = torch.zeros(11, shape[2], device=case[0])
         weight.grad_added_to_main_grad = False
-    y = swiglu_linear(source * 1, weight, recompute=recompute, residual=residual)
+    y = swiglu_linear(source * 1, weight, recompute=recompute, residual=residual, gated_by=gated_by)
     grad = torch.randn_like(y)
     a, b = double(source), double(weight)
-    want = reference(a) @ b.t() + (residual.detach().double() if add else 0.0)
+    want = reference(a, gated_by) @ b.t() + (residual.detach().double() if add else 0.0)
     want.backward(grad.double())
     check(y, want, case[1])
     y.backward(grad)
@@ -105,8 +107,8 @@ def test_kernel_on_a_few_processors(case, recompute):
     if not use_triton(x):
         pytest.skip("kernels run on a GPU or in the interpreter")
     other_dy, other_x = dy.clone(), x.clone()
-    backward_in_place(dy, x, recompute=recompute)
-    backward_in_place(other_dy, other_x, recompute=recompute, share=3)
+    backward_in_place(dy, x, recompute=recompute, gated_by=GELU_TANH)
+    backward_in_place(other_dy, other_x, recompute=recompute, share=3, gated_by=GELU_TANH)
     assert torch.equal(x, other_x) and torch.equal(dy, other_dy)
 
 

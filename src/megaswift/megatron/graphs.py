@@ -22,8 +22,9 @@ from torch import Tensor
 from megaswift.megatron.gated_delta_net import GatedDeltaNet
 from megaswift.megatron.kernels.activation_offload import OffloadingBlock
 from megaswift.megatron.kernels.linear_ops import PLAIN, linear_ops_of
-from megaswift.megatron.kernels.megatron_layer import FusedMLP, FusedTransformerLayer, RMSNorm
+from megaswift.megatron.kernels.megatron_layer import FusedMLP, FusedTransformerLayer
 from megaswift.megatron.latent_attention import LatentAttention
+from megaswift.megatron.norms import RMSNorm
 from megaswift.megatron.router import Counted
 
 _LIMIT = 64  # graphs; a run with more shapes than that runs the others as they are

@@ -24,9 +24,9 @@ from torch import Tensor
 from megaswift.megatron.kernels.attention import dense_causal, packed_causal, takes_narrow_values
 from megaswift.megatron.kernels.context_parallel import shared_causal
 from megaswift.megatron.kernels.linear_ops import linear_ops_of
-from megaswift.megatron.kernels.megatron_layer import RMSNorm
 from megaswift.megatron.kernels.rope import rotate
 from megaswift.megatron.kernels.weight_grad import linear
+from megaswift.megatron.norms import RMSNorm
 from megaswift.models.kinds import Latent
 
 

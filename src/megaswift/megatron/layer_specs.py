@@ -33,12 +33,11 @@ from megaswift.megatron.kernels.megatron_layer import (
     FusedMLP,
     FusedSelfAttention,
     FusedTransformerLayer,
-    RMSNorm,
 )
 from megaswift.megatron.kernels.parallel_linear import ColumnParallel, RowParallel
 from megaswift.megatron.latent_attention import LatentAttention, LatentSubmodules, Replicated
 from megaswift.megatron.layers import SumLayer, WidthNorm
-from megaswift.megatron.norms import LayerNorm, WideLayerNorm, WideRMSNorm, ZeroCentredLayerNorm, ZeroCentredRMSNorm
+from megaswift.megatron.norms import LayerNorm, RMSNorm, WideLayerNorm, WideRMSNorm, ZeroCentredLayerNorm, ZeroCentredRMSNorm
 from megaswift.megatron.packed_layers import PackedColumn, PackedReplicated, PackedRow
 from megaswift.megatron.router import Counted
 from megaswift.models.kinds import EXPERTS, GATED_DELTA, LATENT, Kind

@@ -15,6 +15,9 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
+from megaswift.megatron.kernels.rms_norm import ROUNDED, WIDE, rms_norm, rms_norm_added, rms_norm_keep
+from megaswift.megatron.norms import RMS_FORMS
+
 
 class WidthNorm(torch.nn.Module):
     """Root mean square norm over the queries, or the keys, of all heads together, which tensor parallelism splits.
@@ -39,6 +42,8 @@ class WidthNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [s, b, heads of this rank, d] to its norm."""
+        if self.group.size() == 1:
+            return rms_norm(x.flatten(-2), self.weight, self.eps, WIDE if self.wide else ROUNDED).view(x.shape)
         flat = x.flatten(-2).float()
         squares = flat.square().sum(-1, keepdim=True)
         if self.group.size() > 1:  # summed over the ranks on the way in, and its gradient on the way back
@@ -86,20 +91,29 @@ class SumLayer(TransformerLayer):
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Any]:  # type: ignore[override]
         """hidden_states [s, b, h] to ([s, b, h], context)."""
-        normed = self.input_layernorm(hidden_states)
+        residual, normed = self._before(self.input_layernorm, hidden_states)
         layout = kwargs.get("packed_seq_params")
-        attended = self._part(
-            "post_self_attn_layernorm", *self.self_attention(normed, attention_mask, packed_seq_params=layout)
-        )
+        attended = self.self_attention(normed, attention_mask, packed_seq_params=layout)
+        hidden_states = self._sum(residual, "post_self_attn_layernorm", *attended)
         if self.beside:
-            return hidden_states + attended + self._part("post_mlp_layernorm", *self.mlp(normed)), kwargs.get("context")
-        hidden_states = hidden_states + attended
-        hidden_states = hidden_states + self._part("post_mlp_layernorm", *self.mlp(self.pre_mlp_layernorm(hidden_states)))
-        return hidden_states, kwargs.get("context")
+            return self._sum(hidden_states, "post_mlp_layernorm", *self.mlp(normed)), kwargs.get("context")
+        residual, normed = self._before(self.pre_mlp_layernorm, hidden_states)
+        return self._sum(residual, "post_mlp_layernorm", *self.mlp(normed)), kwargs.get("context")
 
-    def _part(self, norm: str, delta: Tensor, bias: Tensor | None) -> Tensor:
-        """What attention, or the MLP, adds."""
+    def _fuses(self, norm: Any) -> bool:
+        return type(norm) in RMS_FORMS and not self.config.plain_layers
+
+    def _before(self, norm: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """The hidden states for the residual path, and their norm."""
+        if not self._fuses(norm):
+            return hidden_states, norm(hidden_states)
+        return rms_norm_keep(hidden_states, norm.weight, norm.eps, RMS_FORMS[type(norm)])
+
+    def _sum(self, residual: Tensor, norm: str, delta: Tensor, bias: Tensor | None) -> Tensor:
+        """The residual plus what attention, or the MLP, gives."""
         delta = delta if bias is None else delta + bias
         behind = getattr(self, norm, None)
+        if behind is not None and self.residual_factor == 1.0 and self._fuses(behind):
+            return rms_norm_added(residual, delta, behind.weight, behind.eps, RMS_FORMS[type(behind)])
         delta = delta if behind is None else behind(delta)
-        return delta if self.residual_factor == 1.0 else self.residual_factor * delta
+        return residual + (delta if self.residual_factor == 1.0 else self.residual_factor * delta)

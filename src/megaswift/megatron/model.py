@@ -31,6 +31,7 @@ from megaswift.megatron.kernels.linear_cross_entropy import IGNORED, linear_cros
 from megaswift.megatron.kernels.linear_ops import PLAIN, LinearOps
 from megaswift.megatron.kernels.megatron_layer import FusedMLP, fuse_embedding
 from megaswift.megatron.kernels.sequence_log_probability import sequence_log_probabilities
+from megaswift.megatron.kernels.swiglu import gelu_tanh
 from megaswift.megatron.layer_specs import SequenceLayout, block_spec
 from megaswift.megatron.router import Counted
 from megaswift.models import family_of
@@ -414,10 +415,6 @@ def _settings_of(kinds: Sequence[Kind], settings: Mapping[str, Any]) -> dict[str
         attention_output_gate=any(kind.output_gate for kind in kinds),
         add_qkv_bias=settings["add_qkv_bias"] or any(kind.qkv_bias for kind in kinds),
     )
-
-
-def gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
 
 
 def squared_relu(x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Norms with other formulas than RMSNorm's, in plain PyTorch and with the roundings of transformers' models.
+"""Norms: by root mean square in three forms, fused, and by mean and variance in plain PyTorch; roundings as in transformers' models.
 
-None of them is a subclass of RMSNorm, which fused layers take by its type. All ranks hold the whole weights, which are marked for
-Megatron-Core's sum of their gradients under sequence parallelism.
+Fused layers take the first three by their exact types (`RMS_FORMS`), so none is a subclass of another. All ranks hold the whole
+weights, which are marked for Megatron-Core's sum of their gradients under sequence parallelism.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megaswift.megatron.kernels.rms_norm import CENTRED, ROUNDED, WIDE, rms_norm
+
 
 class _Norm(torch.nn.Module):
     """Weights of a norm over the last axis.
@@ -23,6 +25,7 @@ class _Norm(torch.nn.Module):
     """
 
     has_bias = False
+    initial = 0.0
     weight: torch.nn.Parameter
     bias: torch.nn.Parameter
 
@@ -31,15 +34,19 @@ class _Norm(torch.nn.Module):
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
         self.eps = eps
         for name in ("weight", "bias") if self.has_bias else ("weight",):
-            values = torch.nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype, device=device))
+            values = torch.nn.Parameter(torch.full((hidden_size,), self.initial, dtype=config.params_dtype, device=device))
             values.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
             self.register_parameter(name, values)
 
 
-def _rms(x: Tensor, eps: float) -> Tensor:
-    """x [..., n] by its root mean square, in fp32."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+class RMSNorm(_Norm):
+    """A root mean square norm whose scaled value is rounded before it is multiplied with the weight."""
+
+    initial = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., hidden] to its norm."""
+        return rms_norm(x, self.weight, self.eps, ROUNDED)
 
 
 class WideRMSNorm(_Norm):
@@ -47,7 +54,7 @@ class WideRMSNorm(_Norm):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., hidden] to its norm."""
-        return (self.weight.float() * _rms(x, self.eps)).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps, WIDE)
 
 
 class ZeroCentredRMSNorm(_Norm):
@@ -55,7 +62,10 @@ class ZeroCentredRMSNorm(_Norm):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., hidden] to its norm."""
-        return (_rms(x, self.eps) * (1.0 + self.weight.float())).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps, CENTRED)
+
+
+RMS_FORMS: dict[type, str] = {RMSNorm: ROUNDED, WideRMSNorm: WIDE, ZeroCentredRMSNorm: CENTRED}
 
 
 class LayerNorm(_Norm):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megaswift.megatron.kernels.fp8_quantize import Scaled, quantize_columns, quantize_rows, quantize_swiglu
 from megaswift.megatron.kernels.linear_ops import LinearOps
+from megaswift.megatron.kernels.swiglu import SILU
 from megaswift.run.spec import FP8_MULTIPLE
 
 # With up to 256 tokens and many input channels cuBLASLt has no kernel for scaled rows (pytorch/ao issue 4582).
@@ -60,9 +61,11 @@ class Fp8LinearOps(LinearOps):
         return result if bias is None else result.add_(bias)
 
     def swiglu_forward(
-        self, gate_up: Tensor, weight: Tensor, residual: Tensor | None, *, keep: bool
+        self, gate_up: Tensor, weight: Tensor, residual: Tensor | None, *, keep: bool, gated_by: str = SILU
     ) -> tuple[Tensor, Tensor | None]:
-        """As its parent; the product is rounded before the residual is added."""
+        """As its parent, of SiLU alone; the product is rounded before the residual is added."""
+        if gated_by != SILU:
+            raise ValueError(f"products in FP8 are gated by {SILU}, not by {gated_by}")
         flat = gate_up.view(-1, gate_up.shape[-1])
         inputs, hidden = quantize_swiglu(flat, _padded(flat.shape[0]), keep=keep)
         result = scaled_product(inputs, self._quantized(weight, forward=True), gate_up.dtype, fast=True)

@@ -23,13 +23,13 @@ class LinearOps:
         return F.linear(x, weight, bias)
 
     def swiglu_forward(
-        self, gate_up: Tensor, weight: Tensor, residual: Tensor | None, *, keep: bool
+        self, gate_up: Tensor, weight: Tensor, residual: Tensor | None, *, keep: bool, gated_by: str = swiglu.SILU
     ) -> tuple[Tensor, Tensor | None]:
         """swiglu(gate_up) @ weight [n, f]^T, plus residual [..., n] if given; and swiglu(gate_up) [..., f] if it is to be kept.
 
         Here the product itself adds the residual.
         """
-        hidden = swiglu.forward(gate_up)
+        hidden = swiglu.forward(gate_up, gated_by)
         if residual is None:
             result = torch.matmul(hidden, weight.t())
         else:

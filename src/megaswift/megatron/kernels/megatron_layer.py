@@ -1,4 +1,4 @@
-"""Megatron-Core's norm, embedding, attention, MLP and layer with this folder's operations in them.
+"""Megatron-Core's embedding, attention, MLP and layer with this folder's operations in them.
 
 Every class keeps its parent's parameters, names and checkpoints, and hands over to the parent wherever a setting asks for
 something that the fused path does not do (dropout, selective recompute, inference, cross attention, activation offload),
@@ -34,28 +34,14 @@ from megaswift.megatron.kernels.attention import dense_causal, packed_causal
 from megaswift.megatron.kernels.block_attention import block_causal
 from megaswift.megatron.kernels.context_parallel import shared_causal
 from megaswift.megatron.kernels.embedding import embedding
-from megaswift.megatron.kernels.linear_ops import linear_ops_of
+from megaswift.megatron.kernels.linear_ops import PLAIN, linear_ops_of
 from megaswift.megatron.kernels.parallel_linear import ColumnParallel, RowParallel
-from megaswift.megatron.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_keep
+from megaswift.megatron.kernels.rms_norm import add_rms_norm, rms_norm_keep
 from megaswift.megatron.kernels.rope import rotate, split_rotate_qkv
-from megaswift.megatron.kernels.swiglu import swiglu
+from megaswift.megatron.kernels.swiglu import GATES, SILU, swiglu
 from megaswift.megatron.kernels.swiglu_linear import FirstProduct, swiglu_linear
+from megaswift.megatron.norms import RMS_FORMS
 from megaswift.models.kinds import MAIN
-
-
-class RMSNorm(torch.nn.Module):
-    """Root mean square norm over the last axis; its weight is marked for Megatron-Core's sum under sequence parallelism."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__()
-        device = None if config.use_cpu_initialization else torch.cuda.current_device()
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., hidden] to its norm."""
-        return rms_norm(x, self.weight, self.eps)
 
 
 class FusedEmbedding(VocabParallelEmbedding):
@@ -278,7 +264,7 @@ SECOND_PRODUCTS: dict[type, Callable[[Any, Tensor, Tensor | None, bool], Tensor 
 
 
 class FusedMLP(MLP):
-    """An MLP whose SwiGLU is fused with the second product (see `swiglu_linear` for the options)."""
+    """An MLP whose gated activation is fused with the second product (see `swiglu_linear` for the options)."""
 
     recompute_activation = True
     recompute_first = False  # the first product, too
@@ -292,7 +278,7 @@ class FusedMLP(MLP):
             return super().forward(hidden_states, per_token_scale, **kwargs)
         both, _ = self.linear_fc1(hidden_states)
         fused = self._second_product(both, hidden_states)
-        return self.linear_fc2(swiglu(both)) if fused is None else (self._reduced(fused), None)
+        return self.linear_fc2(swiglu(both, self._gated_by)) if fused is None else (self._reduced(fused), None)
 
     def forward_and_add(self, hidden_states: Tensor, residual: Tensor) -> Tensor:
         """residual + this MLP of hidden_states, a layer's result; without tensor parallelism the second product adds it itself."""
@@ -306,18 +292,18 @@ class FusedMLP(MLP):
         fused = self._second_product(both, hidden_states, residual if alone else None, needed)
         if fused is not None:
             return fused if alone else residual + self._reduced(fused)
-        output, bias = self.linear_fc2(swiglu(both))
+        output, bias = self.linear_fc2(swiglu(both, self._gated_by))
         return residual + (output if bias is None else output + bias)
 
     def _second_product(
         self, both: Tensor, hidden_states: Tensor, residual: Tensor | None = None, needed: bool = True
     ) -> Tensor | None:
-        """This rank's part of silu(gate) * up times the second weight, plus residual; None where no fused path computes it."""
+        """This rank's part of act(gate) * up times the second weight, plus residual; None where no fused path computes it."""
         second = self.linear_fc2
         if self._fuses_second():
             return swiglu_linear(both, second.weight, **self._options(hidden_states), residual=residual, needed=needed)
         again = self.recompute_activation or self.config.recompute_granularity == "full"
-        own = SECOND_PRODUCTS.get(type(second)) if again else None
+        own = SECOND_PRODUCTS.get(type(second)) if again and self._gated_by == SILU else None
         return None if own is None else own(second, both, residual, needed)
 
     def _reduced(self, output: Tensor) -> Tensor:
@@ -333,12 +319,18 @@ class FusedMLP(MLP):
         if self.recompute_first and plain:
             first = FirstProduct(hidden_states, layer.weight, layer.tp_group if layer.sequence_parallel else None)
         linear_ops = linear_ops_of(self.config)
-        return dict(recompute=self.recompute_activation, overlap=self.overlap, linear_ops=linear_ops, first=first)
+        options = dict(recompute=self.recompute_activation, overlap=self.overlap, linear_ops=linear_ops, first=first)
+        return options | {"gated_by": self._gated_by}
+
+    @property
+    def _gated_by(self) -> str:
+        return GATES[self.activation_func]
 
     def _takes(self) -> bool:
         config = self.config
-        silu = config.gated_linear_unit and self.activation_func is F.silu and config.activation_func_clamp_value is None
-        return type(self) is FusedMLP and silu and not (_plain(self) or config.add_bias_linear or config.glu_linear_offset)
+        gated = config.gated_linear_unit and self.activation_func in GATES and config.activation_func_clamp_value is None
+        gated = gated and (self._gated_by == SILU or linear_ops_of(config) is PLAIN)  # the products in FP8 know SiLU
+        return type(self) is FusedMLP and gated and not (_plain(self) or config.add_bias_linear or config.glu_linear_offset)
 
     def _fuses_second(self) -> bool:
         """Whether the second product is a plain one; an adapter around it, for example, is not."""
@@ -354,19 +346,20 @@ class FusedTransformerLayer(TransformerLayer):
         if not self._takes(kwargs) or args:
             return super().forward(hidden_states, *args, **kwargs)
         first, second = self.input_layernorm, self.pre_mlp_layernorm
-        residual, x = rms_norm_keep(hidden_states, first.weight, first.eps)
+        form = RMS_FORMS[type(first)]
+        residual, x = rms_norm_keep(hidden_states, first.weight, first.eps, form)
         names = ("attention_mask", "rotary_pos_emb", "packed_seq_params")
         delta, bias = self.self_attention(x, **{name: kwargs.get(name) for name in names})
         if bias is not None:
             delta = delta + bias
-        residual, x = add_rms_norm(residual, delta, second.weight, second.eps)
+        residual, x = add_rms_norm(residual, delta, second.weight, second.eps, form)
         if type(self.mlp) is FusedMLP:
             return self.mlp.forward_and_add(x, residual), kwargs.get("context")
         delta, bias = self.mlp(x)
         return residual + (delta if bias is None else delta + bias), kwargs.get("context")
 
     def _takes(self, arguments: dict[str, Any]) -> bool:
-        norms = type(self.input_layernorm) is RMSNorm and type(self.pre_mlp_layernorm) is RMSNorm
+        norms = type(self.input_layernorm) in RMS_FORMS and type(self.input_layernorm) is type(self.pre_mlp_layernorm)
         added = self.self_attn_bda is get_bias_dropout_add and self.mlp_bda is get_bias_dropout_add
         exact = type(self) is FusedTransformerLayer and norms and added
         asks = any(

@@ -1,8 +1,7 @@
-"""RMSNorm, alone or fused with the residual addition before it; the backward pass adds the residual's gradient as it goes.
+"""RMSNorm, alone or fused with the residual addition before or behind it; the backward pass adds the residual's gradient as it goes.
 
-Formula (https://arxiv.org/abs/1910.07467) with the roundings of transformers' models: variance and scaling in fp32, the
-scaled value rounded to the activation type, then multiplied by the weight in that type. Saved for backward: the input
-and one fp32 number a row.
+Formula (https://arxiv.org/abs/1910.07467) with the roundings of transformers' models: variance and scaling in fp32, then the
+weight in one of three ways, see FORMS. Saved for backward: the input and one fp32 number a row.
 """
 
 from __future__ import annotations
@@ -14,6 +13,11 @@ from torch import Tensor
 
 from megaswift.megatron.kernels.main_grad import accumulate_rows
 from megaswift.megatron.kernels.triton_support import jit, next_power_of_2, processors, tl, use_triton
+
+# How the scaled value and the weight are multiplied: the value is rounded to the activation type first; in fp32; in fp32 with
+# one added to the weight, which is stored without it.
+ROUNDED, WIDE, CENTRED = "rounded", "wide", "centred"
+FORMS = (ROUNDED, WIDE, CENTRED)
 
 
 @jit
@@ -30,20 +34,28 @@ def _forward_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     HAS_DELTA: tl.constexpr,
+    BEHIND: tl.constexpr,
+    WIDE: tl.constexpr,
+    OFFSET: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK)
     mask = (row < rows)[:, None] & (col < COLS)[None, :]
     place = row.to(tl.int64)[:, None] * COLS + col[None, :]
     value = tl.load(x + place, mask=mask, other=0.0)
-    if HAS_DELTA:
+    if HAS_DELTA and not BEHIND:
         value = (value.to(tl.float32) + tl.load(delta + place, mask=mask, other=0.0).to(tl.float32)).to(value.dtype)
         tl.store(total + place, value, mask=mask)
     full = value.to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(full * full, axis=1) / COLS + eps)
-    normal = (full * scale[:, None]).to(value.dtype).to(tl.float32)
-    gain = tl.load(weight + col, mask=col < COLS, other=0.0).to(tl.float32)
-    tl.store(y + place, (normal * gain[None, :]).to(value.dtype), mask=mask)
+    normal = full * scale[:, None]
+    if not WIDE:
+        normal = normal.to(value.dtype).to(tl.float32)
+    gain = tl.load(weight + col, mask=col < COLS, other=0.0).to(tl.float32) + OFFSET
+    result = (normal * gain[None, :]).to(value.dtype)
+    if BEHIND:
+        result = (result.to(tl.float32) + tl.load(delta + place, mask=mask, other=0.0).to(tl.float32)).to(value.dtype)
+    tl.store(y + place, result, mask=mask)
     tl.store(rstd + row, scale, mask=row < rows)
 
 
@@ -61,11 +73,13 @@ def _backward_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     HAS_DTOTAL: tl.constexpr,
+    WIDE: tl.constexpr,
+    OFFSET: tl.constexpr,
 ):
     # A persistent grid: each program keeps its share of the weight gradient in registers over all its rows.
     col = tl.arange(0, BLOCK)
     inside = col < COLS
-    gain = tl.load(weight + col, mask=inside, other=0.0).to(tl.float32)
+    gain = tl.load(weight + col, mask=inside, other=0.0).to(tl.float32) + OFFSET
     share = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
     for start in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
         row = start + tl.arange(0, ROWS)
@@ -75,7 +89,7 @@ def _backward_kernel(
         grad = tl.load(dy + place, mask=mask, other=0.0).to(tl.float32)
         scale = tl.load(rstd + row, mask=row < rows, other=0.0)[:, None]
         normal = value.to(tl.float32) * scale
-        share += grad * normal.to(value.dtype).to(tl.float32)
+        share += grad * (normal if WIDE else normal.to(value.dtype).to(tl.float32))
         grad = grad * gain[None, :]
         mean = tl.sum(grad * normal, axis=1) / COLS
         result = scale * (grad - normal * mean[:, None])
@@ -96,16 +110,25 @@ def _tile(cols: int, elements: int, share: int) -> tuple[int, int, int]:
 _FORWARD, _BACKWARD, _WARPS_ON_PROCESSOR = (2048, 16), (1024, 8), 40
 
 
-def forward(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(x + delta, its norm, 1 / rms of each row) of contiguous tensors; x itself is returned when there is no delta."""
+def forward(
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, form: str = ROUNDED, behind: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(x + delta, its norm, 1 / rms of each row) of contiguous tensors; x itself is returned when there is no delta.
+
+    With `behind` (x, its norm + delta, 1 / rms of each row) instead.
+    """
     cols = x.shape[-1]
     rows = x.numel() // cols
     if not use_triton(x):
-        total = x if delta is None else x + delta
+        total = x if delta is None or behind else x + delta
         full = total.float()
         rstd = torch.rsqrt(full.pow(2).mean(-1, keepdim=True).add_(eps))
-        return total, weight * (full * rstd).to(x.dtype), rstd.view(rows)
-    total, y = (x if delta is None else torch.empty_like(x)), torch.empty_like(x)
+        if form == ROUNDED:
+            y = weight * (full * rstd).to(x.dtype)
+        else:
+            y = (full * rstd * _gain(weight, form)).to(x.dtype)
+        return total, y.add_(delta) if delta is not None and behind else y, rstd.view(rows)
+    total, y = (x if delta is None or behind else torch.empty_like(x)), torch.empty_like(x)
     rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
     tile, block, warps = _tile(cols, *_FORWARD)
     grid = ((rows + tile - 1) // tile,)
@@ -122,12 +145,21 @@ def forward(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tupl
         block,
         tile,
         delta is not None,
+        behind,
+        form != ROUNDED,
+        float(form == CENTRED),
         num_warps=warps,
     )
     return total, y, rstd
 
 
-def backward(dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+def _gain(weight: Tensor, form: str) -> Tensor:
+    return 1.0 + weight.float() if form == CENTRED else weight.float()
+
+
+def backward(
+    dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, form: str = ROUNDED
+) -> tuple[Tensor, Tensor]:
     """Gradient of the (summed) input, and parts [n, cols] in fp32 that add up to the weight's.
 
     `dtotal` is the gradient that reaches the input past the norm; it is added.
@@ -136,8 +168,9 @@ def backward(dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, rstd:
     rows = x.numel() // cols
     if not use_triton(x):
         normal = x.float() * rstd.view(*x.shape[:-1], 1)
-        dweight = (dy.float() * normal.to(x.dtype)).reshape(rows, cols).sum(0, keepdim=True)
-        grad = dy.float() * weight
+        scaled = normal.to(x.dtype) if form == ROUNDED else normal
+        dweight = (dy.float() * scaled).reshape(rows, cols).sum(0, keepdim=True)
+        grad = dy.float() * _gain(weight, form)
         grad = (grad - normal * (grad * normal).mean(-1, keepdim=True)) * rstd.view(*x.shape[:-1], 1)
         return (grad if dtotal is None else grad.add_(dtotal)).to(x.dtype), dweight
     dx = torch.empty_like(x)
@@ -157,6 +190,8 @@ def backward(dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, rstd:
         block,
         tile,
         dtotal is not None,
+        form != ROUNDED,
+        float(form == CENTRED),
         num_warps=warps,
     )
     return dx, partial
@@ -164,11 +199,11 @@ def backward(dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, rstd:
 
 class _AddNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, form: str) -> tuple[Tensor, Tensor]:
         x = x.contiguous()
-        total, y, rstd = forward(x, None if delta is None else delta.contiguous(), weight, eps)
+        total, y, rstd = forward(x, None if delta is None else delta.contiguous(), weight, eps, form)
         ctx.save_for_backward(total, rstd)
-        ctx.weight = weight  # as it is: through saved-tensor hooks it would lose main_grad
+        ctx.weight, ctx.form = weight, form  # the weight as it is: through saved-tensor hooks it would lose main_grad
         ctx.has_delta = delta is not None
         ctx.set_materialize_grads(False)
         # Returning the input itself would make autograd treat it as modified; a view of it is the same memory.
@@ -179,22 +214,44 @@ class _AddNorm(torch.autograd.Function):
         dtotal, dy = grads
         (total, rstd), weight = ctx.saved_tensors, ctx.weight
         if dy is None:
-            return dtotal, (dtotal if ctx.has_delta else None), None, None
-        dx, parts = backward(dy.contiguous(), None if dtotal is None else dtotal.contiguous(), total, weight, rstd)
+            return dtotal, (dtotal if ctx.has_delta else None), None, None, None
+        dtotal = None if dtotal is None else dtotal.contiguous()
+        dx, parts = backward(dy.contiguous(), dtotal, total, weight, rstd, ctx.form)
         dweight = accumulate_rows(weight, parts) if ctx.needs_input_grad[2] else None
-        return dx, (dx if ctx.has_delta else None), dweight, None
+        return dx, (dx if ctx.has_delta else None), dweight, None, None
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last axis: x [..., h], weight [h]."""
-    return _AddNorm.apply(x, None, weight, eps)[1]
+class _NormAdded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, residual: Tensor, x: Tensor, weight: Tensor, eps: float, form: str) -> Tensor:
+        x, y, rstd = forward(x.contiguous(), residual.contiguous(), weight, eps, form, behind=True)
+        ctx.save_for_backward(x, rstd)
+        ctx.weight, ctx.form = weight, form
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x, rstd), weight = ctx.saved_tensors, ctx.weight
+        dx, parts = backward(grads[0].contiguous(), None, x, weight, rstd, ctx.form)
+        dweight = accumulate_rows(weight, parts) if ctx.needs_input_grad[2] else None
+        return grads[0], dx, dweight, None, None
 
 
-def rms_norm_keep(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, form: str = ROUNDED) -> Tensor:
+    """RMSNorm over the last axis: x [..., h], weight [h]; `form` is one of FORMS."""
+    return _AddNorm.apply(x, None, weight, eps, form)[1]
+
+
+def rms_norm_keep(x: Tensor, weight: Tensor, eps: float, form: str = ROUNDED) -> tuple[Tensor, Tensor]:
     """(x, norm of x). Use the returned x for the residual path: its gradient is then added inside the norm's backward."""
-    return _AddNorm.apply(x, None, weight, eps)
+    return _AddNorm.apply(x, None, weight, eps, form)
 
 
-def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float, form: str = ROUNDED) -> tuple[Tensor, Tensor]:
     """(x + delta, norm of x + delta) in one pass; both [..., h]."""
-    return _AddNorm.apply(x, delta, weight, eps)
+    return _AddNorm.apply(x, delta, weight, eps, form)
+
+
+def rms_norm_added(residual: Tensor, x: Tensor, weight: Tensor, eps: float, form: str = ROUNDED) -> Tensor:
+    """residual + norm of x in one pass; both [..., h]. The norm is rounded to their type before it is added."""
+    return _NormAdded.apply(residual, x, weight, eps, form)

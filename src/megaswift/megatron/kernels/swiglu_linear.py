@@ -45,13 +45,19 @@ class _SwiGLULinear(torch.autograd.Function):
         inputs: Tensor | None,
         first: FirstProduct | None,
         needed: bool,
+        gated_by: str,
     ) -> Tensor:
         x = x.contiguous()
-        ctx.recompute, ctx.overlap, ctx.linear_ops = recompute, overlap and linear_ops is PLAIN, linear_ops
+        ctx.gated_by = gated_by
+        ctx.recompute, ctx.overlap, ctx.linear_ops = (
+            recompute,
+            overlap and linear_ops is PLAIN and gated_by == swiglu.SILU,
+            linear_ops,
+        )
         if needed:
-            result, hidden = linear_ops.swiglu_forward(x, weight, residual, keep=not recompute)
+            result, hidden = linear_ops.swiglu_forward(x, weight, residual, keep=not recompute, gated_by=gated_by)
         else:
-            result, hidden = x.new_empty((*x.shape[:-1], weight.shape[0])), None if recompute else swiglu.forward(x)
+            result, hidden = x.new_empty((*x.shape[:-1], weight.shape[0])), None if recompute else swiglu.forward(x, gated_by)
         ctx.save_for_backward(x if inputs is None else inputs, *(() if hidden is None else (hidden,)))
         ctx.weight = weight  # as it is: through saved-tensor hooks it would lose main_grad
         ctx.first = None if first is None else (first.weight, first.gather)
@@ -70,14 +76,14 @@ class _SwiGLULinear(torch.autograd.Function):
         hidden = kept[0].view(-1, kept[0].shape[-1]) if kept else None
         if ctx.overlap and ctx.needs_input_grad[1] and has_main_grad(weight) and can_run_beside(x):
             _backward_beside(flat, gate_up, weight, hidden)
-            return x, placeholder(weight), None, None, residual, None, None, None, None
+            return x, placeholder(weight), None, None, residual, None, None, None, None, None
         dhidden = ctx.linear_ops.input_grad(flat, weight)
-        swiglu.backward_in_place(dhidden, gate_up, recompute=ctx.recompute)
+        swiglu.backward_in_place(dhidden, gate_up, recompute=ctx.recompute, gated_by=ctx.gated_by)
         dweight = None
         if ctx.needs_input_grad[1]:
             inputs = dhidden if hidden is None else hidden
             dweight = accumulate_product(weight, flat, inputs) if has_main_grad(weight) else flat.t().mm(inputs)
-        return x, dweight, None, None, residual, None, None, None, None
+        return x, dweight, None, None, residual, None, None, None, None, None
 
 
 def _backward_beside(grad: Tensor, gate_up: Tensor, weight: Tensor, hidden: Tensor | None) -> None:
@@ -122,6 +128,7 @@ def swiglu_linear(
     linear_ops: LinearOps = PLAIN,
     first: FirstProduct | None = None,
     needed: bool = True,
+    gated_by: str = swiglu.SILU,
 ) -> Tensor:
     """(silu(gate) * up) @ weight^T, plus `residual` [..., n] if given, for x = [gate, up] [..., 2f] and weight [n, f].
 
@@ -136,6 +143,10 @@ def swiglu_linear(
         linear_ops: how the result and the gradient of silu(gate) * up are multiplied out.
         first: x is not kept but computed from it again: 2f values a token less, for one more product; `recompute` is implied.
         needed: False where only gradients will be asked for, and nobody reads the result: it is not computed then.
+        gated_by: what the gate goes through (swiglu.GATES); any but SiLU needs products of the tensors' own precision, and nothing
+            runs beside its gradient.
     """
     inputs = None if first is None else first.inputs
-    return _SwiGLULinear.apply(x, weight, recompute or first is not None, overlap, residual, linear_ops, inputs, first, needed)
+    return _SwiGLULinear.apply(
+        x, weight, recompute or first is not None, overlap, residual, linear_ops, inputs, first, needed, gated_by
+    )
