@@ -37,8 +37,11 @@ test-families: $(VENV)/ready-dev
 	  tests/engine/test_parity.py tests/convert/test_proof.py tests/convert/test_hf_load.py tests/faults/test_reshard.py tests/engine/test_experts.py
 
 test-gpu: $(VENV)/ready-dev
-	$(BIN)/python -m pytest tests/kernels tests/engine/test_graphs.py tests/engine/test_gpu_offload.py tests/engine/test_fp8_training.py \
+	$(BIN)/python -m pytest -n $(GPU_JOBS) --dist load tests/kernels tests/engine/test_graphs.py tests/engine/test_gpu_offload.py tests/engine/test_fp8_training.py \
 	  tests/engine/test_optimizer.py tests/checkpoint/test_random_state.py tests/inference/test_gpu_infer.py
+
+# Processes that share the GPU: five minutes on one H200.
+GPU_JOBS := 6
 
 test-long: export MEGASWIFT_LONG = true
 test-long: test

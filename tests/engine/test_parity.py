@@ -17,14 +17,17 @@ from megaswift.weights.hf.read import HFCheckpoint
 from megaswift.weights.torch_dist.reader import Reader
 from tests import tiny
 from tests.ranks import RankPool
+from tests.training import long
 
 LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2)]
 LENGTHS = (19, 7, 14)
 
 
 def cases() -> list[Any]:
+    """Whether a model with experts ties its embedding is left to `make test-long`: tests/engine/test_experts.py has more of these."""
+    dense = tiny.dense_families()
     return [
-        pytest.param(name, tied, id=f"{name}-{'tied' if tied else 'untied'}")
+        pytest.param(name, tied, id=f"{name}-{'tied' if tied else 'untied'}", marks=() if name in dense or not tied else long)
         for name in tiny.FAMILIES
         for tied in (False, True)
     ]

@@ -7,6 +7,7 @@ the model's heads, on this GPU.
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,9 +29,24 @@ def _interface() -> tuple[Any, str]:
     return chunk_gated_delta_rule, ""
 
 
+def _objection() -> str:
+    """What the package would say in its backward pass, after a minute of compiling, where it is known before; else ""."""
+    try:
+        from fla.ops.common import chunk_o
+
+        wrong = chunk_o.IS_NVIDIA_HOPPER and chunk_o.TRITON_ABOVE_3_4_0 and not chunk_o.TRITON_ABOVE_3_7_1
+    except (ImportError, AttributeError):  # another version of it: it may speak for itself
+        return ""
+    if not wrong or importlib.util.find_spec("tilelang") is not None:
+        return ""
+    return "with this Triton its gradients are wrong on Hopper GPUs; it asks for Triton 3.7.1 or newer, or for tilelang (pip install tilelang)"
+
+
 @functools.cache
 def _probed(device: torch.device, dtype: torch.dtype, groups: int, heads: int, key_dim: int, value_dim: int) -> str:
     """Compile both directions and compare them with ours in fp32. Returns "" or what is wrong."""
+    if objection := _objection():
+        return objection
     lengths = [70, 1, 200, 64, 190]
     generator = torch.Generator(device).manual_seed(0)
 
