@@ -159,6 +159,8 @@ def test_what_is_refused(start: Path, rows: Path, pool: RankPool, tmp_path: Path
             sft_main(SftArguments(**given))
 
     refused(UserError, "nearest: q_proj", target_modules=["q_prj"])
+    for word in ("all-embedding", "embed_tokens", "model.embed_tokens"):
+        refused(UserError, "modules_to_save embed_tokens", target_modules=["all-linear", word])
     refused(UserError, "no regular expression", target_modules=["q_(proj"])
     refused(UserError, "one matrix", modules_to_save=["embed_tokens"])
     refused(UserError, "has nothing to train", target_modules=[r".*layers\.0\..*"], pp=2)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 PREFIX = "base_model.model."  # PEFT's, before the names of a model's tensors
 ALL_LINEAR, ALL_EXPERTS, ALL_ROUTERS = "all-linear", "all-experts", "all-router"
+ALL_EMBEDDINGS, EMBEDDINGS = "all-embedding", ("embed_tokens", "wte", "word_embeddings")
 RANDOM = "random"
 LORA_A, LORA_B, MAGNITUDE = "lora_A", "lora_B", "lora_magnitude"
 STACKED_GATES = "experts.gate_up_proj"  # how PEFT is told of gate and up of all experts of a layer
@@ -315,8 +316,15 @@ def target_modules(base: Sequence[Parameter], words: Sequence[str], where: str =
     tokens are routed, `all-router` what they are routed by. Other words are the end of a module's name, or a regular
     expression of whole names.
 
-    Raises UserError for a word that names none, with the nearest names, and for a part of the experts of a layer.
+    Raises UserError for a word that names none, with the nearest names, for embeddings, and for a part of the experts of a layer.
     """
+    for word in words:
+        if word == ALL_EMBEDDINGS or word.rsplit(".", 1)[-1] in EMBEDDINGS:
+            raise UserError(
+                f"{word!r} is an embedding, of which no adapters are made here: half of the models use it as their output layer, too, and what reads an adapter of it differs in whether that one has it.",
+                where=where,
+                fix="leave it out; a model whose output layer is a matrix of its own may train it whole beside the adapter (--modules_to_save embed_tokens)",
+            )
     every = adaptable(base)
     lists = {ALL_LINEAR: linear(base), ALL_EXPERTS: list(filter(is_expert, every)), ALL_ROUTERS: list(filter(is_router, every))}
     shorthands = {word: {name for p in own for name in _modules(p)} for word, own in lists.items()}
