@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
-from megaswift.models import families
+from megaswift.models import describe, families
+from megaswift.models.whole import whole_of
+from megaswift.weights.hf.config import load_config
 
 ROUTERS = (".gate.weight", ".router.weight", ".gate.wg.weight")  # as transformers names them once loaded
 EVERY = tuple(sorted({family.name for family in families().values()}))
@@ -24,10 +26,7 @@ FAMILIES = OTHERS if "MEGASWIFT_FAMILIES" in os.environ else _CORE
 
 def tiny_config(name: str, **changes: Any) -> Any:
     """The tiny config of a family, with changes."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    family = next(family for family in families().values() if family.name == name)
-    return CONFIG_MAPPING[family.hf_types[0]](**{**family.tiny, **changes})
+    return describe.tiny_config(next(family for family in families().values() if family.name == name), **changes)
 
 
 def dense_families() -> list[str]:
@@ -38,12 +37,13 @@ def dense_families() -> list[str]:
 
 def tiny_model(name: str, seed: int = 0, **changes: Any) -> Any:
     """A tiny model with random weights everywhere: biases and norms too, so that nothing hides behind zeros and ones."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(name, **changes), dtype=torch.float32, attn_implementation="eager")
-    family = next(family for family in families().values() if family.name == name)
-    least = -0.5 if family.kind(model.config, 0).norm.startswith("zero_centred") else 0.5
+    family, config = next(family for family in families().values() if family.name == name), tiny_config(name, **changes)
+    make: Any = AutoModelForCausalLM if family.whole is None else AutoModelForImageTextToText
+    model = make.from_config(whole_of(config) or config, dtype=torch.float32, attn_implementation="eager")
+    least = -0.5 if family.kind(config, 0).norm.startswith("zero_centred") else 0.5
     with torch.no_grad():
         for place, parameter in model.named_parameters():
             if parameter.ndim == 1:
@@ -64,10 +64,20 @@ def save_tiny(directory: Path, name: str, seed: int = 0, **changes: Any) -> Any:
     return model
 
 
+def loaded(folder: Path, **options: Any) -> Any:
+    """transformers' model of a folder, in fp32 and with plain attention: of text, or of pictures and text."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    config = options.pop("config", None) or load_config(folder)
+    make: Any = AutoModelForCausalLM if whole_of(config) is None else AutoModelForImageTextToText
+    return make.from_pretrained(
+        folder, config=whole_of(config) or config, dtype=torch.float32, attn_implementation="eager", **options
+    )
+
+
 def to_megatron(hf: Path, target: Path) -> Path:
     """Convert a Hugging Face folder into a bare torch_dist directory."""
     from megaswift.weights.convert import Precisions, hf_to_megatron
-    from megaswift.weights.hf.config import load_config
     from megaswift.weights.hf.read import HFCheckpoint
 
     target.mkdir(parents=True)

@@ -47,6 +47,7 @@ def tiny_start(root: Path, name: str = "llama", seed: int = 0, **changes: Any) -
             to_megatron=True,
             verify=False,
             megatron_output_dir=str(root / "start"),
+            language_model_only=(root / "hf" / "config.json").read_text().count('"vision_config"') > 0,
         )
     )
 

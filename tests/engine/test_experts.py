@@ -14,6 +14,7 @@ import torch
 from megaswift.errors import UserError
 from megaswift.models import families, family_of
 from megaswift.models.experts import has_experts
+from megaswift.models.whole import text_of
 from megaswift.run.experts import expert_layout_problems
 from megaswift.run.problems import refuse
 from megaswift.run.spec import Parallel, Routing, Run
@@ -86,16 +87,15 @@ def reference(folder: Path, updated: Path, balance: float = 0.0, z_loss: float =
     Args:
         balance, z_loss: coefficients of losses of the routers; each row is a micro batch.
     """
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    tokens, labels = rows(model.config.vocab_size)
+    model = tiny.loaded(Path(folder))
+    config = text_of(model.config)
+    tokens, labels = rows(config.vocab_size)
     logits = model(tokens, use_cache=False).logits
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
     more: Any = 0.0
     for row, label in zip(tokens, labels) if balance or z_loss else ():
         found = model(row[None], use_cache=False, output_router_logits=True).router_logits
-        parts = router_losses(found, model.config.num_experts_per_tok)
+        parts = router_losses(found, config.num_experts_per_tok)
         more = more + (balance * parts[0] + z_loss * parts[1]) * (label != -100).sum() / (labels != -100).sum()
     (loss + more).backward()
     norm = math.sqrt(
@@ -321,16 +321,15 @@ def logits_at(folder: str, release: str, layout: dict[str, int]) -> tuple[int, t
 
 @pytest.mark.parametrize("name", ["ep2", "tp2, sp", "tp2", "tp2, ep2, etp2, sp"])
 def test_logits_are_those_of_transformers(name: str, family: Any, pool: RankPool) -> None:
-    from transformers import AutoModelForCausalLM
-
     folder, release, layout = *family[:2], LAYOUTS[name]
     if layout.get("etp", 1) > 1 and cannot_be_cut(folder):
         return
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model = tiny.loaded(Path(folder))
+    config = text_of(model.config)
     with torch.no_grad():
-        wanted = model(rows(model.config.vocab_size)[0], use_cache=False).logits
+        wanted = model(rows(config.vocab_size)[0], use_cache=False).logits
     parts = dict(pool.run(layout["world"], logits_at, folder, release, layout))
-    found = torch.cat([parts[rank] for rank in sorted(parts)], dim=-1)[..., : model.config.vocab_size]
-    kinds = family_of(model.config.model_type).layers(model.config)
+    found = torch.cat([parts[rank] for rank in sorted(parts)], dim=-1)[..., : config.vocab_size]
+    kinds = family_of(config.model_type).layers(config)
     limit = 4e-5 if any(kind.delta for kind in kinds) else 1e-5  # transformers' own are 1e-5 from those in fp64 there
     assert (found - wanted).abs().max() < limit

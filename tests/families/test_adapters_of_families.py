@@ -51,7 +51,9 @@ def test_parity_holds_for_experts(name: str, pool: RankPool, tmp_path: Path) -> 
     """`swift parity` of all weights, and of adapters on every product, expert and router; where experts are shared out and cut."""
     start = tiny_start(tmp_path, name), write_rows(tmp_path / "rows.jsonl")
     adapters = {"target_modules": ["all-linear", "all-experts", "all-router"], "lora_dropout": 0.0}
-    for number, options in enumerate(({}, LORA | adapters)):
+    # Few tokens reach some experts of the whole model: Adam makes a step of the rounding of their gradients.
+    steady = {"adam_epsilon": 1e-5} if name == "qwen3_5_moe" else {}
+    for number, options in enumerate(({}, LORA | adapters | steady)):
         found = parity(pool, start, tmp_path / f"{number}", 2, **{"tp": 2, "ep": 2, "sequence_parallel": True, **options})
         assert found["problem"] is None and len(found["reference"]) == 3
 

@@ -16,6 +16,7 @@ from tests.steps import Steps
 from megaswift.errors import MegaswiftError
 from megaswift.inference.loading import load_model
 from megaswift.models import family_of
+from megaswift.weights.carried import carried_names, open_beside
 from megaswift.weights.convert import Precisions, planned_hf_tensors
 from megaswift.weights.hf.config import load_config
 from megaswift.weights.hf.read import HFCheckpoint
@@ -34,8 +35,11 @@ def test_round_trip_and_a_step(name: str, pool: RankPool, tmp_path: Path) -> Non
     steps = Steps(tmp_path, name, samples=16, tie_word_embeddings=True)
     source, reader = HFCheckpoint.open(tmp_path / "hf"), Reader(tmp_path / "start" / "release")
     back = {planned.name: planned.produce() for planned in planned_hf_tensors(reader, steps.config, Precisions(torch.float32))}
-    assert set(back) == set(source.names)
-    assert all(torch.equal(back[key], source.tensor(key)) for key in back)
+    carried = carried_names(source, steps.config)
+    assert set(back) | set(carried) == set(source.names) and bool(carried) == (family_of(name).whole is not None)
+    beside = open_beside(tmp_path / "start" / "release")
+    back |= {key: beside.tensor(key) for key in beside.names}
+    assert set(back) == set(source.names) and all(torch.equal(back[key], source.tensor(key)) for key in back)
     steps.check(pool, "pp2", LAYOUTS["pp2"], ["packed"])
     kinds = family_of(steps.config.model_type).layers(steps.config)
     heads = any(kind.qk_norm_rotated or kind.qk_norm for kind in kinds)

@@ -13,6 +13,7 @@ from tests import tiny
 from megaswift.commands.families import families_main, markdown
 from megaswift.errors import UserError
 from megaswift.models import describe, families
+from megaswift.models.whole import whole_of
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "families.md"
 
@@ -60,3 +61,9 @@ def test_what_layers_have_in_words() -> None:
     ):
         row = next(row for row in describe.table() if row["model_type"] == name)
         assert all(word in row["attention"] for word in words), row
+
+
+def test_what_is_carried_along_is_told_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole_of(tiny.tiny_config("gemma3")).save_pretrained(tmp_path)
+    families_main(["--model_id_or_path", str(tmp_path)])
+    assert "vision_tower.*, multi_modal_projector.*" in " ".join(capsys.readouterr().out.split())

@@ -18,7 +18,7 @@ from megaswift.errors import DataError
 from megaswift.megatron.layer_specs import SequenceLayout
 from megaswift.megatron.model import build
 from megaswift.models import family_of, parameters_of
-from megaswift.models.prediction import layers_ahead, note_on_layers_ahead, without_layers_ahead
+from megaswift.models.prediction import layers_ahead, notes_on_carried, without_layers_ahead
 from megaswift.proof.streams import one_process
 from megaswift.run.spec import Parallel, Precision
 from megaswift.weights.hf.config import check_source, load_config
@@ -144,7 +144,10 @@ def test_layers_that_predict_ahead_are_told_and_nothing_else_passes(name: str, t
     with_layers_ahead(tmp_path, name, num_nextn_predict_layers=1)
     config = load_config(tmp_path)
     check_source(HFCheckpoint.open(tmp_path), config)
-    assert layers_ahead(config) == ("model.layers.4.*",) and "model.layers.4.* " in str(note_on_layers_ahead(config))
+    assert (
+        layers_ahead(config) == ("model.layers.4.*",)
+        and "model.layers.4.* (multi-token" in notes_on_carried(["model.layers.4.enorm.weight"], config)[0]
+    )
     assert without_layers_ahead(["model.layers.4.enorm.weight", "model.layers.40.x"], config) == ["model.layers.40.x"]
     assert not any(
         ".4." in part.name and part.name.startswith("model.layers.4") for one in parameters_of(config) for part in one.hf
@@ -152,6 +155,6 @@ def test_layers_that_predict_ahead_are_told_and_nothing_else_passes(name: str, t
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"num_nextn_predict_layers": 0}))
     config = load_config(tmp_path)
-    assert note_on_layers_ahead(config) is None and family_of("llama").ahead(config) == ()
+    assert notes_on_carried([], config) == [] and family_of("llama").ahead(config) == ()
     with pytest.raises(DataError, match=r"model\.layers\.4\.enorm"):
         check_source(HFCheckpoint.open(tmp_path), config)

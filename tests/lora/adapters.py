@@ -15,12 +15,15 @@ from torch import Tensor
 from megaswift.data.store import TokenRows
 from megaswift.data.tokens import weights_of
 from megaswift.models import family_of
+from megaswift.models import parameters_of as parameters_of_model
 from megaswift.models.adapters import Lora, saved_modules, target_modules
 from megaswift.models.family import is_tied
 from megaswift.models.parameters import Parameter
+from megaswift.models.whole import text_of
 from megaswift.parity.adapters import as_packed, peft_of, trained_of
 from megaswift.run.spec import Method, Run
 from megaswift.weights.hf.config import load_config
+from tests import tiny
 
 torch.set_num_threads(1)  # models this small only wait for each other's threads
 
@@ -44,16 +47,14 @@ def lora_of(folder: Path, words: list[str] | None = None, saved: list[str] | Non
 
 def peft_model(folder: Path, lora: Lora, seed: int = 5, **changes: Any) -> Any:
     """PEFT's model in fp32 with random values everywhere in the adapter."""
-    from transformers import AutoModelForCausalLM
-
     settings = load_config(folder)
     for field in family_of(settings.model_type).left_out:
         setattr(settings, field, 0.0)
-    base = AutoModelForCausalLM.from_pretrained(folder, config=settings, dtype=torch.float32, attn_implementation="eager")
+    base = tiny.loaded(folder, config=settings)
     for module in base.modules():  # the pad token's row is trained as any other
         if isinstance(module, torch.nn.Embedding):
             module.padding_idx = None
-    listed = family_of(base.config.model_type).parameters(base.config)
+    listed = parameters_of_model(text_of(base.config))
     if lora.bits is not None:
         as_packed(base, listed, lora.bits, lora.double)
     model = peft_of(base, lora, listed, **changes)
@@ -71,7 +72,7 @@ def peft_model(folder: Path, lora: Lora, seed: int = 5, **changes: Any) -> Any:
 
 def save_adapter(model: Any, lora: Lora, directory: Path) -> None:
     """An adapter as we write it, with each expert's matrices apart; where there are no experts that is how PEFT writes it."""
-    listed = family_of(model.config.model_type).parameters(model.config)
+    listed = parameters_of_model(text_of(model.config))
     directory.mkdir(parents=True)
     values = {name: part.detach().clone() for name, part in trained_of(model, lora, listed).items()}
     save_file(values, directory / "adapter_model.safetensors")
@@ -88,7 +89,7 @@ def peft_step(model: Any, lora: Lora, data: TokenRows) -> tuple[float, float, di
         summed = (losses * weights).sum()
         summed.backward()
         total, weight = total + summed.detach(), weight + float(weights.sum())
-    listed = family_of(model.config.model_type).parameters(model.config)
+    listed = parameters_of_model(text_of(model.config))
     found = {name: part.grad / weight for name, part in trained_of(model, lora, listed).items()}
     norm = float(torch.stack([gradient.double().norm() for gradient in found.values()]).norm())
     return float(total / weight), norm, found

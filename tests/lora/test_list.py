@@ -11,6 +11,7 @@ from megaswift.config.options import SftArguments, parse
 from megaswift.errors import UserError
 from megaswift.models import family_of
 from megaswift.models.adapters import Lora, saved_modules, shortened, target_modules
+from megaswift.models.whole import whole_of
 from megaswift.run.method import adapter_of, with_method_defaults
 from megaswift.train.adapters import first_value
 from tests import tiny
@@ -33,6 +34,8 @@ def test_names_and_shapes_are_those_of_peft(name: str, dora: bool) -> None:
     lora = Lora(4, 8.0, 0.0, target_modules(base, ["all-linear"]), dora=dora)
     words = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", use_dora=dora)
     wanted = get_peft_model_state_dict(get_peft_model(tiny.tiny_model(name, tie_word_embeddings=False), words))
+    if whole_of(config) is not None:  # what PEFT calls all layers are those of the tower, too
+        wanted = {key: value for key, value in wanted.items() if ".language_model." in key}
     listed = {part.name: part.shape for p in lora.parameters(family_of(config.model_type), config) for part in p.hf}
     assert listed == {key: tuple(value.shape) for key, value in wanted.items()}
 
@@ -64,7 +67,9 @@ def test_words_of_targets() -> None:
         "model.layers.3.mlp.up_proj",
     )
     assert target_modules(base, ["layers.1.mlp.down_proj"]) == ("model.layers.1.mlp.down_proj",)
-    for word in ("q_prj", "lm_head", "embed_tokens", "norm", "layers", r".*\.norm"):
+    with pytest.raises(UserError, match="is an embedding"):
+        target_modules(base, ["embed_tokens"])
+    for word in ("q_prj", "lm_head", "norm", "layers", r".*\.norm"):
         with pytest.raises(UserError, match=r"names no linear layer inside the blocks.*\n?"):
             target_modules(base, [word])
     assert len(saved_modules(base, ["norm", "input_layernorm"], tied=False)) == 5

@@ -24,10 +24,11 @@ from megaswift.errors import UserError
 from megaswift.hub.locate import locate
 from megaswift.launch.agent import cluster
 from megaswift.models.registry import MODEL_TYPES
+from megaswift.models.whole import require_language_model_only
 from megaswift.run.memory import parameter_count, trained_parameters
 from megaswift.run.method import adapter_of, frozen_parameters, with_method_defaults
 from megaswift.run.problems import usable_length
-from megaswift.run.setup import streamed_rows
+from megaswift.run.setup import picture_marks, streamed_rows
 from megaswift.store.cache import cache_root
 from megaswift.store.paths import gguf_fix, is_megatron_directory
 from megaswift.terminal import console, say
@@ -111,13 +112,16 @@ def histogram(sizes: np.ndarray) -> list[tuple[int, int, int]]:
 
 def _template(args: InspectArguments, directory: Path) -> ChatTemplate:
     entry = MODEL_TYPES.get(args.model_type or "")
+    tokenizer, config = read_tokenizer(directory), load_config(directory)
+    require_language_model_only(config, args.language_model_only, str(directory / "config.json"))
     return ChatTemplate(
-        read_tokenizer(directory),
+        tokenizer,
         args.template_type,
         args.system,
         fallback=entry.template if entry else None,
         date=args.template_date or date.today().isoformat(),
         loss=LossRules.parse(args.loss_scale),
+        pictures=picture_marks(tokenizer, config),
     )
 
 

@@ -77,6 +77,8 @@ def _of_folder(folder: Path) -> list[dict[str, str]]:
     say(f"attention: {describe.attention(family, config)}; MLP: {describe.mlp(kinds)}; norms: {describe.norms(kinds)}")
     for numbers, words in describe.layers(kinds):
         say(f"layers {numbers}: {words}")
+    if patterns := family.carried(config):
+        say(f"carried along as it is, and not trained, where the folder has it: {', '.join(patterns)}")
     limit, reason = trained_length(config)
     say(f"samples of up to {limit} tokens ({reason})")
     return rows

@@ -24,7 +24,7 @@ from megaswift.errors import Stopped, UserError
 from megaswift.launch import agent, versions
 from megaswift.launch.signals import Interrupted, StopSignals
 from megaswift.models import parameters_of
-from megaswift.models.prediction import note_on_layers_ahead
+from megaswift.models.prediction import notes_on_carried
 from megaswift.models.stages import stage_layers
 from megaswift.report.curves import write_images
 from megaswift.run.memory import MemoryEstimate, estimate, parameter_count, trained_parameters
@@ -245,7 +245,7 @@ def _print_plan(run: Run, config: PreTrainedConfig, memory: MemoryEstimate, data
         f"(weights {device['weights'] / 1e9:.2f}, gradients {device['gradients'] / 1e9:.2f}, optimizer {device['optimizer'] / 1e9:.2f}); "
         f"one checkpoint {run.saving.checkpoint_bytes / 1e9:.2f} GB\n{_host_memory(run, memory)}"
     )
-    if note := note_on_layers_ahead(config):
+    for note in notes_on_carried(run.model.carried["tensors"], config) if run.model.carried else ():
         out.print(f"[yellow]{note}[/yellow]")
     if note := warmup_note(args, run.schedule.train_iters):
         out.print(f"[yellow]{note}[/yellow]")
@@ -345,6 +345,7 @@ def _fill_run_dir(run_dir: Path, args: SftArguments, run: Run, memory: MemoryEst
 _OF_A_RUN = (
     *RUN_FILES, INITIAL_ADAPTER, REFERENCE_FILE, "iter_*", "trash-*", ".iter_*", "runs", "images", "infer_result", "config.json", "generation_config.json", "tokenizer*", "vocab*",
     "merges.txt", "*.model", "*.tiktoken", "special_tokens_map.json", "added_tokens.json", "chat_template*",
+    "*processor_config.json",
 )  # fmt: skip
 
 

@@ -26,7 +26,15 @@ SFT_ARGS = "sft_args.json"
 EXPORT_ARGS = "export_args.json"
 
 # What a directory tells about itself; `tp` and `pp` are for commands on Megatron directories.
-MODEL_OPTIONS = ("model_type", "model_revision", "template_type", "dtype", "system", "custom_dataset_info")
+MODEL_OPTIONS = (
+    "model_type",
+    "model_revision",
+    "template_type",
+    "dtype",
+    "system",
+    "custom_dataset_info",
+    "language_model_only",
+)
 LAYOUT_OPTIONS = ("tp", "pp", "ep", "etp")
 DATASET_OPTIONS = (
     "dataset",
@@ -48,6 +56,7 @@ PATH_OPTIONS = (
     "logging_dir",
     "megatron_output_dir",
     "model_id_or_path",
+    "mtp_prompts",
     "output_dir",
     "public_key",
     "resume_from_checkpoint",

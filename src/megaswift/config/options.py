@@ -66,6 +66,17 @@ class VocabularyArguments(BaseArguments):
 
 
 @dataclass(kw_only=True)
+class PartArguments(BaseArguments):
+    """Which part of a model is meant."""
+
+    language_model_only: bool = option(
+        False,
+        "Of a model that reads pictures, too: train its text model; all other tensors are carried along as they are, and what is exported "
+        "is the whole model.",
+    )
+
+
+@dataclass(kw_only=True)
 class TemplateArguments(BaseArguments):
     """How a conversation becomes tokens."""
 
@@ -97,7 +108,7 @@ class DataArguments(TemplateArguments):
 
 
 @dataclass(kw_only=True)
-class ExportArguments(ModelArguments, LayoutArguments, VocabularyArguments):
+class ExportArguments(ModelArguments, LayoutArguments, VocabularyArguments, PartArguments):
     """`swift export`: between a Hugging Face folder and Megatron weights."""
 
     to_megatron: bool = option(False, "Convert a Hugging Face model to Megatron weights.")
@@ -137,6 +148,12 @@ class VerifyArguments(BaseArguments):
     )
     deep: bool = option(False, "Hash every file again; otherwise sizes and records are compared.")
     public_key: str | None = option(None, "Ed25519 public key (PEM file) that must have signed the directory's manifest.")
+    mtp: bool = option(
+        False,
+        "Of a Hugging Face model with layers that predict further ahead: measure how often they guess the model's own token, before training "
+        "(where that folder is still there) and after.",
+    )
+    mtp_prompts: str | None = option(None, "Text file to measure that on, one prompt a line; default: built-in prompts.")
 
 
 @dataclass(kw_only=True)
@@ -150,8 +167,8 @@ class FamiliesArguments(BaseArguments):
 @dataclass(kw_only=True)
 class SftArguments(
     SpeedArguments, GuardArguments, SavingArguments, AdapterArguments, FreezeArguments, OptimizerArguments, BatchArguments,
-    EncodingArguments, ExpertArguments, ParallelArguments, LayoutArguments, DataArguments, VocabularyArguments, ModelArguments,
-    StartArguments,
+    EncodingArguments, ExpertArguments, ParallelArguments, LayoutArguments, DataArguments, VocabularyArguments, PartArguments,
+    ModelArguments, StartArguments,
 ):  # fmt: skip
     """`swift sft`: fine-tuning with Megatron-Core, of all weights or of an adapter."""
 
@@ -286,6 +303,7 @@ class InspectArguments(SftArguments):
     MEANT: ClassVar[tuple[type, ...]] = (
         ModelArguments,
         VocabularyArguments,
+        PartArguments,
         TemplateArguments,
         DataArguments,
         EncodingArguments,
@@ -303,7 +321,7 @@ class ParityArguments(SftArguments):
     """`swift parity`: does this run compute what it should?"""
 
     MEANT: ClassVar[tuple[type, ...]] = (
-        ModelArguments, TemplateArguments, DataArguments, EncodingArguments, LayoutArguments, ParallelArguments, ExpertArguments, BatchArguments, OptimizerArguments, AdapterArguments, StartArguments, SpeedArguments,
+        ModelArguments, PartArguments, TemplateArguments, DataArguments, EncodingArguments, LayoutArguments, ParallelArguments, ExpertArguments, BatchArguments, OptimizerArguments, AdapterArguments, StartArguments, SpeedArguments,
     )  # fmt: skip
 
     steps: int = option(5, "Steps to compare.", low=1)

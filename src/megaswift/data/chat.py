@@ -10,13 +10,14 @@ from __future__ import annotations
 import datetime
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from megaswift.data.conversation import BadRow, Conversation, Message
+from megaswift.data.conversation import NOT_TEXT, BadRow, Conversation, Message
 from megaswift.data.loss_rules import LossRules
 from megaswift.data.probes import A_CALL, A_TOOL, own_tokens, where_thoughts_stand
 from megaswift.data.structure import NO_SYSTEM, Structure, align, as_dicts, build, render
@@ -41,6 +42,7 @@ class ChatTemplate:
         fallback: name to use when AUTO finds no template in the tokenizer.
         date: YYYY-MM-DD for templates that write the date; None for the day on which they are used.
         loss: which parts of a conversation carry loss.
+        pictures: texts that stand for a picture, a video or a sound: a conversation that has one is refused.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class ChatTemplate:
         fallback: str | None = None,
         date: str | None = None,
         loss: LossRules = AS_ROWS_SAY,
+        pictures: Sequence[str] = (),
     ) -> None:
         source, tool_use, name, system = choose_source(tokenizer, template_type, fallback)
         special = {key: value for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
@@ -71,6 +74,8 @@ class ChatTemplate:
         }
         if loss != AS_ROWS_SAY:  # else the digests of rows that were made before there were rules would change
             state["loss"] = loss.record()
+        if pictures:
+            state["pictures"] = list(pictures)
         self._setup(state)
         for token in TEMPLATES[name].needs if name in TEMPLATES else ():
             if token not in self.encoder.control:
@@ -95,6 +100,7 @@ class ChatTemplate:
         self.eos_id: int = state["eos_id"]
         self.pad_id: int = state["pad_id"]
         self.loss = LossRules.from_record(state["loss"]) if "loss" in state else AS_ROWS_SAY
+        self.pictures: tuple[str, ...] = tuple(state.get("pictures", ()))
         self.encoder: PieceEncoder = without_tools.encoder if without_tools else PieceEncoder(state["tokenizer"])
         self._jinja = compile_template(state["source"], state["date"])
         self.thinks = "</think>" in state["source"]
@@ -244,6 +250,7 @@ class ChatTemplate:
 
     def pieces(self, conversation: Conversation, prompt: bool = False) -> list[Piece]:
         """The conversation as text pieces, each with who wrote it and whether it carries loss. Raises BadRow."""
+        self._refuse_pictures(conversation)
         if conversation.text is not None:
             return [Piece(conversation.text, Kind.LITERAL if conversation.literal else Kind.TEMPLATE, 1.0)]
         if self._tool_use is not None and conversation.tools:
@@ -269,6 +276,16 @@ class ChatTemplate:
         if not prompt and not any(piece.weight and piece.text for piece in pieces):
             raise BadRow("no supervised turn", "the chat template leaves out the thoughts of every supervised turn")
         return pieces
+
+    def _refuse_pictures(self, conversation: Conversation) -> None:
+        """Raise BadRow where a text stands for a picture, a video or a sound, naming it and its place."""
+        texts = [("text", conversation.text or "")] if conversation.text is not None else []
+        for number, message in enumerate(conversation.messages, start=1):
+            texts.append((f"message {number}", f"{message.content}\n{message.reasoning or ''}"))
+        for where, text in texts:
+            mark = next((mark for mark in self.pictures if mark in text), None)
+            if mark is not None:
+                raise BadRow(NOT_TEXT, f"{mark} in {where} stands for one, and only text can be trained")
 
     def decode(self, ids: np.ndarray) -> str:
         """The text of some token ids, control tokens included."""

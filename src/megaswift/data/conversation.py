@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+NOT_TEXT = "images, video or audio"  # the reason for which rows with more than text are refused
+
 
 class BadRow(Exception):
     """A row that cannot be used.

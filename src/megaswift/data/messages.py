@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from megaswift.data.conversation import BadRow, Message
+from megaswift.data.conversation import NOT_TEXT, BadRow, Message
 
 ALIASES = {
     "system": "system developer",
@@ -136,7 +136,7 @@ def _blocks(item: dict[str, Any], blocks: list[Any], role: str, where: str) -> l
         elif kind == "tool_result":
             results.append(Message("tool", _result_text(block.get("content"), where)))
         elif kind in ("image", "image_url", "video", "video_url", "audio", "audio_url", "input_audio"):
-            raise BadRow("images, video or audio", "only text can be trained")
+            raise BadRow(NOT_TEXT, "only text can be trained")
         else:
             raise BadRow("wrong type", f"{where}: content block of type {kind!r}")
     own_calls, reasoning = _beside(item, role, where)

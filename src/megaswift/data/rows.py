@@ -11,7 +11,7 @@ import json
 from typing import Any
 
 from megaswift.data import preference
-from megaswift.data.conversation import BadRow, Conversation, Message
+from megaswift.data.conversation import NOT_TEXT, BadRow, Conversation, Message
 from megaswift.data.messages import read_messages, tools_of
 
 QUERY_NAMES = ("query", "prompt", "input", "instruction", "question", "problem", "inputs", "user")
@@ -45,7 +45,7 @@ def to_conversation(row: dict[str, Any], *, answered: bool = True) -> Conversati
     """
     row = {key: value for key, value in row.items() if value is not None}
     if any(row.get(name) for name in MEDIA):
-        raise BadRow("images, video or audio", "only text can be trained")
+        raise BadRow(NOT_TEXT, "only text can be trained")
     if isinstance(row.get("messages"), str) or isinstance(row.get("conversations"), str):
         row = _unpack_json_columns(row)
     row = preference.with_chosen(row, CHAT_COLUMNS)

@@ -27,7 +27,9 @@ from megaswift.store.paths import INITIAL_ADAPTER
 from megaswift.store.publish import publish, workspace
 from megaswift.terminal import say, shown, typed
 from megaswift.weights.base import base_digest
-from megaswift.weights.hf.config import load_config
+from megaswift.weights.carried import FIELD as CARRIED
+from megaswift.weights.carried import require_same, told_of
+from megaswift.weights.hf.config import load_config, names_in_folder
 from megaswift.weights.hf.folder import ADAPTER_CONFIG, check_config, read_config
 from megaswift.weights.hf.read import HFCheckpoint
 
@@ -302,16 +304,18 @@ def _merge(run: AdapterRun, target: Path) -> tuple[Path, str]:
 
     base, scale = HFCheckpoint.open(run.base), run.lora.scale
     say(f"{shown(run.checkpoint)} merged into {shown(run.base)} -> Hugging Face model")
-    adapter = Adapter.of(run.tensors, scale, run.checkpoint, str(run.base))
+    adapter = Adapter.of(run.tensors, scale, run.checkpoint, str(run.base)).stored_as(names_in_folder(base))
     proofs: list[tuple[dict[str, Any] | None, dict[str, Any]]] = []
 
     def finish(written: Any) -> None:
         merged = HFCheckpoint.open(written.path)
+        carried = run.manifest.get(CARRIED)
+        same = require_same(written.tensors, carried["tensors"], run.base) if carried else 0
         rounding = merge_loss(adapter, base, merged)
         proof = None
         if run.args.verify:
             parity = _compared(run, lambda *given: _merged_parity(run, base, merged, *given))
-            proof = _summary(run, parity)
+            proof = _summary(run, parity) | ({"carried_tensors": same} if same else {})
             rounding |= {"logits": parity.max_abs, "largest_logit": parity.largest_logit, "mean_kl": parity.mean_kl}
         proofs.append((proof, rounding))
         if rounding["lost"] > LARGEST_LOSS:
@@ -336,6 +340,7 @@ def _merge(run: AdapterRun, target: Path) -> tuple[Path, str]:
                 "config": read_config(written.path),
                 "files": files,
                 "hf_tensors": written.tensors,
+                **told_of(run.manifest),
             },
         )
         sign(written.path, run.args.sign)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from megaswift.config.files import EXPORT_ARGS
 from megaswift.errors import UserError
-from megaswift.models.prediction import note_on_layers_ahead
+from megaswift.models.prediction import notes_on_carried
+from megaswift.models.whole import whole_of
 from megaswift.proof.page import print_proof, round_trip
 from megaswift.store import paths
 from megaswift.store.manifest import MANIFEST
@@ -89,9 +91,19 @@ def report(parameters: int, tensors: int, size: int, seconds: float, resumed: li
         say(f"  resumed: {len(resumed)} files of an interrupted conversion were complete and are kept")
 
 
-def report_left_out(config: Any) -> None:
-    """Say which layers of a model's publication are neither converted nor trained, where there are such."""
-    if note := note_on_layers_ahead(config):
+def require_text_alone(config: Any, root: Path) -> None:
+    """Raise UserError for old checkpoints beside a whole model's config: they hold its text model alone."""
+    if whole_of(config) is not None:
+        raise UserError(
+            f"old checkpoints hold a text model alone, and config.json is that of a whole {config.model_type}.",
+            where=str(root),
+            fix="convert its Hugging Face folder: swift export --to_megatron true --model_id_or_path DIR --language_model_only true",
+        )
+
+
+def report_carried(names: Iterable[str], config: Any) -> None:
+    """Say which tensors are carried along, where there are such."""
+    for note in notes_on_carried(names, config):
         say(f"  [yellow]{note}[/yellow]")
 
 

@@ -18,15 +18,18 @@ from megaswift.export.common import (
     THREADS,
     check_tokenizer,
     report,
-    report_left_out,
+    report_carried,
     report_nonfinite,
     report_proof,
     report_rounded,
     require_free_name,
+    require_text_alone,
     sign,
 )
+from megaswift.hub.locate import locate
 from megaswift.models import parameters_of
 from megaswift.models.parameters import hf_shapes
+from megaswift.models.whole import TEXT_CONFIG, require_language_model_only, whole_of
 from megaswift.proof.chain import require_whole
 from megaswift.proof.prove import PAGE, prove, summary, write_page
 from megaswift.store import paths
@@ -34,6 +37,8 @@ from megaswift.store.files import start_reading
 from megaswift.store.manifest import MANIFEST, ancestry, read_manifest, sha256_of, versions, write_manifest
 from megaswift.store.publish import refuse_unfinished
 from megaswift.terminal import say, shown, typed
+from megaswift.weights.carried import FIELD as CARRIED
+from megaswift.weights.carried import Record, find_carried, planned, read_back, require_same, told_of
 from megaswift.weights.hf.config import load_config
 from megaswift.weights.hf.folder import check_config, read_config, side_files
 from megaswift.weights.hf.read import HFCheckpoint
@@ -57,6 +62,7 @@ class _Weights:
         manifest: the checkpoint's; empty for old ones.
         overrides: fields of config.json that the weights ask to change.
         args: the options, those of the directory filled in.
+        carried: where the tensors lie that are carried along, and what is recorded of them; None where there are none.
     """
 
     reader: MegatronReader
@@ -67,6 +73,12 @@ class _Weights:
     overrides: dict[str, Any]
     args: ExportArguments
     label: str
+    carried: tuple[HFCheckpoint, Record] | None = None
+
+    @property
+    def record(self) -> Record:
+        """Digest, dtype and shape of the tensors that are carried along."""
+        return self.carried[1] if self.carried is not None else {}
 
 
 def to_hf(args: ExportArguments) -> Path:
@@ -93,6 +105,8 @@ def convert_with_proof(args: ExportArguments) -> tuple[Path, str]:
         raise UserError("there is no adapter to merge here.", where=str(root), fix="leave --merge_lora out")
     weights = _old_weights(root, args) or _own_weights(root, args)
     args = weights.args
+    # What was meant by the weights they say themselves; for a text model the option would mean nothing.
+    require_language_model_only(weights.config, args.language_model_only or whole_of(weights.config) is not None, str(root))
     target = Path(args.hf_output_dir or root / f"{args.model_type}-hf").absolute()
     require_free_name(target, args.overwrite, root, weights.model_dir)
     if args.verify and weights.manifest:
@@ -101,9 +115,9 @@ def convert_with_proof(args: ExportArguments) -> tuple[Path, str]:
     form = _form(weights)
     say(f"{weights.label} -> Hugging Face model, {form.precisions}")
     result, proof = _write(weights, form, target, root)
-    report_left_out(weights.config)
+    report_carried(weights.record, weights.config)
     report_proof(proof)
-    equal = _equal_to_source(_digests(result.tensors, target, weights.config), weights.manifest, form)
+    equal = _equal_to_source(_digests(result.tensors, target, weights.config), weights.manifest, form, weights.record)
     if equal:
         say(f"  {equal}")
     if (root / SFT_ARGS).exists():
@@ -155,9 +169,18 @@ def _own_weights(root: Path, args: ExportArguments) -> _Weights:
     args = _filled(root, args)
     from megaswift.weights.torch_dist.reader import Reader
 
-    return _Weights(
-        Reader(checkpoint), checkpoint, load_config(root), root, read_manifest(checkpoint), {}, args, shown(checkpoint)
+    config, manifest = load_config(root), read_manifest(checkpoint)
+    named = args.model_id_or_path if manifest.get(CARRIED) else None
+    carried = find_carried(
+        manifest, checkpoint, locate(args.model_type, named, args.model_revision).path if named is not None else None
     )
+    if carried is None and whole_of(config) is not None:
+        raise DataError(
+            "these weights are of a text model alone, and nothing tells of the tensors that make it whole again.",
+            where=str(checkpoint),
+            fix="convert the model again: swift export --to_megatron true --language_model_only true",
+        )
+    return _Weights(Reader(checkpoint), checkpoint, config, root, manifest, {}, args, shown(checkpoint), carried)
 
 
 def _filled(root: Path, args: ExportArguments) -> ExportArguments:
@@ -185,6 +208,7 @@ def _old_weights(root: Path, args: ExportArguments) -> _Weights | None:
     from megaswift.export.old import open_classic
 
     old = open_classic(found, root, args)
+    require_text_alone(old.config, root)
     label = f"{shown(found.directory)} (classic, tp {found.tp}, pp {found.pp})"
     return _Weights(old.reader, found.directory, old.config, old.model_dir, {}, old.overrides, old.args, label)
 
@@ -203,6 +227,9 @@ def _write(weights: _Weights, form: _Form, target: Path, root: Path) -> tuple[Wr
     present = {str(dtype).removeprefix("torch.") for dtype in (form.precisions.main, *form.precisions.others.values())}
     # A mixture may be named after any of its precisions: transformers loads all tensors in the one that stands here.
     overrides = weights.overrides | (dtype_override(values, form.precisions.main) if named not in present else {})
+    if named not in present and isinstance(values.get(TEXT_CONFIG), dict):
+        text = values[TEXT_CONFIG]
+        overrides[TEXT_CONFIG] = text | dtype_override(text, form.precisions.main)
     proofs: list[dict[str, Any]] = []
     finite = FiniteCheck(weights.args.allow_nonfinite)
     begin = time.perf_counter()
@@ -216,11 +243,16 @@ def _write(weights: _Weights, form: _Form, target: Path, root: Path) -> tuple[Wr
         report_rounded(form.lost, len(written.tensors))
         if weights.args.verify:
             proofs.append(_prove(written.path, weights, form, logits=not finite.found) | {"rounded": form.lost})
+        if weights.carried is not None:
+            require_same(written.tensors, weights.record, weights.carried[0].path)
         _finish(written, weights, target, form, proofs[0] if proofs else None)
 
     result = write_checkpoint(
         target,
-        planned_hf_tensors(form.reader, weights.config, form.precisions, finite),
+        [
+            *planned_hf_tensors(form.reader, weights.config, form.precisions, finite),
+            *(planned(weights.carried[0], weights.record) if weights.carried is not None else ()),
+        ],
         side_files(weights.model_dir),
         overrides or None,
         size_of(weights.args.max_shard_size, "max_shard_size"),
@@ -251,10 +283,11 @@ def _prove(written: Path, weights: _Weights, form: _Form, logits: bool) -> dict[
 
     source = HFCheckpoint.open(written)
     equal = verify_written(source, form.reader, weights.config, form.precisions)
+    same = {"carried_tensors": read_back(source, weights.record, written)} if weights.record else {}
     if not logits:
-        return {"round_trip_tensors": equal}
+        return {"round_trip_tensors": equal, **same}
     reader = _Rounded(form.reader, form.precisions.stored(parameters_of(weights.config)))
-    return prove(load_config(written), source, reader, form.precisions, written, equal)
+    return prove(load_config(written), source, reader, form.precisions, written, equal) | same
 
 
 class _Rounded:
@@ -296,6 +329,7 @@ def _finish(written: WriteResult, weights: _Weights, target: Path, form: _Form, 
             "config": read_config(written.path),
             "files": files,
             "hf_tensors": written.tensors,
+            **told_of(weights.manifest),
         },
     )
     sign(written.path, weights.args.sign)
@@ -313,7 +347,7 @@ def _digests(tensors: dict[str, str], target: Path, config: Any) -> dict[str, st
     return {name: value for name, value in tensors.items() if name not in {part.name for part in parts}} | apart
 
 
-def _equal_to_source(tensors: dict[str, str], manifest: dict[str, Any], form: _Form) -> str | None:
+def _equal_to_source(tensors: dict[str, str], manifest: dict[str, Any], form: _Form, carried: Record) -> str | None:
     """For weights that were only converted: whether every tensor came back as it went in. Raises DataError if not.
 
     Only a tensor that is written in another precision than it was converted in has other bytes.
@@ -321,11 +355,12 @@ def _equal_to_source(tensors: dict[str, str], manifest: dict[str, Any], form: _F
     original = manifest.get("hf_tensors")
     if not original:
         return None
+    original = {**original, **{name: told["sha256"] for name, told in carried.items()}}
     different = sorted(name for name, value in tensors.items() if original.get(name) != value)
     if not different:
         return f"all {len(tensors)} tensors have the SHA-256 that was recorded when they were converted"
     plain = {name: name.partition("[")[0] for name in different}
-    wrong = [name for name in different if form.precisions.of(plain[name]) == form.had.of(plain[name])]
+    wrong = [name for name in different if name in carried or form.precisions.of(plain[name]) == form.had.of(plain[name])]
     if wrong:
         raise DataError(
             f"{len(wrong)} tensors are not those that were converted.",

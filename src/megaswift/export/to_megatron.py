@@ -17,16 +17,18 @@ from megaswift.export.common import (
     THREADS,
     check_tokenizer,
     report,
-    report_left_out,
+    report_carried,
     report_nonfinite,
     report_proof,
     report_rounded,
     require_free_name,
+    require_text_alone,
     sign,
 )
 from megaswift.hub.locate import locate
 from megaswift.models import parameters_of
 from megaswift.models.family import is_tied
+from megaswift.models.whole import require_language_model_only
 from megaswift.proof.prove import prove, summary, write_page
 from megaswift.run.problems import layout_problems, refuse
 from megaswift.run.spec import Parallel
@@ -35,6 +37,8 @@ from megaswift.store.files import start_reading
 from megaswift.store.manifest import digest_files, versions, write_manifest
 from megaswift.store.publish import publish, workspace
 from megaswift.terminal import say, shown, typed
+from megaswift.weights.carried import FIELD as CARRIED
+from megaswift.weights.carried import Record, carried_names, nbytes, open_beside, read_back, write_beside
 from megaswift.weights.hf.block_fp8 import FIELD, opened
 from megaswift.weights.hf.config import load_config
 from megaswift.weights.hf.folder import read_config, side_files
@@ -42,6 +46,7 @@ from megaswift.weights.hf.new_tokens import NewTokens, listed_tokens, with_new_t
 from megaswift.weights.hf.read import HFCheckpoint
 
 if TYPE_CHECKING:
+    from megaswift.store.files import FileRecord
     from megaswift.store.publish import Workspace
     from megaswift.weights.classic import Classic
     from megaswift.weights.convert import Conversion, Precisions
@@ -60,6 +65,7 @@ class _Source:
         convert: writes the weights into a directory.
         prove: config, directory and conversion -> the proof.
         note: what a user must know of how the weights are read, or None.
+        carried: the folder and names of the tensors that are carried along, or None.
     """
 
     model_type: str
@@ -77,6 +83,7 @@ class _Source:
     prove: Callable[[Path, Conversion], dict[str, Any]]
     new_tokens: NewTokens | None = None
     note: str | None = None
+    carried: tuple[HFCheckpoint, list[str]] | None = None
 
 
 def to_megatron(args: ExportArguments) -> Path:
@@ -94,6 +101,8 @@ def to_megatron(args: ExportArguments) -> Path:
 
     args, added, model_dir = _with_new_tokens(args, located.path)
     config = load_config(model_dir, from_fp8=True)
+    require_language_model_only(config, args.language_model_only, str(located.path / "config.json"))
+    carried = carried_names(source, config)
     had = precisions_of_folder(source, config)
     precisions = chosen(had, None if args.dtype == "AUTO" else args.dtype, str(located.path))
     grown = GrownFolder(source, added.rows_before, added.rows_after) if added else source
@@ -119,7 +128,7 @@ def to_megatron(args: ExportArguments) -> Path:
             config_overrides={FIELD: None} if source.note else {},
             had=had,
             precisions=precisions,
-            nbytes=_bytes(config, precisions),
+            nbytes=_bytes(config, precisions) + nbytes(source, carried),
             identity=[located.origin, located.revision, stats],
             origin={"origin": located.origin, "revision": located.revision, "files": {name: size for name, size, _ in stats}},
             convert=lambda release, work: hf_to_megatron(
@@ -128,6 +137,7 @@ def to_megatron(args: ExportArguments) -> Path:
             prove=proof,
             new_tokens=added,
             note=source.note,
+            carried=(source, carried) if carried else None,
         ),
     )
 
@@ -146,6 +156,7 @@ def classic_to_megatron(args: ExportArguments) -> Path:
     from megaswift.weights.torch_dist.reader import Reader
 
     old = open_classic(found, root, args)
+    require_text_alone(old.config, root)
     had = precisions_of_checkpoint(old.reader, parameters_of(old.config))
     asked = None if args.dtype == "AUTO" or "dtype" not in args.explicit() else args.dtype
     precisions = chosen(had, asked, str(found.directory))
@@ -241,13 +252,17 @@ def _write(args: ExportArguments, source: _Source) -> Path:
         done = source.convert(release, work)
         seconds = time.perf_counter() - begin
         report(done.parameters, len(done.tensors), sum(digest.size for digest in done.files.values()), seconds, work.resumed)
-        report_left_out(source.config)
+        files, record = write_beside(*source.carried, release) if source.carried else ({}, {})
+        report_carried(record, source.config)
         report_nonfinite(done.nonfinite)
         lost = rounded(source.had, source.precisions, done.tensors)
         report_rounded(lost, len(done.tensors))
         work.drop_records()
         proof = source.prove(release, done) | {"rounded": lost} if args.verify else None
-        _finish(work.path, args, source, done, lost, proof)
+        if proof is not None and source.carried is not None:
+            proof["carried_tensors"] = read_back(open_beside(release), record, release)
+            read_back(source.carried[0], record, source.directory)
+        _finish(work.path, args, source, done, lost, proof, files, record)
         publish(work.path, target, taken="replace" if replaced else "refuse")
     report_proof(proof)
     if rows and proof is not None:
@@ -258,7 +273,14 @@ def _write(args: ExportArguments, source: _Source) -> Path:
 
 
 def _finish(
-    root: Path, args: ExportArguments, source: _Source, done: Conversion, lost: dict[str, str], proof: dict[str, Any] | None
+    root: Path,
+    args: ExportArguments,
+    source: _Source,
+    done: Conversion,
+    lost: dict[str, str],
+    proof: dict[str, Any] | None,
+    carried_files: dict[str, FileRecord],
+    carried: Record,
 ) -> None:
     """Everything beside the weights, and last the manifest."""
     release = root / paths.RELEASE
@@ -297,8 +319,10 @@ def _finish(
         "verified": verified,
         "config": read_config(root),
         "beside": digest_files(root),
-        "files": {name: vars(digest) for name, digest in done.files.items()},
+        "files": {name: vars(digest) for name, digest in done.files.items()}
+        | {name: {"size": one.size, "sha256": one.sha256} for name, one in carried_files.items()},
         "hf_tensors": done.tensors,
+        **({CARRIED: {"tensors": carried}} if carried else {}),
     }
     if (added := source.new_tokens) is not None:
         content["new_tokens"] = {"tokens": added.tokens, "rows_before": added.rows_before, "rows": added.rows_after}

@@ -11,7 +11,8 @@ from megaswift.errors import DataError, UserError, first_line
 from megaswift.launch.versions import has_bf16
 from megaswift.models import families
 from megaswift.models.prediction import without_layers_ahead
-from megaswift.weights.hf.config import check_source
+from megaswift.models.whole import text_of
+from megaswift.weights.hf.config import check_source, text_config
 from megaswift.weights.hf.read import UNTIED, HFCheckpoint
 from megaswift.weights.hf.tokenizer import load_tokenizer, quiet_transformers
 from megaswift.weights.torch_dtypes import TORCH_DTYPES
@@ -33,14 +34,16 @@ def load_model(path: Path, dtype: str = "AUTO") -> Any:
 
     Raises DataError where a weight is missing, left over or of another shape, UserError where memory is too small.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     source = HFCheckpoint.open(path)  # names the damaged file; transformers' errors do not
     options = _require_tensors(source)
+    family = families().get(str(source.config.get("model_type")))
+    kind: Any = AutoModelForCausalLM if family is None or family.whole is None else AutoModelForImageTextToText
     weight_bytes = source.total_bytes
     with quiet_transformers():
         try:
-            pair: Any = AutoModelForCausalLM.from_pretrained(
+            pair: Any = kind.from_pretrained(
                 path,
                 local_files_only=True,
                 trust_remote_code=False,
@@ -67,12 +70,10 @@ def _require_tensors(source: Any) -> dict[str, Any]:
 
     Returns what else transformers must be told to load the model (`Family.loading`). Only for families whose tensors we know; transformers compares the names of the others after it has built the model.
     """
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
     if source.config.get("model_type") not in list(families()):
         return {}
     try:
-        config = CONFIG_MAPPING[source.config["model_type"]].from_dict(source.config)
+        config = text_config(families()[source.config["model_type"]], source.config)
     except Exception:  # transformers says below what is wrong with it
         return {}
     check_source(source, config)
@@ -96,7 +97,7 @@ def _require_complete(loaded: dict[str, Any], path: Path, config: Any) -> None:
     ):
         names = sorted(name if isinstance(name, str) else name[0] for name in loaded.get(key) or ())
         if key == "unexpected_keys" and getattr(config, "model_type", None) in families():
-            names = without_layers_ahead(names, config)
+            names = without_layers_ahead(names, text_of(config))
         if names:
             shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
             fix = UNTIED if names == ["lm_head.weight"] and key == "missing_keys" else "convert or download the model again"

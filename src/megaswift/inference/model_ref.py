@@ -25,7 +25,7 @@ from megaswift.store.paths import TRACKER, gguf_fix, is_megatron_directory, iter
 from megaswift.store.publish import refuse_unfinished
 from megaswift.terminal import say, typed
 from megaswift.weights.base import base_digest
-from megaswift.weights.hf.config import load_config
+from megaswift.weights.hf.config import load_config, names_in_folder
 from megaswift.weights.hf.folder import ADAPTER_CONFIG, is_adapter, read_config
 from megaswift.weights.hf.json_files import read_json
 from megaswift.weights.hf.read import HFCheckpoint
@@ -235,7 +235,8 @@ def _with_adapter(base: Located, adapter: Path) -> Located:
 def _merge(base: Located, adapter: Path, digest: str, target: Path) -> None:
     from megaswift.weights.convert.lora import Adapter, merge_adapter
 
-    opened, model = Adapter.open(adapter), HFCheckpoint.open(base.path)
+    model = HFCheckpoint.open(base.path)
+    opened = Adapter.open(adapter).stored_as(names_in_folder(model))
 
     def manifest(written: Any) -> None:
         write_manifest(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from megaswift.config.options import InferArguments
-from megaswift.data.conversation import BadRow, Conversation, Message
+from megaswift.data.conversation import NOT_TEXT, BadRow, Conversation, Message
 from megaswift.data.encode import recipe_of
 from megaswift.data.encoding import refuse_encoding
 from megaswift.data.pipeline import Pipeline, Recipe
@@ -188,7 +188,7 @@ def _conversation(row: dict[str, Any], recipe: Recipe, *, answered: bool) -> Con
     try:
         return Pipeline.__new__(Pipeline).conversation(row, recipe, answered=answered)
     except BadRow as error:
-        if error.reason != "images, video or audio":
+        if error.reason != NOT_TEXT:
             raise
         named = re.search(rf'"({"|".join(_MEDIA)})"', json.dumps(row, default=str))
         raise BadRow(error.reason, f"{named.group(1) if named else 'it'} is not supported; the model reads text only") from None

@@ -20,6 +20,7 @@ from megaswift.inference.options import Answer, FinishReason, GenerationOptions,
 from megaswift.inference.prompts import Prompts
 from megaswift.inference.text import StopWords, TextAssembler, first_stop, whole_text
 from megaswift.models.lengths import context_length
+from megaswift.models.whole import text_of
 
 _WINDOW = 32  # batches that are sorted by length together: short enough that results keep coming
 
@@ -37,7 +38,7 @@ class TransformersBackend:
         from transformers import GenerationConfig
 
         self.model, self.tokenizer, self.prompts = model, tokenizer, prompts
-        self.context = limited_context(context_length(model.config), max_model_len)
+        self.context = limited_context(context_length(text_of(model.config)), max_model_len)
         self._adapted: Any = None  # PEFT's view of the same model
         self._ends = decoding.end_ids(model, tokenizer) | prompts.end_ids
         # generate() fills what a caller leaves open from here; nothing may come from a file that the user never saw.

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from megaswift.errors import UserError, nearest
 from megaswift.models.parameters import Arrangement, HFTensor, Parameter, Shape, stacked, whole
+from megaswift.models.whole import is_within
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -125,7 +126,7 @@ class Lora:
         """The matrices of a model that get an adapter, in the order of its list."""
         wanted, found = set(self.targets), []
         for parameter in adaptable(base):
-            tensors = tuple(n for n, part in enumerate(parameter.hf) if part.name.removesuffix(_WEIGHT) in wanted)
+            tensors = tuple(n for n, part in enumerate(parameter.hf) if part.in_model.removesuffix(_WEIGHT) in wanted)
             if tensors:
                 found.append(Site(parameter, tensors))
         return found
@@ -150,17 +151,19 @@ class Lora:
             if parameter.name in sites:
                 found += self.of_site(sites[parameter.name]).values()
             if parameter.name in kept:
-                found.append(replace(parameter, hf=tuple(replace(part, name=PREFIX + part.name) for part in parameter.hf)))
+                found.append(
+                    replace(parameter, hf=tuple(replace(part, name=PREFIX + part.in_model, held=None) for part in parameter.hf))
+                )
         return _keyed(found, [parameter for parameter in base if parameter.name.startswith("decoder.layers.")])
 
     def whole(self, base: Sequence[Parameter]) -> list[Parameter]:
         """The model's parameters that are trained themselves."""
-        return [p for p in base if any(part.name.removesuffix(_WEIGHT) in self.saved for part in p.hf)]
+        return [p for p in base if any(part.in_model.removesuffix(_WEIGHT) in self.saved for part in p.hf)]
 
     def of_site(self, site: Site) -> dict[str, Parameter]:
         """A, B and, where asked, the lengths of a matrix's rows; what is as wide or as high as a rank's part of it is cut with it."""
         base, count, inputs = site.base, len(site.tensors), site.base.shape[1]
-        modules = [base.hf[number].name.removesuffix(_WEIGHT) for number in site.tensors]
+        modules = [base.hf[number].in_model.removesuffix(_WEIGHT) for number in site.tensors]
         rows = [base.hf[number].shape[0] for number in site.tensors]
         order = base.arrangement.only(site.tensors)
         a_cut = (
@@ -212,12 +215,17 @@ class Lora:
             "init_lora_weights": self.init if self.init != "true" else True,
             "target_modules": modules,
             **({"target_parameters": parameters} if parameters else {}),
-            "modules_to_save": shortened(self.saved, [part.name.removesuffix(_WEIGHT) for p in base for part in p.hf], "")
-            or None,
+            "modules_to_save": self._saved_words(base) or None,
             "rank_pattern": {STACKED_GATES: 2 * self.rank} if double else {},
             "alpha_pattern": {STACKED_GATES: _number(2 * plain)} if double else {},
             "inference_mode": True,
         }
+
+    def _saved_words(self, base: Sequence[Parameter]) -> list[str]:
+        """How PEFT is told of the modules that are saved whole."""
+        if is_within(base):
+            return list(self.saved)
+        return shortened(self.saved, [part.in_model.removesuffix(_WEIGHT) for p in base for part in p.hf], "")
 
     def _words(self, base: Sequence[Parameter]) -> tuple[list[str], list[str]]:
         """How PEFT is told of the modules that have adapters, and of the parameters."""
@@ -225,14 +233,16 @@ class Lora:
         modules: list[str] = []
         parameters: list[str] = []
         for site in self.sites(base):
-            names = [site.base.hf[number].name for number in site.tensors]
+            names = [site.base.hf[number].in_model for number in site.tensors]
             if site.base.loaded is not None:
                 names = [site.base.loaded]
             if mixed and ".mlp." in site.base.name:
                 parameters += names
             else:
                 modules += [name.removesuffix(_WEIGHT) for name in names]
-        known = [part.name.removesuffix(_WEIGHT) for p in linear(base) for part in p.hf]
+        if is_within(base):  # the end of a name means modules of the towers, too
+            return modules, list(dict.fromkeys(parameters))
+        known = [part.in_model.removesuffix(_WEIGHT) for p in linear(base) for part in p.hf]
         held = [name for p in base for name in ([p.loaded] if p.loaded else p.labels)]
         return shortened(modules, known), _without_layers(list(dict.fromkeys(parameters)), held)
 
@@ -340,7 +350,7 @@ def target_modules(base: Sequence[Parameter], words: Sequence[str], where: str =
 
 
 def _modules(parameter: Parameter) -> list[str]:
-    return [part.name.removesuffix(_WEIGHT) for part in parameter.hf]
+    return [part.in_model.removesuffix(_WEIGHT) for part in parameter.hf]
 
 
 def _require_whole_experts(adaptable: Sequence[Parameter], chosen: set[str], where: str) -> None:
@@ -369,7 +379,8 @@ def saved_modules(
         parameter.name for parameter in base if parameter.name.startswith("decoder.layers.") and len(parameter.shape) > 1
     }
     own = [parameter for parameter in base if parameter.trained and parameter.name not in matrices]
-    known = [label.removesuffix(_WEIGHT) for parameter in own for label in parameter.labels]
+    named = [part.held or part.label for parameter in own for part in parameter.hf]
+    known = [name.removesuffix(_WEIGHT) for name in named]
     known = [name for name in known if not name.endswith(".bias")]
     found = _named(words, known, "norm, embedding or output layer", where)
     shared = [name for name in found if name.endswith(("embed_tokens", "lm_head"))]

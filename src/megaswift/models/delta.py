@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from megaswift.errors import UserError
-from megaswift.models.experts import kind_with
+from megaswift.models.experts import kind_with, only_value
 from megaswift.models.kinds import GATED_DELTA, Delta, Experts, Kind
 from megaswift.models.parameters import Arrangement, Piece, Shape
 from megaswift.models.rules import Rule, Sizes, copy
@@ -18,6 +18,9 @@ DELTA_FIELDS = frozenset(
     "linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim linear_conv_kernel_dim "
     "full_attention_interval".split()
 )
+# What configs of Qwen3.5 say of what transformers computes anyway, and of layers that predict further ahead (`models/prediction.py`).
+_SAID_ANYWAY = {"attn_output_gate": True, "output_gate_type": "swish", "mamba_ssm_dtype": "float32"}
+PUBLISHED_FIELDS = frozenset((*_SAID_ANYWAY, "mtp_num_hidden_layers"))
 _LAYER = "decoder.layers.{i}.self_attention."
 _HF = "model.layers.{i}."
 
@@ -53,6 +56,8 @@ def delta_of(config: Any) -> Delta:
 
 def kind_of(config: Any, layer: int, experts: Experts | None = None) -> Kind:
     """A layer of such a model by layer_types: a gated delta net, or attention with a gate and normed queries and keys."""
+    for field, value in _SAID_ANYWAY.items():
+        only_value(config, field, value)
     make = Kind if experts is None else partial(kind_with, experts)
     if config.layer_types[layer] == LINEAR_ATTENTION:
         return make(norm="zero_centred_rms", attention=GATED_DELTA, rotation=None, delta=delta_of(config))

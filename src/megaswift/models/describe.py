@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from megaswift.models import families
 from megaswift.models.family import HONOURED_FIELDS, NEUTRAL_FIELDS, Family
 from megaswift.models.kinds import ALPHA, MAIN, Kind
 from megaswift.models.registry import MODEL_TYPES
+from megaswift.models.whole import TEXT_CONFIG, text_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -22,25 +24,30 @@ _ACTIVATIONS = {"silu": "SiLU", "gelu_tanh": "GELU (tanh)", "relu2": "ReLU squar
 
 def table() -> list[dict[str, str]]:
     """One row a family: its name, how many models are registered by name, its layers, the layouts that it is proven at."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
     rows = []
     for name, family in sorted({family.name: family for family in families().values()}.items()):
-        config = CONFIG_MAPPING[family.hf_types[0]](**family.tiny)
+        config = tiny_config(family)
         kinds = family.layers(config)
         models = [entry.hf_id for entry in MODEL_TYPES.values() if entry.family in family.hf_types]
         rows.append(
             {
                 "model_type": name,
                 "for example": models[0] if models else "",
-                "attention": attention(family, config, _has_windows(family, CONFIG_MAPPING)),
+                "attention": attention(family, config, _has_windows(family)),
                 "MLP": mlp(kinds),
                 "norms": norms(kinds),
                 "embeddings and logits": outside(family, config),
+                "carried along": carried(family, config),
                 "layouts": layouts(kinds),
             }
         )
     return rows
+
+
+def carried(family: Family, config: Any) -> str:
+    """What folders hold beside the model that is trained, and what comes back as it was."""
+    words = ["what reads pictures"] * (family.whole is not None) + ["layers that predict ahead"] * bool(family.ahead(config))
+    return ", ".join(words)
 
 
 def layouts(kinds: Sequence[Kind]) -> str:
@@ -49,11 +56,24 @@ def layouts(kinds: Sequence[Kind]) -> str:
     return "tp pp cp dp sp" + ("" if experts is None else " ep" if experts.biases else " ep etp")
 
 
-def _has_windows(family: Family, configs: Any) -> str:
+def tiny_config(family: Family, **changes: Any) -> Any:
+    """The config of a family's tiny model, with changes; of whole models that of the text, which changes but for tied tables are of."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    values = family.tiny | changes
+    if family.whole is not None:
+        outside = {name: value for name, value in changes.items() if name == "tie_word_embeddings"}
+        inside = {name: value for name, value in changes.items() if name not in outside}
+        values = family.tiny | outside | {TEXT_CONFIG: family.tiny[TEXT_CONFIG] | inside}
+    config = CONFIG_MAPPING[family.hf_types[0]](**copy.deepcopy(values))  # it takes nested values as its own
+    return config if family.whole is None else text_of(config)
+
+
+def _has_windows(family: Family) -> str:
     """Which layers take a window where a config gives one."""
     more = {"sliding_window": 9, "use_sliding_window": True, "max_window_layers": 1}
     try:
-        kinds = family.layers(configs[family.hf_types[0]](**family.tiny | more))
+        kinds = family.layers(tiny_config(family, **more))
     except (TypeError, ValueError):
         return ""
     count = sum(kind.window is not None for kind in kinds)

@@ -21,6 +21,8 @@ from megaswift.models.rules import Rule, Sizes, expanded, is_mixed
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from megaswift.models.whole import Whole
+
 OUTPUT_LAYER = "output_layer.weight"
 
 # Fields of decoder configs that say nothing about the computation of a training step.
@@ -78,6 +80,8 @@ class Family:
         extra_fields: config fields that only this family honours, in `settings`, `kind` or `factors`.
         factors: config -> what embeddings and logits are multiplied by.
         ahead: config -> patterns of tensors of layers that predict further ahead, which folders may hold (`models/prediction.py`).
+        whole: the model that reads pictures, too, which the trained text model is a part of (`models/whole.py`).
+        stacked_experts: whether folders may hold all experts of a layer as one tensor, too (`weights/hf/stacked_experts.py`).
     """
 
     name: str
@@ -98,6 +102,12 @@ class Family:
     extra_fields: frozenset[str] = field(default_factory=frozenset)
     factors: Callable[[Any], Factors] = lambda config: Factors()
     ahead: Callable[[Any], tuple[str, ...]] = lambda config: ()
+    whole: Whole | None = None
+    stacked_experts: bool = False
+
+    def carried(self, config: PreTrainedConfig) -> tuple[str, ...]:
+        """Patterns of tensors that folders hold beside the model that is trained, and that are carried along as they are."""
+        return (self.whole.carried if self.whole is not None else ()) + self.ahead(config)
 
     def rules_for(self, tied: bool) -> tuple[Rule, ...]:
         """The rules of a model with tied or separate output weights."""

@@ -262,6 +262,7 @@ class HFTensor:
         index: where the part stands on the first axis of a tensor that holds several (experts); None: it is the tensor.
         count: how many it holds then.
         transposed: the folder holds the part with rows and columns exchanged.
+        held: the name under which transformers has it once the model is loaded, where that is another.
     """
 
     name: str
@@ -269,6 +270,12 @@ class HFTensor:
     index: int | None = None
     count: int = 1
     transposed: bool = False
+    held: str | None = None
+
+    @property
+    def in_model(self) -> str:
+        """Its name in transformers' loaded model: what modules are called by, and what PEFT's names follow from."""
+        return self.held or self.name
 
     @property
     def label(self) -> str:
@@ -373,5 +380,6 @@ def as_stored(parameters: Sequence[Parameter], loaded: Mapping[str, Tensor]) -> 
                 made[part.name] = part.stored(value)
             else:
                 several.setdefault(part.name, []).append(part.stored(value))
-    rest = {name: value for name, value in loaded.items() if name not in taken}
+    names = {part.held: part.name for parameter in parameters for part in parameter.hf if part.held is not None}
+    rest = {names.get(name, name): value for name, value in loaded.items() if name not in taken}
     return rest | made | {name: torch.stack(parts) for name, parts in several.items()}

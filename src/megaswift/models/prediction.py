@@ -12,7 +12,7 @@ FIELD = "num_nextn_predict_layers"
 
 
 def layers_ahead(config: Any) -> tuple[str, ...]:
-    """Patterns of the names of their tensors, which a folder may hold, and which stay where they are; () where there are none."""
+    """Patterns of the names of their tensors, which a folder may hold, and which are carried along; () where there are none."""
     return family_of(config.model_type).ahead(config)
 
 
@@ -22,15 +22,20 @@ def without_layers_ahead(names: Iterable[str], config: Any) -> list[str]:
     return [name for name in names if not any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
-def note_on_layers_ahead(config: Any) -> str | None:
-    """What a user must know of them; None where there are none."""
-    patterns = layers_ahead(config)
-    if not patterns:
-        return None
-    return (
-        f"{', '.join(patterns)} (multi-token prediction, {FIELD} in config.json) is left out where the folder has it: it is not trained, and no folder that is "
-        "written here holds it. transformers computes the same without it; to guess ahead while answering, take it from the base model."
-    )
+def notes_on_carried(names: Iterable[str], config: Any) -> list[str]:
+    """What a user must know of tensors that are carried along: of layers that predict ahead, and of all others."""
+    names = list(names)
+    others = without_layers_ahead(names, config)
+    notes = []
+    if others:
+        marks = ", ".join(mark for mark in family_of(config.model_type).carried(config) if mark not in layers_ahead(config))
+        notes.append(f"{marks}: {len(others)} tensors are carried along as they are, bit for bit; nothing trains them.")
+    if len(others) < len(names):
+        notes.append(
+            f"{', '.join(layers_ahead(config))} (multi-token prediction): {len(names) - len(others)} tensors are carried along as they are, bit for "
+            "bit. They were not trained, and guess ahead for the model as it was: swift verify DIR --mtp true measures how well they still do."
+        )
+    return notes
 
 
-__all__ = ["layers_ahead", "note_on_layers_ahead", "without_layers_ahead"]
+__all__ = ["layers_ahead", "notes_on_carried", "without_layers_ahead"]

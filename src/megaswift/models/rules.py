@@ -65,6 +65,7 @@ class Rule:
         loaded: the name under which transformers holds it once loaded, where that is not the folder's: of all experts as one
             tensor, each as the Megatron tensor has it.
         trained: False for a buffer, which has no gradient.
+        held: names of the same tensors in transformers' loaded model, where these are others (`models/whole.py`).
     """
 
     megatron: str
@@ -77,6 +78,7 @@ class Rule:
     transposed: bool = False
     loaded: str | None = None
     trained: bool = True
+    held: tuple[str, ...] = ()
 
 
 def copy(megatron: str, hf: str, shape: tuple[str, ...], split: int | None = None) -> Rule:
@@ -188,6 +190,8 @@ def expanded(rules: Iterable[Rule], sizes: Sizes, kinds: Sequence[Kind]) -> list
     uniform = not is_mixed(rules, kinds)
     layers: dict[int, list[Parameter]] = {}
     for rule in rules:
+        if rule.layers is not None and not any(map(rule.layers, kinds)):
+            continue  # a config without such layers names no sizes for them
         arrangement, shapes = rule.arrangement(sizes), rule.shapes(sizes)
         layered = "{i}" in rule.megatron
         outside = -1 if rule.megatron.startswith("embedding.") else sizes.layers
@@ -212,8 +216,15 @@ def _of_layer(
     for expert in range(experts) if experts else (None,):
         index = (expert or 0) if rule.stacked else None
         hf = tuple(
-            HFTensor(name.format(i=layer, e=expert), shape, index, experts or 1, rule.transposed)
-            for name, shape in zip(rule.hf, shapes, strict=True)
+            HFTensor(
+                name.format(i=layer, e=expert),
+                shape,
+                index,
+                experts or 1,
+                rule.transposed,
+                held and held.format(i=layer, e=expert),
+            )
+            for name, shape, held in zip(rule.hf, shapes, rule.held or (None,) * len(rule.hf), strict=True)
         )
         own = [] if expert is None else [expert]
         made.append(

@@ -15,6 +15,7 @@ from megaswift.megatron.kernels.counter_dropout import Dropout, token_keys
 from megaswift.megatron.kernels.packed import rounded
 from megaswift.models import parameters_of
 from megaswift.models.adapters import LORA_A, LORA_B, PREFIX, Lora, is_expert, packable
+from megaswift.models.whole import text_of
 from megaswift.train.adapters import first_value
 from megaswift.weights.convert.lora import load_adapter
 
@@ -73,7 +74,8 @@ class PeftSide:
 
     def wrap(self, model: Any, folder: Path) -> tuple[Any, dict[str, Any], Tokens]:
         """PEFT's model of a transformers model, its trained parameters by the names of PEFT's files, and its tokens."""
-        base = parameters_of(model.config)
+        config = text_of(model.config)
+        base = parameters_of(config)
         if self.lora.bits is not None:
             as_packed(model, base, self.lora.bits, self.lora.double)
         wrapped = peft_of(model, self.lora, base, self.lora.dropout)
@@ -88,7 +90,7 @@ class PeftSide:
             if self.lora.is_part_of_base:
                 self._take_out(wrapped, trained)
         tokens = Tokens(self.seed)
-        self._same_dropout(wrapped, tokens, model.config)
+        self._same_dropout(wrapped, tokens, config)
         return wrapped, trained, tokens
 
     def _take_out(self, wrapped: Any, trained: Mapping[str, Any]) -> None:
@@ -101,7 +103,7 @@ class PeftSide:
 
     def _same_dropout(self, wrapped: Any, tokens: Tokens, config: PreTrainedConfig) -> None:
         modules = {
-            site.base.hf[number].name.removesuffix(".weight"): site.module
+            site.base.hf[number].in_model.removesuffix(".weight"): site.module
             for site in self.lora.sites(parameters_of(config))
             for number in site.tensors
         }
@@ -122,11 +124,11 @@ def peft_of(model: Any, lora: Lora, base: Sequence[Parameter], dropout: float = 
     values = lora.peft_config(base, "")
     if "target_parameters" in values:
         sites = lora.sites(base)
-        routed = {site.base.loaded or site.base.hf[0].name for site in sites if site.is_expert or site.is_router}
+        routed = {site.base.loaded or site.base.hf[0].in_model for site in sites if site.is_expert or site.is_router}
         dense = [site for site in sites if not (site.is_expert or site.is_router)]
         values["target_parameters"] = sorted(routed) or None
         values["target_modules"] = [
-            site.base.hf[number].name.removesuffix(".weight") for site in dense for number in site.tensors
+            site.base.hf[number].in_model.removesuffix(".weight") for site in dense for number in site.tensors
         ]
     names = (
         "r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "target_parameters", "modules_to_save", "rank_pattern", "alpha_pattern",
@@ -192,7 +194,7 @@ def _held_otherwise(lora: Lora, base: Sequence[Parameter]) -> dict[str, tuple[st
         inner = ".base_layer" if leaf == "gate_up_proj" else ""  # gate and up are wrapped first
         for number, tensor in enumerate(site.base.hf):
             for half in (LORA_A, LORA_B):
-                name = f"{PREFIX}{tensor.name.removesuffix('.weight')}.{half}.weight"
+                name = f"{PREFIX}{tensor.in_model.removesuffix('.weight')}.{half}.weight"
                 view = _expert_view(site.base, number, half, lora.rank) if site.is_expert else None
                 found[name] = (f"{PREFIX}{container}{inner}.{half}.weight", view)
     return found
@@ -213,12 +215,12 @@ def as_packed(model: Any, base: Sequence[Parameter], bits: int, double: bool = F
     weights = dict(model.named_parameters())
     for parameter in packable(base):
         if is_expert(parameter) and parameter.loaded is None:  # a folder holds all experts as transformers does
-            own = tuple(part.of(weights[part.name]) for part in parameter.hf)
+            own = tuple(part.of(weights[part.in_model]) for part in parameter.hf)
         elif is_expert(parameter):
-            held = weights[parameter.loaded or parameter.hf[0].name][parameter.place[-1]]
+            held = weights[parameter.loaded or parameter.hf[0].in_model][parameter.place[-1]]
             own = held.chunk(len(parameter.hf))
         else:
-            own = tuple(weights[part.name] for part in parameter.hf)
+            own = tuple(weights[part.in_model] for part in parameter.hf)
         for matrix in own:
             matrix.copy_(rounded(matrix, bits, double))
 

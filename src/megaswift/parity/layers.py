@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaswift.megatron.kernels.context_parallel import shard_batch
+from megaswift.models.whole import decoder_of
 
 if TYPE_CHECKING:
     from megaswift.data.batches import MicroBatch
@@ -68,7 +69,7 @@ def of_engine(trainer: Any, batches: list[MicroBatch], rows: TokenRows) -> list[
 @contextlib.contextmanager
 def of_transformers(model: Any) -> Iterator[list[float]]:
     """Adds up the numbers of every sample that runs, alone and without padding, inside this context."""
-    layers = model.model.layers
+    layers = decoder_of(model).layers
     sums = [0.0] * (1 + len(layers))
 
     def add(place: int, hidden: Tensor) -> None:

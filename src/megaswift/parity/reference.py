@@ -22,6 +22,7 @@ from megaswift.config.options import SftArguments
 from megaswift.data.store import TokenRows
 from megaswift.data.tokens import Encoded, weights_of
 from megaswift.models import family_of
+from megaswift.models.whole import whole_of
 from megaswift.parity.adapters import PeftSide, Tokens
 from megaswift.parity.layers import of_transformers
 from megaswift.run.resolve import min_lr
@@ -99,24 +100,31 @@ class Reference:
     def __init__(
         self, folder: Path, args: SftArguments, dtype: str, steps: int, warmup: int, adapter: PeftSide | None = None
     ) -> None:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.args, self.steps, self.warmup, self.exact = args, steps, warmup, dtype == "fp32"
-        load: Any = AutoModelForCausalLM.from_pretrained
         config, options = load_config(folder), {"local_files_only": True, "trust_remote_code": False}
-        family = family_of(config.model_type)
+        family, whole = family_of(config.model_type), whole_of(config)
+        load: Any = (AutoModelForCausalLM if whole is None else AutoModelForImageTextToText).from_pretrained
         for field in sorted(family.left_out):
             if getattr(config, field, None):
                 say(f"reference: trained without {field}, as the engine trains")
                 setattr(config, field, 0.0)
-        self.model: Any = load(folder, config=config, dtype=TORCH_DTYPES[dtype], **options, **family.loading(config))
+        self.model: Any = load(
+            folder, config=config if whole is None else whole, dtype=TORCH_DTYPES[dtype], **options, **family.loading(config)
+        )
         for token in learn_every_row(self.model):
             say(f"reference: built without padding_idx; the embedding of token {token}, the pad token, gets its gradient too")
         self.model.to(self.device).train()
         # A bias of a choice that a class calls a parameter gets no gradient; weight decay alone would move it here.
-        still = {one.loaded or one.hf[0].name for one in family.parameters(config) if not one.trained}
+        still = {one.loaded or one.hf[0].in_model for one in family.parameters(config) if not one.trained}
+        if whole is not None:  # its towers are no part of what is trained
+            text = {name for one in family.parameters(config) for name in (one.loaded, *(part.in_model for part in one.hf))}
+            still |= {name for name, _ in self.model.named_parameters()} - text
         self.names: dict[str, Any] = {name: one for name, one in self.model.named_parameters() if name not in still}
+        for name, one in self.model.named_parameters():
+            one.requires_grad_(name in self.names)
         self.tokens: Tokens | None = None
         self.step = 0  # steps that were made
         if adapter is not None:

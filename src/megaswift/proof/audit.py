@@ -18,6 +18,7 @@ from megaswift.models import family_of
 from megaswift.models.family import NEUTRAL_FIELDS, is_tied
 from megaswift.models.kinds import ALPHA, MAIN, QUERIES
 from megaswift.models.lengths import attention_window
+from megaswift.models.whole import decoder_of
 from megaswift.proof.streams import windows_of
 
 if TYPE_CHECKING:
@@ -40,36 +41,36 @@ def audit(config: PreTrainedConfig, reference: Streamed, measured: Streamed) -> 
     """Compare the model that transformers builds with the one that Megatron-Core builds."""
     theirs: Any = reference.module
     ours: Any = measured.module
-    first = [hasattr(one, "self_attn") for one in theirs.model.layers].index(True)  # the first layer that attends
-    twin, attention, settings = theirs.model.layers[first], ours.decoder.layers[first].self_attention, ours.config
+    first = [hasattr(one, "self_attn") for one in decoder_of(theirs).layers].index(True)  # the first layer that attends
+    twin, attention, settings = decoder_of(theirs).layers[first], ours.decoder.layers[first].self_attention, ours.config
     shape = theirs.get_input_embeddings().weight.shape
     rows: list[tuple[str, Any, Any]] = [
-        ("num_hidden_layers", len(theirs.model.layers), len(ours.decoder.layers)),
+        ("num_hidden_layers", len(decoder_of(theirs).layers), len(ours.decoder.layers)),
         ("hidden_size", shape[1], ours.embedding.word_embeddings.weight.shape[1]),
         *(_latent_sizes if hasattr(attention, "latent") else _head_sizes)(twin.self_attn, attention),
-        *_mlps([_mlp(one) for one in theirs.model.layers], [one.mlp for one in ours.decoder.layers]),
+        *_mlps([_mlp(one) for one in decoder_of(theirs).layers], [one.mlp for one in ours.decoder.layers]),
         *_factors(config, theirs, ours),
         ("vocab_size", shape[0], ours.true_vocab),
-        ("rms_norm_eps", _epsilons(theirs), _epsilons(ours)),
+        ("rms_norm_eps", _epsilons(decoder_of(theirs)), _epsilons(ours)),
         ("hidden_act", _activation(_mlp(twin)), _gated(_name(settings.activation_func), settings.gated_linear_unit)),
-        *_linear_attention(theirs.model.layers, ours.decoder.layers),
+        *_linear_attention(decoder_of(theirs).layers, ours.decoder.layers),
         ("attention_bias (o)", twin.self_attn.o_proj.bias is not None, attention.linear_proj.bias is not None),
         (
             "q/k norm",
             _layers(
-                theirs.model.layers,
+                decoder_of(theirs).layers,
                 lambda one: any(hasattr(getattr(one, "self_attn", None), name) for name in ("q_norm", "query_layernorm")),
             ),
             _layers(ours.decoder.layers, lambda one: any(_has_weights(norm) for norm in _query_norms(one.self_attention))),
         ),
         (
             "norms around attention and MLP",
-            sorted({sum("Norm" in type(part).__name__ for part in one.children()) for one in theirs.model.layers}),
+            sorted({sum("Norm" in type(part).__name__ for part in one.children()) for one in decoder_of(theirs).layers}),
             sorted({sum("Norm" in type(part).__name__ for part in one.children()) for one in ours.decoder.layers}),
         ),
         (
             "layers that rotate",
-            _layers(theirs.model.layers, lambda one: hasattr(one, "self_attn") and _rotates(config, one.self_attn)),
+            _layers(decoder_of(theirs).layers, lambda one: hasattr(one, "self_attn") and _rotates(config, one.self_attn)),
             _layers(ours.decoder.layers, lambda one: _rotation(one.self_attention) is not None),
         ),
         ("attention scale", round(float(twin.self_attn.scaling), 9), _scale(ours)),
@@ -207,7 +208,7 @@ def _limits(config: Any, theirs: Any, ours: Any) -> list[tuple[str, Any, Any]]:
     cores = [getattr(layer.self_attention, "core_attention", None) for layer in ours.decoder.layers]
     count = len(cores)  # how many there should be has a row of its own
     # What transformers' Gemma 3 has under this name its attention does not use.
-    twins = [getattr(layer, "self_attn", None) for layer in theirs.model.layers[:count]]
+    twins = [getattr(layer, "self_attn", None) for layer in decoder_of(theirs).layers[:count]]
     caps = [getattr(twin, "attn_logit_softcapping", None) for twin in twins]
     rows: list[tuple[str, Any, Any]] = [
         ("attn_logit_softcapping", caps, [getattr(core, "score_cap", None) for core in cores]),
@@ -325,9 +326,9 @@ def _choices(twin: Any, gate: Any, router: Any) -> list[tuple[str, Any, Any]]:
 
 def _factors(config: Any, theirs: Any, ours: Any) -> list[tuple[str, Any, Any]]:
     """Rows on what is multiplied in: embeddings, results of each layer's halves, logits; none for a model without factors."""
-    layers = {float(getattr(layer, "residual_multiplier", 1.0)) for layer in theirs.model.layers}
+    layers = {float(getattr(layer, "residual_multiplier", 1.0)) for layer in decoder_of(theirs).layers}
     mine = {float(getattr(layer, "residual_factor", 1.0)) for layer in ours.decoder.layers}
-    embedding = float(getattr(theirs.model, "embedding_multiplier", 1.0))
+    embedding = float(getattr(decoder_of(theirs), "embedding_multiplier", 1.0))
     embedding *= float(getattr(theirs.get_input_embeddings(), "scalar_embed_scale", 1.0))
     logits = float(getattr(theirs, "logit_scale", 1.0)) / float(getattr(config, "logits_scaling", 1.0) or 1.0)
     rows: list[tuple[str, Any, Any]] = [
@@ -400,7 +401,7 @@ def _scale(model: Any) -> float | list[float]:
 
 def _rope(config: PreTrainedConfig, theirs: Any, ours: Any, name: str) -> Finding:
     """Rotation frequencies and their scale, as both models hold them under a name."""
-    table, rope = theirs.model.rotary_emb, ours.ropes[name]
+    table, rope = decoder_of(theirs).rotary_emb, ours.ropes[name]
     one = name in (MAIN, QUERIES, ALPHA)
     inverse, scale = (getattr(table, part if one else f"{name}_{part}") for part in ("inv_freq", "attention_scaling"))
     values = config.rope_parameters if one else config.rope_parameters[name]

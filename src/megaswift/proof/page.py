@@ -30,12 +30,13 @@ def print_proof(proof: dict[str, Any]) -> None:
 
 def round_trip(proof: dict[str, Any]) -> str:
     """How many tensors came back as they were, in words; "bit for bit" only where none was rounded."""
-    count, lost = proof["round_trip_tensors"], len(proof.get("rounded", {}))
+    count, lost, carried = proof["round_trip_tensors"], len(proof.get("rounded", {})), proof.get("carried_tensors")
+    more = f"; {carried} carried along, equal, bit for bit" if carried else ""
     if not lost:
-        return f"{count} tensors equal, bit for bit"
+        return f"{count} tensors equal, bit for bit{more}"
     if lost == count:
-        return f"all {count} tensors equal to the source's once these are rounded"
-    return f"{count} tensors: {count - lost} equal, bit for bit, {lost} equal to the source's once these are rounded"
+        return f"all {count} tensors equal to the source's once these are rounded{more}"
+    return f"{count} tensors: {count - lost} equal, bit for bit, {lost} equal to the source's once these are rounded{more}"
 
 
 def _logit_limit(parity: dict[str, Any]) -> float:

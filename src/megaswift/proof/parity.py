@@ -272,10 +272,10 @@ def _first_difference(config: PreTrainedConfig, reference: Streamed, measured: S
         if parameter.name.endswith("weight") and parameter.name.startswith(prefix) and (inside or _outside(parameter.name))
     ]
     found = _captured(measured, [local_name(parameter.name) for parameter in chosen], batch, layer)
-    wanted = _captured(reference, [part.name for parameter in chosen for part in parameter.hf], batch, layer)
+    wanted = _captured(reference, [part.in_model for parameter in chosen for part in parameter.hf], batch, layer)
     order = {name: place for place, name in enumerate(found)}
     for parameter in sorted(chosen, key=lambda parameter: order.get(_module(local_name(parameter.name)), 0)):
-        ours, theirs = _module(local_name(parameter.name)), [_module(part.name) for part in parameter.hf]
+        ours, theirs = _module(local_name(parameter.name)), [_module(part.in_model) for part in parameter.hf]
         if ours not in found or any(name not in wanted for name in theirs):
             continue
         if relative(wanted[theirs[0]][0], found[ours][0]) > MAX_STATE:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from megaswift.errors import DataError
@@ -31,17 +32,19 @@ LONGEST = 320  # tokens of one prompt
 USUAL = 64  # tokens of every prompt but the long one
 
 
-def token_rows(model_dir: Path, vocab: int, limit: int) -> dict[str, list[int]]:
+def token_rows(model_dir: Path, vocab: int, limit: int, texts: Mapping[str, str] | None = None) -> dict[str, list[int]]:
     """Every prompt as tokens of the model's tokenizer, or as bytes where the directory has none.
 
     Args:
         vocab: rows of the model's embedding.
         limit: the longest sample that the model takes.
+        texts: other prompts than the usual ones, by name; they are not cut to the usual length.
     """
     encode = _encoder(model_dir)
     rows = {}
-    for name, text in PROMPTS.items():
-        tokens = [token % vocab for token in encode(text)][: min(LONGEST if name == "long" else USUAL, limit)]
+    for name, text in (PROMPTS if texts is None else texts).items():
+        longest = LONGEST if name == "long" or texts is not None else USUAL
+        tokens = [token % vocab for token in encode(text)][: min(longest, limit)]
         rows[name] = tokens or [0]
     return rows
 

@@ -66,9 +66,10 @@ def write_page(directory: Path, title: str, facts: list[tuple[str, str]], proof:
 
 def summary(proof: dict[str, Any]) -> dict[str, Any]:
     """What the manifest keeps of a proof: numbers without the list of all layers; what was rounded stands beside it."""
+    counts: dict[str, Any] = {name: proof[name] for name in ("round_trip_tensors", "carried_tensors") if name in proof}
     if "logits" not in proof:
-        return {"round_trip_tensors": proof["round_trip_tensors"]}
+        return counts
     logits = {name: value for name, value in proof["logits"].items() if name not in ("layers", "failed", "where")}
     logits["worst_state"] = max(proof["logits"]["layers"])
     audited = {item["field"]: item["config"] for item in proof["config"]}
-    return {"round_trip_tensors": proof["round_trip_tensors"], "logits": logits, "config": audited}
+    return {**counts, "logits": logits, "config": audited}

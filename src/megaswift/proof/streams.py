@@ -26,6 +26,7 @@ from megaswift.megatron.model import ChatModel, rotary_tables, transformer_confi
 from megaswift.models import family_of, parameters_of
 from megaswift.models.family import is_tied
 from megaswift.models.parameters import HFTensor, Parameter
+from megaswift.models.whole import decoder_of, whole_of
 from megaswift.run.spec import Parallel, Precision
 from megaswift.weights.convert.model import MegatronReader
 from megaswift.weights.convert.precision import Precisions
@@ -70,17 +71,21 @@ def hf_stream(config: PreTrainedConfig, source: HFCheckpoint, precisions: Precis
     Args:
         precisions: values are rounded to them first, as the conversion did; the computation is fp32.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    whole = whole_of(config)
+    make: Any = AutoModelForCausalLM if whole is None else AutoModelForImageTextToText
     with _META:
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
-    _real_buffers(model, config)
+        model = make.from_config(config if whole is None else whole, attn_implementation="eager", dtype=torch.float32)
+    decoder = decoder_of(model)
+    _real_buffers(decoder, config)
     stored = {one.loaded: one.hf[0].name for one in parameters_of(config) if not one.trained and one.loaded is not None}
+    stored |= {part.held: part.name for one in parameters_of(config) for part in one.hf if part.held is not None}
     for name, buffer in model.named_buffers():
-        if stored.get(name, name) in source.table:
+        if stored.get(name, name) in source.table and buffer.device != _META:
             buffer.copy_(source.tensor(stored.get(name, name)))
     model.eval()
-    tied = is_tied(config)
+    tied, table = is_tied(config), parameters_of(config)[0].hf[0].name
     loaded: dict[str, list[Parameter]] = {}
     for parameter in parameters_of(config):
         if parameter.loaded is not None:
@@ -91,14 +96,16 @@ def hf_stream(config: PreTrainedConfig, source: HFCheckpoint, precisions: Precis
             made = [one.arrangement.pack([_rounded(part) for part in one.hf]) for one in loaded[name]]
             several = name.endswith("_proj") or loaded[name][0].hf[0].index is not None
             return torch.stack(made) if several else made[0]
-        stored = "model.embed_tokens.weight" if tied and name == "lm_head.weight" else name  # a copy may have another precision
-        return source.tensor(stored).to(precisions.of(stored))
+        own = table if tied and name == "lm_head.weight" else stored.get(name, name)  # a copy may have another precision
+        return source.tensor(own).to(precisions.of(own))
 
     def _rounded(part: HFTensor) -> Tensor:
         return source.part(part).to(precisions.of(part.name))
 
     def release(name: str) -> None:
-        for one in [part.name for parameter in loaded[name] for part in parameter.hf] if name in loaded else [name]:
+        for one in (
+            [part.name for parameter in loaded[name] for part in parameter.hf] if name in loaded else [stored.get(name, name)]
+        ):
             if one in source.table:
                 source.release(one)
 
@@ -118,7 +125,7 @@ def hf_stream(config: PreTrainedConfig, source: HFCheckpoint, precisions: Precis
         return model(input_ids=tokens, position_ids=positions, attention_mask=masks, use_cache=False).logits[0]
 
     embedding = model.get_input_embeddings()
-    return Streamed(model, run, model.model.layers, embedding, hold, float(getattr(embedding, "scalar_embed_scale", 1.0)))
+    return Streamed(model, run, decoder.layers, embedding, hold, float(getattr(embedding, "scalar_embed_scale", 1.0)))
 
 
 @dataclass(frozen=True)
@@ -168,7 +175,7 @@ def peft_stream(config: PreTrainedConfig, source: HFCheckpoint, precisions: Prec
         return wrapped(input_ids=tokens, position_ids=positions, attention_mask=masks, use_cache=False).logits[0]
 
     embedding, factor = model.get_input_embeddings(), plain.embedding_factor
-    return Streamed(plain.module, run, model.model.layers, embedding, embedding_factor=factor)
+    return Streamed(plain.module, run, decoder_of(model).layers, embedding, embedding_factor=factor)
 
 
 def megatron_stream(config: PreTrainedConfig, reader: MegatronReader, adapter: TrainedAdapter | None = None) -> Streamed:
@@ -282,7 +289,7 @@ def _real_buffers(model: torch.nn.Module, config: PreTrainedConfig) -> None:
 def windows_of(config: PreTrainedConfig, model: Any) -> list[int | None]:
     """The window of each layer of a transformers model, as its attention modules have it, or all of them from the config."""
     found: list[int | None] = []
-    for layer in model.model.layers:
+    for layer in decoder_of(model).layers:
         attention = getattr(layer, "self_attn", None)
         if attention is None:
             found.append(None)
@@ -294,7 +301,7 @@ def windows_of(config: PreTrainedConfig, model: Any) -> list[int | None]:
     return found
 
 
-ONE_WINDOW = ("ministral3", "mistral", "mixtral", "phi3", "starcoder2")
+ONE_WINDOW = ("ministral3", "mistral", "mistral3", "mixtral", "phi3", "starcoder2")
 
 
 def _block_masks(config: PreTrainedConfig, model: Any, lengths: list[int]) -> Any:
@@ -307,7 +314,7 @@ def _block_masks(config: PreTrainedConfig, model: Any, lengths: list[int]) -> An
 
 def _by_samples(model: Any, lengths: list[int]) -> None:
     """Let linear attention of transformers, to which no mask says where samples begin, take them one by one."""
-    for layer in model.model.layers:
+    for layer in decoder_of(model).layers:
         module = getattr(layer, "linear_attn", None)
         if module is not None:
             module.forward = partial(_each_sample, type(module).forward, module, lengths)

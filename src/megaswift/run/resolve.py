@@ -94,6 +94,7 @@ def resolve(
             checkpoint=str(source.checkpoint),
             rows_before=source.new_tokens.rows_before if source.new_tokens else None,
             other_dtypes=source.manifest.get("other_dtypes") or {},
+            carried=source.carried,
         ),
         parallel=_parallel(args, source.config, world),
         precision=Precision(

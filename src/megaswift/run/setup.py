@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megaswift.config.files import read_args_file
 from megaswift.config.options import RlhfArguments, SftArguments
 from megaswift.data.preference import LABELLED, MISMATCHED, PAIRS
 from megaswift.errors import UserError
 from megaswift.models.registry import MODEL_TYPES
+from megaswift.models.whole import picture_ids, whole_of
 from megaswift.run.objective import objective_of
 from megaswift.run.problems import contradictions, problems, refuse
 from megaswift.run.resolve import World, global_batch_size, resolve
@@ -27,8 +28,12 @@ from megaswift.terminal import typed
 from megaswift.weights.hf.tokenizer import read_tokenizer, require_embedding_rows
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from megaswift.data.chat import ChatTemplate
     from megaswift.data.encode import PreparedData
+
+TAGS = ("<image>", "<video>", "<audio>")  # where a row's pictures, videos and sounds belong, as ms-swift writes it
 
 
 def template_of(args: SftArguments, start: TrainingSource) -> ChatTemplate:
@@ -54,7 +59,15 @@ def template_of(args: SftArguments, start: TrainingSource) -> ChatTemplate:
         fallback=_registered_template(args),
         date=date,
         loss=LossRules.parse(args.loss_scale),
+        pictures=picture_marks(tokenizer, start.config),
     )
+
+
+def picture_marks(tokenizer: Any, config: PreTrainedConfig) -> tuple[str, ...]:
+    """What stands for a picture in the text of rows, for models that read pictures: common tags, and the model's own tokens."""
+    ids = picture_ids(config)
+    tokens = [token for token in tokenizer.convert_ids_to_tokens(list(ids)) if isinstance(token, str)] if ids else []
+    return tuple(dict.fromkeys((*TAGS, *tokens))) if whole_of(config) is not None else ()
 
 
 def _registered_template(args: SftArguments) -> str | None:

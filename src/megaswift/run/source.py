@@ -13,6 +13,7 @@ from megaswift.hub.locate import locate
 from megaswift.launch.versions import has_bf16
 from megaswift.models import parameters_of
 from megaswift.models.adapters import Lora
+from megaswift.models.whole import require_language_model_only, whole_of
 from megaswift.run.method import (
     LORA,
     METHOD_OPTIONS,
@@ -36,6 +37,7 @@ from megaswift.store.paths import gguf_fix
 from megaswift.store.publish import refuse_unfinished
 from megaswift.terminal import say, shown
 from megaswift.weights.base import base_digest, base_record
+from megaswift.weights.carried import of_start
 from megaswift.weights.dtypes import TRAINED
 from megaswift.weights.hf.config import check_source, load_config
 from megaswift.weights.hf.folder import check_config
@@ -59,6 +61,7 @@ class TrainingSource:
     adapter: Lora | None = None  # what is trained, where it is not the weights themselves
     base: dict[str, Any] | None = None  # the weights beside the adapter: a record of weights.base
     frozen: list[str] = field(default_factory=list)  # names of parameters that stay as they are in full training
+    carried: dict[str, Any] | None = None  # tensors beside what is trained: digests, and where they lie (weights.carried)
 
 
 def resolve_source(args: SftArguments, leads: bool = True) -> TrainingSource:
@@ -86,6 +89,7 @@ def resolve_source(args: SftArguments, leads: bool = True) -> TrainingSource:
     checkpoint = _checkpoint(args, root, leads) if converted else root
 
     config = load_config(root)
+    require_language_model_only(config, args.language_model_only, str(root / "config.json"))
     args = args.changed(new_special_tokens=listed_tokens(args.new_special_tokens))
     args.check_choices()
     manifest = read_manifest(checkpoint) if converted else {}
@@ -130,6 +134,7 @@ def resolve_source(args: SftArguments, leads: bool = True) -> TrainingSource:
         adapter=adapter,
         base=base,
         frozen=frozen,
+        carried=_carried(checkpoint, config, origin),
     )
     _check(source)
     if not goes_on:
@@ -148,6 +153,18 @@ def _check(source: TrainingSource) -> None:
     refuse(contradictions(args))
     world = World.of(Parallel(tp=args.tp, pp=args.pp, cp=args.cp, ep=args.ep, etp=args.etp).fewest)
     refuse(problems(resolve(args, source, world), source.config))
+
+
+def _carried(checkpoint: Path, config: Any, origin: str | None) -> dict[str, Any] | None:
+    """What is told of the tensors that are carried along. Raises DataError for weights of a part of a model that tell nothing."""
+    found = of_start(checkpoint, config, origin)
+    if found is None and whole_of(config) is not None:
+        raise DataError(
+            "these weights are of a text model alone, and nothing tells of the tensors that make it whole again.",
+            where=str(checkpoint),
+            fix="convert the model again: swift export --to_megatron true --language_model_only true",
+        )
+    return found
 
 
 def _new_tokens(tokens: list[str], root: Path, goes_on: bool) -> NewTokens | None:

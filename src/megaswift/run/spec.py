@@ -34,6 +34,7 @@ class ModelRef:
     checkpoint: str  # the weights: a torch_dist directory, or the Hugging Face folder itself
     rows_before: int | None = None  # of the embedding, where the checkpoint lacks rows for new tokens
     other_dtypes: dict[str, str] = field(default_factory=dict)  # tensors that the source has in another precision than the rest
+    carried: dict[str, Any] | None = None  # tensors beside what is trained: digests, and where they lie (weights.carried)
 
 
 @dataclass(frozen=True, kw_only=True)

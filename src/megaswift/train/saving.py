@@ -17,6 +17,7 @@ from megaswift.store.retention import delete_beyond
 from megaswift.train.callbacks import Callback, Callbacks, Verdict
 from megaswift.train.checkpoint.save import Saving
 from megaswift.train.hf_copies import HFCopies
+from megaswift.weights.carried import FIELD as CARRIED
 from megaswift.weights.hf.folder import read_config
 
 if TYPE_CHECKING:
@@ -149,6 +150,7 @@ def _origin(run: Run, run_dir: Path) -> dict[str, Any]:
     start = Path(run.model.checkpoint)
     found: dict[str, Any] = {"config": read_config(Path(run.model.directory))}
     found |= {"other_dtypes": run.model.other_dtypes} if run.model.other_dtypes else {}
+    found |= {CARRIED: run.model.carried} if run.model.carried else {}
     method = run.method
     found |= {"adapter": method.adapter.record(), "base": method.base} if method.adapter is not None else {}
     found |= {"frozen": list(method.frozen)} if method.frozen else {}

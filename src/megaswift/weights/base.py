@@ -42,15 +42,15 @@ def base_digest(directory: Path, config: PreTrainedConfig) -> str:
             where=str(directory),
             fix="export them first (swift export --ckpt_dir RUN --to_hf true) and begin from that folder",
         )
-    return _of(_of_folder(directory, parts))
+    return _of(digests_of(directory, parts))
 
 
 def _of(digests: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()
 
 
-def _of_folder(folder: Path, parts: Mapping[str, HFTensor]) -> dict[str, str]:
-    """Of every part by its label; read once for each state of the files, and kept in the cache."""
+def digests_of(folder: Path, parts: Mapping[str, HFTensor]) -> dict[str, str]:
+    """SHA-256 of parts of a folder's tensors by their labels; read once for each state of the files, and kept in the cache."""
     from megaswift.weights.convert.model import digest
 
     source = HFCheckpoint.open(folder)
@@ -60,9 +60,9 @@ def _of_folder(folder: Path, parts: Mapping[str, HFTensor]) -> dict[str, str]:
     try:
         found = json.loads(kept.read_text(encoding="utf-8"))
         if isinstance(found, dict) and set(parts) <= set(found):
-            return found
+            return {label: found[label] for label in parts}
     except (OSError, ValueError):
-        pass
+        found = None
 
     def one(part: HFTensor) -> str:
         value = digest(part.of(source.tensor(part.name)))
@@ -72,7 +72,7 @@ def _of_folder(folder: Path, parts: Mapping[str, HFTensor]) -> dict[str, str]:
     with ThreadPoolExecutor(_THREADS) as pool:
         made = dict(zip(parts, pool.map(one, parts.values()), strict=True))
     kept.parent.mkdir(parents=True, exist_ok=True)
-    put(kept, json.dumps(made), durable=False)
+    put(kept, json.dumps((found if isinstance(found, dict) else {}) | made), durable=False)
     return made
 
 

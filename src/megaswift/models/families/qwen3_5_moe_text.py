@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from megaswift.models.delta import DELTA_FIELDS, delta_rules, gated_attention_rules, kind_of, projections_apart
+from megaswift.models.delta import (
+    DELTA_FIELDS,
+    PUBLISHED_FIELDS,
+    delta_rules,
+    gated_attention_rules,
+    kind_of,
+    projections_apart,
+)
 from megaswift.models.experts import ROUTING_FIELDS, without_mlp
 from megaswift.models.families.qwen3_5_text import OUTSIDE_ATTENTION, TEXT_ONLY
 from megaswift.models.families.qwen3_next import EXPERT_RULES, experts_of
@@ -15,9 +22,11 @@ QWEN3_5_MOE_TEXT = Family(
     settings=decoder_settings,
     kind=lambda config, layer: kind_of(config, layer, experts_of(config)),
     partial_rotary=True,
+    stacked_experts=True,
     layer_types=LINEAR_TYPES,
     neutral_rotation=TEXT_ONLY,
-    extra_fields=DELTA_FIELDS | (ROUTING_FIELDS - {"norm_topk_prob"}) | {"shared_expert_intermediate_size"},
+    ahead=lambda config: ("mtp.*",),
+    extra_fields=DELTA_FIELDS | PUBLISHED_FIELDS | (ROUTING_FIELDS - {"norm_topk_prob"}) | {"shared_expert_intermediate_size"},
     tiny=dict(
         hidden_size=64,
         num_hidden_layers=4,

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from megaswift.models.delta import DELTA_FIELDS, delta_rules, gated_attention_rules, kind_of, projections_apart
+from megaswift.models.delta import (
+    DELTA_FIELDS,
+    PUBLISHED_FIELDS,
+    delta_rules,
+    gated_attention_rules,
+    kind_of,
+    projections_apart,
+)
 from megaswift.models.families.llama import LLAMA
 from megaswift.models.family import LINEAR_TYPES, Family, decoder_settings
 
@@ -22,7 +29,8 @@ QWEN3_5_TEXT = Family(
     partial_rotary=True,
     layer_types=LINEAR_TYPES,
     neutral_rotation=TEXT_ONLY,
-    extra_fields=DELTA_FIELDS,
+    ahead=lambda config: ("mtp.*",),
+    extra_fields=DELTA_FIELDS | PUBLISHED_FIELDS,
     tiny=dict(
         hidden_size=64,
         num_hidden_layers=4,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ from megaswift.weights.hf.write import write_checkpoint
 
 if TYPE_CHECKING:
     from megaswift.weights.hf.read import HFCheckpoint
+
+T = TypeVar("T")
 
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -81,6 +83,12 @@ class Adapter:
             made *= (self.lengths[name].float() / made.norm(dim=1)).unsqueeze(1)
         return made
 
+    def stored_as(self, names: Mapping[str, str]) -> Adapter:
+        """The same under the names that a folder gives to the weights; `names`: of transformers' loaded model -> of the folder."""
+        return Adapter(
+            self.path, self.base, _renamed(self.pairs, names), _renamed(self.replaced, names), _renamed(self.lengths, names)
+        )
+
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], scale: float, path: Path, base: str) -> Adapter:
         """An adapter whose tensors are at hand, under PEFT's names; `path`: where they are from."""
@@ -111,6 +119,10 @@ class Adapter:
                 fix="save it again with peft, or set use_dora to false if it was trained as plain LoRA",
             )
         return made
+
+
+def _renamed(part: Mapping[str, T], names: Mapping[str, str]) -> dict[str, T]:
+    return {names.get(name, name): value for name, value in part.items()}
 
 
 def check_adapter(path: Path) -> None:

@@ -75,7 +75,7 @@ def make_start(lora: Lora, config: PreTrainedConfig, weights: Path, seed: int, t
     for site in lora.sites(base):
         parts = read_hf(reader, site.base)
         for number in site.tensors:
-            name = site.base.hf[number].name.removesuffix(".weight")
+            name = site.base.hf[number].in_model.removesuffix(".weight")
             a, b = halves_of(parts[number], lora, zlib.crc32(f"{seed} {name}".encode()))
             found |= {f"{PREFIX}{name}.{LORA_A}.weight": a, f"{PREFIX}{name}.{LORA_B}.weight": b}
         reader.release(site.base.key, site.base.place)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megaswift.errors import DataError, UserError, first_line
-from megaswift.models import family_of, parameters_of
+from megaswift.models import families, family_of, parameters_of
 from megaswift.models.family import is_tied, sizes_of
 from megaswift.models.parameters import hf_shapes
-from megaswift.models.prediction import layers_ahead
+from megaswift.models.whole import text_of
 from megaswift.weights.hf.block_fp8 import FIELD, blocks_of, required_blocks
 from megaswift.weights.hf.folder import read_config
 from megaswift.weights.hf.mxfp4 import is_mxfp4
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from transformers import PreTrainedConfig
 
+    from megaswift.models.family import Family
     from megaswift.weights.hf.read import HFCheckpoint
 
 
@@ -54,10 +58,8 @@ def load_config(directory: Path, from_fp8: bool = False) -> PreTrainedConfig:
             where=f"{path}: per_layer_config",
             fix="train this model elsewhere; nothing was converted",
         )
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
     try:
-        config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
+        config = text_config(family, values)
     except Exception as error:  # transformers validates with several error classes
         reason = first_line(error) if str(error).strip() else "no reason given"
         raise DataError(
@@ -70,19 +72,46 @@ def load_config(directory: Path, from_fp8: bool = False) -> PreTrainedConfig:
     return config
 
 
+def text_config(family: Family, values: Mapping[str, Any]) -> PreTrainedConfig:
+    """transformers' config of what a config.json says, of whole models that of their text; nothing is checked."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    said = {**(family.whole.defaults if family.whole is not None else {}), **values}
+    return text_of(CONFIG_MAPPING[values["model_type"]].from_dict(said))
+
+
+def names_in_folder(source: HFCheckpoint) -> dict[str, str]:
+    """Names of tensors in transformers' loaded model -> in this folder, where these differ; {} for models of a family that is not known."""
+    family = families().get(str(source.config.get("model_type")))
+    if family is None or family.whole is None:
+        return {}
+    parameters = parameters_of(load_config(source.path))
+    return {part.held: part.name for parameter in parameters for part in parameter.hf if part.held is not None}
+
+
 def check_source(source: HFCheckpoint, config: PreTrainedConfig) -> None:
-    """Raise DataError unless the folder holds exactly the tensors of its config (a tied copy of the embedding, and layers that predict ahead, are allowed)."""
+    """Raise DataError unless the folder holds exactly the tensors of its config (a tied copy of the embedding, and what is carried along, are allowed)."""
     import torch
 
+    family, parameters = family_of(config.model_type), parameters_of(config)
+    head = family.whole.head if family.whole is not None else "lm_head.weight"
     tied = is_tied(config)
-    ignorable = {"lm_head.weight"} if tied else set()
+    ignorable = {head} if tied else set()
     ignorable |= {name for name in source.names if name.endswith(".rotary_emb.inv_freq")}
-    ignorable |= set(layers_ahead(config))
-    source.check_names(hf_shapes(parameters_of(config)), ignorable)
-    copied = tied and "lm_head.weight" in source.names
-    if copied and not torch.equal(source.tensor("lm_head.weight"), source.tensor("model.embed_tokens.weight")):
+    ignorable |= set(family.carried(config))
+    source.check_names(hf_shapes(parameters), ignorable)
+    if family.whole is not None:
+        absent = [mark for mark in family.whole.carried if not fnmatch.filter(source.names, mark)]
+        if absent:
+            raise DataError(
+                f"the folder has the text model alone, without {', '.join(absent)}, and config.json is that of the whole model.",
+                where=str(source.path),
+                fix="fetch the model again",
+            )
+    copied = tied and head in source.names
+    if copied and not torch.equal(source.tensor(head), source.tensor(parameters[0].hf[0].name)):
         raise DataError(
-            "tie_word_embeddings is true, but lm_head.weight is not equal to the embedding.",
-            where="lm_head.weight",
+            f"tie_word_embeddings is true, but {head} is not equal to the embedding.",
+            where=head,
             fix="set tie_word_embeddings to false in config.json if the output layer is its own",
         )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megaswift.errors import DataError, UserError
+from megaswift.models.whole import TEXT_CONFIG
 from megaswift.store.manifest import changed_fields
 from megaswift.store.paths import gguf_fix
 from megaswift.weights.hf.json_files import inside, read_json
@@ -60,12 +61,16 @@ def read_config(path: Path) -> dict[str, Any]:
         config = read_json(inside(path, file))
     except DataError as error:
         raise UserError(error.what, where=error.where, fix=error.fix) from error
-    for name, limit in _SIZE_LIMITS.items():
-        value = config.get(name)
-        if value is None:
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
-            raise UserError(f"{CONFIG} says {name} = {value!r}; expected a whole number from 1 to {limit:,}.", where=str(file))
+    text = config.get(TEXT_CONFIG)
+    for values in (config, text if isinstance(text, dict) else {}):
+        for name, limit in _SIZE_LIMITS.items():
+            value = values.get(name)
+            if value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
+                raise UserError(
+                    f"{CONFIG} says {name} = {value!r}; expected a whole number from 1 to {limit:,}.", where=str(file)
+                )
     return config
 
 

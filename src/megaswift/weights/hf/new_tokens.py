@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from megaswift.errors import DataError, UserError
+from megaswift.models import families
+from megaswift.models.prediction import FIELD as LAYERS_AHEAD
 from megaswift.store.cache import cache_root, published
 from megaswift.terminal import say
 from megaswift.weights.hf.folder import CONFIG, read_config, side_files
@@ -100,8 +102,28 @@ def with_new_tokens(model_dir: Path, tokens: list[str]) -> NewTokens | None:
         say(
             f"[yellow]{OPTION}: tokens that the tokenizer has beyond the embedding get rows too: {', '.join(others[:8])}[/yellow]"
         )
+    if needed > rows:
+        _require_growing(model_dir)
     directory = _made(model_dir, tokenizer, numbers, needed if needed > rows else None)
     return NewTokens(model_dir, directory, numbers, rows, needed)
+
+
+def _require_growing(model_dir: Path) -> None:
+    """Raise UserError for a model whose embedding cannot grow by itself: what is carried along would not fit it any more."""
+    values = read_config(model_dir)
+    family = families().get(str(values.get("model_type")))
+    tables = bool(values.get(LAYERS_AHEAD)) and family is not None and bool(family.carried)
+    if (family is not None and family.whole is not None) or tables:
+        what = (
+            f"layers that predict ahead ({LAYERS_AHEAD}), which have tables of their own"
+            if tables
+            else "parts beside its text model"
+        )
+        raise UserError(
+            f"the embedding has no row left for new tokens, and this model has {what}: these are carried along as they are.",
+            where=OPTION,
+            fix="leave the option out, or add tokens that the tokenizer has already",
+        )
 
 
 def _made(model_dir: Path, tokenizer: Any, numbers: dict[str, int], vocab_size: int | None) -> Path:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megaswift.errors import DataError, UserError
+from megaswift.models import families
 from megaswift.store.files import forget_pages, read_in_background
 from megaswift.weights.dtypes import WEIGHTS
 from megaswift.weights.hf.folder import INDEX, read_config, side_files, weight_files, weight_map
@@ -23,6 +24,7 @@ from megaswift.weights.hf.header import TensorEntry, read_header
 from megaswift.weights.hf.json_files import inside
 from megaswift.weights.hf.mxfp4 import BLOCKS, SCALES, dequantised, is_mxfp4, seen
 from megaswift.weights.hf.pickled import read_pickle
+from megaswift.weights.hf.stacked_experts import apart
 
 if TYPE_CHECKING:
     import torch
@@ -137,6 +139,9 @@ class HFCheckpoint:
         config, table = read_config(directory), tensor_table(directory, allow_pickle)
         if is_mxfp4(config) and any(name.endswith(BLOCKS) for name in table):
             return Mxfp4Folder(directory, config, table)
+        family = families().get(str(config.get("model_type")))
+        if family is not None and family.stacked_experts:
+            table = apart(table)
         return cls(directory, config, table)
 
     @property

@@ -71,11 +71,14 @@ class ShardResult:
     tensors: dict[str, str]
 
 
-def plan_shards(tensors: Iterable[PlannedTensor], max_shard_size: int) -> list[Shard]:
+DEFAULT_SHARD_SIZE = 5 * 10**9  # bytes
+
+
+def plan_shards(tensors: Iterable[PlannedTensor], max_shard_size: int, stem: str = Path(WEIGHTS).stem) -> list[Shard]:
     """Cut the tensors, in the order given, into files of at most `max_shard_size` bytes of data.
 
     A tensor that is larger has a file of its own. File names follow the hub's habit: model.safetensors, or
-    model-00001-of-0000N.safetensors. Raises ValueError for a name that comes twice and for no tensors.
+    model-00001-of-0000N.safetensors; `stem` stands in the place of "model". Raises ValueError for a name that comes twice and for no tensors.
     """
     groups: list[list[PlannedTensor]] = []
     seen: set[str] = set()
@@ -92,7 +95,8 @@ def plan_shards(tensors: Iterable[PlannedTensor], max_shard_size: int) -> list[S
     if not groups:
         raise ValueError("no tensors to write")
     count = len(groups)
-    files = [WEIGHTS] if count == 1 else [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    several = [f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    files = [f"{stem}.safetensors"] if count == 1 else several
     return [_shard(file, group) for file, group in zip(files, groups)]
 
 

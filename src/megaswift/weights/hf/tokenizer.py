@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megaswift.errors import DataError, first_line
+from megaswift.models import families
+from megaswift.models.whole import TEXT_CONFIG, text_of
 from megaswift.weights.hf.folder import read_config
 
 _FILES = (
@@ -72,12 +74,14 @@ def table_rows(path: Path) -> int | None:
     if not (path / "config.json").is_file():
         return None
     values = read_config(path)
-    if isinstance(values.get("vocab_size"), int):
-        return int(values["vocab_size"])
+    inside = values.get(TEXT_CONFIG)
+    for part in (inside if isinstance(inside, dict) else {}, values):
+        if isinstance(part.get("vocab_size"), int):
+            return int(part["vocab_size"])
     kind = values.get("model_type")
-    if "text_config" in values or not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING or (inside is not None and kind not in families()):
         return None
-    found = getattr(CONFIG_MAPPING[kind](), "vocab_size", None)
+    found = getattr(text_of(CONFIG_MAPPING[kind]()), "vocab_size", None)
     return found if isinstance(found, int) else None
 
 

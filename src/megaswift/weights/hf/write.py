@@ -21,14 +21,12 @@ from megaswift.store.publish import Workspace, publish, refuse_existing, remove_
 from megaswift.weights.hf.folder import CONFIG, INDEX, read_config
 from megaswift.weights.hf.mxfp4 import QUANTIZED
 from megaswift.weights.hf.read import tensor_table, torch_dtype
-from megaswift.weights.hf.shards import PlannedTensor, Shard, ShardResult, plan_shards, write_shard
+from megaswift.weights.hf.shards import DEFAULT_SHARD_SIZE, PlannedTensor, Shard, ShardResult, plan_shards, write_shard
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["FileRecord", "PlannedTensor", "WriteResult", "dtype_override", "remove_leftovers", "write_checkpoint"]
-
-DEFAULT_SHARD_SIZE = 5 * 10**9  # bytes
 
 
 @dataclass
