@@ -21,6 +21,7 @@ from megaswift.config.options import (
     InferArguments,
     InspectArguments,
     ParityArguments,
+    PtArguments,
     RlhfArguments,
     SftArguments,
     VerifyArguments,
@@ -224,6 +225,7 @@ def test_the_list_of_options_is_frozen() -> None:
         for cls in (
             ExportArguments,
             SftArguments,
+            PtArguments,
             RlhfArguments,
             InferArguments,
             VerifyArguments,
@@ -242,6 +244,7 @@ def test_the_list_of_options_is_frozen() -> None:
     [
         ExportArguments,
         SftArguments,
+        PtArguments,
         RlhfArguments,
         InferArguments,
         VerifyArguments,

@@ -77,3 +77,18 @@ def test_help_has_columns_and_begins_with_what_is_own() -> None:
     assert all(any(line.split() == [verb, *text.split()] for line in lines) for verb, (*_, text) in VERBS.items())
     shown = help_text("rlhf", RlhfArguments)
     assert shown.index("--rlhf_type") < shown.index("--seed") and shown.count("--rlhf_type ") == 1
+
+
+def test_help_of_text_names_what_means_nothing_there() -> None:
+    """Its own options first, each once, with its own default; what is refused stands at the end alone, with the reason."""
+    from megaswift.cli import help_text
+    from megaswift.config.options import PtArguments
+
+    shown = help_text("pt", PtArguments)
+    options, _, refused = shown.partition("Options of swift sft that mean nothing in swift pt")
+    assert options.index("--train_tokens") < options.index("--seed")
+    for name in ("--train_tokens", "--dataset_test_ratio", "--max_length"):
+        assert options.count(f"  {name} ") == 1, name
+    assert "default 0.001" in options
+    for name, reason in PtArguments.MEANINGLESS.items():
+        assert f"  --{name}: {reason}" in refused and f"  --{name} " not in options

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from megaswift.commands.eval import eval_main
     from megaswift.commands.export import export_main
     from megaswift.commands.infer import infer_main
+    from megaswift.commands.pt import pt_main
     from megaswift.commands.rlhf import rlhf_main
     from megaswift.commands.sft import sft_main
     from megaswift.config.options import (
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
         EvalArguments,
         ExportArguments,
         InferArguments,
+        PtArguments,
         RlhfArguments,
         SftArguments,
     )
@@ -32,12 +34,14 @@ __all__ = [
     "ExportArguments",
     "InferArguments",
     "MegaswiftError",
+    "PtArguments",
     "RlhfArguments",
     "SftArguments",
     "deploy_main",
     "eval_main",
     "export_main",
     "infer_main",
+    "pt_main",
     "rlhf_main",
     "sft_main",
 ]
@@ -47,6 +51,7 @@ _HOMES = {
     "EvalArguments": "config.options",
     "ExportArguments": "config.options",
     "InferArguments": "config.options",
+    "PtArguments": "config.options",
     "RlhfArguments": "config.options",
     "SftArguments": "config.options",
     "MegaswiftError": "errors",
@@ -54,6 +59,7 @@ _HOMES = {
     "eval_main": "commands.eval",
     "export_main": "commands.export",
     "infer_main": "commands.infer",
+    "pt_main": "commands.pt",
     "rlhf_main": "commands.rlhf",
     "sft_main": "commands.sft",
 }

@@ -33,6 +33,7 @@ VERBS = {
         "check a directory, and everything that it was made from",
     ),
     "sft": ("megaswift.commands.sft", "sft_main", "SftArguments", "fine-tune Megatron weights"),
+    "pt": ("megaswift.commands.pt", "pt_main", "PtArguments", "continued pre-training on text, or from nothing"),
     "rlhf": ("megaswift.commands.rlhf", "rlhf_main", "RlhfArguments", "train from preferences: dpo, kto and others"),
     "data": ("megaswift.commands.data", "data_main", "InspectArguments", "show what training would read, without a model"),
     "parity": (
@@ -175,15 +176,18 @@ def help_text(verb: str, cls: Any) -> str:
     from megaswift.config.options import allowed, default_of
     from megaswift.run.table import megatron_names
 
-    names = megatron_names() if verb in ("sft", "rlhf", "parity") else {}
-    meant = getattr(cls, "MEANT", None)
+    names = megatron_names() if verb in ("sft", "pt", "rlhf", "parity") else {}
+    meant, meaningless = getattr(cls, "MEANT", None), getattr(cls, "MEANINGLESS", {})
     lines = [f"usage: swift {verb} [options.json | options.yaml] [--option value ...]", "", VERBS[verb][3] + "."]
     items = {item.name: item for item in dataclasses.fields(cls)}
+    shown_already: set[str] = set()
     groups = reversed([part for part in cls.__mro__ if dataclasses.is_dataclass(part)])
     for group in sorted(groups, key=lambda group: group not in getattr(cls, "FIRST", ())):
-        own = [name for name in vars(group).get("__annotations__", {}) if name in items]
+        own = [name for name in vars(group).get("__annotations__", {}) if name in items and name not in meaningless]
+        own = [name for name in own if name not in shown_already]
         if not own or (meant is not None and group not in meant and group is not cls):
             continue
+        shown_already.update(own)
         lines += ["", (group.__doc__ or "").strip().split("\n")[0]]
         for item in (items[name] for name in own):
             default, choices = default_of(item), item.metadata["choices"]
@@ -201,6 +205,9 @@ def help_text(verb: str, cls: Any) -> str:
             "",
             f"The other options of swift sft may stand here too, so that its command can be used as it is; they change nothing in swift {verb}.",
         ]
+    if meaningless:
+        lines += ["", f"Options of swift sft that mean nothing in swift {verb}, and are refused:"]
+        lines += [f"  --{name}: {reason}" for name, reason in meaningless.items()]
     return "\n".join(lines)
 
 

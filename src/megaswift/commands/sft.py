@@ -103,7 +103,7 @@ def _train(args: SftArguments, stop: StopSignals) -> Path:
     steps = run.schedule.train_iters
     if start.run_dir is not None:
         _check_unchanged(args, start, data, run)
-    require_rows(len(data.train), run.batch.global_batch_size)
+    require_rows(data.train, run.batch.global_batch_size)
     with locked(run_dir) if place.leads else nullcontext():
         if place.leads:
             memory = estimate(run, start.config)
@@ -239,7 +239,7 @@ def _print_plan(run: Run, config: PreTrainedConfig, memory: MemoryEstimate, data
     out.print(
         f"{parallel.world_size} processes = tp {parallel.tp} x pp {parallel.pp}{_stages(config, parallel)} x {cp}dp {parallel.dp}{_experts(parallel)}, {run.precision.dtype}{fp8}\n"
         f"global batch {run.batch.global_batch_size} = {run.batch.micro_batch_size} rows x {_shares(run)}\n"
-        f"{_steps(run)}; {run.data.val_rows} validation rows\n"
+        f"{_steps(run)}; {run.data.val_rows} validation rows\n{_passes(run, data)}"
         f"{_trained(run, config)}\n{_learnt(run)}"
         f"memory of the fullest rank without activations: {sum(device.values()) / 1e9:.2f} GB "
         f"(weights {device['weights'] / 1e9:.2f}, gradients {device['gradients'] / 1e9:.2f}, optimizer {device['optimizer'] / 1e9:.2f}); "
@@ -269,7 +269,7 @@ def _trained(run: Run, config: PreTrainedConfig) -> str:
 
 def _learnt(run: Run) -> str:
     """A line on the objective; nothing is said where it is the answers' tokens."""
-    if run.objective.kind == "supervised":
+    if run.objective.of_tokens:
         return ""
     reference = "the weights that training starts from" if run.method.adapter is None else "the model without its adapter"
     beside = f"; reference: {reference}" if run.objective.needs_reference else "; no reference"
@@ -306,10 +306,31 @@ def _steps(run: Run) -> str:
     """How many steps, and why."""
     schedule, rows, batch = run.schedule, run.data.train_rows, run.batch.global_batch_size
     warm_up = f"{schedule.warmup_iters} of them warm-up"
+    if schedule.tokens is not None:
+        step = batch * run.batch.max_length
+        return (
+            f"{schedule.tokens:,} tokens (--train_tokens) / {step:,} a step = {schedule.train_iters} steps, {warm_up}: "
+            f"{schedule.train_iters * step:,} tokens"
+        )
     if schedule.epochs is None:
         epochs = schedule.train_iters * batch / rows
         return f"{schedule.train_iters} steps (--max_steps), {warm_up}: {epochs:.3g} epochs of {rows} rows"
     return f"{rows} rows x {schedule.epochs:g} epochs / {batch} = {schedule.train_iters} steps, {warm_up}"
+
+
+def _passes(run: Run, data: PreparedData) -> str:
+    """Of text, how often it is read, and from what its rows come where it is a blend; nothing is said of other rows."""
+    if run.objective.kind != "text":
+        return ""
+    rows, blend = run.schedule.train_iters * run.batch.global_batch_size, data.report.blend
+    if not blend:
+        return (
+            f"  {rows / run.data.train_rows:.3g} passes over {run.data.train_rows:,} rows of {run.batch.max_length:,} tokens\n"
+        )
+    return "".join(
+        f"  {share:.4g} of the rows from {item}: {share * rows / own:.3g} passes over {own:,} rows\n"
+        for item, share, own in blend
+    )
 
 
 def _host_memory(run: Run, memory: MemoryEstimate) -> str:

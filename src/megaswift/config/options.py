@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from megaswift.config.parse import REFUSED, BaseArguments, allowed, default_of, option, parse
 from megaswift.config.preference import PreferenceArguments
+from megaswift.config.text import NOT_OF_TEXT, TextArguments
 from megaswift.config.training import (
     AdapterArguments,
     BatchArguments,
@@ -181,6 +182,15 @@ class RlhfArguments(PreferenceArguments, SftArguments):
 
     VERB: ClassVar[str] = "rlhf"
     FIRST: ClassVar[tuple[type, ...]] = (PreferenceArguments,)  # of the groups that --help shows
+
+
+@dataclass(kw_only=True)
+class PtArguments(TextArguments, SftArguments):
+    """`swift pt`: continued pre-training on plain text, of all weights or of an adapter; or pre-training from nothing."""
+
+    VERB: ClassVar[str] = "pt"
+    FIRST: ClassVar[tuple[type, ...]] = (TextArguments,)
+    MEANINGLESS: ClassVar[dict[str, str]] = NOT_OF_TEXT
 
 
 @dataclass(kw_only=True)

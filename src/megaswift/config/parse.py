@@ -10,6 +10,7 @@ import re
 import types
 import typing
 from dataclasses import dataclass, field, fields
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -21,7 +22,7 @@ T = TypeVar("T")
 
 def option(
     default: Any, help: str, choices: tuple[str, ...] | tuple[int, ...] | None = None, *, low: float | None = None, above: float | None = None,
-    high: float | None = None, below: float | None = None, also: float | None = None, unit: str = "", size: bool = False,
+    high: float | None = None, below: float | None = None, also: float | None = None, unit: str = "", size: bool = False, count: bool = False,
 ) -> Any:  # fmt: skip
     """A dataclass field with its help text, and what its value may be.
 
@@ -31,10 +32,11 @@ def option(
         also: a number outside of that range which has a meaning of its own.
         unit: what the number counts.
         size: the text is a number of bytes: `size_of` reads it.
+        count: the text is a number of things: `count_of` reads it.
     """
     metadata = {
         "help": help, "choices": choices, "low": low, "above": above, "high": high, "below": below, "also": also, "unit": unit,
-        "size": size,
+        "size": size, "count": count,
     }  # fmt: skip
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -72,6 +74,23 @@ def size_of(text: str, name: str) -> int:
     return max(1, int(float(match.group(1)) * _UNITS[match.group(2).upper()]))
 
 
+_COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+def count_of(text: str, name: str) -> int:
+    """The number that a text like 2B, 1.5M or 4096 means, one at least. Raises UserError for anything else, parts of one included.
+
+    Args:
+        name: of the option, for the error.
+    """
+    match = re.fullmatch(r"\s*([\d_,]*\.?\d+)\s*([A-Za-z]?)\s*", text)
+    if match and match.group(2).upper() in _COUNTS:
+        number = Fraction(re.sub("[_,]", "", match.group(1))) * _COUNTS[match.group(2).upper()]
+        if number >= 1 and number.denominator == 1:
+            return int(number)
+    raise UserError(f"--{name} {text!r} is no number of tokens.", where=f"--{name}", fix="use for example 500M, 2B or 1500000")
+
+
 def default_of(item: dataclasses.Field[Any]) -> Any:
     """The default value of a dataclass field."""
     if item.default_factory is not dataclasses.MISSING:
@@ -107,6 +126,8 @@ class BaseArguments:
                 raise UserError(f"{name} {value} is no seed.", where=name, fix=f"use a whole number from 0 to {2**32 - 1}")
             if item.metadata.get("size"):
                 size_of(value, item.name)
+            if item.metadata.get("count") and value is not None:
+                count_of(value, item.name)
             check_number(item, value)
 
     def explicit(self) -> frozenset[str]:
@@ -163,6 +184,8 @@ REFUSED = {
     "expert_model_parallel_size": "use --ep",
     "expert_tensor_parallel_size": "use --etp",
     "eval_batch_size": "evaluation uses --batch_size",
+    "reset_position_ids": "positions begin anew where attention does: --reset_attention_mask of swift pt",
+    "eod_mask_loss": "what follows the end of a document carries loss only where attention crosses it: --reset_attention_mask of swift pt",
 }
 
 # Megatron-Core's names for options that have a shorter one here.

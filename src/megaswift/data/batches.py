@@ -60,7 +60,7 @@ class Batches:
     """Training batches of one data-parallel rank.
 
     Epoch e is a permutation from (seed, e) alone; step k takes places k * global_batch_size and on of the endless
-    stream of epochs. Within a global batch, rows of similar length share a micro batch (padded rows), or micro batches
+    stream of epochs. Rows that have an order without end themselves are taken in it. Within a global batch, rows of similar length share a micro batch (padded rows), or micro batches
     get about equal numbers of tokens (padding-free); ranks work at the same time on micro batches of similar size.
 
     Args:
@@ -96,10 +96,10 @@ class Batches:
         pad_multiple: int = 1,
     ) -> None:
         _check_sizes(micro_batch_size, global_batch_size, dp_size)
-        require_rows(len(rows), global_batch_size)
+        require_rows(rows, global_batch_size)
         self.rows, self.micro, self.size = rows, micro_batch_size, global_batch_size
         self.dp_rank, self.dp_size = dp_rank, dp_size
-        self.seed, self.shuffle, self.group_by_length = seed, shuffle, group_by_length
+        self.seed, self.shuffle, self.group_by_length = seed, shuffle and not rows.in_order, group_by_length
         self.padding_free, self.pad_multiple, self.pad_id = padding_free, pad_multiple, pad_id
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
 
@@ -112,6 +112,8 @@ class Batches:
         """The rows of a step, all ranks together, in the order of the stream."""
         count = len(self.rows)
         first, last = step * self.size, (step + 1) * self.size
+        if self.rows.in_order:
+            return np.arange(first, last)
         parts = []
         while first < last:
             epoch, place = divmod(first, count)
@@ -282,11 +284,11 @@ def prefetch(
                 future.cancel()
 
 
-def require_rows(rows: int, global_batch_size: int) -> None:
-    """Raise DataError when the data is smaller than one global batch."""
-    if rows < global_batch_size:
+def require_rows(rows: TokenRows, global_batch_size: int) -> None:
+    """Raise DataError when the data is smaller than one global batch; rows without end are enough for any."""
+    if len(rows) < global_batch_size and not rows.in_order:
         raise DataError(
-            f"{rows} training rows are fewer than one global batch of {global_batch_size}.",
+            f"{len(rows)} training rows are fewer than one global batch of {global_batch_size}.",
             where="--dataset",
             fix="ask for more rows (name#N repeats them), or lower --gradient_accumulation_steps or --batch_size",
         )
@@ -303,9 +305,11 @@ def _check_sizes(micro: int, size: int, dp_size: int) -> None:
 
 
 def _labels(sample: Encoded) -> np.ndarray:
-    """What each place must predict: the next token where it carries loss; the last place predicts nothing."""
+    """What each place must predict: the next token where it carries loss; the last place what follows, if the sample says it."""
     labels = np.full(len(sample.ids), IGNORED, np.int64)
     labels[:-1] = np.where(sample.kept[1:], sample.ids[1:], IGNORED)
+    if sample.following is not None:
+        labels[-1] = sample.following
     return labels
 
 

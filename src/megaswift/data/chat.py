@@ -70,7 +70,7 @@ class ChatTemplate:
             "tokenizer": tokenizer_json(tokenizer),
             "eos_id": tokenizer.eos_token_id,
             "pad_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            "bos_id": _own_bos(tokenizer),
+            "bos_id": own_bos(tokenizer),
         }
         if loss != AS_ROWS_SAY:  # else the digests of rows that were made before there were rules would change
             state["loss"] = loss.record()
@@ -430,7 +430,7 @@ def _day(date: str | None) -> str:
         raise UserError(f"{date!r} is no date.", where="--template_date", fix="for example 2026-11-29") from error
 
 
-def _own_bos(tokenizer: Any) -> int | None:
+def own_bos(tokenizer: Any) -> int | None:
     """The first token that the tokenizer itself puts before a text, or None."""
     if tokenizer.bos_token_id is None:
         return None

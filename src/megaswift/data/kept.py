@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megaswift.config.options import DataArguments
+from megaswift.config.options import DataArguments, PtArguments
+from megaswift.data.blend import parse_weighted, written
 from megaswift.data.registry import SAME
 from megaswift.data.spec import DatasetSpec, parse_specs
 from megaswift.errors import UserError
@@ -19,8 +20,8 @@ _PATHS = ("path", *(key for key, same in SAME.items() if same == "path"))
 def kept_data(args: DataArguments) -> dict[str, Any]:
     """dataset, val_dataset and custom_dataset_info with absolute local paths; names and hub ids stay as they are."""
     return {
-        "dataset": _items(args.dataset),
-        "val_dataset": _items(args.val_dataset),
+        "dataset": _weighted(args, args.dataset) if isinstance(args, PtArguments) else _items(args.dataset),
+        "val_dataset": _weighted(args, args.val_dataset) if isinstance(args, PtArguments) else _items(args.val_dataset),
         "custom_dataset_info": _info(args.custom_dataset_info),
     }
 
@@ -36,6 +37,11 @@ def _items(items: list[str]) -> list[str]:
                 item = spec.text  # a mark of the grammar, as ::, is in the name of a directory above
         result.append(item)
     return result
+
+
+def _weighted(args: PtArguments, items: list[str]) -> list[str]:
+    """Items of a blend, as they are written in full."""
+    return [written(spec, weight) for spec, weight in parse_weighted(items, args.custom_dataset_info)]
 
 
 def _means(item: str, spec: DatasetSpec) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 
 from megaswift.data import preference
 from megaswift.data.conversation import BadRow, Conversation
-from megaswift.data.pipeline import NO_LOSS_LEFT, Checked, Encoding, Note, Pipeline, Recipe
+from megaswift.data.pipeline import NO_LOSS_LEFT, Checked, Encoding, Note, Pipeline, Recipe, renamed
 from megaswift.data.places import fill_places
 from megaswift.data.read import Raw
 from megaswift.data.rows import CHAT_COLUMNS, RESPONSE_NAMES, to_conversation
@@ -86,7 +86,7 @@ class PreferencePipeline(Pipeline):
 
     def answers(self, raw: Raw, recipe: Recipe, found: set[str] | None = None) -> list[tuple[Conversation, bool]]:
         """The conversations of a row, and whether each ends with a good answer. Raises BadRow."""
-        row = self.row(raw, recipe, found)
+        row = renamed(raw, recipe, found)
         if self.kind == preference.PAIRS:
             chosen, rejected = to_pair(row)
             made = [(chosen, True), (rejected, False)]

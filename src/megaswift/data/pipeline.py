@@ -93,26 +93,12 @@ class Pipeline:
 
     def conversation(self, raw: Raw, recipe: Recipe, *, answered: bool = True, found: set[str] | None = None) -> Conversation:
         """One row as a conversation; adds the recipe's columns that it has to `found`. Raises BadRow."""
-        row = self.row(raw, recipe, found)
+        row = renamed(raw, recipe, found)
         conversation = to_conversation(row, answered=answered)
         fill_places(conversation, recipe.names, row.get("tag"))
         if isinstance(raw, TableRow) and raw.nulls:
             conversation.note(NULLS, ", ".join(raw.nulls))
         return conversation
-
-    def row(self, raw: Raw, recipe: Recipe, found: set[str] | None = None) -> dict[str, Any]:
-        """One row under the names that the recipe gives its columns. Raises BadRow."""
-        row = decode(raw)
-        for source, target in recipe.columns.items():
-            if source in row:
-                if found is not None:
-                    found.add(source)
-                row = {key: value for key, value in row.items() if key not in (source, target)} | (
-                    {} if target == "-" else {target: row[source]}
-                )
-        if recipe.converter:
-            row = CONVERTERS[recipe.converter](row)
-        return row
 
     def check(self, raws: list[Raw], recipe: Recipe) -> Checked:
         """Rows that cannot be used, by number; how many rows had each shape; the recipe's columns that are there; notes."""
@@ -194,3 +180,18 @@ class Pipeline:
         if sum(map(len, texts)) <= most:
             return False
         return not encoder.swallows or sum(len(part) for text in texts for part in text.split()) > most
+
+
+def renamed(raw: Raw, recipe: Recipe, found: set[str] | None = None) -> dict[str, Any]:
+    """One row under the names that the recipe gives its columns; adds those that it has to `found`. Raises BadRow."""
+    row = decode(raw)
+    for source, target in recipe.columns.items():
+        if source in row:
+            if found is not None:
+                found.add(source)
+            row = {key: value for key, value in row.items() if key not in (source, target)} | (
+                {} if target == "-" else {target: row[source]}
+            )
+    if recipe.converter:
+        row = CONVERTERS[recipe.converter](row)
+    return row

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from megaswift.data.chat import ChatTemplate
+    from megaswift.data.text import TextTokens
 
 SHOWN = 5  # places named for each reason
 LABEL = 20  # columns of a dataset's name in the table
@@ -83,6 +84,17 @@ class DatasetReport:
         """Count a row that cannot be used."""
         self.dropped.setdefault(reason, Dropped()).add(place, detail)
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        return asdict(self)
+
+
+def dataset_report(item: dict[str, Any]) -> DatasetReport:
+    """The report of `DatasetReport.to_dict`."""
+    parts = {part: {key: Dropped(**value) for key, value in item[part].items()} for part in ("dropped", "notes")}
+    alone = {"too_long": Dropped(**item["too_long"]), "cut": Dropped(**item["cut"]), "seen": Seen(**item["seen"])}
+    return DatasetReport(**{**item, **alone, **parts})
+
 
 @dataclass
 class DataReport:
@@ -94,6 +106,7 @@ class DataReport:
         parse_special_tokens: control tokens in text rows are tokens, not characters.
         fill: share of max_length that packs use; None when not packed.
         example: the first training sample as (text, weight in the loss) stretches.
+        blend: of text that is blended by weight: item, its share of the rows, and the rows that one pass over it has.
     """
 
     template: str
@@ -110,6 +123,7 @@ class DataReport:
     example: list[tuple[str, float]] = field(default_factory=list)
     seconds: float = 0.0
     from_cache: bool = False
+    blend: list[tuple[str, float, int]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form, for plan.json."""
@@ -119,18 +133,7 @@ class DataReport:
     def from_dict(cls, data: dict[str, Any]) -> DataReport:
         """The report of `to_dict`."""
         data = dict(data)
-        data["datasets"] = [
-            DatasetReport(
-                **{
-                    **item,
-                    "too_long": Dropped(**item["too_long"]),
-                    "cut": Dropped(**item["cut"]),
-                    "seen": Seen(**item["seen"]),
-                    **{part: {key: Dropped(**value) for key, value in item[part].items()} for part in ("dropped", "notes")},
-                }
-            )
-            for item in data["datasets"]
-        ]
+        data["datasets"] = [dataset_report(item) for item in data["datasets"]]
         data["example"] = [(text, kept) for text, kept in data["example"]]
         return cls(**data)
 
@@ -174,7 +177,7 @@ def print_report(report: DataReport, console: Console, *, example: bool = True) 
         print_example(report.example, console)
 
 
-def stretches(template: ChatTemplate, sample: Encoded) -> list[tuple[str, float]]:
+def stretches(template: ChatTemplate | TextTokens, sample: Encoded) -> list[tuple[str, float]]:
     """A sample as (text, weight in the loss) stretches."""
     weights = weights_of(sample)
     borders = [0, *(np.flatnonzero(np.diff(weights)) + 1).tolist(), len(sample.ids)]

@@ -60,7 +60,7 @@ def to_conversation(row: dict[str, Any], *, answered: bool = True) -> Conversati
         conversation.tools = tools_of(row.get("tools"))
         _check(conversation, answered)
     else:
-        _check_text(conversation.text, "text")
+        check_text(conversation.text, "text")
     return conversation
 
 
@@ -182,9 +182,9 @@ def _check(conversation: Conversation, answered: bool) -> None:
     messages = conversation.messages
     for number, message in enumerate(messages, 1):
         where = f"message {number}, {message.role}"
-        _check_text(message.content, where)
+        check_text(message.content, where)
         if message.reasoning:
-            _check_text(message.reasoning, where)
+            check_text(message.reasoning, where)
         if not message.content.strip() and not message.tool_calls and message.role in ("user", "assistant"):
             raise BadRow("empty content", where)
     if not messages:
@@ -207,7 +207,8 @@ def _cut_after_last_answer(conversation: Conversation) -> None:
     conversation.messages = messages[:size]
 
 
-def _check_text(text: str, where: str) -> None:
+def check_text(text: str, where: str) -> None:
+    """Raise BadRow for a text that has no form in UTF-8."""
     if not text.isascii():
         try:
             text.encode("utf-8")

@@ -34,6 +34,11 @@ class DatasetSpec:
         return self.hub is None and exists(self.name)
 
 
+def names_text(text: str) -> bool:
+    """Whether a text names a file or folder of this machine, or what the names of Megatron's pair of indexed files begin with."""
+    return exists(text) or exists(f"{text}.idx")
+
+
 def parse_spec(text: str) -> DatasetSpec:
     """Take one `--dataset` item apart. Raises UserError for a wrong prefix or count."""
     hub, rest = _split_hub(text)

@@ -142,7 +142,10 @@ class TokenRows:
         mismatched: every second sample is a question with the answer to another one, and not for training.
         reference: fp32, of each place the log-probability that the reference gives to its supervised tokens; put here by
             whoever computed them.
+        in_order: they are to be taken in the order that they have, which does not end.
     """
+
+    in_order = False
 
     def __init__(self, path: Path, index: dict[str, Any]) -> None:
         self.path, self.fingerprint, self.largest_id = path, str(index["fingerprint"]), int(index["largest_id"])

@@ -53,11 +53,13 @@ class Encoded:
         ids: int32 [n].
         kept: bool [n], which of them carry loss.
         weights: fp32 [n], what the loss of each is multiplied by; None where that is 1 wherever there is loss.
+        following: the token after the last, which the last one must predict; None: the last one predicts nothing.
     """
 
     ids: np.ndarray
     kept: np.ndarray
     weights: np.ndarray | None = None
+    following: int | None = None
 
     def part(self, piece: slice) -> Encoded:
         """Some of its tokens."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,16 +19,19 @@ from megaswift.data.pipeline import Checked, Encoding, Pipeline, Recipe
 from megaswift.data.tables import Raw, Source
 from megaswift.errors import UserError
 
+if TYPE_CHECKING:
+    from megaswift.data.text import TextPipeline
+
 ENOUGH = 4_000  # rows above which forked workers pay for their start
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_pipeline: Pipeline | None = None  # in a forked worker: the parent's
+_pipeline: Any = None  # in a forked worker: the parent's
 
 
 class Workers:
     """A context in which chunks of rows are checked and encoded; results come in the order of the rows."""
 
-    def __init__(self, pipeline: Pipeline, rows: int, processes: int | None = None) -> None:
+    def __init__(self, pipeline: Pipeline | TextPipeline, rows: int, processes: int | None = None) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.pipeline = pipeline
         self.processes = processes if processes is not None else min(cores, 32) if rows >= ENOUGH else 1
@@ -66,6 +69,10 @@ class Workers:
     def stream(self, raws: Iterator[Raw], recipe: Recipe, size: int) -> Iterator[tuple[int, Encoding]]:
         """(number of the first row, Encoding) of each chunk of a stream; read only a little ahead of what is asked for."""
         return self._run("encode", iter(lambda: list(islice(raws, size)), []), recipe, size)
+
+    def chunks(self, chunks: Iterator[list[Raw]], recipe: Recipe) -> Iterator[Any]:
+        """What the pipeline's `encode` makes of each of some groups of rows; read only a little ahead of what is asked for."""
+        return (result for _, result in self._run("encode", chunks, recipe, 0))
 
     def _map(self, method: str, source: Source, rows: np.ndarray, recipe: Recipe, size: int) -> Iterator[tuple[int, Any]]:
         chunks = ([source.raw(int(row)) for row in rows[first : first + size]] for first in range(0, len(rows), size))

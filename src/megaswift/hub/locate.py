@@ -38,7 +38,11 @@ class Located:
 
 
 def locate(
-    model_type_name: str | None, model_id_or_path: str | None = None, revision: str | None = None, allow_pickle: bool = False
+    model_type_name: str | None,
+    model_id_or_path: str | None = None,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    weights: bool = True,
 ) -> Located:
     """Find a model by registered name, local directory or hub id.
 
@@ -47,6 +51,7 @@ def locate(
         model_id_or_path: local directory, or id on a hub.
         revision: branch, tag or commit on the hub.
         allow_pickle: take a local directory that has only pytorch_model.bin files.
+        weights: False: of a local directory config.json and a tokenizer are enough.
 
     Raises UserError where nothing was found (within 10 seconds without a network), or DataError for a local directory
     whose files are not a whole model.
@@ -54,7 +59,7 @@ def locate(
     if model_id_or_path is not None:
         path = Path(model_id_or_path).expanduser()
         if path.exists() or not _is_hub_id(model_id_or_path):
-            return _local(path, model_id_or_path, model_type_name, allow_pickle)
+            return _local(path, model_id_or_path, model_type_name, allow_pickle, weights)
         entry = by_hub_id(model_id_or_path)
         return _from_hubs(entry, model_id_or_path, model_type_name, revision)
     if not model_type_name:
@@ -67,7 +72,7 @@ def _is_hub_id(text: str) -> bool:
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text) is not None
 
 
-def _local(path: Path, given: str, name: str | None, allow_pickle: bool) -> Located:
+def _local(path: Path, given: str, name: str | None, allow_pickle: bool, weights: bool) -> Located:
     """A directory that the user names."""
     if not path.exists():
         if given in MODEL_TYPES:
@@ -83,7 +88,7 @@ def _local(path: Path, given: str, name: str | None, allow_pickle: bool) -> Loca
         )
     refuse_unfinished(path)
     read_config(path)
-    absent = [file.name for file in weight_files(path, allow_pickle) if not file.exists()]
+    absent = [file.name for file in weight_files(path, allow_pickle) if not file.exists()] if weights else []
     if absent:
         raise DataError(
             f"{len(absent)} weight files are missing, for example {absent[0]}.", where=str(path), fix="fetch the model again"

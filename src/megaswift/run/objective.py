@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
-from megaswift.config.options import RlhfArguments, SftArguments, default_of
+from megaswift.config.options import PtArguments, RlhfArguments, SftArguments, default_of
 from megaswift.config.preference import PreferenceArguments
 from megaswift.errors import UserError
 from megaswift.run.problem import Problem
@@ -48,6 +48,8 @@ MEANT_FOR = {
 
 def objective_of(args: SftArguments) -> ObjectiveSpec:
     """The objective of a run: supervised tokens for `swift sft`. Nothing is judged."""
+    if isinstance(args, PtArguments):
+        return ObjectiveSpec(kind="text")
     if not isinstance(args, RlhfArguments):
         return ObjectiveSpec()
     kind = args.rlhf_type
@@ -73,7 +75,9 @@ def objective_of(args: SftArguments) -> ObjectiveSpec:
 
 
 def objective_contradictions(args: SftArguments) -> Iterator[Problem]:
-    """Options of preference training that mean nothing for the method that is asked for, and forms that it has not."""
+    """Options that mean nothing for text; those of preference training that mean nothing for its method, and forms that it has not."""
+    if isinstance(args, PtArguments):
+        yield from _not_of_text(args)
     if not isinstance(args, RlhfArguments):
         return
     kind, form = args.rlhf_type, args.loss_type or FORMS[args.rlhf_type][0]
@@ -112,7 +116,15 @@ def objective_contradictions(args: SftArguments) -> Iterator[Problem]:
         )
 
 
-def _given(args: RlhfArguments, name: str, defaults: dict[str, Any]) -> bool:
+def _not_of_text(args: PtArguments) -> Iterator[Problem]:
+    """Options that mean nothing for text."""
+    defaults = {item.name: default_of(item) for item in fields(PtArguments)}
+    for name, reason in args.MEANINGLESS.items():
+        if _given(args, name, defaults):
+            yield Problem(f"--{name} means nothing in swift pt: {reason}.", where=f"--{name}", fix="leave it out")
+
+
+def _given(args: SftArguments, name: str, defaults: dict[str, Any]) -> bool:
     """Whether an option was given another value than its default: a file of options has all of them."""
     return name in args.explicit() and getattr(args, name) != defaults[name]
 
@@ -121,7 +133,7 @@ def check_same_objective(args: SftArguments, manifest: dict[str, Any], where: st
     """Raise UserError where a run that goes on learnt something else until now."""
     before, now = str(dict(manifest.get("objective") or {}).get("kind", "supervised")), objective_of(args).kind
     if before != now:
-        words = {kind: f"swift rlhf --rlhf_type {kind}" for kind in FORMS} | {"supervised": "swift sft"}
+        words = {kind: f"swift rlhf --rlhf_type {kind}" for kind in FORMS} | {"supervised": "swift sft", "text": "swift pt"}
         raise UserError(
             f"this run was trained by {words.get(before, before)}, and does not go on by {words[now]}.",
             where=where,

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megaswift.config.options import SftArguments
+from megaswift.config.options import PtArguments, SftArguments
+from megaswift.config.parse import count_of
 from megaswift.run.memory import checkpoint_bytes, rank_weights
 from megaswift.run.objective import objective_of
 from megaswift.run.spec import (
@@ -236,9 +237,16 @@ def _batch(args: SftArguments, world: World, earlier_batch: int | None) -> Batch
 
 def train_iters(args: SftArguments, train_rows: int, global_batch_size: int) -> int:
     """Steps of the run."""
+    if (tokens := asked_tokens(args)) is not None:
+        return -(-tokens // (global_batch_size * args.max_length))
     if args.max_steps > 0:
         return args.max_steps
     return math.ceil(train_rows * args.num_train_epochs / global_batch_size)
+
+
+def asked_tokens(args: SftArguments) -> int | None:
+    """Tokens that a run over text shall train on; None where something else tells its length."""
+    return count_of(args.train_tokens, "train_tokens") if isinstance(args, PtArguments) and args.train_tokens else None
 
 
 def min_lr(args: SftArguments) -> float:
@@ -247,11 +255,11 @@ def min_lr(args: SftArguments) -> float:
 
 
 def _schedule(args: SftArguments, steps: int, first_step: int) -> Schedule:
-    warmup = min(asked_warmup(args, steps), steps)
+    warmup, tokens = min(asked_warmup(args, steps), steps), asked_tokens(args)
     return Schedule(
         train_iters=steps,
         first_step=first_step,
-        epochs=None if args.max_steps > 0 else args.num_train_epochs,
+        epochs=None if args.max_steps > 0 or tokens is not None else args.num_train_epochs,
         decay_style=DECAY_STYLES[args.lr_scheduler_type],
         warmup_iters=warmup,
         # Megatron counts warm-up into the decay and wants decay > warm-up; the last step then has exactly min_lr.
@@ -259,6 +267,7 @@ def _schedule(args: SftArguments, steps: int, first_step: int) -> Schedule:
         wsd_decay_iters=max(1, math.ceil(0.1 * (steps - warmup))),
         learning_rate=args.learning_rate,
         min_lr=min_lr(args),
+        tokens=tokens,
     )
 
 

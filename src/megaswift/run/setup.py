@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megaswift.config.files import read_args_file
-from megaswift.config.options import RlhfArguments, SftArguments
+from megaswift.config.options import PtArguments, RlhfArguments, SftArguments
+from megaswift.data.blend import parse_weighted
 from megaswift.data.preference import LABELLED, MISMATCHED, PAIRS
 from megaswift.errors import UserError
 from megaswift.models.registry import MODEL_TYPES
@@ -32,22 +33,27 @@ if TYPE_CHECKING:
 
     from megaswift.data.chat import ChatTemplate
     from megaswift.data.encode import PreparedData
+    from megaswift.data.text import TextTokens
 
 TAGS = ("<image>", "<video>", "<audio>")  # where a row's pictures, videos and sounds belong, as ms-swift writes it
 
 
-def template_of(args: SftArguments, start: TrainingSource) -> ChatTemplate:
-    """The chat template of the run."""
+def template_of(args: SftArguments, start: TrainingSource) -> ChatTemplate | TextTokens:
+    """The chat template of the run; of text, which has none, what makes tokens of it."""
     if not args.dataset:
-        fix = "for example: --dataset self-cognition#500 my_rows.jsonl"
+        fix = f"for example: --dataset {'books.jsonl' if isinstance(args, PtArguments) else 'self-cognition#500 my_rows.jsonl'}"
         if start.run_dir is not None:
             run, options = typed(start.run_dir), typed(start.run_dir / "sft_args.json")
-            fix = f"the same data as before; all options of the run: swift sft {options} --resume_from_checkpoint {run}"
+            fix = f"the same data as before; all options of the run: swift {args.VERB} {options} --resume_from_checkpoint {run}"
         raise UserError("no training data is named.", where="--dataset", fix=fix)
+    tokenizer = read_tokenizer(start.root)
+    if isinstance(args, PtArguments):
+        from megaswift.data.text import TextTokens
+
+        return TextTokens(tokenizer)
     from megaswift.data.chat import ChatTemplate
     from megaswift.data.loss_rules import LossRules
 
-    tokenizer = read_tokenizer(start.root)
     began = (
         read_args_file(start.root).get("template_date") if start.run_dir else None
     )  # else the rows would be others every day
@@ -86,17 +92,43 @@ def streamed_rows(args: SftArguments, world_size: int, batch: int | None = None)
     return args.max_steps * (batch or global_batch_size(args, world_size))
 
 
-def prepared(args: SftArguments, template: ChatTemplate, start: TrainingSource, stream_rows: int | None = None) -> PreparedData:
+def prepared(
+    args: SftArguments, template: ChatTemplate | TextTokens, start: TrainingSource, stream_rows: int | None = None
+) -> PreparedData:
     """The data of a run. Raises DataError for a token without a row in the embedding, in the rows or in the tokenizer alone."""
-    from megaswift.data.encode import prepare
-
     table = start.config.vocab_size
-    data = prepare(
-        args, template, cache_dir=cache_root(), packing=args.packing, stream_rows=stream_rows, table=table,
-        preferences=preferences_of(args),
-    )  # fmt: skip
+    if isinstance(args, PtArguments):
+        data = _text(args, template, table)
+    else:
+        from megaswift.data.encode import prepare
+
+        chats: Any = template
+        data = prepare(
+            args, chats, cache_dir=cache_root(), packing=args.packing, stream_rows=stream_rows, table=table,
+            preferences=preferences_of(args),
+        )  # fmt: skip
     require_embedding_rows(template.vocabulary, table, start.root)
     return data
+
+
+def _text(args: PtArguments, tokens: Any, table: int) -> PreparedData:
+    """Rows of text. Raises UserError where options say twice how much is trained on, or of a blend by weights not at all."""
+    from megaswift.data.pretrain import prepare_text
+
+    if args.train_tokens is not None and args.max_steps > 0:
+        raise UserError(
+            "--train_tokens and --max_steps both say how much is trained on.",
+            where="--train_tokens, --max_steps",
+            fix="give one of the two",
+        )
+    blend = parse_weighted(args.dataset, args.custom_dataset_info)
+    if len(blend) > 1 and blend[0][1] is not None and args.train_tokens is None and args.max_steps <= 0:
+        raise UserError(
+            "weights say how a blend is shared out, and nothing says how much of it is trained on.",
+            where="--dataset, --train_tokens",
+            fix="add --train_tokens 500M or --max_steps N; without weights an epoch is every document once",
+        )
+    return prepare_text(args, tokens, cache_dir=cache_root(), table=table)
 
 
 def preferences_of(args: SftArguments) -> str:

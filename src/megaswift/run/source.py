@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megaswift.config.files import LAYOUT_OPTIONS, MODEL_OPTIONS, fill_from_file, read_args_file, with_home
-from megaswift.config.options import RlhfArguments, SftArguments
+from megaswift.config.options import PtArguments, RlhfArguments, SftArguments
 from megaswift.errors import DataError, UserError
 from megaswift.hub.locate import locate
 from megaswift.launch.versions import has_bf16
@@ -191,6 +191,8 @@ def _start_root(args: SftArguments) -> tuple[Path, SftArguments, str | None]:
     from megaswift.weights.load_hf import is_hf_folder
 
     named = args.resume_from_checkpoint
+    if isinstance(args, PtArguments) and args.init == "random" and (named is None or not _is_run(Path(named))):
+        return _random_root(args)
     if named is None and not args.model_type and not args.model_id_or_path:
         raise UserError(
             "nothing says which weights to train.",
@@ -213,6 +215,29 @@ def _start_root(args: SftArguments) -> tuple[Path, SftArguments, str | None]:
         where="--resume_from_checkpoint",
         fix=f"make one with: swift export --model_type {name} --to_megatron true --tp {args.tp} --pp {args.pp}",
     )
+
+
+def _random_root(args: PtArguments) -> tuple[Path, SftArguments, str | None]:
+    """A folder with random weights for the config of the model that is named."""
+    from megaswift.weights.hf.random_start import random_folder
+
+    if args.resume_from_checkpoint is not None:
+        raise UserError(
+            "--init random draws new weights, and --resume_from_checkpoint names some.",
+            where="--init, --resume_from_checkpoint",
+            fix="give --model_id_or_path DIR, a folder with config.json and a tokenizer",
+        )
+    if not args.model_type and not args.model_id_or_path:
+        raise UserError(
+            "nothing says for which config random weights shall be drawn.",
+            where="swift pt --init random",
+            fix="give --model_id_or_path DIR, a folder with config.json and a tokenizer, or --model_type NAME",
+        )
+    found = locate(args.model_type, args.model_id_or_path, args.model_revision, weights=False)
+    say(f"starting from random weights for {found.model_type} ({found.origin}), drawn with --seed {args.seed}")
+    dtype = args.dtype if args.dtype in TRAINED else "fp32"
+    origin = f"random weights of seed {args.seed} for {found.origin}"
+    return random_folder(found.path, args.seed, dtype), args.changed(model_type=found.model_type), origin
 
 
 def _newest_run(args: SftArguments, leads: bool) -> Path | None:

@@ -142,6 +142,7 @@ class Schedule:
     wsd_decay_iters: int
     learning_rate: float
     min_lr: float
+    tokens: int | None = None  # what the steps follow from, of text: as many at least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,9 +171,9 @@ class Method:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveSpec:
-    """What is learnt: the tokens of answers, or which of two answers is better; `train/preference_losses.py` has the formulas."""
+    """What is learnt: the tokens of answers or of text, or which of two answers is better; `train/preference_losses.py` has the formulas."""
 
-    kind: Literal["supervised", "dpo", "ipo", "simpo", "orpo", "cpo", "kto"] = "supervised"
+    kind: Literal["supervised", "text", "dpo", "ipo", "simpo", "orpo", "cpo", "kto"] = "supervised"
     form: str = ""  # of a preference loss, by TRL's names
     beta: float = 0.0
     label_smoothing: float = 0.0
@@ -182,9 +183,14 @@ class ObjectiveSpec:
     undesirable_weight: float = 1.0
 
     @property
+    def of_tokens(self) -> bool:
+        """Whether the loss is that of single tokens."""
+        return self.kind in ("supervised", "text")
+
+    @property
     def pairs(self) -> bool:
         """Whether an example is a chosen and a rejected answer."""
-        return self.kind not in ("supervised", "kto")
+        return not self.of_tokens and self.kind != "kto"
 
     @property
     def looks_ahead(self) -> bool:

@@ -87,6 +87,8 @@ def megatron_arguments(run: Run) -> dict[str, Any]:
 def filled_rows(run: Run) -> list[tuple[str, str, str]]:
     """The table as text for people: Megatron's names, our expression, the value."""
     expressions: dict[tuple[str, ...], str] = {("train_iters",): "max_steps"} if run.schedule.epochs is None else {}
+    if run.schedule.tokens is not None:
+        expressions["train_iters",] = "math.ceil(train_tokens / (global_batch_size * max_length))"
     if run.batch.of_earlier_run:
         expressions["global_batch_size",] = "that of the run, which goes on"
     rows = [*TABLE, *(row for row in FURTHER if row.value(run) > 1)]

@@ -135,7 +135,7 @@ class Training:
                 )
             )  # fmt: skip
         if validation is not None:
-            ends = spec.data.end_ids if spec.objective.kind == "supervised" else ()
+            ends = spec.data.end_ids if spec.objective.of_tokens else ()
             callbacks.add(
                 Evaluation(
                     trainer, validation, self.rank.device, callbacks, watchdog, every=spec.saving.eval_steps, last=last,

@@ -24,7 +24,7 @@ OWN = "nll_loss"  # the chosen answer's own loss
 
 def objective_of(spec: ObjectiveSpec) -> Objective:
     """What a trainer is given for the objective of a run."""
-    if spec.kind == "supervised":
+    if spec.of_tokens:
         return SupervisedTokens()
     if spec.kind == "kto":
         return Labelled(spec)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megaswift.data.batches import Batches, EvalBatches, MicroBatch
-from megaswift.data.store import TokenRows
+from megaswift.data.text_rows import open_rows
 from megaswift.megatron import process_groups
 from megaswift.models import parameters_of
 from megaswift.models.adapters import Lora
@@ -130,7 +130,7 @@ def open_batches(run: Run, rank: process_groups.Rank) -> tuple[Batches, EvalBatc
         padding_free=run.batch.padding_free,
         pad_id=run.data.pad_id,
     )
-    data = [TokenRows.open(path) for path in (run.data.train, run.data.val) if path is not None]
+    data = [open_rows(path) for path in (run.data.train, run.data.val) if path is not None]
     for rows in data:
         rows.require_within(load_config(Path(run.model.directory)).vocab_size, run.data.pad_id)
     train = Batches(data[0], seed=run.seed, shuffle=True, group_by_length=run.batch.group_by_length, **common)
