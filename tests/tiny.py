@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from megaswift.models import describe, families
+from megaswift.models.head import auto_class, auto_config
 from megaswift.models.whole import whole_of
 from megaswift.weights.hf.config import load_config
 
@@ -65,14 +66,10 @@ def save_tiny(directory: Path, name: str, seed: int = 0, **changes: Any) -> Any:
 
 
 def loaded(folder: Path, **options: Any) -> Any:
-    """transformers' model of a folder, in fp32 and with plain attention: of text, or of pictures and text."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
+    """transformers' model of a folder, in fp32 and with plain attention: of text, of pictures and text, or of scores."""
     config = options.pop("config", None) or load_config(folder)
-    make: Any = AutoModelForCausalLM if whole_of(config) is None else AutoModelForImageTextToText
-    return make.from_pretrained(
-        folder, config=whole_of(config) or config, dtype=torch.float32, attn_implementation="eager", **options
-    )
+    made: Any = auto_class(config)
+    return made.from_pretrained(folder, config=auto_config(config), dtype=torch.float32, attn_implementation="eager", **options)
 
 
 def to_megatron(hf: Path, target: Path) -> Path:

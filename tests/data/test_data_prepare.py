@@ -508,6 +508,7 @@ def test_what_was_changed_in_rows_is_counted_and_told(run: Callable[..., Prepare
 class Shown:
     sizes: np.ndarray
     shown: list[list[tuple[str, float]]] = field(default_factory=list)
+    titles: list[str] = field(default_factory=list)
 
 
 IDENTITY = [

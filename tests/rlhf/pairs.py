@@ -62,7 +62,8 @@ def write_labelled(path: Path, count: int = PAIRS) -> Path:
 def prepared(start: Path, rows: Path, **options: Any) -> tuple[RlhfArguments, PreparedData, Any, int]:
     """Options as they are resolved, the data, where training starts, and the pad token."""
     options = {"max_length": MAX_LENGTH, "dataset_test_ratio": 0.0, "max_steps": 1, **options}
-    found = resolve_source(RlhfArguments(resume_from_checkpoint=str(start), dataset=[str(rows)], **options))
+    arguments = options.pop("arguments", RlhfArguments)
+    found = resolve_source(arguments(resume_from_checkpoint=str(start), dataset=[str(rows)], **options))
     args: Any = found.args
     template = template_of(args, found)
     data = prepare(args, template, cache_dir=cache_root(), packing=args.packing, preferences=preferences_of(args))

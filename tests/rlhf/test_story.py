@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megaswift.cli import main
 from tests import tiny
 from tests.rlhf.pairs import write_pairs
 from tests.test_readme import README, ROOT, blocks, commands
@@ -16,9 +17,9 @@ from tests.training import long
 PAGE = (ROOT / "docs" / "rlhf.md").read_text(encoding="utf-8")
 
 
-def example(text: str) -> list[list[str]]:
-    """The commands of the block that shows preference training."""
-    [block] = [block for block in blocks("shell", text) if "swift rlhf" in block]
+def example(text: str, words: str = "swift rlhf --rlhf_type dpo") -> list[list[str]]:
+    """The commands of the block that has these words: by default the one that shows preference training."""
+    [block] = [block for block in blocks("shell", text) if words in block]
     return [words for _, words in commands(block)]
 
 
@@ -40,6 +41,44 @@ def test_the_example(text: str, form: str, tmp_path: Path) -> None:
     assert any("eval_rewards/accuracies" in row for row in rows)
     swift(tmp_path, *(str(run) if word.startswith("output/") else word for word in export))
     assert (run / f"tiny-chat-{form}").is_dir()
+
+
+def test_the_examples_of_models_that_give_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each command of the page: looked at, trained, exported, asked, compared; and rows with classes."""
+    tiny.save_tiny(tmp_path / "model", "qwen2", vocab_size=301, eos_token_id=1, pad_token_id=2)
+    tiny.write_tokenizer(tmp_path / "model")
+    write_pairs(tmp_path / "pairs.jsonl", 32)
+    write_pairs(tmp_path / "held_out.jsonl", 8)
+    [row] = [block for block in blocks("json", PAGE) if '"label"' in block]
+    (tmp_path / "classes.jsonl").write_text("".join(row.replace('"label": 2', f'"label": {k % 3}') for k in range(40)))
+    monkeypatch.chdir(tmp_path)
+    own = {"smollm2-135m-instruct": "tiny-chat", "30": "2"}
+
+    def said(words: list[str], *more: str) -> str:
+        capsys.readouterr()
+        assert main([*(own.get(word, word) for word in words), *more]) == 0
+        return capsys.readouterr().out
+
+    [look] = example(PAGE, "swift data --rlhf_type")
+    assert "Pair 2, rejected; loss is on" in said(look, "--model_id_or_path", "model")
+    train, export, infer = example(PAGE, "swift rlhf --rlhf_type rm")
+    done = swift(tmp_path, *(own.get(word, word) for word in train), "--model_id_or_path", "model")
+    assert "learnt: rm (reward model), center_rewards_coefficient 0.01; no reference" in done.stdout
+    [run] = (tmp_path / "output" / "tiny-chat-tp1-pp1").iterdir()
+    place = {word: str(run) for word in export if word.startswith("output/")}
+    said([place.get(word, word) for word in export])
+    lines = said([str(run / "tiny-chat-hf") if word.startswith("output/") else word for word in infer]).splitlines()
+    assert len(lines) == 8 and all({"score", "rejected_score"} <= json.loads(line).keys() for line in lines)
+    [compare] = example(PAGE, "swift eval --compare")
+    compare = ["before=model" if word.startswith("before=") else word for word in compare]
+    assert "pairs:held_out (8 of 8 questions" in said(
+        [f"after={run}" if word.startswith("after=") else word for word in compare]
+    )
+    [classes] = example(PAGE, "swift sft --task_type seq_cls")
+    done = swift(tmp_path, *(own.get(word, word) for word in classes), "--model_id_or_path", "model")
+    assert "learnt: 3 classes (single_label_classification)" in done.stdout
 
 
 @long

@@ -25,10 +25,11 @@ from megaswift.hub.locate import locate
 from megaswift.launch.agent import cluster
 from megaswift.models.registry import MODEL_TYPES
 from megaswift.models.whole import require_language_model_only
+from megaswift.run.head import head_contradictions, with_head
 from megaswift.run.memory import parameter_count, trained_parameters
 from megaswift.run.method import adapter_of, frozen_parameters, with_method_defaults
-from megaswift.run.problems import usable_length
-from megaswift.run.setup import picture_marks, streamed_rows
+from megaswift.run.problems import refuse, usable_length
+from megaswift.run.setup import picture_marks, preferences_of, streamed_rows
 from megaswift.store.cache import cache_root
 from megaswift.store.paths import gguf_fix, is_megatron_directory
 from megaswift.terminal import console, say
@@ -55,7 +56,8 @@ class Inspection:
         duplicates: samples whose tokens equal those of an earlier one; repeats by #N do not count.
         fill: share of max_length that packs would use; None without a limit.
         padding: share of padded tokens in random micro batches of batch_size rows, 0 when they are laid end to end.
-        shown: samples as (text, weight in the loss) stretches.
+        shown: samples as (text, weight in the loss) stretches; titles: what each is called.
+        beside: lengths of chosen and of rejected answers with their questions, pair by pair; None where rows are no pairs.
     """
 
     data: PreparedData
@@ -64,6 +66,8 @@ class Inspection:
     fill: float | None
     padding: float
     shown: list[list[tuple[str, float]]]
+    titles: list[str]
+    beside: np.ndarray | None = None
 
 
 def data_main(args: InspectArguments | list[str]) -> Inspection:
@@ -74,15 +78,25 @@ def data_main(args: InspectArguments | list[str]) -> Inspection:
     if (grown := with_new_tokens(directory, tokens)) is not None:
         say(grown.note())
         directory = grown.directory
+    refuse(head_contradictions(args))
+    directory, config, _ = with_head(args, directory, load_config(directory))
     args = with_method_defaults(args).changed(
-        max_length=usable_length(load_config(directory), args.max_length, "max_length" in args.explicit())
+        max_length=usable_length(config, args.max_length, "max_length" in args.explicit())
     )
     template, table = _template(args, directory), table_rows(directory)
     rows = streamed_rows(args, cluster().world_size) if args.streaming else None
-    data = prepare(args, template, cache_dir=cache_root(), packing=args.packing, stream_rows=rows, table=table)
+    data = prepare(
+        args,
+        template,
+        cache_dir=cache_root(),
+        packing=args.packing,
+        stream_rows=rows,
+        table=table,
+        preferences=preferences_of(args),
+    )
     require_embedding_rows(template.vocabulary, table, directory)
     inspection = inspect(data, template, args)
-    lines = [*facts(inspection, args.max_length, args.batch_size), trained(args, load_config(directory))]
+    lines = [*facts(inspection, args.max_length, args.batch_size), trained(args, config)]
     _print(inspection, lines, console())
     if args.output:
         say(f"page: {write_page(Path(args.output).expanduser(), data.report, inspection, lines)}")
@@ -95,11 +109,35 @@ def inspect(data: PreparedData, template: ChatTemplate, args: InspectArguments) 
     sizes = rows.sizes
     fill = data.report.fill
     if fill is None and args.max_length > 0:
-        fill = float(sizes.sum() / (len(pack(sizes, args.max_length)) * args.max_length))
+        examples, capacity = sizes.reshape(-1, rows.answers).sum(axis=1), args.max_length * rows.answers
+        fill = float(sizes.sum() / (len(pack(examples, capacity)) * capacity))
     random = np.random.default_rng(args.seed)
-    chosen = random.choice(rows.count_stored, min(args.examples, rows.count_stored), replace=False)
-    shown = [stretches(template, rows.stored(int(number))) for number in sorted(chosen)]
-    return Inspection(data, sizes, _duplicates(rows), fill, _padding(sizes, args.batch_size, random), shown)
+    examples = rows.count_stored // rows.answers
+    drawn = sorted(random.choice(examples, min(args.examples, examples), replace=False).tolist())
+    chosen = [number * rows.answers + part for number in drawn for part in range(rows.answers)]
+    shown = [stretches(template, rows.stored(number)) for number in chosen]
+    beside = sizes.reshape(-1, 2) if rows.answers == 2 else None
+    return Inspection(
+        data,
+        sizes,
+        _duplicates(rows),
+        fill,
+        _padding(sizes, args.batch_size * rows.answers, random),
+        shown,
+        _titles(rows, chosen),
+        beside,
+    )
+
+
+def _titles(rows: TokenRows, chosen: list[int]) -> list[str]:
+    """What samples, by their numbers on disk, are called."""
+    if rows.answers == 2:
+        return [f"Pair {place // 2 + 1}, {'rejected' if number % 2 else 'chosen'}" for place, number in enumerate(chosen)]
+    good = ("undesirable", "desirable")
+    return [
+        f"Sample {place}" + (f", {good[rows.is_desirable(number)]}" if rows.has_preferences else "")
+        for place, number in enumerate(chosen, 1)
+    ]
 
 
 def histogram(sizes: np.ndarray) -> list[tuple[int, int, int]]:
@@ -163,9 +201,9 @@ def _print(inspection: Inspection, lines: list[str], console: Console) -> None:
         console.print(f"{first:>7,} to {last:>6,} {'#' * -(-40 * count // most):40} {count:,}", markup=False, highlight=False)
     for line in lines:
         console.print(line, markup=False, highlight=False)
-    for number, example in enumerate(inspection.shown, 1):
+    for title, example in zip(inspection.titles, inspection.shown, strict=True):
         console.print()
-        print_example(example, console, f"Sample {number}")
+        print_example(example, console, title)
 
 
 def trained(args: InspectArguments, config: Any) -> str:
@@ -186,6 +224,8 @@ def facts(inspection: Inspection, max_length: int, batch_size: int) -> list[str]
         f"supervised: {report.supervised / max(report.tokens, 1):.1%} of {report.tokens:,} tokens",
         f"duplicates: {inspection.duplicates:,} samples equal an earlier one",
     ]
+    if inspection.beside is not None:
+        lines.append(_beside(inspection.beside, inspection.data))
     if inspection.fill is not None:
         lines.append(f"packing to {max_length:,} tokens fills {inspection.fill:.1%}")
     if batch_size > 1:
@@ -194,3 +234,13 @@ def facts(inspection: Inspection, max_length: int, batch_size: int) -> list[str]
     if seen and not any(item.seen.other or item.seen.endless for item in report.datasets):
         lines.append(f"inference: {seen:,} rows looked at begin as the prompt of their last answer, and learn to end it")
     return lines
+
+
+def _beside(sizes: np.ndarray, data: PreparedData) -> str:
+    """How long the two answers of pairs are beside each other: what is always the longer one may be learnt in place of what is better."""
+    longer, equal = (sizes[:, 0] > sizes[:, 1]).mean(), (sizes[:, 0] == sizes[:, 1]).mean()
+    asked = sum(entry.count for item in data.report.datasets for entry in item.dropped.values())
+    return (
+        f"pairs: {len(sizes):,}; the chosen answer is the longer one in {longer:.1%}, both are as long in {equal:.1%}; "
+        f"mean {sizes[:, 0].mean():,.1f} and {sizes[:, 1].mean():,.1f} tokens with the question; {asked:,} rows were dropped"
+    )

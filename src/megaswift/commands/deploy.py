@@ -17,7 +17,7 @@ from megaswift.config.options import DeployArguments, parse
 from megaswift.config.parse import size_of
 from megaswift.errors import UserError
 from megaswift.inference.gate import KEY_VARIABLE, Rules
-from megaswift.inference.model_ref import choose
+from megaswift.inference.model_ref import choose, gives_scores
 from megaswift.inference.options import GenerationOptions
 
 _LOOPBACK_NAMES = ["localhost", "127.0.0.1", "[::1]"]
@@ -35,6 +35,12 @@ def deploy_main(arguments: DeployArguments | list[str]) -> None:
     key = given.api_key or os.environ.get(KEY_VARIABLE) or None
     size = check(given, key)
     chosen = choose(given)
+    if gives_scores(chosen):
+        raise UserError(
+            "this model gives scores and no answers, and the API asks for answers.",
+            where="swift deploy",
+            fix="score rows with swift infer --val_dataset FILE",
+        )
     args: DeployArguments = chosen.args
     from megaswift.inference.backends import pick_backend
 

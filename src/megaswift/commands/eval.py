@@ -25,13 +25,14 @@ from megaswift.evaluation.readers import read_bench
 from megaswift.evaluation.run import THOUGHTS, Settings, run_bench, thinks
 from megaswift.evaluation.statistics import wilson
 from megaswift.evaluation.weights import weights_hashes
-from megaswift.inference.model_ref import ModelRef, choose
+from megaswift.inference.model_ref import ModelRef, choose, gives_scores
 from megaswift.inference.options import GenerationOptions
 from megaswift.terminal import LiveLine, typed
 
 if TYPE_CHECKING:
     from megaswift.evaluation.comparison import Model
     from megaswift.evaluation.items import Bench
+    from megaswift.evaluation.preferences import PairBench
     from megaswift.evaluation.run import BenchResult, Settings
 
 RESULT = "eval_result.jsonl"
@@ -47,12 +48,19 @@ class Request:
         benches: benchmarks with the questions that are asked.
         models: title -> model.
         settings: how questions are asked.
+        pairs: benchmarks of preference accuracy, beside those.
     """
 
     args: EvalArguments
     benches: list[Bench]
     models: dict[str, ModelRef]
     settings: Settings
+    pairs: list[PairBench]
+
+    @property
+    def every(self) -> list[Bench]:
+        """All benchmarks, in the order of the results."""
+        return [*self.benches, *(one.bench for one in self.pairs)]
 
 
 def eval_main(args: EvalArguments | list[str]) -> list[dict[str, Any]]:
@@ -92,7 +100,8 @@ def eval_main(args: EvalArguments | list[str]) -> list[dict[str, Any]]:
 
 def prepare(args: EvalArguments) -> Request:
     """Check the options, read the benchmarks and find out which models are meant. Loads no model."""
-    from megaswift.inference.backends import check_backend
+    from megaswift.evaluation.preferences import read_pairs
+    from megaswift.inference.backends import check_backend, note
 
     args = _with_logits(args)
     _check(args)
@@ -116,16 +125,18 @@ def prepare(args: EvalArguments) -> Request:
         own_limit=own,
     )
     models = _models(args)
-    benches = _benches(args)
+    pairs = read_pairs(args, note)
+    benches = _benches(args) if args.eval_dataset or args.custom_eval_config or not pairs else []
     _refuse_unused(args, benches)
+    _refuse_questions(models, benches)
     if args.eval_backend == "lm-eval":
         check_lm_eval(benches)
-    return Request(args, benches, models, settings)
+    return Request(args, benches, models, settings, pairs)
 
 
 def _with_logits(args: EvalArguments) -> EvalArguments:
     """What reads log-likelihoods runs on pt, unless the user names a backend."""
-    reads = args.eval_backend == "lm-eval" or args.eval_method == "loglikelihood"
+    reads = args.eval_backend == "lm-eval" or args.eval_method == "loglikelihood" or bool(args.preference_dataset)
     return args.changed(infer_backend="pt") if reads and args.infer_backend.upper() == "AUTO" else args
 
 
@@ -138,7 +149,8 @@ def _check(args: EvalArguments) -> None:
             where="--eval_backend",
             fix="use --eval_backend Native (the same four benchmarks and hundreds of EvalScope's prompts) or lm-eval",
         )
-    if pick_backend(args.infer_backend) == "vllm" and (args.eval_backend == "lm-eval" or args.eval_method == "loglikelihood"):
+    reads = args.eval_backend == "lm-eval" or args.eval_method == "loglikelihood" or bool(args.preference_dataset)
+    if pick_backend(args.infer_backend) == "vllm" and reads:
         raise UserError(
             "log-likelihoods need the pt backend.",
             where="--infer_backend",
@@ -146,6 +158,17 @@ def _check(args: EvalArguments) -> None:
         )
     if "/" in args.name or args.name.startswith("."):
         raise UserError(f"--name {args.name!r} cannot be a directory name.", where="--name", fix="use letters, digits, - and _")
+
+
+def _refuse_questions(models: dict[str, ModelRef], benches: list[Bench]) -> None:
+    """Raise UserError where a model that gives scores is asked questions."""
+    title = next((title for title, chosen in models.items() if benches and gives_scores(chosen)), None)
+    if title is not None:
+        raise UserError(
+            f"{title} gives scores and no answers, and {benches[0].name} asks questions.",
+            where="--eval_dataset",
+            fix="leave it out, and give pairs: --preference_dataset FILE",
+        )
 
 
 def _refuse_unused(args: EvalArguments, benches: list[Bench]) -> None:
@@ -217,21 +240,28 @@ def _benches(args: EvalArguments) -> list[Bench]:
 
 def _evaluate(title: str, chosen: ModelRef, request: Request, store: Any) -> Model:
     """Load one model, ask it everything, and let go of it."""
+    from megaswift.evaluation.preferences import ByLikelihood, ByScore, run_pairs
     from megaswift.inference.backends import empty_gpu, load_backend, note
+    from megaswift.inference.scores import Scorer
 
     located = chosen.locate()
-    backend = load_backend(chosen.args, located.path, located.model_type, repeatable=True)
+    scores = gives_scores(chosen)
+    backend: Any = (
+        Scorer.load(chosen.args, located)
+        if scores
+        else load_backend(chosen.args, located.path, located.model_type, repeatable=True)
+    )
     weights = weights_hashes(located.path, backend.dtype)
     note(f"{title}: {located.model_type} from {located.origin if chosen.megatron else located.path} ({backend.description})")
-    if _limit_is_ours(request) and thinks(backend):
+    if request.benches and _limit_is_ours(request) and thinks(backend):
         note(f"{title} may think before it answers: {THOUGHTS:,} tokens more for each answer; --max_new_tokens sets the limit")
     key, results = f"{weights.stored} {_config_sha256(located.path)} {backend.description}", []
     line = LiveLine()
+
+    def tell(name: str, done: int, total: int, seconds: float) -> None:
+        line.show(f"{title}  {name}  {done}/{total}  {done / max(seconds, 1e-9):.1f} questions/s")
+
     for bench in request.benches:
-
-        def tell(name: str, done: int, total: int, seconds: float) -> None:
-            line.show(f"{title}  {name}  {done}/{total}  {done / max(seconds, 1e-9):.1f} questions/s")
-
         if request.args.eval_backend == "lm-eval":
             result = run_lm_eval(backend, key, bench, request.settings, store)
         else:
@@ -243,6 +273,12 @@ def _evaluate(title: str, chosen: ModelRef, request: Request, store: Any) -> Mod
                 f"{title}  {bench.name}: answers cut within their thoughts, at {result.limit:,} tokens, and so counted as wrong: "
                 f"{result.thoughts_cut}; --max_new_tokens gives more"
             )
+    judge: Any = (
+        ByScore(backend) if scores else ByLikelihood(backend.model, backend.prompts, backend.context) if request.pairs else None
+    )
+    for own in request.pairs:
+        results.append(run_pairs(judge, key, own, request.settings.batch_size, store, tell))
+        line.show(_line(title, results[-1]), keep=True)
     line.close()
     place = located.origin if chosen.directory is None or chosen.megatron or chosen.adapter else str(chosen.directory)
     backend.close()
@@ -362,7 +398,7 @@ def _description(request: Request) -> dict[str, Any]:
         "decoding": asdict(request.settings.options),
         "benchmarks": {
             bench.name: {"source": bench.source, "split": bench.split, "questions": len(bench.items), "of": bench.total, "sha256": bench.sha256}
-            for bench in request.benches
+            for bench in request.every
         },
         "models": {title: str(chosen.home or chosen.args.model_id_or_path or chosen.args.model_type) for title, chosen in request.models.items()},
         "versions": _versions(),

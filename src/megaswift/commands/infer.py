@@ -15,12 +15,19 @@ from typing import TYPE_CHECKING, Any
 from megaswift.config.files import DATASET_OPTIONS
 from megaswift.config.options import InferArguments, parse
 from megaswift.errors import UserError
-from megaswift.inference.model_ref import ModelRef, choose
+from megaswift.inference.model_ref import ModelRef, choose, gives_scores
 from megaswift.inference.options import GenerationOptions
 from megaswift.inference.results import ResultWriter, check_writable
 
 if TYPE_CHECKING:
     from megaswift.hub.locate import Located
+
+
+# Options that mean nothing where rows are scored.
+_OF_ANSWERS = (
+    "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "num_beams", "stop_words", "stream", "resume_result",
+    "max_length", "gpu_memory_utilization", "tensor_parallel_size",
+)  # fmt: skip
 
 
 def infer_main(args: InferArguments | list[str]) -> list[dict[str, Any]]:
@@ -38,6 +45,8 @@ def infer_main(args: InferArguments | list[str]) -> list[dict[str, Any]]:
         check_writable(request.result_dir)
         results = ResultWriter(request.result_dir, go_on=request.args.resume_result)
     try:
+        if gives_scores(request.chosen):
+            return _score_file(request, results)
         return _talk(request, results) if request.talks else _answer_file(request, results)
     finally:
         if results is not None:
@@ -177,6 +186,28 @@ def _answer_file(request: Request, results: Any) -> list[dict[str, Any]]:
         stream=args.stream,
         results=results,
     )
+
+
+def _score_file(request: Request, results: Any) -> list[dict[str, Any]]:
+    """Rows scored by a reward model, or one that gives classes."""
+    from megaswift.inference.scores import Scorer, read_rows, score_file
+
+    if request.talks:
+        raise UserError(
+            "this model gives scores and no answers.", where="swift infer", fix="give rows to score: --val_dataset FILE"
+        )
+    given = request.args.explicit()
+    meaningless = next((name for name in _OF_ANSWERS if name in given), None)
+    if meaningless is None and request.args.infer_backend == "vllm":
+        meaningless = "infer_backend"
+    if meaningless is not None:
+        raise UserError(
+            f"--{meaningless} is about answers, and this model gives scores.", where=f"--{meaningless}", fix="leave it out"
+        )
+    rows = read_rows(request.args)
+    scorer = Scorer.load(request.args, request.located)
+    _note(f"{request.located.model_type} from {request.located.path} ({scorer.description})")
+    return score_file(scorer, rows, request.args.infer_batch_size, results)
 
 
 def _note(text: str) -> None:

@@ -74,6 +74,12 @@ def parity_main(args: ParityArguments | list[str]) -> Path:
             where="--fp8",
             fix="leave it out; docs/performance.md has losses with and without it",
         )
+    if args.task_type != "causal_lm":
+        raise UserError(
+            "parity compares language models; a model that gives scores is proven when it is exported.",
+            where="--task_type",
+            fix="leave it out; swift export --ckpt_dir RUN --to_hf true compares every score with transformers",
+        )
     if args.new_special_tokens:
         raise UserError(
             "transformers starts from the weights as they are, without rows for new tokens.",

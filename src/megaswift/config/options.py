@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from megaswift.config.parse import REFUSED, BaseArguments, allowed, default_of, option, parse
-from megaswift.config.preference import PreferenceArguments
+from megaswift.config.preference import RLHF_TYPES, PreferenceArguments
 from megaswift.config.text import NOT_OF_TEXT, TextArguments
 from megaswift.config.training import (
     AdapterArguments,
@@ -24,6 +24,7 @@ from megaswift.config.training import (
     SavingArguments,
     SpeedArguments,
     StartArguments,
+    TaskArguments,
 )
 
 __all__ = ["REFUSED", "BaseArguments", "allowed", "default_of", "option", "parse"]
@@ -169,7 +170,7 @@ class FamiliesArguments(BaseArguments):
 class SftArguments(
     SpeedArguments, GuardArguments, SavingArguments, AdapterArguments, FreezeArguments, OptimizerArguments, BatchArguments,
     EncodingArguments, ExpertArguments, ParallelArguments, LayoutArguments, DataArguments, VocabularyArguments, PartArguments,
-    ModelArguments, StartArguments,
+    ModelArguments, TaskArguments, StartArguments,
 ):  # fmt: skip
     """`swift sft`: fine-tuning with Megatron-Core, of all weights or of an adapter."""
 
@@ -273,6 +274,11 @@ class EvalArguments(BackendArguments):
         [], "Two or more models to compare, as [title=]DIR or [title=]model_type; the first is the base."
     )
     eval_dataset: list[str] = option([], "Benchmarks: ceval, mmlu, gsm8k, arc, arc_easy, or names of --custom_eval_config.")
+    preference_dataset: list[str] = option(
+        [],
+        "Held-out pairs, as swift rlhf reads them: the share in which the model puts the chosen answer first, by its score (reward models) or by "
+        "the mean log-probability of the answer's tokens.",
+    )
     eval_backend: str = option(
         "Native",
         "Who evaluates: Native is EvalScope's scoring, or ours where it is not installed.",
@@ -320,8 +326,12 @@ class InspectArguments(SftArguments):
         BatchArguments,
         AdapterArguments,
         FreezeArguments,
+        TaskArguments,
     )
 
+    rlhf_type: str | None = option(
+        None, "Read rows as swift rlhf does for this method: both answers of pairs, or answers with labels (kto).", RLHF_TYPES
+    )
     output: str | None = option(None, "Directory for a page (index.html) with all of it; default: the terminal only.")
     examples: int = option(3, "Samples to show in full, drawn at random.", low=0)
 

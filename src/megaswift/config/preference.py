@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megaswift.config.parse import BaseArguments, option
 
-RLHF_TYPES = ("dpo", "ipo", "simpo", "orpo", "cpo", "kto")
+RLHF_TYPES = ("dpo", "ipo", "simpo", "orpo", "cpo", "kto", "rm")
 
 
 @dataclass(kw_only=True)
@@ -32,3 +32,6 @@ class PreferenceArguments(BaseArguments):
     )
     desirable_weight: float = option(1.0, "kto: weight of the losses of desirable answers.", low=0)
     undesirable_weight: float = option(1.0, "kto: weight of the losses of undesirable answers.", low=0)
+    center_rewards_coefficient: float | None = option(
+        None, "rm: weight of the square of the sum of both rewards, which keeps them around 0; default: there is none.", low=0
+    )

@@ -32,6 +32,24 @@ class StartArguments(BaseArguments):
 
 
 @dataclass(kw_only=True)
+class TaskArguments(BaseArguments):
+    """What the model is made to say: words, or scores."""
+
+    task_type: str = option(
+        "causal_lm",
+        "What is trained: a language model, or with seq_cls one that gives each row a class (or numbers), by a head of its own.",
+        ("causal_lm", "seq_cls"),
+    )
+    num_labels: int | None = option(None, "seq_cls: number of classes; labels of rows are 0 to N - 1.", low=1)
+    problem_type: str | None = option(
+        None,
+        "seq_cls: single_label_classification (a label is a class), multi_label_classification (a list of classes), or regression "
+        "(a number, or a list of num_labels numbers); default: the first.",
+        ("single_label_classification", "multi_label_classification", "regression"),
+    )
+
+
+@dataclass(kw_only=True)
 class FreezeArguments(BaseArguments):
     """Which weights stay as they are, with --sft_type full."""
 

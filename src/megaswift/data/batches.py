@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megaswift.data.store import IGNORED, TokenRows
-from megaswift.data.tokens import Encoded, weights_of
+from megaswift.data.tokens import Encoded, pooled_place, weights_of
 from megaswift.errors import DataError, UserError
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ class MicroBatch:
         padding: bool [b, s], True at tokens that only fill up; None: there are none.
         origins: int64 [b, s], which token each is, whatever the layout: row of the data x 2^32 + place in that row.
         desirable: bool [samples], of preferences: whether each sample is a good answer, in the order of the rows.
+        values: fp32 [samples, n], of samples that are scored: what the scores of each are compared with.
+        pooled: bool [b, s], True at the one token of each of these whose state is scored: the last one that is not `pad_id`.
         reference: fp32 [samples], the log-probability that the reference gives to the labels of each.
         mismatched: of answers with labels, the same questions with answers to others, as a micro batch of its own.
         share: where several ranks share each row, which part these tokens are: a Share of engine.kernels.context_parallel, made there.
@@ -54,6 +56,8 @@ class MicroBatch:
     desirable: Tensor | None = None
     reference: Tensor | None = None
     mismatched: MicroBatch | None = None
+    values: Tensor | None = None
+    pooled: Tensor | None = None
 
 
 class Batches:
@@ -222,16 +226,31 @@ def _micro_batch(
     if not samples:
         empty = Encoded(np.full(1, pad_id, np.int32), np.zeros(1, bool))
         batch = _end_to_end([empty], tuple(group), pad_multiple, pad_id)
+        if rows.is_scored:
+            batch = replace(batch, pooled=batch.labels != IGNORED)
         return replace(batch, padding=batch.labels == IGNORED, **_preferences(rows, group, which))
+    pooled = [_pooled(sample, pad_id) for sample in samples if rows.is_scored]
     origins = [(row << 32) + np.arange(sum(len(s.ids) for s in own), dtype=np.int64) for row, own in zip(group, by_row)]
     if padding_free or len(samples) > len(group) * answers:
         made = _end_to_end(samples, tuple(group), pad_multiple, pad_id)
-        origins = [np.concatenate([*origins, np.zeros(0, np.int64)])]
+        origins, pooled = (
+            [np.concatenate([*origins, np.zeros(0, np.int64)])],
+            [np.concatenate([*pooled, np.zeros(0, np.int64)])],
+        )
     else:
         made = _padded(samples, tuple(group), pad_multiple, pad_id)
         ends = np.cumsum([len(sample.ids) for sample in samples])
         origins = np.split(np.concatenate(origins), ends[:-1])
+    if rows.is_scored:
+        made = replace(made, pooled=_side_by_side(pooled, made.tokens.shape[1]).bool())
     return replace(made, origins=_side_by_side(origins, made.tokens.shape[1]), **_preferences(rows, group, which))
+
+
+def _pooled(sample: Encoded, pad_id: int) -> np.ndarray:
+    """int64, 1 at the token of a sample whose state is scored."""
+    marked = np.zeros(len(sample.ids), np.int64)
+    marked[pooled_place(sample.ids, pad_id)] = 1
+    return marked
 
 
 def _preferences(rows: TokenRows, group: list[int], which: slice) -> dict[str, Any]:
@@ -242,6 +261,9 @@ def _preferences(rows: TokenRows, group: list[int], which: slice) -> dict[str, A
     if rows.has_preferences:
         parts = [rows.desirable(row)[which] for row in group]
         found["desirable"] = torch.from_numpy(np.concatenate([*parts, np.zeros(0, bool)]))
+    if rows.is_scored:
+        parts = [rows.values(row)[which] for row in group]
+        found["values"] = torch.from_numpy(np.concatenate(parts)) if parts else torch.zeros((0, 1))
     if rows.reference is not None:
         parts = [rows.reference[rows.places(row)][which] for row in group]
         found["reference"] = torch.from_numpy(np.concatenate([*parts, np.zeros(0, np.float32)]))

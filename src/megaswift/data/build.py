@@ -194,7 +194,7 @@ class Build:
     def _add(self, entry: DatasetReport, encoding: Encoding, writer: RowWriter, source: Any, rows: np.ndarray) -> None:
         """Write the samples of these rows of a source, and count the rows that gave none."""
         self.table.judge(encoding, lambda row: source.where(int(rows[row])))
-        writer.add(encoding.ids, encoding.kept, encoding.sizes, encoding.weights, encoding.desirable)
+        writer.add(encoding.ids, encoding.kept, encoding.sizes, encoding.weights, encoding.desirable, encoding.values)
         self.columns |= encoding.found
         entry.unsupervised_turns += encoding.unsupervised
         entry.seen.add(encoding.seen)

@@ -50,6 +50,7 @@ class Conversation:
     Attributes:
         literal: control tokens in `text` are read as characters.
         cut: messages after the last answer, which are left out of `messages`.
+        margin: of an answer in a pair, by how much the chosen one shall be ahead.
         notes: (what was changed or is doubtful in the row, where in it), to be counted and told.
     """
 
@@ -59,6 +60,7 @@ class Conversation:
     shape: str = ""
     literal: bool = False
     cut: int = 0
+    margin: float = 0.0
     notes: list[tuple[str, str]] = field(default_factory=list)
 
     def note(self, text: str, detail: str = "") -> None:

@@ -19,10 +19,12 @@ from typing import Any
 from megaswift.config.options import DataArguments, SftArguments
 from megaswift.data.build import Build, Table
 from megaswift.data.chat import ChatTemplate
+from megaswift.data.classes import ClassPipeline
+from megaswift.data.labels import Classes
 from megaswift.data.pairs import PreferencePipeline
 from megaswift.data.pipeline import Pipeline, Recipe
 from megaswift.data.places import OPTIONS, Names
-from megaswift.data.preference import MISMATCHED, PAIRS
+from megaswift.data.preference import MARGINS, MISMATCHED, PAIRS
 from megaswift.data.report import DataReport, stretches
 from megaswift.data.resolve import Dataset, resolve
 from megaswift.data.spec import parse_specs
@@ -51,7 +53,7 @@ def prepare(
     stream_rows: int | None = None,
     table: int | None = None,
     processes: int | None = None,
-    preferences: str = "",
+    preferences: str | Classes = "",
 ) -> PreparedData:
     """Read, check, sample, tokenize, cut and pack the data of a run, or take it from the cache.
 
@@ -63,7 +65,7 @@ def prepare(
         stream_rows: read training data only until it gives this many rows (--streaming); None reads all of it.
         table: rows of the model's embedding: a token beyond them is an error, at the first row that uses it; None: not known.
         processes: worker processes; default: one a core when there is enough to do.
-        preferences: what rows are taken for, as `data.pairs` names it; "": what they say themselves.
+        preferences: what rows are taken for, as `data.pairs` names it, or what their labels are; "": what they say themselves.
 
     Raises:
         UserError: an option, a name or a count that cannot work.
@@ -79,7 +81,7 @@ def prepare(
             "self-cognition is given more than once.", where="--dataset", fix="give it once, with #N for the number of rows"
         )
     recipes = {id(item): recipe_of(item, args) for item in train + val}
-    target = cache_dir / "data" / _key(args, template, [packing, stream_rows, table, preferences], train, val)
+    target = cache_dir / "data" / _key(args, template, [packing, stream_rows, table, str(preferences)], train, val)
     if args.data_cache and (target / "report.json").is_file():
         return _open(target, from_cache=True)
     if not args.data_cache:
@@ -87,10 +89,14 @@ def prepare(
         atexit.register(shutil.rmtree, target, ignore_errors=True)
     report = DataReport(template.name, args.max_length, args.truncation_strategy, packing, args.parse_special_tokens)
     how = (template, args.max_length, args.truncation_strategy, args.parse_special_tokens)
-    pipeline = PreferencePipeline(preferences, *how) if preferences else Pipeline(*how)
+    pipeline = Pipeline(*how)
+    if isinstance(preferences, Classes):
+        pipeline = ClassPipeline(preferences, *how)
+    elif preferences:
+        pipeline = PreferencePipeline(preferences, *how)
     rows = sum(len(item.source) for item in train + val) if stream_rows is None else stream_rows
     with published(target) as directory, Workers(pipeline, rows, processes) as workers:
-        answers = 2 if preferences in (PAIRS, MISMATCHED) else 1
+        answers = 2 if preferences in (PAIRS, MARGINS, MISMATCHED) else 1
         build = Build(args, recipes, report, workers, Table(template, table), answers, preferences == MISMATCHED)
         build.run(directory, train, val, packing, stream_rows)
         report.seconds = round(time.monotonic() - started, 3)

@@ -25,6 +25,9 @@ class Inspected(Protocol):
     @property
     def shown(self) -> list[list[tuple[str, float]]]: ...
 
+    @property
+    def titles(self) -> list[str]: ...
+
 
 def write_page(directory: Path, report: DataReport, inspected: Inspected, lines: list[str]) -> Path:
     """Write index.html and lengths.png; returns the page. Raises UserError when the directory cannot be written."""
@@ -81,7 +84,10 @@ def _page(report: DataReport, inspected: Inspected, lines: list[str], picture: b
         *told,
         html.heading("Examples"),
         html.paragraph("Loss is on the ", html.element("mark", "marked"), " text; a weight other than 1 stands before it."),
-        *(html.element("pre", *(_stretch(text, weight) for text, weight in example)) for example in inspected.shown),
+        *(
+            html.inside(html.paragraph(title), html.element("pre", *(_stretch(text, weight) for text, weight in example)))
+            for title, example in zip(inspected.titles, inspected.shown, strict=True)
+        ),
     )
 
 

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from megaswift.data import preference
+from megaswift.data.classes import scored_at
 from megaswift.data.conversation import BadRow, Conversation
+from megaswift.data.labels import finite
 from megaswift.data.pipeline import NO_LOSS_LEFT, Checked, Encoding, Note, Pipeline, Recipe, renamed
 from megaswift.data.places import fill_places
 from megaswift.data.read import Raw
@@ -76,7 +78,7 @@ class PreferencePipeline(Pipeline):
     """A Pipeline whose rows give the answers of preferences.
 
     Args:
-        kind: preference.PAIRS, each row gives two samples, or none; LABELLED: one, or two where the row is a pair; MISMATCHED: two
+        kind: preference.PAIRS, or MARGINS, each row gives two samples, or none; LABELLED: one, or two where the row is a pair; MISMATCHED: two
             or four, each answer followed by the same question with the answer before it.
     """
 
@@ -87,11 +89,16 @@ class PreferencePipeline(Pipeline):
     def answers(self, raw: Raw, recipe: Recipe, found: set[str] | None = None) -> list[tuple[Conversation, bool]]:
         """The conversations of a row, and whether each ends with a good answer. Raises BadRow."""
         row = renamed(raw, recipe, found)
-        if self.kind == preference.PAIRS:
+        if self.kind in (preference.PAIRS, preference.MARGINS):
             chosen, rejected = to_pair(row)
             made = [(chosen, True), (rejected, False)]
         else:
             made = to_labelled(row)
+        if self.kind == preference.MARGINS:
+            for conversation, _ in made:
+                conversation.margin = (
+                    finite(row[preference.MARGIN], "margin") if row.get(preference.MARGIN) is not None else 0.0
+                )
         for conversation, _ in made:
             fill_places(conversation, recipe.names, row.get("tag"))
         if isinstance(raw, TableRow) and raw.nulls:
@@ -132,6 +139,7 @@ class PreferencePipeline(Pipeline):
         cut: dict[int, int] = {}
         parts: list[Encoded] = []
         desirable: list[bool] = []
+        margins: list[list[float]] | None = [] if self.kind == preference.MARGINS else None
         seen = Seen()
         for number, made in rows:
             items = [next(encoded) for _ in made]
@@ -142,7 +150,7 @@ class PreferencePipeline(Pipeline):
                 bad[number] = error
                 continue
             first = items[0]
-            if isinstance(first, Encoded) and made[0][0].text is None and seen.rows < LOOKED_AT:
+            if isinstance(first, Encoded) and made[0][0].text is None and margins is None and seen.rows < LOOKED_AT:
                 seen.look(self.template, made[0][0], first)
             for conversation, _ in made:
                 unsupervised += self.template.unsupervised_turns(conversation)
@@ -150,15 +158,19 @@ class PreferencePipeline(Pipeline):
                     cut[number] = max(cut.get(number, 0), conversation.cut)
             if others:
                 pieces = [one for pair in zip(pieces, map(self._fitting, others, pieces), strict=False) for one in pair]
+            if margins is not None:  # what is trained of these is one score
+                pieces = [scored_at(piece.ids, self.template.pad_id) for piece in pieces]
             counts[number] = len(pieces)
             parts += pieces
             each = len(pieces) // len(made)
             desirable += [good for _, good in made for _ in range(each)]
+            if margins is not None:
+                margins += [[conversation.margin] for conversation, _ in made for _ in range(each)]
         whole, sizes = joined(parts), [len(part.ids) for part in parts]
         own = [float(weights_of(part).sum(dtype=np.float64)) for part in parts if part.weights is not None]
         return Encoding(
             whole.ids, whole.kept, whole.weights, sizes, counts, bad, long, shapes, unsupervised, found,
-            (len(own), sum(own)), cut, notes=notes, seen=seen, desirable=desirable,
+            (len(own), sum(own)), cut, notes=notes, seen=seen, desirable=desirable, values=margins,
         )  # fmt: skip
 
     def _mismatched(self, conversations: list[Conversation]) -> list[Encoded | BadRow]:

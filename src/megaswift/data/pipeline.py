@@ -60,6 +60,7 @@ class Encoding:
         notes: (row number, what was changed or is doubtful, where in the row).
         seen: what inference would see of the first rows.
         desirable: of each sample, whether it is a good answer; None where rows are no preferences.
+        values: of each sample, what its scores are compared with; None where rows are not scored.
     """
 
     ids: np.ndarray
@@ -78,6 +79,7 @@ class Encoding:
     notes: list[Note] = field(default_factory=list)
     seen: Seen = field(default_factory=Seen)
     desirable: list[bool] | None = None
+    values: list[list[float]] | None = None
 
 
 Note = tuple[int, str, str]

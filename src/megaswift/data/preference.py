@@ -13,6 +13,8 @@ LABELS = ("label", "kto_tag")  # true or false, and numbers above 0 or not
 # What `swift rlhf` takes rows for: chosen and rejected; one answer with its label; the same, and after it the question with the
 # answer to another one, by which KTO measures how far it is from its reference.
 PAIRS, LABELLED, MISMATCHED = "pairs", "labelled", "labelled, mismatched beside"
+MARGINS = "pairs, margins beside"  # as pairs, with the margin by which the chosen answer shall be ahead where a row has one
+MARGIN = "margin"  # its column
 PAIR = "preference pairs, trained on the chosen answer; swift sft leaves the rejected one out"
 _ONLY_GOOD = "swift sft trains no rejected answer"
 
@@ -66,7 +68,7 @@ def both(row: dict[str, Any], chats: tuple[str, ...], answers: tuple[str, ...]) 
     for name in (good, bad):
         if name is not None and (not isinstance(row[name], (str, list, dict)) or not row[name]):
             raise BadRow("no answer in a pair", f"{name} is {row[name]!r}"[:200])
-    rest = {key: value for key, value in row.items() if key not in (*CHOSEN, *REJECTED, *LABELS)}
+    rest = {key: value for key, value in row.items() if key not in (*CHOSEN, *REJECTED, *LABELS, MARGIN)}
     asked = {key: value for key, value in rest.items() if key not in answers}
     if good is None:  # the row's own answer is the chosen one
         return rest, _without_answer(asked, chats) | {"chosen": row[bad]}, bad

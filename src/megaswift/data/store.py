@@ -3,7 +3,7 @@
 A directory holds ids.bin (int32), kept.bin (uint8: 1 where there is loss), weights.bin (fp32 weights in the loss; only where
 some differ from 1), offsets.npy (where each sample starts), order.npy (the sample at
 each place, repeats included), bounds.npy (which places form one row; more than one when packed), desirable.npy (of preferences:
-whether each sample is a good answer) and index.json.
+whether each sample is a good answer), values.npy (of samples that are scored: what their scores are compared with) and index.json.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class RowWriter:
         self._weights_hash = hashlib.sha256()
         self._largest = -1
         self._desirable: list[bool] | None = None
+        self._values: list[list[float]] | None = None
 
     def __len__(self) -> int:
         return len(self._sizes)
@@ -59,12 +60,17 @@ class RowWriter:
         sizes: list[int],
         weights: np.ndarray | None = None,
         desirable: list[bool] | None = None,
+        values: list[list[float]] | None = None,
     ) -> None:
         """Append samples given end to end: int32 ids, bool kept, the size of each, and fp32 weights where they are not all 1.
 
         Args:
             desirable: of preferences, whether each sample is a good answer.
+            values: of samples that are scored, what the scores of each are compared with.
         """
+        if values is not None:
+            self._values = self._values or []
+            self._values += values
         if desirable is not None:
             self._desirable = self._desirable or []
             self._desirable += desirable
@@ -111,6 +117,8 @@ class RowWriter:
         tables = {"offsets": offsets, "order": order.astype(np.int64), "bounds": bounds.astype(np.int64)}
         if self._desirable is not None:
             tables["desirable"] = np.array(self._desirable, bool)
+        if self._values is not None:
+            tables["values"] = np.array(self._values, np.float32)
         for name, table in tables.items():
             whole = io.BytesIO()  # of a full disk, saving into the file itself tells neither kind nor place
             np.save(whole, table)
@@ -127,6 +135,8 @@ class RowWriter:
             index["weights"] = True
         if self._desirable is not None:
             index |= {"answers": answers, "mismatched": mismatched}
+        if self._values is not None:
+            index["values"] = True
         (self.path / "index.json").write_text(json.dumps(index), encoding="utf-8")
         return str(index["fingerprint"])
 
@@ -161,6 +171,7 @@ class TokenRows:
         self.mismatched = bool(index.get("mismatched", False))
         self.packed = len(self._order) != len(self.lengths) * self.answers
         self._desirable = np.load(path / "desirable.npy") if "answers" in index else None
+        self._values = np.load(path / "values.npy") if index.get("values") else None
         self.reference: np.ndarray | None = None
 
     @classmethod
@@ -207,6 +218,21 @@ class TokenRows:
         """bool, of each sample of a row whether it is a good answer. Only of rows that are preferences."""
         assert self._desirable is not None
         return np.asarray(self._desirable[self._order[self.places(row)]])
+
+    def is_desirable(self, sample: int) -> bool:
+        """Whether a sample, by its number on disk, is a good answer. Only of rows that are preferences."""
+        assert self._desirable is not None
+        return bool(self._desirable[sample])
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether samples are scored as wholes."""
+        return self._values is not None
+
+    def values(self, row: int) -> np.ndarray:
+        """fp32 [samples, n], what the scores of each sample of a row are compared with. Only of rows that are scored."""
+        assert self._values is not None
+        return np.asarray(self._values[self._order[self.places(row)]])
 
     @property
     def sizes(self) -> np.ndarray:

@@ -282,6 +282,11 @@ class PieceEncoder:
         return self._prefix_always or not text.startswith(" ")
 
 
+def pooled_place(ids: np.ndarray, pad_id: int) -> int:
+    """Where the last token is that is not `pad_id`, whatever that means in the sample: transformers' rule; 0 if all are."""
+    return int(np.flatnonzero(ids != pad_id).max(initial=0))
+
+
 def tokenizer_json(tokenizer: Any) -> str:
     """The JSON text of a Hugging Face tokenizer's fast backend. Raises UserError for a slow tokenizer."""
     backend = getattr(tokenizer, "backend_tokenizer", None)

@@ -16,6 +16,7 @@ from megaswift.export.common import report_proof, require_free_name, sign
 from megaswift.hub.locate import locate
 from megaswift.models import family_of, parameters_of
 from megaswift.models.adapters import Lora
+from megaswift.models.head import labels_of
 from megaswift.models.parameters import Parameter
 from megaswift.proof.adapter_readers import vllm_rank, vllm_refuses
 from megaswift.proof.chain import require_whole
@@ -347,7 +348,8 @@ def _merge(run: AdapterRun, target: Path) -> tuple[Path, str]:
 
     values = read_args_file(run.root) | {"sft_type": "full"}
     extra = {SFT_ARGS: (json.dumps(values, ensure_ascii=False, indent=2) + "\n").encode()}
-    merge_adapter(adapter, base, target, finish, extra, replace=target.exists())
+    sides = run.root if labels_of(run.config) is not None else None
+    merge_adapter(adapter, base, target, finish, extra, replace=target.exists(), sides=sides)
     proof, rounding = proofs[0]
     report_proof(proof)
     say(

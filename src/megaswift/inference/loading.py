@@ -10,6 +10,7 @@ import torch
 from megaswift.errors import DataError, UserError, first_line
 from megaswift.launch.versions import has_bf16
 from megaswift.models import families
+from megaswift.models.head import ENDING
 from megaswift.models.prediction import without_layers_ahead
 from megaswift.models.whole import text_of
 from megaswift.weights.hf.config import check_source, text_config
@@ -34,16 +35,12 @@ def load_model(path: Path, dtype: str = "AUTO") -> Any:
 
     Raises DataError where a weight is missing, left over or of another shape, UserError where memory is too small.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
     source = HFCheckpoint.open(path)  # names the damaged file; transformers' errors do not
     options = _require_tensors(source)
-    family = families().get(str(source.config.get("model_type")))
-    kind: Any = AutoModelForCausalLM if family is None or family.whole is None else AutoModelForImageTextToText
     weight_bytes = source.total_bytes
     with quiet_transformers():
         try:
-            pair: Any = kind.from_pretrained(
+            pair: Any = _class_of(source).from_pretrained(
                 path,
                 local_files_only=True,
                 trust_remote_code=False,
@@ -78,6 +75,16 @@ def _require_tensors(source: Any) -> dict[str, Any]:
         return {}
     check_source(source, config)
     return families()[config.model_type].loading(config)
+
+
+def _class_of(source: Any) -> Any:
+    """transformers' class for what a folder's config.json names: with an output layer, a head of scores, or a tower for pictures, too."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSequenceClassification
+
+    if any(str(name).endswith(ENDING) for name in source.config.get("architectures") or ()):
+        return AutoModelForSequenceClassification
+    family = families().get(str(source.config.get("model_type")))
+    return AutoModelForCausalLM if family is None or family.whole is None else AutoModelForImageTextToText
 
 
 def _device_map(weight_bytes: int) -> str | None:

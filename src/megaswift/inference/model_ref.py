@@ -18,6 +18,7 @@ from megaswift.errors import DataError, UserError
 from megaswift.export.adapter import base_folder
 from megaswift.export.to_hf import convert_with_proof
 from megaswift.hub.locate import locate
+from megaswift.models.head import ENDING, ScoreHead
 from megaswift.store import paths
 from megaswift.store.cache import alone, cache_root
 from megaswift.store.manifest import MANIFEST, older_links, quick_check, read_manifest, sha256_of, versions, write_manifest
@@ -29,6 +30,7 @@ from megaswift.weights.hf.config import load_config, names_in_folder
 from megaswift.weights.hf.folder import ADAPTER_CONFIG, is_adapter, read_config
 from megaswift.weights.hf.json_files import read_json
 from megaswift.weights.hf.read import HFCheckpoint
+from megaswift.weights.hf.score_head import with_score_head
 
 if TYPE_CHECKING:
     from megaswift.hub.locate import Located
@@ -113,6 +115,15 @@ def choose(args: BackendArguments, more: Iterable[str] = ()) -> ModelRef:
     return ModelRef(fill_from_file(args, values, (*MODEL_OPTIONS, *more)), directory, megatron, values)
 
 
+def gives_scores(chosen: ModelRef) -> bool:
+    """Whether a model that options name has a head of scores; nothing is converted to find out."""
+    if chosen.adapter is not None:
+        return bool(read_json(chosen.adapter / ADAPTER_CONFIG).get("task_type") == "SEQ_CLS")
+    directory = chosen.directory if chosen.directory is not None else chosen.locate().path
+    names = read_config(directory).get("architectures") if (directory / "config.json").is_file() else None
+    return any(str(name).endswith(ENDING) for name in names or ())
+
+
 def _named_adapters(words: Sequence[str]) -> dict[str, Path]:
     """Name -> directory of --adapters; "" is the name of a single directory. Raises UserError for what is no adapter."""
     found: dict[str, Path] = {}
@@ -147,6 +158,12 @@ def _choose_beside(args: BackendArguments, named: dict[str, Path], more: Iterabl
     for name, adapter in named.items():
         check_adapter(adapter)
         bases[name] = _choose_adapter(args, adapter, more)
+        if gives_scores(bases[name]):
+            raise UserError(
+                f"the adapter {name} gives scores and no answers.",
+                where="--adapters",
+                fix=f"give it alone: --ckpt_dir {typed(adapter)}",
+            )
     first = next(iter(named))
     other = next((name for name, chosen in bases.items() if _place(chosen) != _place(bases[first])), None)
     if other is not None:
@@ -209,7 +226,9 @@ def _require_own_base(base: Located, adapter: Path) -> None:
     if not (adapter / MANIFEST).is_file():
         return
     record = read_manifest(adapter).get("base")
-    if isinstance(record, dict) and base_digest(base.path, load_config(base.path)) != record.get("digest"):
+    head = read_json(adapter / ADAPTER_CONFIG).get("task_type") == "SEQ_CLS"
+    config = load_config(with_score_head(base.path, ScoreHead(1)) if head else base.path)
+    if isinstance(record, dict) and base_digest(base.path, config) != record.get("digest"):
         raise DataError(
             "these are not the weights that the adapter was trained beside.",
             where=f"{adapter}; {base.path}",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
@@ -18,6 +19,7 @@ from megatron.core.tensor_parallel.layers import (
 )
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch import Tensor
 
 from megaswift.megatron import compat
@@ -31,11 +33,13 @@ from megaswift.megatron.kernels.linear_cross_entropy import IGNORED, linear_cros
 from megaswift.megatron.kernels.linear_ops import PLAIN, LinearOps
 from megaswift.megatron.kernels.megatron_layer import FusedMLP, fuse_embedding
 from megaswift.megatron.kernels.sequence_log_probability import sequence_log_probabilities
+from megaswift.megatron.kernels.sequence_scores import ScoreLayer, pooled_states
 from megaswift.megatron.kernels.swiglu import gelu_tanh
 from megaswift.megatron.layer_specs import SequenceLayout, block_spec
 from megaswift.megatron.router import Counted
 from megaswift.models import family_of
 from megaswift.models.family import is_tied, padded_vocab
+from megaswift.models.head import labels_of
 from megaswift.models.kinds import ALPHA, MAIN, QUERIES, Factors, Kind
 from megaswift.models.stages import stage_layers
 from megaswift.run.spec import Memory, Parallel, Precision, Routing
@@ -71,6 +75,7 @@ class ChatModel(GPTModel):
         ropes: the tables that its layers rotate by, by name.
         true_vocab: tokens of the vocabulary, without padding.
         factors: what embeddings and logits are multiplied by, and how logits are capped.
+        labels: scores of each sequence, by a head that takes the place of the output layer; None: it is a language model.
     """
 
     def __init__(
@@ -79,9 +84,16 @@ class ChatModel(GPTModel):
         ropes: Mapping[str, RotaryTable],
         true_vocab: int,
         factors: Factors = UNCHANGED,
+        labels: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, position_embedding_type="none", **kwargs)
+        self.labels = labels
+        if labels is not None:
+            factors = replace(factors, logits=1.0, logit_cap=None)  # transformers has neither for scores
+            if self.post_process:
+                del self.output_layer
+                self.score = ScoreLayer(self.config.hidden_size, labels, self.config.params_dtype)
         self.ropes = ropes
         self.true_vocab = true_vocab
         self.embedding_factor, self.logits_factor, self.logit_cap = factors.embedding, factors.logits, factors.logit_cap
@@ -142,6 +154,9 @@ class ChatModel(GPTModel):
         """Megatron-Core's description of what is saved: of an adapter's run the adapter alone."""
         if self.adapter is not None:
             return self.adapter.sharded_state_dict(self, prefix)
+        if self.labels is not None:  # what GPTModel and LanguageModule do beyond this is about an output layer
+            metadata = ensure_metadata_has_dp_cp_group(metadata)
+            return super(LanguageModule, self).sharded_state_dict(prefix, sharded_offsets, metadata)
         return super().sharded_state_dict(prefix, sharded_offsets, metadata)
 
     def attention_kernel(self, packed: bool) -> str:
@@ -168,6 +183,11 @@ class ChatModel(GPTModel):
             kernel = describe(query, groups, packed=packed, window=window is not None, cap=cap, sinks=sinks)
             said.append(f"{kernel} in layers with {' and '.join(words)}")
         return "; ".join(said)
+
+    @property
+    def head(self) -> torch.nn.Module:
+        """What the last stage has after its layers: output layer, or head of scores."""
+        return self.output_layer if self.labels is None else self.score
 
     def _weight(self) -> Tensor:
         return (
@@ -228,6 +248,28 @@ class ChatModel(GPTModel):
         )
         return made, tokens.float()
 
+    def sequence_scores(self, hidden: Tensor, batch: MicroBatch, sequences: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """What the head of scores says of each sequence, by the state of the one token of it that the batch marks.
+
+        Args:
+            hidden, batch, sequences, count: as for `sequence_log_probabilities`.
+
+        Returns:
+            fp32 [count, labels], and bool [count], whether a sequence has such a token (what pads a row has none); both whole
+            on every rank that shares the rows or the head's inputs.
+        """
+        assert batch.pooled is not None
+        group = None if batch.share is None else batch.share.group
+        marked = batch.pooled.t().reshape(-1)
+        places = marked.nonzero().squeeze(1)
+        numbers = sequences.t().reshape(-1)[places]
+        there = torch.zeros(count, dtype=torch.float32).index_fill_(0, numbers, 1.0).to(hidden.device)
+        if group is not None:
+            dist.all_reduce(there, group=group)
+        tp_group = self.tp_group if self.config.sequence_parallel else None
+        states = pooled_states(hidden, places.to(hidden.device), numbers.to(hidden.device), count, tp_group, group)
+        return self.score(states), there > 0
+
     def _head_inputs(self, hidden: Tensor) -> Tensor:
         """[s * b, h], the same on every tensor-parallel rank."""
         if self.logits_factor != 1.0:
@@ -248,7 +290,10 @@ class ChatModel(GPTModel):
         )
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        """Logits [b, s, vocabulary of this rank]; those of vocabulary padding are the smallest number."""
+        """Logits [b, s, vocabulary of this rank], those of vocabulary padding the smallest number; of a head of scores [b, s, labels]."""
+        if self.labels is not None:
+            scores: Tensor = self.score(hidden)
+            return scores.transpose(0, 1)
         tied = self.share_embeddings_and_output_weights
         if self.logits_factor != 1.0:
             hidden = hidden * self.logits_factor
@@ -506,6 +551,7 @@ def _chunk(
         ropes=rotary_tables(config, kinds, device),
         true_vocab=config.vocab_size,
         factors=family_of(config.model_type).factors(config),
+        labels=labels_of(config),
     )
     with torch.no_grad():
         for parameter in model.parameters():

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from megaswift.errors import UserError, nearest
+from megaswift.models.head import SCORE
 from megaswift.models.parameters import Arrangement, HFTensor, Parameter, Shape, stacked, whole
 from megaswift.models.whole import is_within
 
@@ -202,7 +203,7 @@ class Lora:
         plain = self.scale * self.rank if double else self.alpha  # the scale must not follow from twice the rank
         return {
             "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
+            "task_type": "SEQ_CLS" if any(parameter.name == SCORE for parameter in base) else "CAUSAL_LM",
             "base_model_name_or_path": model,
             "revision": revision,
             "r": self.rank,

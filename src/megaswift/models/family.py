@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from megaswift.errors import UserError
 from megaswift.models.delta import delta_sizes
 from megaswift.models.experts import expert_sizes
+from megaswift.models.head import SCORE, labels_of
 from megaswift.models.kinds import Factors, Kind
 from megaswift.models.latent import latent_sizes
 from megaswift.models.parameters import Parameter
-from megaswift.models.rules import Rule, Sizes, expanded, is_mixed
+from megaswift.models.rules import Rule, Sizes, copy, expanded, is_mixed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -131,6 +132,10 @@ class Family:
         kinds = self.layers(config)
         sizes = sizes_of(config)
         more = delta_sizes(kinds) | expert_sizes(kinds) | latent_sizes(kinds, sizes.heads)
+        labels = labels_of(config)
+        if labels is not None:
+            rules = (*self.rules_for(tied=True), copy(SCORE, SCORE, ("labels", "hidden")))
+            return expanded(rules, replace(sizes, more=more | {"labels": labels}), kinds)
         return expanded(self.rules_for(is_tied(config)), replace(sizes, more=more), kinds)
 
     def audit(self, config: PreTrainedConfig, where: str = "config.json") -> None:
@@ -273,8 +278,8 @@ def layers_after(config: PreTrainedConfig) -> tuple[str, ...]:
 
 
 def is_tied(config: PreTrainedConfig) -> bool:
-    """Whether input embedding and output layer are one matrix."""
-    return bool(getattr(config, "tie_word_embeddings", False))
+    """Whether input embedding and output layer are one matrix; a model with a head of scores has no output layer."""
+    return bool(getattr(config, "tie_word_embeddings", False)) and labels_of(config) is None
 
 
 def padded_vocab(vocab: int, tp: int) -> int:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from megaswift.models import parameters_of
 from megaswift.models.family import is_tied, sizes_of
+from megaswift.models.head import labels_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -19,15 +20,15 @@ def stage_layers(config: PreTrainedConfig, pp: int, vpp: int = 1) -> tuple[int, 
     """Layers of each of `pp` x `vpp` stages, first to last; at least one each.
 
     Where that divides the layers all stages have as many. Else they are dealt out so that the slowest stage has least to
-    do, and then the slowest rank: the last stage also multiplies with the output layer, which counts as the layers that
-    have as many weights; looking tokens up in the embedding costs nothing.
+    do, and then the slowest rank: the last stage also multiplies with the output layer, where there is one, which counts as the
+    layers that have as many weights; looking tokens up in the embedding costs nothing.
     """
     layers, count = sizes_of(config).layers, pp * vpp
     if layers % count == 0:
         return (layers // count,) * count
     table, of_layers = 0, 0
     for parameter in parameters_of(config):
-        if parameter.padded:
+        if parameter.padded and labels_of(config) is None:
             table = parameter.size
         elif parameter.name.startswith("decoder.layers."):
             of_layers += parameter.size

@@ -135,7 +135,7 @@ def peft_of(model: Any, lora: Lora, base: Sequence[Parameter], dropout: float = 
     )  # fmt: skip
     chosen = {name: values[name] for name in names if name in values} | changes
     with modules_by_name():
-        return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", lora_dropout=dropout, **chosen))
+        return get_peft_model(model, LoraConfig(task_type=values["task_type"], lora_dropout=dropout, **chosen))
 
 
 def trained_of(wrapped: Any, lora: Lora, base: Sequence[Parameter]) -> dict[str, Any]:

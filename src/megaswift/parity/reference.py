@@ -22,6 +22,7 @@ from megaswift.config.options import SftArguments
 from megaswift.data.store import TokenRows
 from megaswift.data.tokens import Encoded, weights_of
 from megaswift.models import family_of
+from megaswift.models.head import auto_class, auto_config
 from megaswift.models.whole import whole_of
 from megaswift.parity.adapters import PeftSide, Tokens
 from megaswift.parity.layers import of_transformers
@@ -100,19 +101,16 @@ class Reference:
     def __init__(
         self, folder: Path, args: SftArguments, dtype: str, steps: int, warmup: int, adapter: PeftSide | None = None
     ) -> None:
-        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.args, self.steps, self.warmup, self.exact = args, steps, warmup, dtype == "fp32"
         config, options = load_config(folder), {"local_files_only": True, "trust_remote_code": False}
         family, whole = family_of(config.model_type), whole_of(config)
-        load: Any = (AutoModelForCausalLM if whole is None else AutoModelForImageTextToText).from_pretrained
         for field in sorted(family.left_out):
             if getattr(config, field, None):
                 say(f"reference: trained without {field}, as the engine trains")
                 setattr(config, field, 0.0)
-        self.model: Any = load(
-            folder, config=config if whole is None else whole, dtype=TORCH_DTYPES[dtype], **options, **family.loading(config)
+        self.model: Any = auto_class(config).from_pretrained(
+            folder, config=auto_config(config), dtype=TORCH_DTYPES[dtype], **options, **family.loading(config)
         )
         for token in learn_every_row(self.model):
             say(f"reference: built without padding_idx; the embedding of token {token}, the pad token, gets its gradient too")

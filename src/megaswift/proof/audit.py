@@ -16,6 +16,7 @@ import torch
 from megaswift.errors import DataError
 from megaswift.models import family_of
 from megaswift.models.family import NEUTRAL_FIELDS, is_tied
+from megaswift.models.head import labels_of
 from megaswift.models.kinds import ALPHA, MAIN, QUERIES
 from megaswift.models.lengths import attention_window
 from megaswift.models.whole import decoder_of
@@ -209,11 +210,12 @@ def _limits(config: Any, theirs: Any, ours: Any) -> list[tuple[str, Any, Any]]:
     count = len(cores)  # how many there should be has a row of its own
     # What transformers' Gemma 3 has under this name its attention does not use.
     twins = [getattr(layer, "self_attn", None) for layer in decoder_of(theirs).layers[:count]]
+    scored = labels_of(config) is not None  # transformers caps no scores
     caps = [getattr(twin, "attn_logit_softcapping", None) for twin in twins]
     rows: list[tuple[str, Any, Any]] = [
         ("attn_logit_softcapping", caps, [getattr(core, "score_cap", None) for core in cores]),
         ("layers with sinks", [hasattr(twin, "sinks") for twin in twins], [_has_sinks(core) for core in cores]),
-        ("final_logit_softcapping", getattr(config, "final_logit_softcapping", None), ours.logit_cap),
+        ("final_logit_softcapping", None if scored else getattr(config, "final_logit_softcapping", None), ours.logit_cap),
     ]
     if attention_window(config) is None:
         rows.append(("sliding_window", windows_of(config, theirs)[:count], [getattr(core, "window", None) for core in cores]))
@@ -331,6 +333,7 @@ def _factors(config: Any, theirs: Any, ours: Any) -> list[tuple[str, Any, Any]]:
     embedding = float(getattr(decoder_of(theirs), "embedding_multiplier", 1.0))
     embedding *= float(getattr(theirs.get_input_embeddings(), "scalar_embed_scale", 1.0))
     logits = float(getattr(theirs, "logit_scale", 1.0)) / float(getattr(config, "logits_scaling", 1.0) or 1.0)
+    logits = logits if labels_of(config) is None else 1.0
     rows: list[tuple[str, Any, Any]] = [
         ("embedding_multiplier", float(f"{embedding:.6g}"), float(f"{ours.embedding_factor:.6g}")),
         ("residual_multiplier", sorted(layers), sorted(mine)),

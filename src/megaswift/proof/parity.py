@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megaswift.models import parameters_of
+from megaswift.models.head import labels_of
 from megaswift.models.lengths import trained_length
 from megaswift.models.parameters import Parameter
 from megaswift.proof.audit import Finding, audit
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 # Two correct fp32 implementations differ by rounding: some 1e-6 of a token's state a layer. What is wrong shows far above.
 MAX_LOGIT = 1e-4  # largest difference of a logit, as a share of the largest logit
+LEAST_SCORE = 1e-2  # the scores of a head that has just begun are small
 MAX_KL = 1e-8  # mean Kullback-Leibler divergence of the next-token distributions, in nats
 MIN_TOP1 = 1.0  # positions with the same likeliest token; logits closer to each other than the limit count as one
 MAX_STATE = 5e-5  # largest difference of a token's state after a layer, as a share of the state's length
@@ -147,7 +149,7 @@ def _compared(config: PreTrainedConfig, model_dir: Path, models: Callable[[], tu
         result.config = audit(config, reference, measured)
         batch = _Batch(rows)
         states, wanted = _states(reference, batch)
-        _compare_states(measured, batch, states, wanted, rows, result)
+        _compare_states(measured, batch, states, wanted, rows, result, 1.0 if labels_of(config) is None else LEAST_SCORE)
         if result.failed:
             layer = next((number for number, value in enumerate(result.layers) if not value <= MAX_STATE), len(result.layers))
             result.where = _first_difference(config, reference, measured, batch, layer - 1)
@@ -188,9 +190,18 @@ def _states(model: Streamed, batch: _Batch) -> tuple[list[Tensor], Tensor]:
 
 
 def _compare_states(
-    model: Streamed, batch: _Batch, states: list[Tensor], wanted: Tensor, rows: dict[str, list[int]], result: Parity
+    model: Streamed,
+    batch: _Batch,
+    states: list[Tensor],
+    wanted: Tensor,
+    rows: dict[str, list[int]],
+    result: Parity,
+    least: float,
 ) -> None:
-    """Run the second model; each of its states is compared as it comes, and the reference's is dropped."""
+    """Run the second model; each of its states is compared as it comes, and the reference's is dropped.
+
+    `least`: a largest logit, or score, that is below it counts as this.
+    """
     states.reverse()
     keep = lambda _m, _i, out: result.layers.append(relative(states.pop(), _flat(out)))  # noqa: E731
     handles = [module.register_forward_hook(keep) for module in (model.embedding, *model.layers)]
@@ -201,7 +212,7 @@ def _compare_states(
             handle.remove()
     start = 0
     result.largest_logit = float(wanted.abs().max())
-    bound = MAX_LOGIT * max(result.largest_logit, 1.0)
+    bound = MAX_LOGIT * max(result.largest_logit, least)
     for name, row in rows.items():
         piece = slice(start, start + len(row))
         result.prompts.append(_prompt(name, wanted[piece], logits[piece], bound))

@@ -19,14 +19,17 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from megaswift.data.tokens import pooled_place
+from megaswift.errors import DataError
 from megaswift.megatron import compat, process_groups
 from megaswift.megatron.layer_specs import block_spec, local_name
 from megaswift.megatron.lora_layers import attach, take_out_whole
 from megaswift.megatron.model import ChatModel, rotary_tables, transformer_config
 from megaswift.models import family_of, parameters_of
 from megaswift.models.family import is_tied
+from megaswift.models.head import auto_class, auto_config, labels_of
 from megaswift.models.parameters import HFTensor, Parameter
-from megaswift.models.whole import decoder_of, whole_of
+from megaswift.models.whole import decoder_of
 from megaswift.run.spec import Parallel, Precision
 from megaswift.weights.convert.model import MegatronReader
 from megaswift.weights.convert.precision import Precisions
@@ -71,12 +74,8 @@ def hf_stream(config: PreTrainedConfig, source: HFCheckpoint, precisions: Precis
     Args:
         precisions: values are rounded to them first, as the conversion did; the computation is fp32.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    whole = whole_of(config)
-    make: Any = AutoModelForCausalLM if whole is None else AutoModelForImageTextToText
     with _META:
-        model = make.from_config(config if whole is None else whole, attn_implementation="eager", dtype=torch.float32)
+        model = auto_class(config).from_config(auto_config(config), attn_implementation="eager", dtype=torch.float32)
     decoder = decoder_of(model)
     _real_buffers(decoder, config)
     stored = {one.loaded: one.hf[0].name for one in parameters_of(config) if not one.trained and one.loaded is not None}
@@ -85,7 +84,7 @@ def hf_stream(config: PreTrainedConfig, source: HFCheckpoint, precisions: Precis
         if stored.get(name, name) in source.table and buffer.device != _META:
             buffer.copy_(source.tensor(stored.get(name, name)))
     model.eval()
-    tied, table = is_tied(config), parameters_of(config)[0].hf[0].name
+    tied, labels, table = is_tied(config), labels_of(config), parameters_of(config)[0].hf[0].name
     loaded: dict[str, list[Parameter]] = {}
     for parameter in parameters_of(config):
         if parameter.loaded is not None:
@@ -122,10 +121,34 @@ def hf_stream(config: PreTrainedConfig, source: HFCheckpoint, precisions: Precis
     def run(tokens: Tensor, positions: Tensor, lengths: list[int]) -> Tensor:
         masks = _block_masks(config, model, lengths)
         _by_samples(model, lengths)
-        return model(input_ids=tokens, position_ids=positions, attention_mask=masks, use_cache=False).logits[0]
+        options = dict(input_ids=tokens, position_ids=positions, attention_mask=masks, use_cache=False)
+        return model(**options).logits[0] if labels is None else _every_score(model, model, config, options)
 
     embedding = model.get_input_embeddings()
     return Streamed(model, run, decoder.layers, embedding, hold, float(getattr(embedding, "scalar_embed_scale", 1.0)))
+
+
+def _every_score(call: Any, model: Any, config: PreTrainedConfig, options: dict[str, Tensor | None]) -> Tensor:
+    """[s, labels]: what transformers' head says of every token of a row, before one of them is chosen for the whole.
+
+    Raises DataError unless it chooses the one whose state is scored in training.
+    """
+    kept: list[Tensor] = []
+    handle = model.score.register_forward_hook(lambda _module, _inputs, out: kept.append(out[0]))
+    try:
+        chosen = call(**options).logits[0]
+    finally:
+        handle.remove()
+    ids = options["input_ids"]
+    assert ids is not None
+    place = pooled_place(ids[0].numpy(), int(config.pad_token_id))
+    if not torch.equal(chosen, kept[0][place]):
+        raise DataError(
+            f"transformers does not score the last token that is not the pad token ({config.pad_token_id}).",
+            where="config.json: pad_token_id",
+            fix="nothing was made; report it with this config.json",
+        )
+    return kept[0]
 
 
 @dataclass(frozen=True)
@@ -168,11 +191,15 @@ def peft_stream(config: PreTrainedConfig, source: HFCheckpoint, precisions: Prec
             plain.hold(names[base], base, module)
     wrapped.eval()
     model: Any = wrapped.get_base_model()
+    labels = labels_of(config)
+    if labels is not None:  # the adapter brings its own, which the base's folder need not have
+        compat.without_hooks(model.score.modules_to_save["default"])
 
     def run(tokens: Tensor, positions: Tensor, lengths: list[int]) -> Tensor:
         masks = _block_masks(config, model, lengths)
         _by_samples(model, lengths)
-        return wrapped(input_ids=tokens, position_ids=positions, attention_mask=masks, use_cache=False).logits[0]
+        options = dict(input_ids=tokens, position_ids=positions, attention_mask=masks, use_cache=False)
+        return wrapped(**options).logits[0] if labels is None else _every_score(wrapped, model, config, options)
 
     embedding, factor = model.get_input_embeddings(), plain.embedding_factor
     return Streamed(plain.module, run, decoder_of(model).layers, embedding, embedding_factor=factor)
@@ -194,6 +221,7 @@ def megatron_stream(config: PreTrainedConfig, reader: MegatronReader, adapter: T
             ropes=ropes,
             true_vocab=config.vocab_size,
             factors=family_of(config.model_type).factors(config),
+            labels=labels_of(config),
         )
     model.eval()
     parameters: dict[str, list[Parameter]] = {}  # all experts of a layer are one parameter of the model
@@ -215,7 +243,7 @@ def megatron_stream(config: PreTrainedConfig, reader: MegatronReader, adapter: T
         return torch.stack(made) if ".local_experts." in parameters[name][0].name else made[0]
 
     def release(name: str) -> None:
-        for parameter in parameters[name]:
+        for parameter in () if name in whole else parameters[name]:
             reader.release(parameter.key, parameter.place)
 
     for name, module in model.named_modules():

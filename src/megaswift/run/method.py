@@ -12,6 +12,7 @@ from megaswift.errors import UserError, nearest
 from megaswift.models import family_of, parameters_of
 from megaswift.models.adapters import Lora, is_expert, is_router, packable, saved_modules, target_modules
 from megaswift.models.family import is_tied
+from megaswift.models.head import SCORE, labels_of
 from megaswift.models.stages import stage_layers
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def adapter_of(args: SftArguments, config: PreTrainedConfig) -> Lora | None:
     if args.sft_type != LORA:
         return None
     base, tied = parameters_of(config), is_tied(config)
+    head = [] if labels_of(config) is None else [SCORE.removesuffix(".weight")]  # trained whole, as PEFT does for SEQ_CLS
     if args.new_special_tokens:
         raise UserError(
             "new tokens need rows of the embedding, which an adapter leaves as it is.",
@@ -88,7 +90,7 @@ def adapter_of(args: SftArguments, config: PreTrainedConfig) -> Lora | None:
         alpha=args.lora_alpha,
         dropout=args.lora_dropout,
         targets=target_modules(base, args.target_modules),
-        saved=saved_modules(base, args.modules_to_save, tied),
+        saved=saved_modules(base, [*args.modules_to_save, *head], tied),
         rslora=args.use_rslora,
         init=args.init_weights,
         lr_ratio=args.lora_plus_lr_ratio,

@@ -9,6 +9,8 @@ from typing import Any
 from megaswift.config.options import PtArguments, RlhfArguments, SftArguments, default_of
 from megaswift.config.preference import PreferenceArguments
 from megaswift.errors import UserError
+from megaswift.models.head import REGRESSION
+from megaswift.run.head import head_asked, head_contradictions
 from megaswift.run.problem import Problem
 from megaswift.run.spec import ObjectiveSpec, Run
 
@@ -23,6 +25,7 @@ FORMS = {
     "orpo": ("orpo",),
     "cpo": ("sigmoid", "hinge", "ipo"),
     "kto": ("kto", "apo_zero_unpaired"),
+    "rm": ("rm",),
 }  # fmt: skip
 # TRL's forms that are not here, and why.
 NOT_HERE = {
@@ -43,16 +46,21 @@ MEANT_FOR = {
     "cpo_alpha": ("cpo", "simpo"),
     "desirable_weight": ("kto",),
     "undesirable_weight": ("kto",),
+    "beta": ("dpo", "ipo", "simpo", "orpo", "cpo", "kto"),
+    "center_rewards_coefficient": ("rm",),
 }
 
 
 def objective_of(args: SftArguments) -> ObjectiveSpec:
-    """The objective of a run: supervised tokens for `swift sft`. Nothing is judged."""
+    """The objective of a run: supervised tokens for `swift sft`, or classes. Nothing is judged."""
     if isinstance(args, PtArguments):
         return ObjectiveSpec(kind="text")
+    head = head_asked(args)
     if not isinstance(args, RlhfArguments):
-        return ObjectiveSpec()
+        return ObjectiveSpec() if head is None else ObjectiveSpec(kind="seq_cls", form=str(head.problem), labels=head.labels)
     kind = args.rlhf_type
+    if head is not None:
+        return ObjectiveSpec(kind="rm", form="rm", center=args.center_rewards_coefficient or 0.0, labels=head.labels)
     form = args.loss_type or FORMS[kind][0]
     nll = {
         "dpo": args.rpo_alpha or 0.0,
@@ -75,9 +83,10 @@ def objective_of(args: SftArguments) -> ObjectiveSpec:
 
 
 def objective_contradictions(args: SftArguments) -> Iterator[Problem]:
-    """Options that mean nothing for text; those of preference training that mean nothing for its method, and forms that it has not."""
+    """Options that mean nothing for text, or for a head of scores; those of preference training that mean nothing for its method, and forms that it has not."""
     if isinstance(args, PtArguments):
         yield from _not_of_text(args)
+    yield from head_contradictions(args)
     if not isinstance(args, RlhfArguments):
         return
     kind, form = args.rlhf_type, args.loss_type or FORMS[args.rlhf_type][0]
@@ -133,7 +142,8 @@ def check_same_objective(args: SftArguments, manifest: dict[str, Any], where: st
     """Raise UserError where a run that goes on learnt something else until now."""
     before, now = str(dict(manifest.get("objective") or {}).get("kind", "supervised")), objective_of(args).kind
     if before != now:
-        words = {kind: f"swift rlhf --rlhf_type {kind}" for kind in FORMS} | {"supervised": "swift sft", "text": "swift pt"}
+        words = {kind: f"swift rlhf --rlhf_type {kind}" for kind in FORMS}
+        words |= {"supervised": "swift sft", "seq_cls": "swift sft --task_type seq_cls", "text": "swift pt"}
         raise UserError(
             f"this run was trained by {words.get(before, before)}, and does not go on by {words[now]}.",
             where=where,
@@ -153,6 +163,11 @@ def objective_problems(run: Run) -> Iterator[Problem]:
 
 def in_words(spec: ObjectiveSpec) -> str:
     """An objective in a line, for people."""
+    if spec.kind == "seq_cls":
+        what = "classes" if spec.form != REGRESSION else "number" + "s" * (spec.labels > 1)
+        return f"{spec.labels if spec.labels > 1 else 'one'} {what} ({spec.form})"
+    if spec.kind == "rm":
+        return "rm (reward model)" + (f", center_rewards_coefficient {spec.center:g}" if spec.center else "")
     parts = [f"{spec.kind} ({spec.form})" if spec.form != spec.kind else spec.kind, f"beta {spec.beta:g}"]
     named = {"label smoothing": spec.label_smoothing, "gamma": spec.gamma, "loss of the chosen answer x": spec.nll_weight}
     parts += [f"{name} {value:g}" for name, value in named.items() if value]

@@ -91,7 +91,8 @@ def resolve(
         model=ModelRef(
             model_type=str(args.model_type),
             directory=str(source.root),
-            named=str(source.new_tokens.source if source.new_tokens else source.root),
+            named=str(source.named or (source.new_tokens.source if source.new_tokens else source.root)),
+            new_head=source.new_head,
             checkpoint=str(source.checkpoint),
             rows_before=source.new_tokens.rows_before if source.new_tokens else None,
             other_dtypes=source.manifest.get("other_dtypes") or {},

@@ -23,6 +23,7 @@ from megaswift.store.manifest import (
 from megaswift.store.paths import TRACKER, candidates, is_megatron_directory, iteration_of
 from megaswift.terminal import typed
 from megaswift.weights.hf.folder import read_config
+from megaswift.weights.hf.score_head import HEAD_FIELDS
 
 _RUN = re.compile(r"v(\d+)-(\d{8}-\d{6})")
 
@@ -201,7 +202,10 @@ def check_same_base(named: Path | None, checkpoint: Path, manifest: dict[str, An
             differs = f"it began from {(checkpoint / links[-1]['directory']).resolve()}"
     elif isinstance(manifest.get("config"), dict):
         began, rows = manifest["config"], manifest.get("rows_before")  # the run itself may have added rows for new tokens
-        differs = "; ".join(changed_fields(began | ({"vocab_size": rows} if rows is not None else {}), read_config(named)))
+        began, now = began | ({"vocab_size": rows} if rows is not None else {}), read_config(named)
+        if manifest.get("new_head"):  # and a head
+            began, now = ({key: value for key, value in one.items() if key not in HEAD_FIELDS} for one in (began, now))
+        differs = "; ".join(changed_fields(began, now))
     if differs:
         raise UserError(
             f"this run cannot go on with other weights: {differs}.",

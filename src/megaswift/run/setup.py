@@ -15,10 +15,13 @@ from typing import TYPE_CHECKING, Any
 from megaswift.config.files import read_args_file
 from megaswift.config.options import PtArguments, RlhfArguments, SftArguments
 from megaswift.data.blend import parse_weighted
-from megaswift.data.preference import LABELLED, MISMATCHED, PAIRS
+from megaswift.data.labels import Classes
+from megaswift.data.preference import LABELLED, MARGINS, MISMATCHED, PAIRS
 from megaswift.errors import UserError
+from megaswift.models.head import labels_of
 from megaswift.models.registry import MODEL_TYPES
 from megaswift.models.whole import picture_ids, whole_of
+from megaswift.run.head import head_asked, method_of
 from megaswift.run.objective import objective_of
 from megaswift.run.problems import contradictions, problems, refuse
 from megaswift.run.resolve import World, global_batch_size, resolve
@@ -131,10 +134,15 @@ def _text(args: PtArguments, tokens: Any, table: int) -> PreparedData:
     return prepare_text(args, tokens, cache_dir=cache_root(), table=table)
 
 
-def preferences_of(args: SftArguments) -> str:
+def preferences_of(args: SftArguments) -> str | Classes:
     """What the rows of a run are taken for, as `prepare` has it."""
-    if not isinstance(args, RlhfArguments):
-        return ""
+    method, head = method_of(args), head_asked(args)
+    if method is None:
+        return "" if head is None else Classes(str(head.problem), head.labels)
+    if head is not None:
+        return MARGINS
+    if not isinstance(args, RlhfArguments):  # to be looked at: what KTO measures its distance by is left out
+        return LABELLED if method == "kto" else PAIRS
     objective = objective_of(args)
     return PAIRS if objective.pairs else MISMATCHED if objective.looks_ahead else LABELLED
 
@@ -159,7 +167,7 @@ def resolved(
         val=str(data.val.path) if data.val is not None else None,
         train_rows=len(data.train),
         val_rows=len(data.val) if data.val is not None else 0,
-        pad_id=pad_id,
+        pad_id=pad_id if labels_of(start.config) is None else start.config.pad_token_id,
         end_ids=end_ids,
     )
     run = resolve(args, start, World.of(processes), rows, run_dir=run_dir, earlier_batch=earlier_batch)

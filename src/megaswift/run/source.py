@@ -14,6 +14,7 @@ from megaswift.launch.versions import has_bf16
 from megaswift.models import parameters_of
 from megaswift.models.adapters import Lora
 from megaswift.models.whole import require_language_model_only, whole_of
+from megaswift.run.head import TASK_OPTIONS, with_head
 from megaswift.run.method import (
     LORA,
     METHOD_OPTIONS,
@@ -62,6 +63,8 @@ class TrainingSource:
     base: dict[str, Any] | None = None  # the weights beside the adapter: a record of weights.base
     frozen: list[str] = field(default_factory=list)  # names of parameters that stay as they are in full training
     carried: dict[str, Any] | None = None  # tensors beside what is trained: digests, and where they lie (weights.carried)
+    named: Path | None = None  # what the user named, where `root` is a copy of it with another head
+    new_head: bool = False  # the weights have no head of scores, and the model gets one
 
 
 def resolve_source(args: SftArguments, leads: bool = True) -> TrainingSource:
@@ -98,20 +101,27 @@ def resolve_source(args: SftArguments, leads: bool = True) -> TrainingSource:
         check_same_method(args, manifest, shown(root))
     else:
         args = _with_start_adapter(args)
-    if goes_on and isinstance(args, RlhfArguments):
-        args = fill_from_file(args, values, PREFERENCE_OPTIONS)
+    if goes_on:
+        args = fill_from_file(args, values, PREFERENCE_OPTIONS if isinstance(args, RlhfArguments) else TASK_OPTIONS)
+        check_same_objective(args, manifest, shown(root))
+    refuse(contradictions(args))
+    held = config  # what the weights are of
+    named = root
+    root, config, new_head = (root, config, False) if goes_on else with_head(args, root, config)
+    if goes_on:
+        with_head(args, root, config)  # only judges
+        new_head = bool(manifest.get("new_head"))  # of an adapter's base
     args = with_method_defaults(args)
     refuse(layout_problems(config, Parallel(world_size=args.tp * args.pp * args.cp, tp=args.tp, pp=args.pp, cp=args.cp)))
     adapter, frozen = adapter_of(args, config), frozen_parameters(args, config)
     if goes_on and adapter is not None:
         check_same_adapter(adapter, manifest["adapter"], shown(root))
-    _check_tensors(root, checkpoint if converted else None, config, adapter if goes_on else None)
+    _check_tensors(named, checkpoint if converted else None, held, adapter if goes_on else None)
     if not converted:
-        manifest = _folder_precisions(root, config)
+        manifest = _folder_precisions(named, held)
     base = None
     if goes_on:
         check_same_model(args, values, manifest, shown(root))
-        check_same_objective(args, manifest, shown(root))
         check_config(root, manifest)
         if adapter is None:
             check_same_frozen(frozen, manifest, shown(root))
@@ -120,7 +130,7 @@ def resolve_source(args: SftArguments, leads: bool = True) -> TrainingSource:
             adapter, base = Lora.from_record(manifest["adapter"]), base_of(manifest["base"], args, config, shown(root))
     elif adapter is not None:
         _check_start_adapter(args, adapter, config)
-        base = base_record(checkpoint, root, config, origin)
+        base = base_record(checkpoint, named, config, origin)
     dtype = str(manifest["dtype"]) if goes_on and manifest.get("dtype") else _dtype(args, str(manifest.get("dtype")))
     source = TrainingSource(
         args=args,
@@ -135,6 +145,8 @@ def resolve_source(args: SftArguments, leads: bool = True) -> TrainingSource:
         base=base,
         frozen=frozen,
         carried=_carried(checkpoint, config, origin),
+        named=named,
+        new_head=new_head,
     )
     _check(source)
     if not goes_on:

@@ -32,6 +32,7 @@ class ModelRef:
     directory: str  # config.json and tokenizer
     named: str  # the directory that the user named; with new tokens `directory` is a copy of it that has them
     checkpoint: str  # the weights: a torch_dist directory, or the Hugging Face folder itself
+    new_head: bool = False  # the checkpoint has no head of scores: it begins anew, and an output layer there is left out
     rows_before: int | None = None  # of the embedding, where the checkpoint lacks rows for new tokens
     other_dtypes: dict[str, str] = field(default_factory=dict)  # tensors that the source has in another precision than the rest
     carried: dict[str, Any] | None = None  # tensors beside what is trained: digests, and where they lie (weights.carried)
@@ -171,16 +172,18 @@ class Method:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveSpec:
-    """What is learnt: the tokens of answers or of text, or which of two answers is better; `train/preference_losses.py` has the formulas."""
+    """What is learnt: the tokens of answers or of text, which of two answers is better (`train/preference_losses.py` has the formulas), or classes."""
 
-    kind: Literal["supervised", "text", "dpo", "ipo", "simpo", "orpo", "cpo", "kto"] = "supervised"
-    form: str = ""  # of a preference loss, by TRL's names
+    kind: Literal["supervised", "text", "dpo", "ipo", "simpo", "orpo", "cpo", "kto", "rm", "seq_cls"] = "supervised"
+    form: str = ""  # of a preference loss, by TRL's names; of classes transformers' problem_type
     beta: float = 0.0
     label_smoothing: float = 0.0
     gamma: float = 0.0  # SimPO's margin
     nll_weight: float = 0.0  # of the chosen answer's own loss
     desirable_weight: float = 1.0  # KTO's
     undesirable_weight: float = 1.0
+    center: float = 0.0  # of a reward model: weight of the square of the sum of both rewards
+    labels: int = 0  # scores of each sequence; 0: it is a language model that is trained
 
     @property
     def of_tokens(self) -> bool:
@@ -190,7 +193,7 @@ class ObjectiveSpec:
     @property
     def pairs(self) -> bool:
         """Whether an example is a chosen and a rejected answer."""
-        return not self.of_tokens and self.kind != "kto"
+        return not self.of_tokens and self.kind not in ("kto", "seq_cls")
 
     @property
     def looks_ahead(self) -> bool:

@@ -60,7 +60,7 @@ class LoraAdapter:
 
     def _value(self, parameter: Parameter) -> Tensor | None:
         known = parameter.name.endswith((LORA_A, LORA_B))
-        if self.start is None and not known:
+        if not known and (self.start is None or any(part.name not in self.start for part in parameter.hf)):
             return None  # lengths of rows, and what is trained whole, begin as the base has them
         parts = [self._part(part.name, part.shape) for part in parameter.hf]
         return parameter.arrangement.pack(parts)

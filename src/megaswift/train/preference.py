@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megaswift.train import preference_losses as losses
 from megaswift.train.objectives import SUPERVISED, Ahead, Loss, Objective, SequenceObjective, SupervisedTokens
+from megaswift.train.scores import score_objective
 
 if TYPE_CHECKING:
     from megaswift.data.batches import MicroBatch
@@ -26,6 +27,8 @@ def objective_of(spec: ObjectiveSpec) -> Objective:
     """What a trainer is given for the objective of a run."""
     if spec.of_tokens:
         return SupervisedTokens()
+    if spec.labels:
+        return score_objective(spec)
     if spec.kind == "kto":
         return Labelled(spec)
     names = (*FIGURES, SUPERVISED, *([OWN] if spec.nll_weight else []))

@@ -154,11 +154,12 @@ def _origin(run: Run, run_dir: Path) -> dict[str, Any]:
     method = run.method
     found |= {"adapter": method.adapter.record(), "base": method.base} if method.adapter is not None else {}
     found |= {"frozen": list(method.frozen)} if method.frozen else {}
+    found |= {"new_head": True} if run.model.new_head else {}
     found |= {"objective": asdict(run.objective)} if run.objective.kind != "supervised" else {}
     own = (
         read_manifest(start) if run.schedule.first_step else {"rows_before": run.model.rows_before}
     )  # of this run's own checkpoint
-    found |= {name: own[name] for name in ("rows_before", "source") if own.get(name)}
+    found |= {name: own[name] for name in ("rows_before", "source", "new_head") if own.get(name)}
     if not (start / MANIFEST).exists():
         return {"source": {"origin": str(start)}, **found, "made_from": []}
     return found | {

@@ -24,6 +24,7 @@ from megaswift.models.stages import by_rank, stage_layers
 from megaswift.run.memory import layer_activations
 from megaswift.run.spec import Run
 from megaswift.train.checkpoint.load import load_training_state, load_weights
+from megaswift.train.head import begin_head
 from megaswift.train.preference import objective_of
 from megaswift.weights.convert.lora import load_adapter
 from megaswift.weights.convert.lora_start import load_start
@@ -60,7 +61,9 @@ def restore_trainer(run: Run, loaded: Callable[[ChatModel | Chunks], None] | Non
     model = build(config, run.parallel, run.precision, run.memory, run.routing, packed=packed)
     if run.schedule.first_step == 0 or method.base is not None:
         weights = Path(method.base["path"]) if method.base else start
-        (load_hf_weights if is_hf_folder(weights) else load_weights)(model, weights)
+        (load_hf_weights if is_hf_folder(weights) else load_weights)(model, weights, run.model.new_head)
+        if run.model.new_head:
+            begin_head(chunks_of(model), config, run.seed)
         if packed and method.adapter is not None:
             _pack_weights(model, config, weights, method.adapter)
         if run.model.rows_before is not None:
@@ -141,7 +144,7 @@ def to_device(group: list[MicroBatch], device: torch.device) -> list[MicroBatch]
     """Micro batches on the rank's device; borders of packed rows stay on the host, which reads them."""
     if device.type == "cpu":
         return group
-    names = ("tokens", "position_ids", "origins", "desirable", "reference")
+    names = ("tokens", "position_ids", "origins", "desirable", "reference", "values")
     moved = [{name: getattr(batch, name) for name in names if getattr(batch, name) is not None} for batch in group]
     beside = [batch.mismatched for batch in group]
     if beside[0] is not None:

@@ -340,7 +340,7 @@ def wait_for_whole_layers(ddp: DistributedDataParallel, model: ChatModel) -> Non
     for layer in model.decoder.layers:
         layer.register_forward_pre_hook(hook(list(layer.modules())))
     if model.post_process:
-        model.decoder.final_layernorm.register_forward_pre_hook(hook(list(model.output_layer.modules())))
+        model.decoder.final_layernorm.register_forward_pre_hook(hook(list(model.head.modules())))
 
 
 def _all_finite(loss: float, grad_norm: float) -> bool:

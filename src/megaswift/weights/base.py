@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from megaswift.errors import DataError
 from megaswift.models import parameters_of
+from megaswift.models.head import SCORE
 from megaswift.models.parameters import HFTensor
 from megaswift.store.cache import cache_root
 from megaswift.store.manifest import MANIFEST, read_manifest
@@ -29,10 +30,12 @@ def base_digest(directory: Path, config: PreTrainedConfig) -> str:
     Args:
         directory: a Hugging Face folder, or converted Megatron weights, whose manifest recorded them.
 
+    Of a model with a head of scores the head is left out, and a language model's output layer: an adapter brings its own head.
+
     The same for the folder and for what was converted from it without a cast. Raises DataError for trained Megatron weights:
     they have no such record.
     """
-    parts = {part.label: part for parameter in parameters_of(config) for part in parameter.hf}
+    parts = {part.label: part for parameter in parameters_of(config) for part in parameter.hf if part.name != SCORE}
     recorded = read_manifest(directory).get("hf_tensors") if (directory / MANIFEST).is_file() else None
     if isinstance(recorded, dict) and all(label in recorded for label in parts):
         return _of({label: str(recorded[label]) for label in parts})

@@ -12,6 +12,7 @@ import torch
 
 from megaswift.errors import DataError
 from megaswift.models import parameters_of
+from megaswift.models.head import SCORE
 from megaswift.models.parameters import Parameter, Shape
 from megaswift.weights.hf.config import check_source, load_config
 from megaswift.weights.hf.folder import incomplete
@@ -23,11 +24,12 @@ def is_hf_folder(path: Path) -> bool:
     return path.is_dir() and not incomplete(path)
 
 
-def load_hf_weights(model: Any, folder: Path) -> None:
+def load_hf_weights(model: Any, folder: Path, new_head: bool = False) -> None:
     """Fill a model (of this rank's layout) from a Hugging Face folder; no converted copy is needed.
 
     Args:
         model: ChatModel of one pipeline stage; values are cast to its precision.
+        new_head: its head of scores, which the folder has not, is left as it is; an output layer of the folder is left out.
 
     Raises DataError unless the folder holds exactly the tensors of its config, and for NaN or infinite weights.
     """
@@ -41,7 +43,8 @@ def load_hf_weights(model: Any, folder: Path) -> None:
         for held in _single(part, places.get(part.key, 0)):
             parameter = parameters.get((held.key, held.place))
             if parameter is None:
-                unknown.append(held.key)
+                if not (new_head and held.key == SCORE):
+                    unknown.append(held.key)
                 continue
             _fill(held, parameter, source)
     if unknown:

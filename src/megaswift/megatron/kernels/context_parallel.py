@@ -69,7 +69,7 @@ def shard_batch(batch: MicroBatch, group: dist.ProcessGroup) -> MicroBatch:
         _slice(number * part, (number + 1) * part, samples, rows, batch.tokens.device) for number in (rank, 2 * size - 1 - rank)
     )
     share = Share((first, second), group, tuple(samples))
-    more = [name for name in ("weights", "padding", "origins") if getattr(batch, name) is not None]
+    more = [name for name in ("weights", "padding", "origins", "pooled") if getattr(batch, name) is not None]
     names = ("tokens", "labels", "position_ids", *more)
     own: dict[str, Any] = {name: share.take(getattr(batch, name)) for name in names}
     return replace(batch, **own, cu_seqlens=None, share=share)

@@ -9,6 +9,7 @@ import torch
 
 from megaswift.errors import DataError
 from megaswift.megatron import compat
+from megaswift.models.head import SCORE
 from megaswift.store.faults import fault_point
 from megaswift.store.manifest import read_manifest
 from megaswift.train.checkpoint import optimizer_state
@@ -27,11 +28,19 @@ _OPTIONS = (
 )  # of a parameter group: never from a checkpoint
 
 
-def load_weights(model: Any, directory: Path) -> None:
-    """Fill a model (of this rank's layout) from a torch_dist directory. Raises DataError where they do not fit."""
-    loaded = _load({"model": model.sharded_state_dict(prefix="", metadata=None)}, directory)
+def load_weights(model: Any, directory: Path, new_head: bool = False) -> None:
+    """Fill a model (of this rank's layout) from a torch_dist directory. Raises DataError where they do not fit.
+
+    Args:
+        new_head: the model's head of scores, which the directory has not, is left as it is.
+    """
+    wanted = model.sharded_state_dict(prefix="", metadata=None)
+    heads = [name for name in wanted if new_head and name.endswith(SCORE)]
+    for name in heads:
+        wanted.pop(name)
+    loaded = _load({"model": wanted}, directory)
     missing, unexpected = model.load_state_dict(loaded["model"], strict=False)
-    missing = [name for name in missing if not name.endswith("_extra_state")]
+    missing = [name for name in missing if not name.endswith("_extra_state") and name not in heads]
     if missing or unexpected:
         raise DataError(
             f"the checkpoint does not fit the model. Missing: {missing[:5]}. Not expected: {list(unexpected)[:5]}.",

@@ -19,9 +19,11 @@ from torch import Tensor
 
 from megaswift.errors import DataError, UserError
 from megaswift.models.adapters import STACKED_GATES
-from megaswift.weights.hf.folder import ADAPTER_CONFIG
+from megaswift.models.head import SCORE, ScoreHead
+from megaswift.weights.hf.folder import ADAPTER_CONFIG, side_files
 from megaswift.weights.hf.header import read_header
 from megaswift.weights.hf.json_files import read_json
+from megaswift.weights.hf.score_head import with_score_head
 from megaswift.weights.hf.shards import PlannedTensor
 from megaswift.weights.hf.write import write_checkpoint
 
@@ -227,6 +229,7 @@ def merge_adapter(
     manifest: Callable[[Any], None] | None = None,
     extra_files: Mapping[str, bytes] | None = None,
     replace: bool = False,
+    sides: Path | None = None,
 ) -> Path:
     """Write base and adapter as one Hugging Face folder, in the base's dtypes. Memory: the adapter and one tensor a thread.
 
@@ -234,6 +237,7 @@ def merge_adapter(
         manifest: called with the written folder's record before it gets its name.
         extra_files: name -> content of more files.
         replace: take the place of what is at `out`.
+        sides: directory of config and tokenizer; default: the base's, with a head of scores where the adapter brings one.
 
     Raises DataError where the adapter does not fit the base.
     """
@@ -248,11 +252,16 @@ def merge_adapter(
             partial(base.release, name),
         )
         for name in base.names
+        if not (SCORE in adapter.replaced and name in ("lm_head.weight", SCORE))
     ]
+    if SCORE in adapter.replaced:  # in place of the base's output layer, or of its head
+        head = adapter.replaced[SCORE].to(base.dtype("model.embed_tokens.weight"))
+        planned.append(PlannedTensor(SCORE, head.dtype, tuple(head.shape), lambda: head, lambda: None, lambda: None))
+        sides = sides or with_score_head(base.path, ScoreHead(head.shape[0]))
     own = {file.name: file for mark in _OWN_FILES for file in adapter.path.glob(mark)}
     if "tokenizer_config.json" not in own:  # a tokenizer is taken as a whole or not at all
         own = {}
-    files = {file.name: file for file in base.side_files()} | own
+    files = {file.name: file for file in (base.side_files() if sides is None else side_files(sides))} | own
     write_checkpoint(out, planned, list(files.values()), extra_files=extra_files, before_publish=manifest, replace=replace)
     return out
 
@@ -260,7 +269,7 @@ def merge_adapter(
 def _require_fit(adapter: Adapter, base: HFCheckpoint) -> None:
     """Raise DataError unless every tensor of the adapter has its place in the base."""
     wanted: dict[str, tuple[int, ...]] = {name: (b.shape[0], a.shape[1]) for name, (a, b, _) in adapter.pairs.items()}
-    wanted |= {name: tuple(value.shape) for name, value in adapter.replaced.items()}
+    wanted |= {name: tuple(value.shape) for name, value in adapter.replaced.items() if name != SCORE}
     wrong = [
         f"{name} {list(shape)}: the base has {list(base.shape(name)) if name in base.table else 'no such tensor'}"
         for name, shape in wanted.items()
