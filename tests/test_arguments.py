@@ -15,12 +15,14 @@ from megaswift.config.files import write_args_file
 from megaswift.config.options import (
     REFUSED,
     DeployArguments,
+    DoctorArguments,
     EvalArguments,
     ExportArguments,
     FamiliesArguments,
     InferArguments,
     InspectArguments,
     ParityArguments,
+    PlanArguments,
     PtArguments,
     RlhfArguments,
     SftArguments,
@@ -234,6 +236,8 @@ def test_the_list_of_options_is_frozen() -> None:
             DeployArguments,
             InspectArguments,
             ParityArguments,
+            PlanArguments,
+            DoctorArguments,
         )
     }
     assert found == json.loads(GOLDEN.read_text(encoding="utf-8"))

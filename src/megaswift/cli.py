@@ -35,6 +35,8 @@ VERBS = {
     "sft": ("megaswift.commands.sft", "sft_main", "SftArguments", "fine-tune Megatron weights"),
     "pt": ("megaswift.commands.pt", "pt_main", "PtArguments", "continued pre-training on text, or from nothing"),
     "rlhf": ("megaswift.commands.rlhf", "rlhf_main", "RlhfArguments", "train from preferences: dpo, kto and others"),
+    "plan": ("megaswift.commands.plan", "plan_main", "PlanArguments", "memory, time and money of a run, before it is one"),
+    "doctor": ("megaswift.commands.doctor", "doctor_main", "DoctorArguments", "would a run start on this machine?"),
     "data": ("megaswift.commands.data", "data_main", "InspectArguments", "show what training would read, without a model"),
     "parity": (
         "megaswift.commands.parity",

@@ -12,6 +12,7 @@ import datetime
 import re
 import shutil
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -20,16 +21,21 @@ from typing import TYPE_CHECKING
 from megaswift.config.files import kept_places, write_args_file
 from megaswift.config.options import SftArguments, parse
 from megaswift.data.kept import kept_data
-from megaswift.errors import Stopped, UserError
+from megaswift.errors import DataError, Stopped, UserError
 from megaswift.launch import agent, versions
+from megaswift.launch.checks import slow_paths
 from megaswift.launch.signals import Interrupted, StopSignals
 from megaswift.models import parameters_of
 from megaswift.models.prediction import notes_on_carried
 from megaswift.models.stages import stage_layers
 from megaswift.report.curves import write_images
-from megaswift.run.memory import MemoryEstimate, estimate, parameter_count, trained_parameters
+from megaswift.run.cards import Card
+from megaswift.run.fit import fitted
+from megaswift.run.here import place_here
+from megaswift.run.memory import MemoryEstimate, disk_bytes, estimate, first_rank, parameter_count, trained_count
 from megaswift.run.objective import in_words
 from megaswift.run.plan import PLAN_FILE, write_plan
+from megaswift.run.planner import Place, tried
 from megaswift.run.resolve import warmup_note
 from megaswift.run.resume import check_unchanged, kept_batch
 from megaswift.run.setup import prepared, resolved, streamed_rows, template_of
@@ -54,6 +60,7 @@ if TYPE_CHECKING:
     from megaswift.launch.signals import StopSignals
 
 _VERSION = re.compile(r"v(\d+)-.*")
+_OF_A_DRY_RUN = (LOCK, RUN_FILE, PLAN_FILE)
 
 
 def sft_main(args: SftArguments | list[str]) -> Path:
@@ -98,27 +105,41 @@ def _train(args: SftArguments, stop: StopSignals) -> Path:
     template = template_of(args, start)
     rows = streamed_rows(args, place.world_size, batch)
     data = prepared(args, template, start, rows)
+    here, longest = place_here(place.world_size, place.processes, batch), _longest(data, args.max_length)
+    start = fitted(start, here, place.leads, longest)
+    args = start.args
     run_dir = start.run_dir or new_run_dir(args, place.leads)
     run = resolved(args, start, data, place.world_size, run_dir, template.pad_id, batch, template.end_ids)
     steps = run.schedule.train_iters
     if start.run_dir is not None:
         _check_unchanged(args, start, data, run)
     require_rows(data.train, run.batch.global_batch_size)
+    memory = estimate(replace(run, batch=replace(run.batch, max_length=longest)), start.config, here.card.memory or None)
+    if args.dry_run:
+        if place.leads:
+            _dry(run_dir, run, start, data, memory, here)
+        return run_dir
     with locked(run_dir) if place.leads else nullcontext():
         if place.leads:
-            memory = estimate(run, start.config)
-            _print_plan(run, start.config, memory, data, args)
+            _print_plan(run, start.config, memory, data, args, here.card)
             _fill_run_dir(run_dir, args.changed(template_date=template.state["date"] or None), run, memory, start)
         if start.first_step >= steps:
             say(f"[bold]{shown(run_dir)}[/bold] has made all of its {steps} steps: there is nothing left to do.")
         else:
             if place.leads:
+                for line in slow_paths():
+                    say(f"[yellow]{line}[/yellow]")
                 _make_first_values(run, start.config)
             _start(run_dir, run, place, stop)
             stop.interrupt = partial(_interrupt, "after the last step, whose checkpoint is saved")
     if place.leads:
         _say_ready(run_dir, run)
     return run_dir
+
+
+def _longest(data: PreparedData, max_length: int) -> int:
+    """Tokens of the longest row, or of each answer of an example: what a step is planned for."""
+    return min(max_length, -(-data.train.longest // data.train.answers)) or max_length
 
 
 def _make_first_values(run: Run, config: PreTrainedConfig) -> None:
@@ -207,7 +228,7 @@ def new_run_dir(args: SftArguments, leads: bool = True) -> Path:
     root = Path(args.output_dir).absolute()
     with filling(root):  # a name may be too long, or a directory closed to us
         if not args.add_output_dir_suffix:
-            taken_before = root.exists() and any(path.name != LOCK for path in root.iterdir())
+            taken_before = root.exists() and any(path.name not in _OF_A_DRY_RUN for path in root.iterdir())
             if leads and taken_before and not args.overwrite and not (args.resume and (root / PLAN_FILE).exists()):
                 raise UserError(
                     "the output directory is not empty.", where=str(root), fix="use --overwrite true, or another --output_dir"
@@ -222,7 +243,9 @@ def new_run_dir(args: SftArguments, leads: bool = True) -> Path:
     return parent / f"v{max(taken, default=-1) + 1}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
 
 
-def _print_plan(run: Run, config: PreTrainedConfig, memory: MemoryEstimate, data: PreparedData, args: SftArguments) -> None:
+def _print_plan(
+    run: Run, config: PreTrainedConfig, memory: MemoryEstimate, data: PreparedData, args: SftArguments, card: Card
+) -> None:
     """The data report, the filled mapping table and the arithmetic of the steps, once."""
     from megaswift.data.report import print_report
 
@@ -243,7 +266,7 @@ def _print_plan(run: Run, config: PreTrainedConfig, memory: MemoryEstimate, data
         f"{_trained(run, config)}\n{_learnt(run)}"
         f"memory of the fullest rank without activations: {sum(device.values()) / 1e9:.2f} GB "
         f"(weights {device['weights'] / 1e9:.2f}, gradients {device['gradients'] / 1e9:.2f}, optimizer {device['optimizer'] / 1e9:.2f}); "
-        f"one checkpoint {run.saving.checkpoint_bytes / 1e9:.2f} GB\n{_host_memory(run, memory)}"
+        f"one checkpoint {run.saving.checkpoint_bytes / 1e9:.2f} GB\n{_at_its_height(memory, card)}{_host_memory(run, memory)}"
     )
     for note in notes_on_carried(run.model.carried["tensors"], config) if run.model.carried else ():
         out.print(f"[yellow]{note}[/yellow]")
@@ -254,7 +277,7 @@ def _print_plan(run: Run, config: PreTrainedConfig, memory: MemoryEstimate, data
 def _trained(run: Run, config: PreTrainedConfig) -> str:
     """What is trained of how much."""
     whole, adapter = parameter_count(config), run.method.adapter
-    own = sum(parameter.size for parameter in trained_parameters(adapter, run.method.frozen, config))
+    own = trained_count(adapter, run.method.frozen, config)
     if adapter is None:
         return f"trained: {own:,} of {whole:,} parameters" + (
             f", {100 * own / whole:.3g} %; the others stay" if own < whole else ""
@@ -333,6 +356,16 @@ def _passes(run: Run, data: PreparedData) -> str:
     )
 
 
+def _at_its_height(memory: MemoryEstimate, card: Card) -> str:
+    """A line on what a step takes at its height, on a GPU."""
+    if not card.memory:
+        return ""
+    return (
+        f"with the longest rows a step takes about {memory.needed / 1e9:.2f} GB of the {card.memory / 1e9:.2f} GB of {card.name} "
+        f"(activations {memory.working['activations'] / 1e9:.2f})\n"
+    )
+
+
 def _host_memory(run: Run, memory: MemoryEstimate) -> str:
     """A line on what is offloaded; nothing is said where nothing is."""
     if not memory.host:
@@ -341,6 +374,41 @@ def _host_memory(run: Run, memory: MemoryEstimate) -> str:
     total, number = sum(memory.host.values()) / 1e9, run.memory.offloaded_layers
     layers = f"; activations of {number} layers" if number else ""
     return f"page-locked host memory of the fullest rank: at most {total:.2f} GB ({parts}){layers}\n"
+
+
+def _dry(run_dir: Path, run: Run, start: TrainingSource, data: PreparedData, memory: MemoryEstimate, here: Place) -> None:
+    """What `--dry_run true` does in place of training: the plan, the model without memory, the disk; run.json and plan.json."""
+    from megaswift.train.checkpoint.save import require_space
+    from megaswift.train.shape import rank_shape
+
+    _print_plan(run, start.config, memory, data, start.args, here.card)
+    shape = rank_shape(run, start.config)
+    planned = first_rank(run, start.config)
+    if shape != planned:
+        raise DataError(
+            f"the model of rank 0 has {shape[0]:,} parameters, {shape[1]:,} of them trained; the plan says {planned[0]:,} and {planned[1]:,}.",
+            where="--dry_run",
+            fix="this is a defect of megaswift: please report it with the config.json of the model",
+        )
+    say(f"rank 0, built without memory: {shape[0]:,} parameters, {shape[1]:,} of them trained, as planned")
+    place = next(path for path in (run_dir, *run_dir.parents) if path.exists())
+    require_space(place, disk_bytes(run), "what this run saves")
+    free = not run_dir.exists() or all(path.name in _OF_A_DRY_RUN for path in run_dir.iterdir())
+    with filling(run_dir):
+        if free:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            put(run_dir / RUN_FILE, run.text())
+            write_plan(run_dir / PLAN_FILE, run, start.config, memory)
+    trial = tried(start.args.changed(max_length=_longest(data, run.batch.max_length)), start, here)
+    say(
+        f"a step of the longest rows takes about {trial.speed.step:.2g} s on {here.card.name}, the run {trial.speed.step * run.schedule.train_iters / 3600:.2g} h\n"
+        f"[bold]dry run[/bold]: all is well, and nothing was trained"
+        + (
+            f"; {shown(run_dir)} has {RUN_FILE} and {PLAN_FILE}."
+            if free
+            else f"; {shown(run_dir)}, which holds a run, is as it was."
+        )
+    )
 
 
 def _fill_run_dir(run_dir: Path, args: SftArguments, run: Run, memory: MemoryEstimate, start: TrainingSource) -> None:

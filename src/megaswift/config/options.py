@@ -21,6 +21,7 @@ from megaswift.config.training import (
     GuardArguments,
     OptimizerArguments,
     ParallelArguments,
+    PlanningArguments,
     SavingArguments,
     SpeedArguments,
     StartArguments,
@@ -170,7 +171,7 @@ class FamiliesArguments(BaseArguments):
 class SftArguments(
     SpeedArguments, GuardArguments, SavingArguments, AdapterArguments, FreezeArguments, OptimizerArguments, BatchArguments,
     EncodingArguments, ExpertArguments, ParallelArguments, LayoutArguments, DataArguments, VocabularyArguments, PartArguments,
-    ModelArguments, TaskArguments, StartArguments,
+    ModelArguments, TaskArguments, PlanningArguments, StartArguments,
 ):  # fmt: skip
     """`swift sft`: fine-tuning with Megatron-Core, of all weights or of an adapter."""
 
@@ -310,6 +311,44 @@ class EvalArguments(BackendArguments):
         0.7, "Draw among the likeliest tokens of this probability when temperature is above 0.", above=0, high=1
     )
     repetition_penalty: float = option(1.0, "Above 1, tokens that already appeared become less likely.", above=0)
+
+
+@dataclass(kw_only=True)
+class CostArguments(BaseArguments):
+    """On what, and how much of it."""
+
+    gpus: int | None = option(None, "GPUs, or processes on a CPU; default: NPROC_PER_NODE x NNODES.", low=1, unit="GPUs")
+    card: str | None = option(
+        None,
+        "H200, H100, A100-80G and others of the table, CPU, or a card's memory in GiB; default: what this machine has.",
+    )
+    price: float | None = option(None, "What a GPU costs an hour, in any currency.", low=0)
+    train_rows: int | None = option(
+        None, "Rows of training data, packed ones where --packing true; default: steps are told one by one.", low=1, unit="rows"
+    )
+    json: bool = option(False, "Print all figures as one JSON object.")
+
+
+@dataclass(kw_only=True)
+class PlanArguments(CostArguments, RlhfArguments):
+    """`swift plan`: memory, time and money of a training run, before it is one, and the layouts that are best for it."""
+
+    VERB: ClassVar[str] = "plan"
+    FIRST: ClassVar[tuple[type, ...]] = (CostArguments,)
+
+
+@dataclass(kw_only=True)
+class DoctorArguments(BaseArguments):
+    """`swift doctor`: would a run start on this machine, and what would make it slow?"""
+
+    output_dir: str = option("output", "Where runs would go: its disk is looked at.")
+    network: bool = option(False, "Ask whether the hubs can be reached; otherwise nothing is asked of the network.")
+    distributed: bool = option(
+        False,
+        "Let all ranks (NPROC_PER_NODE x NNODES; default: the GPUs, or 2) exchange data, and name the slow or silent one.",
+    )
+    exchange_timeout: float = option(20.0, "Seconds after which a rank that does not answer is named.", above=0, unit="seconds")
+    json: bool = option(False, "Print everything as one JSON object.")
 
 
 @dataclass(kw_only=True)

@@ -39,6 +39,9 @@ class TextArguments(BaseArguments):
 NOT_OF_TEXT = {
     "template_type": "text has no chat template",
     "system": "text has no system prompt",
+    "task_type": "text is continued, not judged",
+    "num_labels": "text is continued, not judged",
+    "problem_type": "text is continued, not judged",
     "template_date": "text has no chat template",
     "loss_scale": "every token of a text carries loss",
     "model_name": "no name is filled into text",

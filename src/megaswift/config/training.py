@@ -50,6 +50,23 @@ class TaskArguments(BaseArguments):
 
 
 @dataclass(kw_only=True)
+class PlanningArguments(BaseArguments):
+    """What is looked at before a run starts."""
+
+    fit: str = option(
+        "check",
+        "A run that this machine's memory cannot hold: check refuses it before a process starts and names the smallest change that "
+        "fits; true takes that change; false starts anyway.",
+        ("check", "true", "false"),
+    )
+    dry_run: bool = option(
+        False,
+        "Resolve and check everything, prepare the data and build the model without memory, then end: only run.json and plan.json "
+        "are written.",
+    )
+
+
+@dataclass(kw_only=True)
 class FreezeArguments(BaseArguments):
     """Which weights stay as they are, with --sft_type full."""
 

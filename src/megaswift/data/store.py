@@ -188,6 +188,11 @@ class TokenRows:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row; 0 where there is none."""
+        return int(self.lengths.max(initial=0))
+
     def require_within(self, rows: int, pad_id: int) -> None:
         """Raise DataError where a token, or the one that fills up rows, has no row in an embedding of `rows` rows.
 

@@ -93,11 +93,16 @@ class TextRows(TokenRows):
         count = ENDLESS if plan.shuffled else sum(self.passes)
         self.lengths = np.broadcast_to(np.int32(plan.max_length), (count,))
         self.answers, self.mismatched, self.reference = 1, False, None
-        self.packed, self._desirable = True, None
+        self.packed, self._desirable, self._values = True, None, None
 
     def __len__(self) -> int:
         """Rows of one pass over all parts."""
         return sum(self.passes)
+
+    @property
+    def longest(self) -> int:
+        """See TokenRows."""
+        return self.plan.max_length
 
     def _make_order(self, part: int, epoch: int) -> Permutation:
         return Permutation(self.passes[part], self.plan.seed, part, epoch)

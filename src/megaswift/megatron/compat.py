@@ -124,6 +124,42 @@ def cpu_engine() -> Iterator[None]:
             setattr(owner, name, value)
 
 
+class _NoMemory(TorchFunctionMode):
+    """Puts what would be on a GPU, or is moved anywhere, on the meta device; what asks for the CPU by name stays there.
+
+    Reason: Megatron-Core's layers name the device of their weights.
+    Removed by: layers that take a default device.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            kwargs = {**kwargs, "device": "meta"}
+        if func is torch.Tensor.to and args[0].is_meta:
+            args = tuple("meta" if isinstance(one, (torch.device, str)) else one for one in args)
+            kwargs = kwargs | {"device": "meta"} if "device" in kwargs else kwargs
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def without_memory() -> Iterator[None]:
+    """Tensors that are made in this context have a shape and no memory."""
+    with torch.device("meta"), _NoMemory():
+        yield
+
+
+def join_nobody(world_size: int) -> None:
+    """Be rank 0 of a process group whose other members are not there; torch has a backend for that, which sends nothing.
+
+    Reason: it stands among torch's tools for its own tests.
+    Removed by: a public name for it.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+
+
 def use_our_adamw() -> None:
     """Let Megatron-Core build engine.optimizer.AdamW where it would look for apex's FusedAdam.
 

@@ -75,7 +75,29 @@ def joined(parallel: Parallel, seed: int, start_timeout_s: float = 1800.0) -> It
         yield _model_parallel(parallel, seed, rank, world, local_rank, device)
 
 
-def _model_parallel(parallel: Parallel, seed: int, rank: int, world: int, local_rank: int, device: torch.device) -> Rank:
+@contextlib.contextmanager
+def alone(parallel: Parallel, seed: int) -> Iterator[Rank]:
+    """Be rank 0 of a run whose other ranks are not there: groups have their sizes, and nothing can be sent."""
+    with contextlib.ExitStack() as stack:
+        compat.quiet()
+        if not torch.cuda.is_available():
+            stack.enter_context(compat.cpu_engine())
+        compat.join_nobody(parallel.world_size)
+        stack.callback(_leave)
+        yield _model_parallel(
+            parallel, seed, 0, parallel.world_size, 0, torch.device("meta"), {"create_gloo_process_groups": False}
+        )
+
+
+def _model_parallel(
+    parallel: Parallel,
+    seed: int,
+    rank: int,
+    world: int,
+    local_rank: int,
+    device: torch.device,
+    more: dict[str, bool] | None = None,
+) -> Rank:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
@@ -86,6 +108,7 @@ def _model_parallel(parallel: Parallel, seed: int, rank: int, world: int, local_
         context_parallel_size=parallel.cp,
         expert_model_parallel_size=parallel.ep,
         expert_tensor_parallel_size=parallel.etp,
+        **(more or {}),
     )
     model_parallel_cuda_manual_seed(seed)
     torch.manual_seed(seed)

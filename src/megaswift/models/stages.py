@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from megaswift.models import parameters_of
 from megaswift.models.family import is_tied, sizes_of
 from megaswift.models.head import labels_of
+from megaswift.models.tally import BEFORE, tally
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -26,12 +26,9 @@ def stage_layers(config: PreTrainedConfig, pp: int, vpp: int = 1) -> tuple[int, 
     layers, count = sizes_of(config).layers, pp * vpp
     if layers % count == 0:
         return (layers // count,) * count
-    table, of_layers = 0, 0
-    for parameter in parameters_of(config):
-        if parameter.padded and labels_of(config) is None:
-            table = parameter.size
-        elif parameter.name.startswith("decoder.layers."):
-            of_layers += parameter.size
+    groups = tally(config)
+    table = max(size for group, size in groups.items() if group.table) if labels_of(config) is None else 0
+    of_layers = sum(size for group, size in groups.items() if group.layer >= 0)
     work = [0.0] * (count - 1) + [table / (of_layers / layers)]
     stages = [0] * count
     for left in range(layers, 0, -1):
@@ -52,15 +49,15 @@ def stage_weights(config: PreTrainedConfig, pp: int, vpp: int = 1, experts_only:
     """
     stage_of = [stage for stage, count in enumerate(stage_layers(config, pp, vpp)) for _ in range(count)]
     weights = [0] * (pp * vpp)
-    for parameter in parameters_of(config):
-        if experts_only and ".local_experts." not in parameter.name:
+    for group, size in tally(config).items():
+        if experts_only and not group.expert:
             continue
-        if parameter.name.startswith("decoder.layers."):
-            weights[stage_of[int(parameter.name.split(".")[2])]] += parameter.size
+        if group.layer >= 0:
+            weights[stage_of[group.layer]] += size
             continue
-        weights[0 if parameter.name.startswith("embedding.") else -1] += parameter.size
-        if parameter.padded and is_tied(config) and pp > 1:
-            weights[-1] += parameter.size
+        weights[0 if group.layer == BEFORE else -1] += size
+        if group.table and is_tied(config) and pp > 1:
+            weights[-1] += size
     return weights
 
 

@@ -14,6 +14,7 @@ from megaswift.models.adapters import Lora, is_expert, is_router, packable, save
 from megaswift.models.family import is_tied
 from megaswift.models.head import SCORE, labels_of
 from megaswift.models.stages import stage_layers
+from megaswift.models.tally import AFTER, BEFORE, Tally, trained_tally
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -115,7 +116,7 @@ def adapter_of(args: SftArguments, config: PreTrainedConfig) -> Lora | None:
         _require_plain_for_start(lora, base)
     if lora.bits == 4:
         _require_blocks(args, base)
-    _require_work(parameters_of_adapter(lora, config), config, args.pp, args.vpp)
+    _require_work(trained_tally(config, lora, ()), config, args.pp, args.vpp)
     return lora
 
 
@@ -213,7 +214,7 @@ def frozen_parameters(args: SftArguments, config: PreTrainedConfig) -> list[str]
         raise UserError(
             "nothing is left to train.", where="--freeze_parameters", fix="name fewer weights, or --trainable_parameters"
         )
-    _require_work([parameter for parameter in base if parameter.name not in set(found)], config, args.pp, args.vpp)
+    _require_work(trained_tally(config, None, tuple(found)), config, args.pp, args.vpp)
     return found
 
 
@@ -240,11 +241,11 @@ def _matching(labels: list[str], prefixes: list[str], expression: str | None, op
     return chosen
 
 
-def _require_work(trained: list[Parameter], config: PreTrainedConfig, pp: int, vpp: int) -> None:
+def _require_work(trained: Tally, config: PreTrainedConfig, pp: int, vpp: int) -> None:
     """Raise UserError where a pipeline stage, or a chunk of one, would have nothing to train."""
-    layers = {int(p.name.split(".")[2]) for p in trained if p.name.startswith("decoder.layers.")}
-    ends = {0 for p in trained if p.name.startswith("embedding.")}
-    ends |= {pp * vpp - 1 for p in trained if not p.name.startswith(("decoder.layers.", "embedding.")) or p.padded}
+    layers = {group.layer for group in trained if group.layer >= 0}
+    ends = {0 for group in trained if group.layer == BEFORE}
+    ends |= {pp * vpp - 1 for group in trained if group.layer == AFTER or group.table}
     first = 0
     for stage, count in enumerate(stage_layers(config, pp, vpp)):
         if stage not in ends and not layers & set(range(first, first + count)):

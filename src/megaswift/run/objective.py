@@ -86,6 +86,7 @@ def objective_contradictions(args: SftArguments) -> Iterator[Problem]:
     """Options that mean nothing for text, or for a head of scores; those of preference training that mean nothing for its method, and forms that it has not."""
     if isinstance(args, PtArguments):
         yield from _not_of_text(args)
+        return
     yield from head_contradictions(args)
     if not isinstance(args, RlhfArguments):
         return

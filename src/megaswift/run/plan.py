@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from megaswift.models.family import padded_vocab
 from megaswift.models.stages import stage_layers
-from megaswift.run.memory import MemoryEstimate, parameter_count, trained_parameters
+from megaswift.run.memory import MemoryEstimate, parameter_count, trained_count
 from megaswift.run.spec import Run
 from megaswift.run.table import filled_rows, megatron_arguments
 from megaswift.store.publish import put
@@ -51,10 +51,13 @@ def plan_of(run: Run, config: PreTrainedConfig, memory: MemoryEstimate) -> dict[
         "optimizer_cpu_offload": run.memory.optimizer_on_host,
         "cpu_offloading_num_layers": run.memory.offloaded_layers,
         "host_bytes": memory.host,
+        "working_bytes": memory.working,
+        "outside_bytes": memory.outside,
+        "peak_bytes": memory.peak,
         "stages": list(stage_layers(config, parallel.pp, parallel.vpp)),
         "parameters": parameter_count(config),
         "objective": asdict(run.objective),
-        "trainable": sum(p.size for p in trained_parameters(run.method.adapter, run.method.frozen, config)),
+        "trainable": trained_count(run.method.adapter, run.method.frozen, config),
     }
 
 

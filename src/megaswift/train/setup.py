@@ -20,15 +20,13 @@ from megaswift.data.text_rows import open_rows
 from megaswift.megatron import process_groups
 from megaswift.models import parameters_of
 from megaswift.models.adapters import Lora
-from megaswift.models.stages import by_rank, stage_layers
-from megaswift.run.memory import layer_activations
+from megaswift.run.memory import short_of
 from megaswift.run.spec import Run
 from megaswift.train.checkpoint.load import load_training_state, load_weights
 from megaswift.train.head import begin_head
 from megaswift.train.preference import objective_of
 from megaswift.weights.convert.lora import load_adapter
 from megaswift.weights.convert.lora_start import load_start
-from megaswift.weights.dtypes import BYTES
 from megaswift.weights.hf.config import load_config
 from megaswift.weights.hf.folder_reader import FolderReader
 from megaswift.weights.hf.read import HFCheckpoint
@@ -115,11 +113,7 @@ def _recomputed(run: Run, config: PreTrainedConfig) -> str:
         return run.memory.recompute
     if run.parallel.device == "cpu":
         return "none"
-    layers = (
-        max(by_rank(stage_layers(config, run.parallel.pp, run.parallel.vpp), run.parallel.pp)) - run.memory.offloaded_layers
-    )  # that stay on the device
-    needed = layers * layer_activations(run, config) * BYTES[run.precision.dtype]
-    return "swiglu" if needed > 0.8 * torch.cuda.mem_get_info()[0] else "none"
+    return "swiglu" if short_of(run, config, torch.cuda.mem_get_info()[0]) else "none"
 
 
 def open_batches(run: Run, rank: process_groups.Rank) -> tuple[Batches, EvalBatches | None]:
