@@ -28,8 +28,8 @@ HEAVY = frozenset(
 # Modules of ours that `swift sft` can reach, its only rank in this process included; those that a step on a rank can; the
 # aims are 60 and 30, and they only fall, but for adapters and 4 bits, which brought a dozen, and for
 # experts, which brought ten; adapters of experts, and those that begin as a part of the base, brought one each, layers of other
-# kinds three, linear attention five, gpt-oss three, preferences seven, loss rules and what inference sees one each, whole models, what is
-# carried along and stacked experts one each.
+# kinds three, linear attention five, gpt-oss three, preferences seven, loss rules and what inference sees one each; whole models, what is
+# carried along and stacked experts one each, text nine, heads of scores eight, plans nine.
 REACH = {"megaswift.commands.sft": 234, "megaswift.train.loop": 155, "megaswift.train.trainer": 77}
 
 

@@ -264,7 +264,7 @@ def _why(one: Trial, best: list[Trial]) -> str:
         )
     fastest = best[0].speed.step
     if speed.step > fastest * 1.005:
-        reasons.append(f"{100 * (speed.step / fastest - 1):.0f} % slower than the first")
+        reasons.append(f"{100 * (speed.step / fastest - 1):.0f} % more time than the first")
     return "; ".join(reasons)
 
 
