@@ -17,6 +17,7 @@ from megaswift.config.options import (
     DeployArguments,
     DoctorArguments,
     EvalArguments,
+    ExpertsArguments,
     ExportArguments,
     FamiliesArguments,
     InferArguments,
@@ -236,6 +237,7 @@ def test_the_list_of_options_is_frozen() -> None:
             DeployArguments,
             InspectArguments,
             ParityArguments,
+            ExpertsArguments,
             PlanArguments,
             DoctorArguments,
         )
@@ -255,6 +257,7 @@ def test_the_list_of_options_is_frozen() -> None:
         EvalArguments,
         DeployArguments,
         InspectArguments,
+        ExpertsArguments,
         ParityArguments,
     ],
 )

@@ -44,6 +44,12 @@ VERBS = {
         "ParityArguments",
         "compare a run with transformers, or layouts with each other",
     ),
+    "experts": (
+        "megaswift.commands.experts",
+        "experts_main",
+        "ExpertsArguments",
+        "what the routers of a model with experts do with rows",
+    ),
     "families": (
         "megaswift.commands.families",
         "families_main",

@@ -277,6 +277,8 @@ def test_what_differs_is_named() -> None:
 def test_a_machine_that_comes_later_finds_the_directory_begun(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text("{}")
     args = SftArguments(output_dir=str(tmp_path), add_output_dir_suffix=False)
+    assert new_run_dir(args, leads=False) == new_run_dir(args) == tmp_path  # a dry run leaves its plan
+    (tmp_path / "config.json").write_text("{}")
     assert new_run_dir(args, leads=False) == tmp_path
     with pytest.raises(UserError, match="not empty"):
         new_run_dir(args)

@@ -20,7 +20,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A directory with nothing but a config and a tokenizer."""
     LlamaConfig(vocab_size=49152, max_position_embeddings=4096).save_pretrained(tmp_path / "model")
     tokenizer_of("smollm2").save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(inspect_data, "_directory", lambda args: tmp_path / "model")
+    monkeypatch.setattr(inspect_data, "model_directory", lambda args: tmp_path / "model")
 
 
 def test_the_whole_verb(

@@ -23,12 +23,12 @@ from tests import tiny
 from tests.engine.test_experts import LAYOUTS, built, join, run_of
 from tests.ranks import RankPool
 from tests.runs import resolved_run
-from tests.training import Trained, tiny_start, train, write_rows
+from tests.training import Trained, long, tiny_start, train, write_rows
 
 STEPS = 4
 
 
-@pytest.fixture(scope="module", params=["qwen3_moe", "qwen2_moe"])
+@pytest.fixture(scope="module", params=["qwen3_moe", pytest.param("qwen2_moe", marks=long)])
 def start(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """A model, and rows; one model has experts in every layer, the other not, and an expert that every token goes to."""
     root = tmp_path_factory.mktemp(request.param)

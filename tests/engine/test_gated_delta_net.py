@@ -102,7 +102,8 @@ def test_layers_that_predict_ahead_may_stand_in_a_folder(tmp_path: Path) -> None
     for name, extra, fits in (
         ("qwen3_next", "mtp.fc.weight", True),
         ("qwen3_next", "mpt.fc", False),
-        (NAME, "mtp.fc.weight", False),
+        (NAME, "mtp.fc.weight", True),
+        ("qwen3", "mtp.fc.weight", False),
     ):
         tiny.save_tiny(tmp_path / name, name)
         file = tmp_path / name / "model.safetensors"

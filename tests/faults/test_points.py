@@ -50,7 +50,7 @@ def test_every_point_is_known() -> None:
         for path in SOURCE.rglob("*.py")
         for name in re.findall(r"fault_point\(\"([a-z_.]+)\"\)", path.read_text(encoding="utf-8"))
     }
-    assert called - {"save.part_written.example"} == set(POINTS)
+    assert called - {"save.part_written.example", "exchange.meet"} == set(POINTS)  # that one is of swift doctor, and of no run
 
 
 @pytest.mark.parametrize("fault", CASES)

@@ -47,7 +47,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 # The default suite has a part of them, `make test-lora` and `make test-long` all.
-SOME = tuple(LAYOUTS) if "MEGASWIFT_LONG" in os.environ else ("dp1", "tp2, sequence parallel", "pp2 vpp2, recomputed", "cp2")
+SOME = tuple(LAYOUTS) if "MEGASWIFT_LONG" in os.environ else ("dp1", "tp2, sequence parallel", "pp2 vpp2, recomputed")
 
 
 @pytest.fixture(scope="module")

@@ -165,7 +165,8 @@ def test_refused_options() -> None:
     assert not list(contradictions(PtArguments(**PtArguments().to_dict())))
     values = {
         "template_type": "chatml", "system": "", "template_date": "2026-01-01", "loss_scale": "all", "model_name": ["a"], "model_author": ["b"],
-        "truncation_strategy": "split", "packing": False, "group_by_length": True, "streaming": True,
+        "truncation_strategy": "split", "packing": False, "group_by_length": True, "streaming": True, "task_type": "seq_cls",
+        "num_labels": 2, "problem_type": "regression",
     }  # fmt: skip
     assert values.keys() == NOT_OF_TEXT.keys()
     for name, value in values.items():

@@ -28,7 +28,7 @@ from tests.lora.adapters import adapted, by_hf_name, lora_of, parameters_of, pef
 from tests.ranks import RankPool
 from tests.rlhf.pairs import MAX_LENGTH, PlainStep, any_reference, job, write_labelled, write_pairs
 from tests.steps import EPSILON, LIMITS, RATE, save_gradients
-from tests.training import tiny_start
+from tests.training import long, tiny_start
 
 BETA = 0.3
 FORMS: dict[str, dict[str, Any]] = {
@@ -149,7 +149,7 @@ def test_a_step_of_a_model_with_experts(pool: RankPool, tmp_path: Path) -> None:
             assert difference < LIMITS[what], f"{name}: {what} {difference:.1e} {tensor}"
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [pytest.param(name, marks=long if name == "kto, lora" else ()) for name in METHODS])
 def test_a_step(method: str, pool: RankPool, tmp_path: Path) -> None:
     worth, options, with_adapter, names = METHODS[method]
     start = tiny_start(tmp_path, tie_word_embeddings=not with_adapter)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megaswift.config.options import InspectArguments, parse
+from megaswift.config.options import InspectArguments, SftArguments, parse
 from megaswift.data.chat import ChatTemplate
 from megaswift.data.encode import prepare
 from megaswift.data.loss_rules import LossRules
@@ -74,7 +74,7 @@ def data_main(args: InspectArguments | list[str]) -> Inspection:
     """Read, check and tokenize the data as `swift sft` does, and show what comes out."""
     if isinstance(args, list):
         args = parse(InspectArguments, args)
-    directory, tokens = _directory(args), listed_tokens(args.new_special_tokens)
+    directory, tokens = model_directory(args), listed_tokens(args.new_special_tokens)
     if (grown := with_new_tokens(directory, tokens)) is not None:
         say(grown.note())
         directory = grown.directory
@@ -83,7 +83,7 @@ def data_main(args: InspectArguments | list[str]) -> Inspection:
     args = with_method_defaults(args).changed(
         max_length=usable_length(config, args.max_length, "max_length" in args.explicit())
     )
-    template, table = _template(args, directory), table_rows(directory)
+    template, table = template_of_folder(args, directory), table_rows(directory)
     rows = streamed_rows(args, cluster().world_size) if args.streaming else None
     data = prepare(
         args,
@@ -148,7 +148,8 @@ def histogram(sizes: np.ndarray) -> list[tuple[int, int, int]]:
     return [(k * width + 1, (k + 1) * width, int(count)) for k, count in enumerate(counts)]
 
 
-def _template(args: InspectArguments, directory: Path) -> ChatTemplate:
+def template_of_folder(args: SftArguments, directory: Path) -> ChatTemplate:
+    """The chat template by which rows are read for the model of a folder."""
     entry = MODEL_TYPES.get(args.model_type or "")
     tokenizer, config = read_tokenizer(directory), load_config(directory)
     require_language_model_only(config, args.language_model_only, str(directory / "config.json"))
@@ -163,7 +164,7 @@ def _template(args: InspectArguments, directory: Path) -> ChatTemplate:
     )
 
 
-def _directory(args: InspectArguments) -> Path:
+def model_directory(args: SftArguments) -> Path:
     """Where the tokenizer is: the Megatron directory that training would start from, else the model's own."""
     start = Path(args.resume_from_checkpoint or f"{args.model_type}-tp{args.tp}-pp{args.pp}").expanduser()
     if is_megatron_directory(start):

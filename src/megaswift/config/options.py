@@ -376,6 +376,19 @@ class InspectArguments(SftArguments):
 
 
 @dataclass(kw_only=True)
+class ExpertsArguments(SftArguments):
+    """`swift experts`: what the routers of a model with experts do with rows; no training."""
+
+    MEANT: ClassVar[tuple[type, ...]] = (ModelArguments, PartArguments, TemplateArguments, DataArguments)
+
+    compare: str | None = option(
+        None,
+        "Another model of the same shape, the one before fine-tuning as a rule: folder or hub id; shown beside it on the same rows.",
+    )
+    output: str | None = option(None, "Directory for a page (experts.html) and experts.json; default: the terminal only.")
+
+
+@dataclass(kw_only=True)
 class ParityArguments(SftArguments):
     """`swift parity`: does this run compute what it should?"""
 

@@ -34,6 +34,25 @@ def experts_page(found: dict[str, Any]) -> str:
     return page("Experts", *parts, heading("Layer by layer"), *_layers(window, found.get("before"), found.get("after")))
 
 
+def models_page(found: dict[str, Any]) -> str:
+    """The page of `swift experts`: one model on given rows, or two on the same.
+
+    Args:
+        found: "model", "rows", in words, and "layers"; "compared" and "before" where there is another model.
+    """
+    other = found.get("before")
+    parts: list[Any] = [
+        paragraph(
+            f"{found['rows']}. Experts have no capacity: no token was dropped. A row is a layer, a cell one of its experts: white had its "
+            "even share of the tokens, blue less, red more (full colour at four times), black none."
+        )
+    ]
+    if other:
+        parts += [heading(str(found["compared"])), _map(other)]
+    parts += [heading(str(found["model"])), _map(found["layers"]), heading("Layer by layer")]
+    return page("Experts", *parts, *_layers(found["layers"], other, found["layers"]))
+
+
 def _map(layers: list[dict[str, Any]]) -> Markup:
     """Layers from top to bottom, experts from left to right, a colour for each one's load."""
     count = max(len(layer["load"]) for layer in layers)
@@ -84,7 +103,7 @@ def _layers(
                 f"{max(layer['load']) * len(layer['load']) / total:.2f}",
                 f"{layer['router_entropy']:.3f}",
                 f"{100 * layer['drift']:.3f} %",
-                _moved(old.get(number), new.get(number)),
+                load_moved(old.get(number), new.get(number)),
                 *(f"{layer[name]:.4f}" for name in losses),
             ]
         )
@@ -96,8 +115,8 @@ def _layers(
     return [table([*names, *losses], rows, numbers=set(range(len(names) + len(losses)))), paragraph(element("small", told))]
 
 
-def _moved(before: list[int] | None, after: list[int] | None) -> str:
-    """Half the sum of differences of two shares of load, in percent."""
+def load_moved(before: list[int] | None, after: list[int] | None) -> str:
+    """Half the sum of the differences of two shares of load, in percent; "-" where one is not known."""
     if not before or not after or not sum(before) or not sum(after):
         return "-"
     return f"{50 * sum(abs(a / sum(before) - b / sum(after)) for a, b in zip(before, after)):.1f} %"

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,9 +35,9 @@ FILE, PAGE = "experts.json", "experts.html"
 WATCHED = 4  # steps of validation rows on which the load before and after is measured
 
 
-def routers_of(trainer: Trainer) -> dict[int, Router]:
+def routers_of(chunks: Iterable[Any]) -> dict[int, Router]:
     """Layer number, from 0, -> router; of this stage."""
-    every = (layer for chunk in trainer.chunks for layer in chunk.decoder.layers)
+    every = (layer for chunk in chunks for layer in chunk.decoder.layers)
     layers = [layer for layer in every if isinstance(layer.mlp, ExpertsLayer)]
     return {int(layer.layer_number) - 1: layer.mlp.router for layer in layers}
 
@@ -67,7 +69,7 @@ class ExpertHealth(Callback):
         self.trainer, self.validation, self.device = trainer, validation, device
         self.run_dir, self.log, self.active = run_dir, log, active
         self.layers, self.experts, self.every, self.last = layers, experts, every, last
-        self.routers = routers_of(trainer)
+        self.routers = routers_of(trainer.chunks)
         self.first: dict[int, Tensor] = {}
         self.began = 0
         # Of an earlier process of this run: the load before any training.
@@ -105,14 +107,9 @@ class ExpertHealth(Callback):
         """What routers do with the first validation rows; all ranks call it."""
         assert self.validation is not None
         self._clear()
-        for router in self.routers.values():
-            router.watching = True
-        try:
+        with watched(self.routers):
             steps = range(min(len(self.validation), WATCHED))
             self.trainer.evaluate(to_device(self.validation.step(k), self.device) for k in steps)
-        finally:
-            for router in self.routers.values():
-                router.watching = False
         return self._gathered()
 
     def _clear(self) -> None:
@@ -121,40 +118,63 @@ class ExpertHealth(Callback):
                 router.seen.clear()
 
     def _gathered(self) -> list[dict[str, Any]]:
-        """What all ranks noted since the last time, layer by layer; all ranks call it."""
-        table = torch.zeros((self.layers, self.experts + 7), dtype=torch.float64, device=self.device)
-        alone = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
-        alone = alone and parallel_state.get_tensor_model_parallel_rank() == 0
-        for number, router in self.routers.items():
-            if router.seen is not None:
-                table[number, : self.experts] = router.seen.load
-                table[number, self.experts : self.experts + 5] = router.seen.figures
-            if alone and number in self.first:
-                table[number, -2] = (router.routing_matrix() - self.first[number]).square().sum()
-                table[number, -1] = self.first[number].square().sum()
-        dist.all_reduce(table)
-        made = []
-        for number, values in enumerate(table.tolist()):
-            load, (tokens, entropy, balance, z_loss, weight, moved, size) = values[: self.experts], values[self.experts :]
-            if tokens <= 0:
-                continue  # a layer without experts, or nothing was noted
-            made.append(
-                {
-                    "layer": number,
-                    "tokens": int(tokens),
-                    "load": [int(value) for value in load],
-                    "router_entropy": entropy / tokens / math.log(self.experts) if self.experts > 1 else 0.0,
-                    "drift": math.sqrt(moved / size) if size > 0 else 0.0,
-                    "dropped": 0,
-                    **({"aux_loss": balance / weight, "z_loss": z_loss / weight} if weight > 0 else {}),
-                }
-            )
-        return made
+        return gathered(self.routers, self.first, self.layers, self.experts, self.device)
 
     def _write(self, with_page: bool) -> None:
         put(self.run_dir / FILE, json.dumps(self.found, ensure_ascii=False) + "\n", durable=False)
         if with_page:
             put(self.run_dir / PAGE, experts_page(self.found), durable=False)
+
+
+@contextmanager
+def watched(routers: Mapping[int, Router]) -> Iterator[None]:
+    """Routers note what they do outside of training, too."""
+    for router in routers.values():
+        router.watching = True
+    try:
+        yield
+    finally:
+        for router in routers.values():
+            router.watching = False
+
+
+def gathered(
+    routers: Mapping[int, Router], first: Mapping[int, Tensor], layers: int, experts: int, device: torch.device
+) -> list[dict[str, Any]]:
+    """What all ranks noted since the last time, layer by layer; all ranks call it.
+
+    Args:
+        first: the weights that routers are compared with.
+        layers: of the whole model; experts: of a layer.
+    """
+    table = torch.zeros((layers, experts + 7), dtype=torch.float64, device=device)
+    alone = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+    alone = alone and parallel_state.get_tensor_model_parallel_rank() == 0
+    for number, router in routers.items():
+        if router.seen is not None:
+            table[number, :experts] = router.seen.load
+            table[number, experts : experts + 5] = router.seen.figures
+        if alone and number in first:
+            table[number, -2] = (router.routing_matrix() - first[number]).square().sum()
+            table[number, -1] = first[number].square().sum()
+    dist.all_reduce(table)
+    made = []
+    for number, values in enumerate(table.tolist()):
+        load, (tokens, entropy, balance, z_loss, weight, moved, size) = values[:experts], values[experts:]
+        if tokens <= 0:
+            continue  # a layer without experts, or nothing was noted
+        made.append(
+            {
+                "layer": number,
+                "tokens": int(tokens),
+                "load": [int(value) for value in load],
+                "router_entropy": entropy / tokens / math.log(experts) if experts > 1 else 0.0,
+                "drift": math.sqrt(moved / size) if size > 0 else 0.0,
+                "dropped": 0,
+                **({"aux_loss": balance / weight, "z_loss": z_loss / weight} if weight > 0 else {}),
+            }
+        )
+    return made
 
 
 def summary(layers: list[dict[str, Any]]) -> dict[str, Any]:
