@@ -101,6 +101,8 @@ def test_what_is_refused(base: tuple[Path, Path], tmp_path: Path) -> None:
         (["--model_id_or_path", str(dense)], "has no experts"),
         (["--model_id_or_path", str(folder), "--compare", str(dense)], "has no experts"),
         (["--model_id_or_path", str(folder), "--compare", str(other)], "other experts"),
+        (["--model_id_or_path", str(folder), "--dataset_test_ratio", "0.1"], "nothing is held out"),
+        (["--model_id_or_path", str(folder), "--val_dataset", str(rows)], "nothing is held out"),
     ):
         with pytest.raises(UserError, match=text):
             experts_main([*words, "--dataset", str(rows)])

@@ -27,7 +27,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 WITH_EXPERTS = LAYOUTS | {"ep2": (2, {"ep": 2, "gradient_accumulation_steps": 2})}
 EVERYWHERE = (
     "llama",
-    "mistral",
     "qwen2",
     "qwen3",
     "qwen3_moe",

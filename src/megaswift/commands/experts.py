@@ -17,6 +17,7 @@ from megaswift.data.encode import prepare
 from megaswift.errors import UserError
 from megaswift.hub.locate import locate
 from megaswift.launch.versions import has_bf16
+from megaswift.megatron import compat
 from megaswift.models import family_of
 from megaswift.report.experts import load_moved, models_page
 from megaswift.store.cache import cache_root
@@ -39,6 +40,12 @@ def experts_main(args: ExpertsArguments | list[str]) -> dict[str, Any]:
     Raises UserError for a model without experts, and for two whose layers differ.
     """
     args = parse(ExpertsArguments, args) if isinstance(args, list) else args
+    for name in {"val_dataset", "dataset_test_ratio"} & args.explicit():
+        raise UserError(
+            f"--{name} means nothing here: nothing is held out.",
+            where=f"--{name}",
+            fix="leave it out; --dataset names all rows",
+        )
     folder = model_directory(args)
     config = _with_experts(folder)
     other = None if args.compare is None else _other(args.compare, config)
@@ -46,6 +53,7 @@ def experts_main(args: ExpertsArguments | list[str]) -> dict[str, Any]:
     data = prepare(args.changed(dataset_test_ratio=0.0), template, cache_dir=cache_root(), table=table)
     require_embedding_rows(template.vocabulary, table, folder)
 
+    compat.quiet()  # again: what was imported since has put the filters of warnings back
     from megaswift.train.expert_health import line, summary
     from megaswift.train.expert_load import load_of
 
@@ -53,14 +61,17 @@ def experts_main(args: ExpertsArguments | list[str]) -> dict[str, Any]:
     batches = EvalBatches(
         data.train, micro_batch_size=size, global_batch_size=size, dp_rank=0, dp_size=1, pad_id=template.pad_id
     )
-    dtype = _dtype()
+    dtype = _dtype() if args.dtype == "AUTO" else args.dtype
     tokens = f"{len(data.train):,} rows, {int(data.train.lengths.sum()):,} tokens"
     before, weights = (None, None) if other is None else load_of(other, batches, dtype)
     layers, _ = load_of(folder, batches, dtype, weights)
     found: dict[str, Any] = {"model": shown(folder), "rows": tokens, "layers": layers}
     if other is not None:
         found |= {"compared": shown(other), "before": before}
-    _print(found, line(summary(layers)))
+    row = summary(layers)
+    if other is None:
+        del row["router_drift"]  # from nothing
+    _print(found, line(row))
     if args.output:
         place = Path(args.output).expanduser()
         place.mkdir(parents=True, exist_ok=True)

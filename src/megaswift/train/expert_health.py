@@ -209,8 +209,9 @@ def line(row: dict[str, Any]) -> str:
     """The line that people read."""
     if not row:
         return "experts: nothing was routed"
+    moved = f", routers moved {100 * row['router_drift']:.2f} %" if "router_drift" in row else ""
     more = f", balancing loss {row['aux_loss']:.3f}, z loss {row['z_loss']:.3f}" if "aux_loss" in row else ""
     return (
         f"experts: busiest {row['expert_busiest']:.1f} x the mean (layer {row['expert_busiest_layer']}), {row['experts_idle']} idle, "
-        f"evenness {row['expert_load_entropy']:.2f}, routers moved {100 * row['router_drift']:.2f} %{more}"
+        f"evenness {row['expert_load_entropy']:.2f}{moved}{more}"
     )
