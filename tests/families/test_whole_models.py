@@ -209,6 +209,7 @@ def test_adapters_have_pefts_names_and_load_onto_the_whole_model(start: str, poo
     )
     run = train(pool, tmp_path / "out", 2, resume_from_checkpoint=str(begin), **options)
     adapter = to_hf(run.directory, tmp_path / "adapter")
+    assert read_manifest(adapter)["serves"] == {"peft": "loaded and compared", "vllm": "not compared"}
     base = tiny.loaded(source)
     targets = [
         name

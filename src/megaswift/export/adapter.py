@@ -18,6 +18,7 @@ from megaswift.models import family_of, parameters_of
 from megaswift.models.adapters import Lora
 from megaswift.models.head import labels_of
 from megaswift.models.parameters import Parameter
+from megaswift.models.whole import whole_of
 from megaswift.proof.adapter_readers import vllm_rank, vllm_refuses
 from megaswift.proof.chain import require_whole
 from megaswift.proof.prove import PAGE, summary, write_page
@@ -206,8 +207,17 @@ def _write(run: AdapterRun, target: Path) -> None:
     report_proof(proof)
     if refused:
         say(f"  [yellow]vLLM does not load this adapter: {refused}. For vLLM: swift export ... --merge_lora true[/yellow]")
+    elif whole_of(run.config) is not None:
+        say(
+            "  [yellow]whether vLLM reads adapters of this model's text was not compared. For vLLM: swift export ... --merge_lora true[/yellow]"
+        )
     else:
         say(f"  names and shapes are those that vLLM reads (--max-lora-rank {vllm_rank(config)} or more)")
+
+
+def _read_by_vllm(run: AdapterRun, refused: str, read: str) -> str:
+    """In words whether vLLM reads an adapter; its names within models that read pictures are not known."""
+    return refused or (read if whole_of(run.config) is None else "not compared")
 
 
 def _base_name(run: AdapterRun) -> str:
@@ -272,7 +282,7 @@ def _finish(
             ("made from", shown(run.checkpoint)),
             ("base", str(run.manifest["base"]["origin"])),
             ("adapter", f"LoRA, rank {run.lora.rank}, alpha {run.lora.alpha:g}, {len(run.tensors)} tensors"),
-            ("vLLM", f"does not load it: {refused}" if refused else "reads its names and shapes"),
+            ("vLLM", _read_by_vllm(run, f"does not load it: {refused}" if refused else "", "reads its names and shapes")),
         ]
         write_page(folder, f"{run.args.model_type}: adapter against PEFT on its base", facts, proof)
         page = folder / PAGE
@@ -289,7 +299,7 @@ def _finish(
             "adapter": run.lora.record(),
             "serves": {
                 "peft": "loaded and compared" if proof is not None else "not verified",
-                "vllm": refused or "names and shapes",
+                "vllm": _read_by_vllm(run, refused, "names and shapes"),
             },
             "versions": versions(),
             "verified": summary(proof) if proof is not None else {},
