@@ -14,7 +14,6 @@ import json
 import math
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +106,7 @@ def told(config: Any, options: argparse.Namespace, median: float, loss: float) -
 
 def peer(options: argparse.Namespace) -> dict[str, Any]:
     """The same of transformers' model, Liger's parts in it where it has any."""
+    from profiling import plain_steps
     from transformers import AutoModelForCausalLM
 
     family, cuda = options.peer_one.split(",", maxsplit=1)[0], torch.cuda.is_available()
@@ -125,22 +125,12 @@ def peer(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_default_dtype(torch.float32)
     model.config.use_cache = False
     model.train()
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=cuda)
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(0, config.vocab_size, (options.micro, options.seq), generator=generator).to(device) for _ in range(4)]
-    times, loss = [time.perf_counter()], torch.zeros(())
-    for step in range(options.steps):
-        loss = model(input_ids=rows[step % 4], labels=rows[step % 4]).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if cuda:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter())
-    each = sorted(b - a for a, b in zip(times[4:], times[5:]))
-    return {"peer": options.peer_one, "parts": parts} | told(config, options, each[len(each) // 2], float(loss.detach()))
+    median, loss = plain_steps(
+        list(model.parameters()), lambda step: model(input_ids=rows[step % 4], labels=rows[step % 4]).loss, options.steps
+    )
+    return {"peer": options.peer_one, "parts": parts} | told(config, options, median, loss)
 
 
 def main() -> int:

@@ -143,13 +143,13 @@ def peer_model(options: argparse.Namespace, lora: bool) -> Any:
 def liger(options: argparse.Namespace) -> dict[str, Any]:
     """A plain loop around Liger's fused linear DPO loss."""
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+    from profiling import plain_steps
 
     lora, cuda = options.one == "lora", torch.cuda.is_available()
     model = peer_model(options, lora)
     base = model.get_base_model() if lora else model
     device, vocab = next(model.parameters()).device, base.config.vocab_size
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=cuda)
     fused = LigerFusedLinearDPOLoss(use_ref_model=False, beta=0.1)
     batches = []
     for number in range(4):
@@ -157,22 +157,16 @@ def liger(options: argparse.Namespace) -> dict[str, Any]:
         labels = rows.clone()
         labels[:, : options.tokens // 4] = -100
         batches.append((rows, labels[:, 1:].contiguous()))
-    times, loss = [time.perf_counter()], torch.zeros(())
-    for step in range(options.steps):
+
+    def loss_of(step: int) -> Any:
         rows, labels = batches[step % 4]
         with torch.autocast(device.type, torch.bfloat16, enabled=cuda and lora):
             hidden = base.model(input_ids=rows).last_hidden_state[:, :-1]
-            loss = fused(base.lm_head.weight, hidden, labels)[0]
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if cuda:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter())
-    each = sorted(b - a for a, b in zip(times[4:], times[5:]))
+            return fused(base.lm_head.weight, hidden, labels)[0]
+
+    median, loss = plain_steps(parameters, loss_of, options.steps)
     memory = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
-    return {"liger": options.one} | told(options, each[len(each) // 2], memory, float(loss.detach()))
+    return {"liger": options.one} | told(options, median, memory, loss)
 
 
 def trl(options: argparse.Namespace) -> dict[str, Any]:

@@ -183,23 +183,31 @@ def test_a_step(method: str, pool: RankPool, tmp_path: Path) -> None:
             if lora is not None
             else (lambda path: full(path, config))
         )
-        results = pool.run(world, take, jobs)
-        assert all(one == results[0] for one in results), "the ranks agree"
-        for (_, target), found in zip(jobs, results[0], strict=True):
-            place = f"{method}: {Path(target).name}"
-            limits = [
-                ("loss", relative(found["loss"], wanted.loss), ""),
-                ("norm", relative(found["norm"], wanted.grad_norm), ""),
-            ]
-            for what, difference, tensor in (*limits, *differences(Path(target), wanted, read)):
-                print(f"{place:50} {what:10} {difference:.1e} {tensor}")
-                assert difference < LIMITS[what], f"{place}: {what} {difference:.1e} {tensor}"
-            assert found["weight"] == 24
-            means, (loss, weight, sums) = shown(found["metrics"], found["weight"]), found["eval"]
-            for key, value in figures.items():
-                assert means[key] == pytest.approx(value, rel=2e-5, abs=1e-6), f"{place}: {key}"
-                assert shown(sums, weight)[key] == pytest.approx(value, rel=2e-5, abs=1e-6), f"{place}: {key}"
-            assert loss == pytest.approx(wanted.loss, rel=2e-6)
+        require_alike(method, jobs, pool.run(world, take, jobs), wanted, read, figures)
+
+
+def require_alike(
+    method: str, jobs: list[tuple[str, str]], results: Any, wanted: Any, read: Any, figures: dict[str, float]
+) -> None:
+    """Every rank's steps are `wanted`: loss, norm, gradients and weights, and the figures that are logged, in evaluations too.
+
+    Args:
+        jobs: of each the run and where its gradients and weights lie; results: of each rank what `take` gives.
+        read: a checkpoint -> its tensors by name.
+    """
+    assert all(one == results[0] for one in results), "the ranks agree"
+    for (_, target), found in zip(jobs, results[0], strict=True):
+        place = f"{method}: {Path(target).name}"
+        limits = [("loss", relative(found["loss"], wanted.loss), ""), ("norm", relative(found["norm"], wanted.grad_norm), "")]
+        for what, difference, tensor in (*limits, *differences(Path(target), wanted, read)):
+            print(f"{place:50} {what:10} {difference:.1e} {tensor}")
+            assert difference < LIMITS[what], f"{place}: {what} {difference:.1e} {tensor}"
+        assert found["weight"] == 24
+        means, (loss, weight, sums) = shown(found["metrics"], found["weight"]), found["eval"]
+        for key, value in figures.items():
+            assert means[key] == pytest.approx(value, rel=2e-5, abs=1e-6), f"{place}: {key}"
+            assert shown(sums, weight)[key] == pytest.approx(value, rel=2e-5, abs=1e-6), f"{place}: {key}"
+        assert loss == pytest.approx(wanted.loss, rel=2e-6)
 
 
 def figures_of_pairs(said: Tensor, data: TokenRows, method: str) -> dict[str, float]:

@@ -17,7 +17,6 @@ from torch import Tensor
 from megaswift.config.options import SftArguments
 from megaswift.data.store import TokenRows
 from megaswift.parity.adapters import PeftSide
-from megaswift.parity.compare import relative
 from megaswift.run.spec import Run
 from megaswift.train.objectives import shown
 from megaswift.weights.hf.config import load_config
@@ -26,8 +25,8 @@ from tests.lora.adapters import adapted, by_hf_name, lora_of, parameters_of, pef
 from tests.ranks import RankPool
 from tests.rlhf.pairs import MAX_LENGTH, job, write_pairs
 from tests.rlhf.scored import PlainScores, scored_folder, write_classes, write_margins
-from tests.rlhf.test_layouts import FORMS, RATES, differences, full
-from tests.steps import LIMITS, save_gradients
+from tests.rlhf.test_layouts import FORMS, RATES, full, require_alike
+from tests.steps import save_gradients
 from tests.training import tiny_start
 
 CENTER = 0.3
@@ -128,23 +127,8 @@ def test_a_step(method: str, pool: RankPool, tmp_path: Path) -> None:
                 figures = figures_of(method, plain.said, data)
         read = partial(by_hf_name, parameters=parameters_of(folder, lora)) if lora is not None else partial(full, config=config)
         results = pool.run(world, take, jobs)
-        assert all(one == results[0] for one in results), "the ranks agree"
-        for (_, target), found in zip(jobs, results[0], strict=True):
-            place = f"{method}: {Path(target).name}"
-            limits = [
-                ("loss", relative(found["loss"], wanted.loss), ""),
-                ("norm", relative(found["norm"], wanted.grad_norm), ""),
-            ]
-            for what, difference, tensor in (*limits, *differences(Path(target), wanted, read)):
-                print(f"{place:50} {what:10} {difference:.1e} {tensor}")
-                assert difference < LIMITS[what], f"{place}: {what} {difference:.1e} {tensor}"
-            assert found["weight"] == 24
-            means, (loss, weight, sums) = shown(found["metrics"], found["weight"]), found["eval"]
-            assert means.keys() == figures.keys()
-            for key, value in figures.items():
-                assert means[key] == pytest.approx(value, rel=2e-5, abs=1e-6), f"{place}: {key}"
-                assert shown(sums, weight)[key] == pytest.approx(value, rel=2e-5, abs=1e-6), f"{place}: {key}"
-            assert loss == pytest.approx(wanted.loss, rel=2e-6)
+        require_alike(method, jobs, results, wanted, read, figures)
+        assert all(shown(found["metrics"], found["weight"]).keys() == figures.keys() for found in results[0])
 
 
 def figures_of(method: str, said: Tensor, data: TokenRows) -> dict[str, float]:

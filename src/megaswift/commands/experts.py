@@ -16,7 +16,7 @@ from megaswift.data.batches import EvalBatches
 from megaswift.data.encode import prepare
 from megaswift.errors import UserError
 from megaswift.hub.locate import locate
-from megaswift.launch.versions import has_bf16
+from megaswift.inference.loading import pick_dtype
 from megaswift.megatron import compat
 from megaswift.models import family_of
 from megaswift.report.experts import load_moved, models_page
@@ -26,6 +26,7 @@ from megaswift.terminal import console, say, shown
 from megaswift.weights.hf.config import load_config
 from megaswift.weights.hf.tokenizer import require_embedding_rows, table_rows
 from megaswift.weights.load_hf import is_hf_folder
+from megaswift.weights.torch_dtypes import FLAGS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -61,7 +62,7 @@ def experts_main(args: ExpertsArguments | list[str]) -> dict[str, Any]:
     batches = EvalBatches(
         data.train, micro_batch_size=size, global_batch_size=size, dp_rank=0, dp_size=1, pad_id=template.pad_id
     )
-    dtype = _dtype() if args.dtype == "AUTO" else args.dtype
+    dtype = FLAGS[pick_dtype(args.dtype)]
     tokens = f"{len(data.train):,} rows, {int(data.train.lengths.sum()):,} tokens"
     before, weights = (None, None) if other is None else load_of(other, batches, dtype)
     layers, _ = load_of(folder, batches, dtype, weights)
@@ -101,14 +102,6 @@ def _other(name: str, config: PreTrainedConfig) -> Path:
             fix="name a model of the same shape",
         )
     return folder
-
-
-def _dtype() -> str:
-    import torch
-
-    if not torch.cuda.is_available():
-        return "fp32"
-    return "bf16" if has_bf16() else "fp16"
 
 
 def _print(found: dict[str, Any], told: str) -> None:

@@ -189,7 +189,7 @@ def _environment() -> Iterator[Finding]:
     """Variables that a run reads."""
     try:
         place = agent.cluster()
-        yield Finding("processes", "ok", f"{place.processes} here, {place.machines} machines")
+        yield Finding("processes", "ok", f"{place.processes} here, machines: {place.machines}")
         check_devices(place.processes)
     except MegaswiftError as error:
         yield Finding("environment", "bad", error.what, "no run starts", error.fix)
